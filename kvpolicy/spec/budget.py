@@ -1,0 +1,57 @@
+"""How much of the cache to keep: tokens, a share of the tokens seen, or bytes."""
+
+import re
+from fractions import Fraction
+
+import attrs
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?) ?%", re.ASCII)
+_BYTES = re.compile(r"(\d{1,9}(?:\.\d{1,6})?) ?(B|[KMG]i?B)", re.ASCII)
+
+
+@attrs.frozen
+class Budget:
+    """Entries per KV head, averaged over layers and heads: exactly one of the three is set.
+
+    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence, all layers and the slack of
+    `compress.every` included.
+    """
+
+    tokens: int | None = None
+    share: Fraction | None = None
+    size: int | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> "Budget | None":
+        """`1024`, `"10%"` or `"2GiB"`; None when `value` is none of these."""
+        if type(value) is int:
+            return cls(tokens=value) if value >= 1 else None
+        if not isinstance(value, str):
+            return None
+        if match := _PERCENT.fullmatch(value):
+            share = Fraction(match[1]) / 100
+            return cls(share=share) if 0 < share <= 1 else None
+        if match := _BYTES.fullmatch(value):
+            size = int(Fraction(match[1]) * _UNITS[match[2]])
+            return cls(size=size) if size >= 1 else None
+        return None
+
+    def dump(self) -> int | str:
+        """The YAML form; `parse` reads it back to an equal budget."""
+        if self.tokens is not None:
+            return self.tokens
+        if self.share is not None:
+            return f"{_decimal(self.share * 100)}%"
+        size = self.size or 0
+        for unit in ("GiB", "MiB", "KiB"):
+            if size % _UNITS[unit] == 0:
+                return f"{size // _UNITS[unit]}{unit}"
+        return f"{size}B"
+
+    def __str__(self) -> str:
+        return str(self.dump())
+
+
+def _decimal(value: Fraction) -> str:
+    return f"{value.numerator / value.denominator:.6f}".rstrip("0").rstrip(".")

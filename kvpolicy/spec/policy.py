@@ -1,0 +1,133 @@
+"""A policy as data: what a YAML file says, checked and with every default filled in."""
+
+from typing import Any
+
+import attrs
+
+from kvpolicy.spec.budget import Budget
+from kvpolicy.stages.contracts import (
+    Codec,
+    HeadAllocator,
+    LayerAllocator,
+    Merger,
+    Scorer,
+    Selector,
+)
+from kvpolicy.stages.parameters import (
+    Choice,
+    Flag,
+    Integer,
+    Nested,
+    Number,
+    Plugged,
+    Rule,
+    Text,
+    parameter,
+)
+
+SCHEMA_VERSION = 1
+NEVER = "never"
+
+
+@attrs.frozen
+class BudgetRule(Rule):
+    """The budget of a policy."""
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, Budget)
+
+    def schema(self) -> dict[str, Any]:
+        text = {"type": "string", "pattern": r"^\d+(\.\d+)? ?(%|B|[KMG]i?B)$"}
+        return {"anyOf": [{"type": "integer", "minimum": 1}, text]}
+
+    def __str__(self) -> str:
+        return 'a number of tokens >= 1, a share such as "10%", or a size such as "2GiB"'
+
+
+@attrs.frozen
+class EveryRule(Rule):
+    """How many new tokens may come on top of the budget."""
+
+    def accepts(self, value: object) -> bool:
+        return value == NEVER or Integer(minimum=1).accepts(value)
+
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [{"type": "integer", "minimum": 1}, {"const": NEVER}]}
+
+    def __str__(self) -> str:
+        return f"an integer >= 1, or {NEVER}"
+
+
+@attrs.frozen
+class ScoreRule(Rule):
+    """The weighted list of scorers."""
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, tuple) and bool(value) and all(isinstance(one, Weighted) for one in value)
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/weighted"}}
+
+    def __str__(self) -> str:
+        return "a list of at least one scorer"
+
+
+@attrs.frozen
+class Weighted:
+    """One term of the score: the keys that stand beside `use` and the scorer's own parameters."""
+
+    scorer: Scorer = parameter(Plugged("score"), help="the scorer")
+    weight: float = parameter(Number(), 1.0, help="factor in the weighted sum; negative = evict what scores high")
+    normalise: str = parameter(
+        Choice(("none", "max", "standard")),
+        "none",
+        help="over a head's candidates, before weighting: divide by the maximum, or to mean 0 and deviation 1",
+    )
+
+
+@attrs.frozen
+class Compress:
+    """When a layer is compressed."""
+
+    prefill: bool = parameter(Flag(), True, help="after a prompt, a prompt chunk or another turn")
+    every: int | str = parameter(
+        EveryRule(), 128, help="while decoding, each time this many tokens have come on top of the budget"
+    )
+
+
+@attrs.frozen
+class Protect:
+    """Entries that are never evicted."""
+
+    sinks: int = parameter(Integer(minimum=0), 0, help="first tokens of the sequence, pads not counted")
+    recent: int = parameter(Integer(minimum=0), 0, help="last tokens of the sequence")
+
+    @property
+    def total(self) -> int:
+        """Protected entries of a sequence that is long enough."""
+        return self.sinks + self.recent
+
+
+@attrs.frozen
+class Allocate:
+    """How the budget is divided."""
+
+    layers: LayerAllocator = parameter(Plugged("allocate.layers"), help="over layers")
+    heads: HeadAllocator = parameter(Plugged("allocate.heads"), help="over the KV heads of a layer")
+
+
+@attrs.frozen
+class PolicySpec:
+    """The whole recipe. Immutable and without run state: one may serve many models and threads at once."""
+
+    name: str = parameter(Text(), help="a word to know the policy by")
+    budget: Budget = parameter(BudgetRule(), help="entries kept per KV head, averaged over layers and heads")
+    score: tuple[Weighted, ...] = parameter(ScoreRule(), help="weighted sum of scorers; larger = keep")
+    allocate: Allocate = parameter(Nested(Allocate), help="how the budget is divided")
+    select: Selector = parameter(Plugged("select"), help="which candidates stay")
+    merge: Merger = parameter(Plugged("merge"), help="what becomes of evicted entries")
+    store: Codec = parameter(Plugged("store"), help="how kept entries are held")
+    compress: Compress = parameter(Nested(Compress), Compress(), help="when to compress")
+    protect: Protect = parameter(Nested(Protect), Protect(), help="what is never evicted")
+    summary: str = parameter(Text(), "", help="one line for people")
+    reference: str = parameter(Text(), "", help="where the method was published")

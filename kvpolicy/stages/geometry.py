@@ -1,0 +1,37 @@
+"""The shape of a model, as far as a KV cache cares."""
+
+import attrs
+
+from kvpolicy.errors import UnsupportedModelError
+
+
+@attrs.frozen
+class Geometry:
+    """Shape of the layers that a policy manages. H = `query_heads`, K = `kv_heads`, G = H / K, D = `head_dim`.
+
+    `managed` are the indices, within the model, of the layers with full attention; `layers` counts them. Layers
+    with a sliding window keep the model's own cache and are not part of the geometry.
+    """
+
+    managed: tuple[int, ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __attrs_post_init__(self) -> None:
+        if not self.managed or min(self.query_heads, self.kv_heads, self.head_dim) < 1:
+            raise UnsupportedModelError(f"no attention layer that a policy could manage: {self}")
+        if self.query_heads % self.kv_heads:
+            raise UnsupportedModelError(
+                f"{self.query_heads} query heads cannot share {self.kv_heads} KV heads evenly"
+            )
+
+    @property
+    def layers(self) -> int:
+        """L, the number of managed layers."""
+        return len(self.managed)
+
+    @property
+    def group(self) -> int:
+        """G, query heads per KV head."""
+        return self.query_heads // self.kv_heads

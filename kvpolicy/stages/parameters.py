@@ -1,0 +1,198 @@
+"""Parameters of plugins and policies: one rule validates in Python, in YAML and in editors (JSON Schema)."""
+
+import abc
+import math
+from typing import Any
+
+import attrs
+
+from kvpolicy.errors import ParameterError
+
+_REQUIRED = attrs.NOTHING
+
+
+class Rule(abc.ABC):
+    """What a value must be. Doubles as an attrs validator; `str(rule)` completes "must be ...".
+
+    Rules test `type(x) is int` rather than `isinstance`: `True` is no integer in a policy file.
+    """
+
+    @abc.abstractmethod
+    def accepts(self, value: object) -> bool:
+        """Whether `value` keeps the rule."""
+
+    @abc.abstractmethod
+    def schema(self) -> dict[str, Any]:
+        """The rule as JSON Schema (draft 2020-12)."""
+
+    def __call__(self, instance: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
+        if not self.accepts(value):
+            raise ParameterError(f"{attribute.name}: must be {self}: {value!r}")
+
+
+@attrs.frozen
+class Integer(Rule):
+    """An integer, optionally bounded or odd."""
+
+    minimum: int | None = None
+    maximum: int | None = None
+    odd: bool = False
+
+    def accepts(self, value: object) -> bool:
+        if type(value) is not int or (self.odd and value % 2 == 0):
+            return False
+        return _within(value, self.minimum, self.maximum)
+
+    def schema(self) -> dict[str, Any]:
+        odd = {"not": {"multipleOf": 2}} if self.odd else {}
+        return {"type": "integer", **_bounds(self.minimum, self.maximum), **odd}
+
+    def __str__(self) -> str:
+        return f"an {'odd ' if self.odd else ''}integer{_bounds_text(self.minimum, self.maximum)}"
+
+
+@attrs.frozen
+class Number(Rule):
+    """A finite number, optionally bounded; `above` is an exclusive lower bound."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+
+    def accepts(self, value: object) -> bool:
+        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+            return False
+        number = float(value)  # type: ignore[arg-type]
+        return _within(number, self.minimum, self.maximum) and (self.above is None or number > self.above)
+
+    def schema(self) -> dict[str, Any]:
+        exclusive = {} if self.above is None else {"exclusiveMinimum": self.above}
+        return {"type": "number", **_bounds(self.minimum, self.maximum), **exclusive}
+
+    def __str__(self) -> str:
+        above = "" if self.above is None else f" > {self.above:g}"
+        return f"a number{above}{_bounds_text(self.minimum, self.maximum)}"
+
+
+@attrs.frozen
+class Choice(Rule):
+    """One word of a list."""
+
+    words: tuple[str, ...]
+
+    def accepts(self, value: object) -> bool:
+        return type(value) is str and value in self.words
+
+    def schema(self) -> dict[str, Any]:
+        return {"enum": list(self.words)}
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(self.words)
+
+
+@attrs.frozen
+class Flag(Rule):
+    """`true` or `false`."""
+
+    def accepts(self, value: object) -> bool:
+        return type(value) is bool
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "boolean"}
+
+    def __str__(self) -> str:
+        return "true or false"
+
+
+@attrs.frozen
+class Text(Rule):
+    """A line of text."""
+
+    def accepts(self, value: object) -> bool:
+        return type(value) is str and "\n" not in value
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string"}
+
+    def __str__(self) -> str:
+        return "a line of text"
+
+
+@attrs.frozen
+class Nested(Rule):
+    """A mapping with parameters of its own, held as an attrs class."""
+
+    kind: type
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, self.kind)
+
+    def schema(self) -> dict[str, Any]:
+        return object_schema(self.kind)
+
+    def __str__(self) -> str:
+        return "a mapping with " + ", ".join(field.name for field in attrs.fields(self.kind))
+
+
+@attrs.frozen
+class Plugged(Rule):
+    """Another plugin, of the stage named (`score`, `select`, …): a scorer may be built on a scorer."""
+
+    stage: str
+
+    def accepts(self, value: object) -> bool:
+        return getattr(value, "stage", None) == self.stage
+
+    def schema(self) -> dict[str, Any]:
+        return {"$ref": f"#/$defs/{self.stage}"}
+
+    def __str__(self) -> str:
+        return f"a plugin of the stage {self.stage!r}"
+
+
+def parameter(rule: Rule, default: Any = _REQUIRED, *, help: str) -> Any:
+    """An attrs field that keeps `rule`; without a default it must be given. `help` is one line for the docs."""
+    return attrs.field(default=default, validator=rule, metadata={"rule": rule, "help": help})
+
+
+def rule_of(field: "attrs.Attribute[Any]") -> Rule:
+    """The rule that `parameter` put on an attrs field."""
+    rule = field.metadata["rule"]
+    if not isinstance(rule, Rule):
+        raise ParameterError(f"{field.name}: declare it with kvpolicy.stages.parameter")
+    return rule
+
+
+def object_schema(kind: type) -> dict[str, Any]:
+    """JSON Schema of a mapping whose keys are the parameters of the attrs class `kind`."""
+    fields = attrs.fields(kind)
+    return {
+        "type": "object",
+        "properties": {field.name: _property(field) for field in fields},
+        "required": [field.name for field in fields if field.default is attrs.NOTHING],
+        "additionalProperties": False,
+    }
+
+
+def _property(field: "attrs.Attribute[Any]") -> dict[str, Any]:
+    described = {**rule_of(field).schema(), "description": field.metadata["help"]}
+    if isinstance(field.default, (bool, int, float, str)):
+        described["default"] = field.default
+    return described
+
+
+def _within(value: float, minimum: float | None, maximum: float | None) -> bool:
+    return (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
+
+
+def _bounds(minimum: float | None, maximum: float | None) -> dict[str, Any]:
+    pairs = {"minimum": minimum, "maximum": maximum}
+    return {key: bound for key, bound in pairs.items() if bound is not None}
+
+
+def _bounds_text(minimum: float | None, maximum: float | None) -> str:
+    if minimum is not None and maximum is not None:
+        return f" from {minimum:g} to {maximum:g}"
+    if minimum is not None:
+        return f" >= {minimum:g}"
+    return "" if maximum is None else f" <= {maximum:g}"

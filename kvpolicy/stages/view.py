@@ -1,0 +1,88 @@
+"""What a plugin sees of one layer when the cache is compressed."""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.stages.geometry import Geometry
+
+
+@attrs.frozen(eq=False)
+class View:
+    """The held entries of one layer, plus what was observed about them. Plain tensors; build one by hand in tests.
+
+    Along T, the entries of a head stand in ascending order of position; slots that hold nothing come last and
+    have position -1. Left pads, finished rows and heads with smaller budgets are such empty slots, so a scorer
+    that respects `valid` is right for padded batches and for ragged heads alike.
+    """
+
+    keys: Tensor  # [B, K, T, D] post-RoPE, as cached
+    values: Tensor  # [B, K, T, Dv]
+    positions: Tensor  # [B, K, T] int, place among the row's real tokens; -1 = empty
+    geometry: Geometry
+    scaling: float  # the attention module's own factor on q·k
+    layer: int = 0  # ordinal among the managed layers
+    sinks: int = 0  # protected entries at the start of the sequence
+    recent: int = 0  # protected entries at its end
+    queries: Tensor | None = None  # [B, H, W, D] post-RoPE, oldest first
+    query_positions: Tensor | None = None  # [B, W] int; -1 = that row has had fewer than W queries
+    attention: Tensor | None = None  # [B, K, G, T] float32, mass each entry has received since it was stored
+    log_votes: Tensor | None = None  # [B, K, T] float32
+    slot_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B, K, T] float32 each, declared by a scorer
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[B, K, T] bool: slots that hold an entry."""
+        return self.positions >= 0
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[B, K] int64: entries held per head."""
+        return self.valid.sum(-1)
+
+    @cached_property
+    def age(self) -> Tensor:
+        """[B, K, T] int64: 0 for the newest entry of a head, 1 for the one before it; negative in empty slots."""
+        slots = torch.arange(self.positions.shape[-1], device=self.positions.device)
+        return self.lengths[..., None] - 1 - slots
+
+    @cached_property
+    def protected(self) -> Tensor:
+        """[B, K, T] bool: sink tokens and the recent window."""
+        sink = self.positions < self.sinks
+        return self.valid & (sink | (self.age < self.recent))
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """[B, K, T] bool: entries that may be evicted."""
+        return self.valid & ~self.protected
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[B, K, G, W, T] float32: scaled q·k of the window queries, -inf in empty slots; no repeated keys."""
+        batch, kv_heads, slots, dim = self.keys.shape
+        queries = self.window.float().reshape(batch, kv_heads, -1, dim)  # [B, K, G·W, D]
+        logits = (queries * self.scaling) @ self.keys.float().transpose(-1, -2)
+        if self.log_votes is not None:
+            logits = logits + self.log_votes[:, :, None]
+        logits = logits.masked_fill(~self.valid[:, :, None], -torch.inf)
+        return logits.reshape(batch, kv_heads, -1, self.window.shape[2], slots)
+
+    @property
+    def window(self) -> Tensor:
+        """`queries`, for a scorer whose `needs` asked for them."""
+        if self.queries is None:
+            raise ValueError("this view has no queries: declare them in the scorer's `needs`")
+        return self.queries
+
+    @property
+    def window_positions(self) -> Tensor:
+        """[B, W] int: `query_positions`, by default those of the last W tokens of each row."""
+        if self.query_positions is not None:
+            return self.query_positions
+        newest = self.positions.amax(dim=(1, 2))
+        back = torch.arange(self.window.shape[2] - 1, -1, -1, device=newest.device)
+        return newest[:, None] - back
