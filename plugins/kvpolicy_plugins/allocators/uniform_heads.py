@@ -1,0 +1,22 @@
+"""The same for every head."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+
+from kvpolicy.stages import HeadAllocator
+from kvpolicy_plugins.apportion import apportion, fill_evenly
+
+
+@attrs.frozen
+class UniformHeads(HeadAllocator):
+    """Every head of a layer keeps as many candidates as every other; what one cannot fill, the others get."""
+
+    name: ClassVar[str] = "uniform"
+    ragged: ClassVar[bool] = False
+
+    def allocate(self, scores: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:  # noqa: ARG002
+        room = candidates.sum(-1)
+        total = budget.minimum(room.sum(-1))
+        return apportion(fill_evenly(room, total), total)

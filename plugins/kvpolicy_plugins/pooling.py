@@ -1,0 +1,28 @@
+"""Smoothing of scores over neighbouring candidates."""
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvpolicy.stages import Choice, Integer, parameter
+
+
+@attrs.frozen
+class Pool:
+    """A sliding window over the candidates, with the padding of the published codes at their edges."""
+
+    kind: str = parameter(Choice(("none", "max", "average")), "none", help="how neighbours are combined")
+    size: int = parameter(Integer(minimum=1, odd=True), 7, help="entries under the window")
+
+    def __call__(self, scores: Tensor, candidates: Tensor) -> Tensor:
+        """Scores [..., T], pooled where `candidates` (bool, broadcast) holds; elsewhere the result is void.
+
+        Beyond the edges `max` sees -inf and `average` sees zeros that its divisor counts.
+        """
+        if self.kind == "none":
+            return scores
+        outside = -torch.inf if self.kind == "max" else 0.0
+        rows = scores.masked_fill(~candidates, outside).reshape(1, -1, scores.shape[-1])
+        pool = functional.max_pool1d if self.kind == "max" else functional.avg_pool1d
+        return pool(rows, self.size, stride=1, padding=self.size // 2).reshape(scores.shape)

@@ -1,0 +1,31 @@
+"""What an entry has been attended to since it came."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+
+from kvpolicy.stages import Needs, Scorer, View, parameter
+from kvpolicy_plugins.grouping import GROUP, reduce_group
+
+
+@attrs.frozen
+class AccumulatedAttention(Scorer):
+    """Heavy hitters, H2O (section 4): the probabilities that an entry received, summed over all queries.
+
+    As in the published code nothing is divided by the number of queries that could see the entry, so old entries
+    are at an advantage, and what an evicted entry had received is lost.
+    """
+
+    name: ClassVar[str] = "accumulated_attention"
+    reference: ClassVar[str] = "arXiv:2306.14048"
+
+    group: str = parameter(GROUP, "mean", help="how the query heads of a KV head are reduced to one")
+
+    def needs(self) -> Needs:
+        return Needs(attention=True)
+
+    def score(self, view: View) -> Tensor:
+        if view.attention is None:
+            raise ValueError("this view has no attention: accumulated_attention declares it in `needs`")
+        return reduce_group(view.attention.float(), self.group).squeeze(2)

@@ -1,0 +1,24 @@
+"""Small keys first."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from kvpolicy.stages import Scorer, View
+
+
+@attrs.frozen
+class KeyNorm(Scorer):
+    """The L2 norm of the key, negative (Devoto et al., section 4): keys of low norm draw the attention.
+
+    Rotary embedding keeps the norm, so keys before and after it score alike.
+    """
+
+    name: ClassVar[str] = "key_norm"
+    reference: ClassVar[str] = "arXiv:2406.11430"
+
+    def score(self, view: View) -> Tensor:
+        norms: Tensor = vector_norm(view.keys.float(), dim=-1)
+        return -norms

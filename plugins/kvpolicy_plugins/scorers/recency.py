@@ -1,0 +1,23 @@
+"""Newest first."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+
+from kvpolicy.stages import Scorer, View
+
+
+@attrs.frozen
+class Recency(Scorer):
+    """The position of an entry: with protected sinks, StreamingLLM (section 3.2) at the original positions.
+
+    Counted back from the newest entry, because float32 holds no integer beyond 2^24 exactly.
+    """
+
+    name: ClassVar[str] = "recency"
+    reference: ClassVar[str] = "arXiv:2309.17453"
+
+    def score(self, view: View) -> Tensor:
+        newest = view.positions.amax(dim=(1, 2), keepdim=True)
+        return (view.positions - newest).float()

@@ -1,0 +1,23 @@
+"""Large values first."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from kvpolicy.stages import Number, Scorer, View, parameter
+
+
+@attrs.frozen
+class ValueNorm(Scorer):
+    """The norm of the value: what an entry can add to the output at all (VATP, section 3: `order: 1`)."""
+
+    name: ClassVar[str] = "value_norm"
+    reference: ClassVar[str] = "arXiv:2406.12335"
+
+    order: float = parameter(Number(above=0), 2, help="p of the p-norm")
+
+    def score(self, view: View) -> Tensor:
+        norms: Tensor = vector_norm(view.values.float(), ord=self.order, dim=-1)
+        return norms
