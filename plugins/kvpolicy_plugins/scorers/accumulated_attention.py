@@ -13,7 +13,7 @@ from kvpolicy_plugins.grouping import GROUP, reduce_group
 class AccumulatedAttention(Scorer):
     """Heavy hitters, H2O (section 4): the probabilities that an entry received, summed over all queries.
 
-    As in the published code nothing is divided by the number of queries that could see the entry, so old entries
+    As in the published code nothing is divided by the number of queries that could see the entry, so old ones
     are at an advantage, and what an evicted entry had received is lost.
     """
 

@@ -20,7 +20,7 @@ class Attention(Scorer):
     3. pooling over neighbouring candidates; 4. one value per KV head out of its G query heads.
 
     `group_at` says what step 4 reduces: the pooled scores (as written), the scores before pooling (Ada-KV),
-    the probabilities before step 2 (G-KV), or the logits before step 1 (R-KV). TOVA is one query and `shared`.
+    the probabilities before step 2 (G-KV), or the logits before step 1 (R-KV). TOVA: one query, `shared`.
     """
 
     name: ClassVar[str] = "attention"

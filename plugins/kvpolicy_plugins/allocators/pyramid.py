@@ -1,0 +1,55 @@
+"""More for the lower layers."""
+
+from typing import ClassVar
+
+import attrs
+import torch
+
+from kvpolicy.stages import Choice, LayerAllocator, LayerRequest, Number, parameter
+from kvpolicy_plugins.apportion import apportion
+
+
+@attrs.frozen
+class Pyramid(LayerAllocator):
+    """Budgets that fall linearly from the first layer to the last, PyramidKV (section 4.2).
+
+    With `mean` unprotected entries per layer, the last layer gets low = mean / beta and the first one
+    high = 2 · mean - low, but none more than there are. Protected entries come on top, in every layer.
+
+    `conserve` rounds so that the sum is the budget. `floor_step` is the published integer code: it floors the
+    step between layers and so overshoots, and it keeps layers alike while a sequence is below 2 · mean.
+    """
+
+    name: ClassVar[str] = "pyramid"
+    reference: ClassVar[str] = "arXiv:2406.02069"
+
+    beta: float = parameter(Number(above=0), 20, help="how much narrower the top is than the mean")
+    rounding: str = parameter(
+        Choice(("conserve", "floor_step")), "conserve", help="exact sum, or the published code"
+    )
+
+    def allocate(self, request: LayerRequest) -> tuple[int, ...]:
+        mean, most = request.budget - request.protected, request.length - request.protected
+        if mean >= most or request.layers == 1:
+            return (min(request.budget, request.length),) * request.layers
+        if self.rounding == "conserve":
+            shares = self._ramp(mean, most, request.layers)
+        elif request.length < 2 * mean:
+            shares = (mean,) * request.layers
+        else:
+            shares = self._floored_ramp(mean, most, request.layers)
+        return tuple(share + request.protected for share in shares)
+
+    def _ramp(self, mean: int, most: int, layers: int) -> tuple[int, ...]:
+        low = min(mean / self.beta, 2 * mean, most)
+        high = 2 * mean - low
+        if high > most:
+            low, high = 2 * mean - most, most
+        steps = torch.arange(layers, dtype=torch.float64) / (layers - 1)
+        shares = apportion(high - (high - low) * steps, torch.tensor(mean * layers))
+        return tuple(shares.tolist())
+
+    def _floored_ramp(self, mean: int, most: int, layers: int) -> tuple[int, ...]:
+        high = min(2 * mean - int(mean // self.beta), most)
+        step = (2 * high - 2 * mean) // (layers - 1)
+        return tuple(high - layer * step for layer in range(layers))
