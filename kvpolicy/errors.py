@@ -1,6 +1,11 @@
 """One class per way to fail. Every error that kvpolicy raises on purpose derives from `KVPolicyError`."""
 
+import difflib
+from collections.abc import Iterable
+
 import attrs
+
+_LONGEST_SHOWN = 60
 
 
 class KVPolicyError(Exception):
@@ -68,3 +73,23 @@ class EvaluationError(KVPolicyError):
 
 class NonFiniteScoreWarning(UserWarning):
     """A scorer produced NaN; the entries concerned rank below every other candidate."""
+
+
+def shown(value: object) -> str:
+    """A value as an error message gives it: in the words of a policy file, and never long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (dict, list, tuple)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if type(value) not in (int, float, str):
+        return f"a Python {type(value).__name__}"
+    if isinstance(value, int) and value.bit_length() > 2 * _LONGEST_SHOWN:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print very long ones
+    text = repr(value[: _LONGEST_SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…{text[0]}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'topk'?"` when a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

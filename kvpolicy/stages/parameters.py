@@ -2,13 +2,16 @@
 
 import abc
 import math
+import re
 from typing import Any
 
 import attrs
 
-from kvpolicy.errors import ParameterError
+from kvpolicy.errors import ParameterError, shown
 
 _REQUIRED = attrs.NOTHING
+# control characters would garble reports, half surrogates cannot be written at all
+_LINE = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]*$"
 
 
 class Rule(abc.ABC):
@@ -25,9 +28,13 @@ class Rule(abc.ABC):
     def schema(self) -> dict[str, Any]:
         """The rule as JSON Schema (draft 2020-12)."""
 
-    def __call__(self, instance: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
+    def convert(self, value: Any) -> Any:
+        """`value` as it is held, in one form only: the digest of a policy goes by the form."""
+        return value
+
+    def __call__(self, _instance: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
         if not self.accepts(value):
-            raise ParameterError(f"{attribute.name}: must be {self}: {value!r}")
+            raise ParameterError(f"{attribute.name}: must be {self}: {shown(value)}")
 
 
 @attrs.frozen
@@ -60,14 +67,22 @@ class Number(Rule):
     above: float | None = None
 
     def accepts(self, value: object) -> bool:
-        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        number = self.convert(value)
+        if type(number) is not float or not math.isfinite(number):
             return False
-        number = float(value)  # type: ignore[arg-type]
         return _within(number, self.minimum, self.maximum) and (self.above is None or number > self.above)
 
     def schema(self) -> dict[str, Any]:
         exclusive = {} if self.above is None else {"exclusiveMinimum": self.above}
         return {"type": "number", **_bounds(self.minimum, self.maximum), **exclusive}
+
+    def convert(self, value: Any) -> Any:
+        if type(value) not in (int, float):
+            return value
+        try:
+            return float(value) + 0.0  # -0.0 becomes 0.0
+        except OverflowError:
+            return math.inf
 
     def __str__(self) -> str:
         above = "" if self.above is None else f" > {self.above:g}"
@@ -109,10 +124,10 @@ class Text(Rule):
     """A line of text."""
 
     def accepts(self, value: object) -> bool:
-        return type(value) is str and "\n" not in value
+        return type(value) is str and re.search(_LINE, value) is not None and not value.endswith("\n")
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "string"}
+        return {"type": "string", "pattern": _LINE}
 
     def __str__(self) -> str:
         return "a line of text"
@@ -136,9 +151,13 @@ class Nested(Rule):
 
 @attrs.frozen
 class Plugged(Rule):
-    """Another plugin, of the stage named (`score`, `select`, …): a scorer may be built on a scorer."""
+    """Another plugin, of the stage named (`score`, `select`, …): a scorer may be built on a scorer.
+
+    `default` names the plugin that a policy file gets when it leaves the key out.
+    """
 
     stage: str
+    default: str = ""
 
     def accepts(self, value: object) -> bool:
         return getattr(value, "stage", None) == self.stage
@@ -151,8 +170,10 @@ class Plugged(Rule):
 
 
 def parameter(rule: Rule, default: Any = _REQUIRED, *, help: str) -> Any:
-    """An attrs field that keeps `rule`; without a default it must be given. `help` is one line for the docs."""
-    return attrs.field(default=default, validator=rule, metadata={"rule": rule, "help": help})
+    """An attrs field that keeps `rule`; must be given if it has no default. `help`: one line for the docs."""
+    return attrs.field(
+        default=default, converter=rule.convert, validator=rule, metadata={"rule": rule, "help": help}
+    )
 
 
 def rule_of(field: "attrs.Attribute[Any]") -> Rule:
@@ -169,13 +190,24 @@ def object_schema(kind: type) -> dict[str, Any]:
     return {
         "type": "object",
         "properties": {field.name: _property(field) for field in fields},
-        "required": [field.name for field in fields if field.default is attrs.NOTHING],
+        "required": [field.name for field in fields if is_required(field)],
         "additionalProperties": False,
     }
 
 
+def is_required(field: "attrs.Attribute[Any]") -> bool:
+    """Whether a policy file must give the parameter."""
+    rule = rule_of(field)
+    if field.default is not attrs.NOTHING or (isinstance(rule, Plugged) and rule.default):
+        return False
+    return not (isinstance(rule, Nested) and not any(map(is_required, attrs.fields(rule.kind))))
+
+
 def _property(field: "attrs.Attribute[Any]") -> dict[str, Any]:
-    described = {**rule_of(field).schema(), "description": field.metadata["help"]}
+    rule = rule_of(field)
+    described = {**rule.schema(), "description": field.metadata["help"]}
+    if isinstance(rule, Plugged) and rule.default:
+        described["default"] = rule.default
     if isinstance(field.default, (bool, int, float, str)):
         described["default"] = field.default
     return described

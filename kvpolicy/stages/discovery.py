@@ -1,0 +1,145 @@
+"""Finds the distributions that offer plugins, and brings each in on its own: a broken one breaks no other."""
+
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pluggy
+
+from kvpolicy.errors import PluginError
+from kvpolicy.stages.admission import admit
+from kvpolicy.stages.contracts import Plugin
+from kvpolicy.stages.hooks import PROJECT, Hooks
+
+GROUP = "kvpolicy"
+ALLOW = "KVPOLICY_PLUGINS"
+BUILT_IN = "kvpolicy_plugins"
+
+
+@attrs.frozen
+class Source:
+    """One place that plugins come from: an entry point, or the built-in module."""
+
+    name: str  # of the entry point
+    distribution: str
+    version: str
+    load: Callable[[], Any] = attrs.field(repr=False, eq=False)
+
+    def __str__(self) -> str:
+        return f"plugin {self.name!r} ({self.distribution} {self.version})"
+
+
+@attrs.frozen
+class Offer:
+    """What a source gives."""
+
+    source: Source
+    kinds: tuple[type[Plugin], ...]
+    policies: dict[str, Path]
+
+
+@attrs.frozen
+class Broken:
+    """A source that gives nothing, and why."""
+
+    source: Source
+    error: PluginError
+
+    def __str__(self) -> str:
+        return str(self.error)
+
+
+def discover() -> Iterator[Offer | Broken]:
+    """Every source in turn, the built-in one first. Imports plugins: never called at `import kvpolicy`."""
+    yield _bring_in(built_in())
+    by_name: dict[str, list[Source]] = {}
+    for source in _allowed(_installed()):
+        by_name.setdefault(source.name, []).append(source)
+    for sources in by_name.values():
+        yield _clash(sources) if len(sources) > 1 else _bring_in(sources[0])
+
+
+def built_in() -> Source:
+    """The plugins that come with kvpolicy, through the same hook as everyone else's."""
+    try:
+        version = metadata.version(PROJECT)
+    except metadata.PackageNotFoundError:
+        version = "not installed"  # run from a source tree
+    return Source(PROJECT, PROJECT, version, lambda: importlib.import_module(BUILT_IN))
+
+
+def normalised(distribution: str) -> str:
+    """The name of a distribution as packaging tools compare it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _installed() -> Iterator[Source]:
+    seen = set()
+    for distribution in metadata.distributions():
+        try:
+            points = [point for point in distribution.entry_points if point.group == GROUP]
+            name, version = distribution.metadata["Name"], distribution.version
+        except Exception:  # noqa: BLE001, S112 - damaged files of a distribution that need not concern us
+            continue
+        if points and normalised(name) not in seen:  # an earlier folder of sys.path hides a later one
+            seen.add(normalised(name))
+            yield from (Source(point.name, name, version, point.load) for point in points)
+
+
+def _allowed(sources: Iterator[Source]) -> Iterator[Source]:
+    listed = os.environ.get(ALLOW)
+    names = None if listed is None else {name.strip() for name in listed.split(",")}
+    return (source for source in sources if names is None or source.name in names)
+
+
+def _clash(sources: list[Source]) -> Broken:
+    owners = " and ".join(f"{source.distribution} {source.version}" for source in sources)
+    message = f"plugin {sources[0].name!r}: two distributions have this entry point, uninstall one: {owners}"
+    return Broken(sources[0], PluginError(message))
+
+
+def _bring_in(source: Source) -> Offer | Broken:
+    try:
+        hooks = _hooks(source)
+        kinds = [admit(kind) for given in hooks.kvpolicy_stages() for kind in given]
+        packages = [package for given in hooks.kvpolicy_policies() for package in given]
+        _check_distinct(kinds)
+        policies = dict(found for package in packages for found in _policies(package))
+        return Offer(source, tuple(kinds), policies)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a third party's import does, others must work
+        broken = PluginError(f"{source}: {type(error).__name__}: {_first_line(error)}")
+        broken.__cause__ = error
+        return Broken(source, broken)
+
+
+def _hooks(source: Source) -> Any:
+    manager = pluggy.PluginManager(PROJECT)  # one each: pluggy forgets all plugins when one fails
+    manager.add_hookspecs(Hooks)
+    plugin = source.load()
+    manager.register(plugin, source.name)
+    manager.check_pending()
+    if not manager.get_hookcallers(plugin):
+        raise PluginError("has no hook: mark kvpolicy_stages or kvpolicy_policies with @kvpolicy.hookimpl")
+    return manager.hook
+
+
+def _check_distinct(kinds: list[type[Plugin]]) -> None:
+    seen: dict[tuple[str, str], type[Plugin]] = {}
+    for kind in kinds:
+        if seen.setdefault((kind.stage, kind.name), kind) is not kind:
+            raise PluginError(f"two plugins of the stage {kind.stage!r} have the name {kind.name!r}")
+
+
+def _policies(package: str) -> Iterator[tuple[str, Path]]:
+    for file in resources.files(package).iterdir():
+        if file.name.endswith(".yaml") and isinstance(file, Path):
+            yield file.name.removesuffix(".yaml"), file
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

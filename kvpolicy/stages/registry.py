@@ -1,0 +1,117 @@
+"""All plugins and policies by name. Filled once, when the first policy is read."""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import attrs
+
+from kvpolicy.errors import PluginError, did_you_mean, shown
+from kvpolicy.stages.contracts import STAGES, Plugin
+from kvpolicy.stages.discovery import Broken, Offer, discover, normalised
+from kvpolicy.stages.hooks import PROJECT
+
+
+@attrs.frozen
+class Record:
+    """One plugin, as lists show it."""
+
+    name: str
+    stage: str
+    distribution: str
+    version: str
+    kind: type[Plugin]
+
+    @property
+    def summary(self) -> str:
+        """The first line of the plugin's docstring."""
+        return (self.kind.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def qualified(self) -> str:
+        """`distribution:name`, which no other plugin of the stage has."""
+        return f"{normalised(self.distribution)}:{self.name}"
+
+
+@attrs.frozen
+class Registry:
+    """Finds plugin classes and policy files by the names that policies use."""
+
+    offers: tuple[Offer, ...]
+    broken: tuple[Broken, ...]
+
+    def find(self, stage: str, name: str) -> type[Plugin]:
+        """The plugin class of `stage` called `name`, or `distribution:name` where two have the name.
+
+        Raises:
+            PluginError: no such plugin, more than one, or a distribution that should have it is broken.
+        """
+        found = [one for one in self._of(stage) if name in (one.name, one.qualified)]
+        if len(found) > 1:
+            choices = " or ".join(repr(one.qualified) for one in found)
+            raise PluginError(f"more than one plugin has the name {shown(name)}; write {choices}")
+        if not found:
+            raise self._unknown(stage, name) from next(iter(self._suspects(name)), None)
+        return found[0].kind
+
+    def names(self, stage: str) -> tuple[str, ...]:
+        """What `find` accepts for `stage`, sorted; `distribution:name` where two have the name."""
+        return tuple(sorted(_distinct(self._of(stage))))
+
+    def reference(self, kind: type[Plugin]) -> str:
+        """The name under which `find` gives `kind`."""
+        named = _distinct(self._of(kind.stage))
+        return next((name for name, record in named.items() if record.kind is kind), kind.name)
+
+    def identity(self, kind: type[Plugin]) -> str:
+        """A name for `kind` that does not depend on what else is installed."""
+        record = next((one for one in self._of(kind.stage) if one.kind is kind), None)
+        return kind.name if record is None or record.distribution == PROJECT else record.qualified
+
+    def policies(self) -> dict[str, Path]:
+        """The installed policies by name, sorted; `distribution:name` where two have the name."""
+        named = [(offer, name) for offer in self.offers for name in offer.policies]
+        several = {name for _, name in named if [other for _, other in named].count(name) > 1}
+        paths = {}
+        for offer, name in named:
+            owner = f"{normalised(offer.source.distribution)}:" if name in several else ""
+            paths[owner + name] = offer.policies[name]
+        return dict(sorted(paths.items()))
+
+    def plugins(self) -> tuple[Record, ...]:
+        """Every plugin, in the order of the stages, then of their names."""
+        return tuple(record for stage in STAGES for _, record in sorted(_distinct(self._of(stage)).items()))
+
+    def _of(self, stage: str) -> list[Record]:
+        return [
+            Record(kind.name, stage, offer.source.distribution, offer.source.version, kind)
+            for offer in self.offers
+            for kind in offer.kinds
+            if kind.stage == stage
+        ]
+
+    def _suspects(self, name: str) -> list[PluginError]:
+        """Why plugins that might have had the name are not there; the entry point of that name first."""
+        named = sorted(self.broken, key=lambda one: one.source.name != name)
+        return [one.error for one in named]
+
+    def _unknown(self, stage: str, name: str) -> PluginError:
+        known = self.names(stage)
+        broken = "".join(f"; not loaded: {error}" for error in self._suspects(name))
+        installed = ", ".join(known) or "none"
+        close = did_you_mean(name, known)
+        return PluginError(f"unknown name {shown(name)}{close}; installed: {installed}{broken}")
+
+
+@functools.cache
+def registry() -> Registry:
+    """The registry of this process; `registry.cache_clear()` makes the next call look again."""
+    found = list(discover())
+    offers = tuple(one for one in found if isinstance(one, Offer))
+    return Registry(offers, tuple(one for one in found if isinstance(one, Broken)))
+
+
+def _distinct(records: Iterable[Record]) -> dict[str, Record]:
+    listed = list(records)
+    names = [record.name for record in listed]
+    return {(one.qualified if names.count(one.name) > 1 else one.name): one for one in listed}
