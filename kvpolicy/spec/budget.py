@@ -7,15 +7,15 @@ import attrs
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?) ?%", re.ASCII)
-_BYTES = re.compile(r"(\d{1,9}(?:\.\d{1,6})?) ?(B|[KMG]i?B)", re.ASCII)
+_BYTES = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(B|[KMG]i?B)", re.ASCII)
 
 
 @attrs.frozen
 class Budget:
     """Entries per KV head, averaged over layers and heads: exactly one of the three is set.
 
-    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence, all layers and the slack of
-    `compress.every` included.
+    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence, all layers and the
+    slack of `compress.every` included.
     """
 
     tokens: int | None = None

@@ -4,6 +4,7 @@ from typing import Any
 
 import attrs
 
+from kvpolicy.errors import ParameterError
 from kvpolicy.spec.budget import Budget
 from kvpolicy.stages.contracts import (
     Codec,
@@ -34,7 +35,10 @@ class BudgetRule(Rule):
     """The budget of a policy."""
 
     def accepts(self, value: object) -> bool:
-        return isinstance(value, Budget)
+        return isinstance(value, Budget) and Budget.parse(value.dump()) == value
+
+    def convert(self, value: Any) -> Any:
+        return Budget.parse(value) or value
 
     def schema(self) -> dict[str, Any]:
         text = {"type": "string", "pattern": r"^\d+(\.\d+)? ?(%|B|[KMG]i?B)$"}
@@ -77,12 +81,26 @@ class Weighted:
     """One term of the score: the keys that stand beside `use` and the scorer's own parameters."""
 
     scorer: Scorer = parameter(Plugged("score"), help="the scorer")
-    weight: float = parameter(Number(), 1.0, help="factor in the weighted sum; negative = evict what scores high")
+    weight: float = parameter(Number(), 1.0, help="factor in the sum; negative = evict what scores high")
     normalise: str = parameter(
         Choice(("none", "max", "standard")),
         "none",
-        help="over a head's candidates, before weighting: divide by the maximum, or to mean 0 and deviation 1",
+        help="before weighting, over a head's candidates: divide by the maximum, or to mean 0, deviation 1",
     )
+
+    def __attrs_post_init__(self) -> None:
+        for field in attrs.fields(Weighted):
+            hidden = field.name not in keys_beside(type(self.scorer)) and field.default is not attrs.NOTHING
+            if hidden and getattr(self, field.name) != field.default:
+                raise ParameterError(
+                    f"{field.name}: a parameter of the scorer {self.scorer.name!r} has this name"
+                )
+
+
+def keys_beside(scorer: Any) -> tuple[str, ...]:
+    """The keys that stand beside a scorer's own parameters; a parameter of the same name hides one."""
+    own = {field.name for field in attrs.fields(scorer)}
+    return tuple(field.name for field in attrs.fields(Weighted) if field.name not in {*own, "scorer"})
 
 
 @attrs.frozen
@@ -112,8 +130,10 @@ class Protect:
 class Allocate:
     """How the budget is divided."""
 
-    layers: LayerAllocator = parameter(Plugged("allocate.layers"), help="over layers")
-    heads: HeadAllocator = parameter(Plugged("allocate.heads"), help="over the KV heads of a layer")
+    layers: LayerAllocator = parameter(Plugged("allocate.layers", default="uniform"), help="over layers")
+    heads: HeadAllocator = parameter(
+        Plugged("allocate.heads", default="uniform"), help="over the KV heads of a layer"
+    )
 
 
 @attrs.frozen
@@ -124,9 +144,9 @@ class PolicySpec:
     budget: Budget = parameter(BudgetRule(), help="entries kept per KV head, averaged over layers and heads")
     score: tuple[Weighted, ...] = parameter(ScoreRule(), help="weighted sum of scorers; larger = keep")
     allocate: Allocate = parameter(Nested(Allocate), help="how the budget is divided")
-    select: Selector = parameter(Plugged("select"), help="which candidates stay")
-    merge: Merger = parameter(Plugged("merge"), help="what becomes of evicted entries")
-    store: Codec = parameter(Plugged("store"), help="how kept entries are held")
+    select: Selector = parameter(Plugged("select", default="topk"), help="which candidates stay")
+    merge: Merger = parameter(Plugged("merge", default="drop"), help="what becomes of evicted entries")
+    store: Codec = parameter(Plugged("store", default="plain"), help="how kept entries are held")
     compress: Compress = parameter(Nested(Compress), Compress(), help="when to compress")
     protect: Protect = parameter(Nested(Protect), Protect(), help="what is never evicted")
     summary: str = parameter(Text(), "", help="one line for people")

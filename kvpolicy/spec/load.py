@@ -1,0 +1,87 @@
+"""From a path or a name to a checked policy."""
+
+import os
+from pathlib import Path
+
+from kvpolicy.errors import InputError, UnknownPolicyError, did_you_mean, shown
+from kvpolicy.spec.checks import check
+from kvpolicy.spec.overrides import override
+from kvpolicy.spec.policy import PolicySpec
+from kvpolicy.spec.reader import MAX_BYTES, read
+from kvpolicy.spec.structure import structure
+from kvpolicy.spec.tree import Problems
+from kvpolicy.stages.registry import registry
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+def read_policy(source: "str | os.PathLike[str]", /, **overrides: object) -> tuple[PolicySpec, str]:
+    """The policy in a file, or the installed one of that name, and the path that it came from.
+
+    A path, or text with a separator or a YAML suffix, is that file only. A bare name is NAME.yaml in the
+    working directory, else an installed policy. `overrides` replace top-level keys.
+
+    Raises:
+        UnknownPolicyError: there is no such file and no such policy.
+        InputError: the file cannot be read.
+        PolicyError: the policy cannot be used as written; all problems at once.
+    """
+    path = _resolve(source)
+    return parse_policy(_bytes(path), str(path), default_name=path.stem, **overrides), str(path)
+
+
+def parse_policy(
+    data: bytes | str, label: str = "policy", /, *, default_name: str = "policy", **overrides: object
+) -> PolicySpec:
+    """The policy that the YAML text `data` describes; `label` names the text in messages.
+
+    Raises:
+        PolicyError: the policy cannot be used as written; all problems at once.
+    """
+    problems = Problems()
+    root = override(read(data, label, problems), overrides, problems)
+    spec = structure(root, default_name, problems)
+    if spec is not None:
+        check(spec, root, problems)
+    problems.raise_any()
+    return spec  # type: ignore[return-value] # None only after a problem
+
+
+def _resolve(source: object) -> Path:
+    if isinstance(source, os.PathLike):
+        return Path(os.fsdecode(source))
+    if not isinstance(source, str):
+        raise InputError(f"a policy must be given as a path or a name: {shown(source)}")
+    separators = [separator for separator in (os.sep, os.altsep, "/") if separator]
+    if source.endswith(_SUFFIXES) or any(separator in source for separator in separators):
+        return Path(source)
+    here = (Path(source + suffix) for suffix in _SUFFIXES)
+    return next((path for path in here if _is_file(path)), None) or _installed(source)
+
+
+def _installed(name: str) -> Path:
+    policies = registry().policies()
+    if name not in policies:
+        several = [key for key in policies if key.endswith(f":{name}")]
+        close = f"; write {' or '.join(map(repr, several))}" if several else did_you_mean(name, policies)
+        broken = "".join(f"; not loaded: {one}" for one in registry().broken)
+        installed = ", ".join(policies) or "none"
+        raise UnknownPolicyError(f"unknown policy {shown(name)}{close}; installed: {installed}{broken}")
+    return policies[name]
+
+
+def _bytes(path: Path) -> bytes:
+    if not _is_file(path):  # a pipe or a device could keep us waiting for ever
+        raise UnknownPolicyError(f"{shown(str(path))}: no such file")
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
