@@ -75,6 +75,10 @@ class NonFiniteScoreWarning(UserWarning):
     """A scorer produced NaN; the entries concerned rank below every other candidate."""
 
 
+class UncompressedWarning(UserWarning):
+    """Something goes on as without kvpolicy: correct, but nothing is compressed."""
+
+
 def shown(value: object) -> str:
     """A value as an error message gives it: in the words of a policy file, and never long."""
     if value is None or isinstance(value, bool):
@@ -89,7 +93,9 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…{text[0]}"
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'topk'?"` when a known name is close, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def did_you_mean(name: str, known: Iterable[str], label: str) -> str:
+    """`"; did you mean 'topk'? installed: topk"`: the close name, if any, and all of them after `label`."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"; {meant}{label}: {', '.join(names) or 'none'}"
