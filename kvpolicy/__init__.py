@@ -1,0 +1,18 @@
+"""Keep the KV cache of Hugging Face transformers models small, by a policy written in YAML.
+
+import kvpolicy
+
+policy = kvpolicy.load("rkv")
+with policy.attach(model) as attachment:
+model.generate(**inputs)
+print(attachment.report())
+"""
+
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.policy import Policy, load
+from kvpolicy.runtime.attachment import Attachment, attached
+from kvpolicy.runtime.cache import PolicyCache
+from kvpolicy.stages.hooks import hookimpl
+
+__all__ = ["Attachment", "KVPolicyError", "Policy", "PolicyCache", "attached", "hookimpl", "load"]
+__version__ = "0.1.0"

@@ -1,0 +1,64 @@
+"""From the budget of a policy to entries per layer."""
+
+from functools import lru_cache
+
+import attrs
+
+from kvpolicy.errors import PolicyError, Problem
+from kvpolicy.spec.policy import NEVER, PolicySpec
+from kvpolicy.stages import Geometry, LayerRequest
+
+
+@attrs.frozen
+class Budgets:
+    """Answers, for one geometry, how many entries each layer may hold. Counts are per KV head and sequence."""
+
+    spec: PolicySpec
+    geometry: Geometry
+    entry_bytes: int  # one entry of one KV head, all columns
+
+    def __attrs_post_init__(self) -> None:
+        size = self.spec.budget.size
+        if size is not None and self._affordable(size) <= self.spec.protect.total:
+            least = (self.spec.protect.total + 1 + self.slack) * self._bytes_per_token
+            raise PolicyError(
+                [Problem("budget", f"must be at least {least} bytes for this model: {self.spec.budget}")]
+            )
+
+    @property
+    def slack(self) -> int:
+        """Tokens that may come on top of the budget before the next compression."""
+        every = self.spec.compress.every
+        return 0 if every == NEVER else int(every)
+
+    @property
+    def _bytes_per_token(self) -> int:
+        return self.entry_bytes * self.geometry.layers * self.geometry.kv_heads
+
+    def _affordable(self, size: int) -> int:
+        return size // self._bytes_per_token - self.slack
+
+    def average(self, seen: int) -> int:
+        """Entries per KV head, averaged over layers, once a sequence has `seen` tokens."""
+        budget = self.spec.budget
+        if budget.tokens is not None:
+            return budget.tokens
+        if budget.size is not None:
+            return self._affordable(budget.size)
+        share = int(seen * budget.share) if budget.share is not None else seen
+        return max(share, self.spec.protect.total, 1)
+
+    def per_layer(self, seen: int) -> tuple[int, ...]:
+        """Entries per KV head for each managed layer, once a sequence has `seen` tokens."""
+        return _allocated(self, seen)
+
+
+@lru_cache(maxsize=4096)
+def _allocated(budgets: Budgets, seen: int) -> tuple[int, ...]:
+    request = LayerRequest(
+        layers=budgets.geometry.layers,
+        budget=min(budgets.average(seen), seen),
+        protected=min(budgets.spec.protect.total, seen),
+        length=seen,
+    )
+    return budgets.spec.allocate.layers.allocate(request)

@@ -1,0 +1,89 @@
+"""One compression of one layer: score, allocate, select, merge. A pure function of the view."""
+
+import warnings
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import NonFiniteScoreWarning
+from kvpolicy.spec.policy import PolicySpec, Weighted
+from kvpolicy.stages import Entries, View
+from kvpolicy.stages.slots import gather, indices_of
+
+
+@attrs.frozen(eq=False)
+class Compressed:
+    """What remains of a layer. N is the largest number of entries that a head keeps."""
+
+    kept: Tensor  # [B, K, N] int64, slots of the view, ascending, -1 behind a head's last one
+    entries: Entries  # [B, K, N, D] and [B, K, N, Dv]
+    slot_state: dict[str, Tensor]  # [B, K, N] float32, named as in the store
+
+
+def compress(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
+    """Reduce each row to `budget[b]` entries per KV head on average, protected ones included.
+
+    A row that holds no more than that keeps everything. Rows never influence each other.
+    """
+    scores, slot_state = score(spec, view)
+    counts = allocate(spec, view, scores, budget)
+    chosen = spec.select.select(scores, view.candidates, counts)
+    kept = indices_of(chosen | view.protected)
+    state = {name: gather(values, kept) for name, values in slot_state.items()}
+    return Compressed(kept, spec.merge.merge(view, kept), state)
+
+
+def score(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum [B, K, T] over the scorers, -inf outside the candidates; and their new slot state."""
+    total = torch.zeros(view.positions.shape, dtype=torch.float32, device=view.keys.device)
+    slot_state: dict[str, Tensor] = {}
+    for term, weighted in enumerate(spec.score):
+        prefix = state_name(term, "")
+        own = {name.removeprefix(prefix): t for name, t in view.slot_state.items() if name.startswith(prefix)}
+        seen = attrs.evolve(view, slot_state=own)
+        fresh = weighted.scorer.observe(seen)
+        if fresh:
+            seen = attrs.evolve(seen, slot_state={**own, **fresh})
+        slot_state.update({prefix + name: values for name, values in seen.slot_state.items()})
+        total = total + weighted.weight * _normalised(weighted, seen)
+    return _without_nan(total, view.candidates), slot_state
+
+
+def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int]) -> Tensor:
+    """Candidates to keep per head [B, K]: the row's budget over all heads, less what is protected anyway."""
+    heads = view.positions.shape[1]
+    total = torch.tensor([entries * heads for entries in budget], device=view.positions.device)
+    free = (total - view.protected.sum((1, 2))).clamp(min=0)
+    return spec.allocate.heads.allocate(scores, view.candidates, free)
+
+
+def state_name(term: int, name: str) -> str:
+    """Under which name the store holds the slot state of the scorer in place `term`."""
+    return f"score[{term}].{name}"
+
+
+def _normalised(weighted: Weighted, view: View) -> Tensor:
+    scores = weighted.scorer.score(view)
+    if weighted.normalise == "none":
+        return scores
+    inside = scores.masked_fill(~view.candidates, 0)
+    count = view.candidates.sum(-1, keepdim=True).clamp(min=1)
+    if weighted.normalise == "max":
+        top = scores.masked_fill(~view.candidates, -torch.inf).amax(-1, keepdim=True)
+        return scores / torch.where(top.abs() > 0, top, 1).nan_to_num(1, posinf=1, neginf=1)
+    mean = inside.sum(-1, keepdim=True) / count
+    spread = ((inside - mean).masked_fill(~view.candidates, 0).square().sum(-1, keepdim=True) / count).sqrt()
+    return (scores - mean) / spread.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _without_nan(scores: Tensor, candidates: Tensor) -> Tensor:
+    wrong = scores.isnan() & candidates
+    if bool(wrong.any()):
+        warnings.warn(
+            f"{int(wrong.sum())} of {int(candidates.sum())} scores are NaN; they rank last",
+            NonFiniteScoreWarning,
+            stacklevel=2,
+        )
+    return scores.masked_fill(wrong | ~candidates, -torch.inf)

@@ -1,0 +1,81 @@
+"""The public face of a policy: read it, attach it, look at what it would do."""
+
+import os
+
+import attrs
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvpolicy.errors import AttachError
+from kvpolicy.plan.plan import Plan, compile_policy
+from kvpolicy.runtime.attachment import Attachment, attached
+from kvpolicy.runtime.cache import PolicyCache
+from kvpolicy.runtime.support import check_model, geometry_of
+from kvpolicy.spec.dump import digest, to_yaml
+from kvpolicy.spec.load import read_policy
+from kvpolicy.spec.policy import PolicySpec
+
+
+@attrs.frozen
+class Policy:
+    """A checked policy. Immutable: one may be attached to many models, in many threads, at once."""
+
+    spec: PolicySpec
+    origin: str = attrs.field(default="", eq=False)  # the file it was read from
+
+    @property
+    def name(self) -> str:
+        """The word to know it by."""
+        return self.spec.name
+
+    @property
+    def digest(self) -> str:
+        """Equal for two policies exactly when they do the same; for benchmark records."""
+        return digest(self.spec)
+
+    def to_yaml(self) -> str:
+        """The policy as YAML; loading it gives an equal policy."""
+        return to_yaml(self.spec)
+
+    def compile(
+        self,
+        model: PreTrainedModel | PretrainedConfig,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Plan:
+        """The plan for a model or its configuration, without attaching.
+
+        Device and dtype are those of the model, and cpu and float32 for a configuration, unless given.
+        Raises UnsupportedModelError, or PolicyError when the budget does not go with the model.
+        """
+        if isinstance(model, PretrainedConfig):
+            return compile_policy(self.spec, geometry_of(model), device or "cpu", dtype or torch.float32)
+        check_model(model)
+        geometry = geometry_of(model.config)
+        return compile_policy(self.spec, geometry, device or model.device, dtype or model.dtype)
+
+    def attach(self, model: PreTrainedModel) -> Attachment:
+        """Let `model.generate` run under this policy, until the attachment is detached or its `with` block ends.
+
+        Raises UnsupportedModelError, PolicyError or AttachError before anything has changed.
+        """
+        return Attachment(self.compile(model), model)
+
+    def cache(self, model: PreTrainedModel) -> PolicyCache:
+        """A cache under this policy, for those who pass `past_key_values` themselves.
+
+        The model must have a policy attached, this one or another: the cache follows its own.
+        """
+        if attached(model) is None:
+            raise AttachError("attach a policy to the model first: without it nothing would be compressed")
+        return PolicyCache(self.compile(model), model.config)
+
+
+def load(source: "str | os.PathLike[str]", /, **overrides: object) -> Policy:
+    """A policy from a file, or an installed one by its name; `overrides` replace top-level keys.
+
+    `load("rkv", budget=512)`. Raises PolicyError with every problem of the file, UnknownPolicyError or InputError.
+    """
+    spec, origin = read_policy(source, **overrides)
+    return Policy(spec, origin)

@@ -1,0 +1,47 @@
+"""The cache of a whole model: managed layers where there is full attention, the model's own layers elsewhere."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache
+
+from kvpolicy.plan.plan import Plan
+from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.stats import LayerStats
+
+
+class PolicyCache(DynamicCache):
+    """A cache for one batch of sequences, to be passed as `past_key_values` to a model with the policy attached.
+
+    Layers with a sliding window, which are bounded already, stay as the model's library makes them.
+    """
+
+    def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
+        super().__init__(config=config)
+        self.plan = plan
+        for ordinal, layer in enumerate(plan.geometry.managed):
+            self.layers[layer] = PolicyLayer(plan, ordinal)
+
+    @property
+    def managed(self) -> list[PolicyLayer]:
+        """The layers that the policy bounds."""
+        return [layer for layer in self.layers if isinstance(layer, PolicyLayer)]
+
+    @property
+    def stats(self) -> list[LayerStats]:
+        """What happened in each managed layer so far."""
+        return [layer.stats for layer in self.managed]
+
+    def stop_recording(self) -> None:
+        """Leave the mode that assisted decoding switched on; evict whenever it is due again."""
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+
+    def check_integrity(self) -> None:
+        """Raise CacheError when a layer contradicts itself; for tests and debugging."""
+        for layer in self.managed:
+            layer.store.check_integrity()
+
+    def __iter__(self) -> Any:
+        raise TypeError("a compressed cache has no plain keys and values to iterate over; see PolicyCache.managed")

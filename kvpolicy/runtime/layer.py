@@ -1,0 +1,252 @@
+"""The cache layer: what `generate` sees as one layer's cache, bounded by a plan."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpolicy.errors import CacheError, UnsupportedModelError
+from kvpolicy.plan.pipeline import compress
+from kvpolicy.plan.plan import POSITIONS, Plan
+from kvpolicy.runtime.attend import Asked, add_attention_mass
+from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
+from kvpolicy.runtime.padding import Arrival
+from kvpolicy.runtime.stats import LayerStats
+from kvpolicy.runtime.store import Store
+from kvpolicy.runtime.trigger import entries_allowed
+from kvpolicy.runtime.window import Window
+
+
+class PolicyLayer(CacheLayerMixin):
+    """Storage of one layer. The lengths it reports are logical: tokens seen, whatever is still held.
+
+    One forward is `update` (append), then, from the attention function that alone sees the queries, `arrive` (which of
+    the new tokens are real) and `settle` (observe, compress). The keys that `update` returns carry the layer, as
+    attribute `kvpolicy_layer`.
+    """
+
+    is_sliding = False
+
+    def __init__(self, plan: Plan, ordinal: int) -> None:
+        super().__init__()
+        self.plan = plan
+        self.ordinal = ordinal
+        self.stats = LayerStats(plan.geometry.managed[ordinal])
+        self.record_past = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.store = Store(self.plan.columns, 0, self.plan.geometry.kv_heads, self.plan.device)
+        self.window = Window(self.plan.needs.queries)
+        self.scaling = 1.0
+        self.seen = 0  # tokens, pads included: the columns of the model's own attention mask
+        self.real: list[int] = []  # tokens of each row, pads excluded
+        self.evicted = False
+        self.padded = False  # whether the store holds pads: only until the first eviction
+        self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
+        self._arriving = 0  # tokens appended whose attention has not run yet
+        self._unsettled: list[Asked] = []  # queries that a rollback may still undo
+
+    # -- one forward -------------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make an empty store. Raises UnsupportedModelError when the entries do not have the planned shape."""
+        geometry, dtype = self.plan.geometry, self.plan.dtype
+        expected = (geometry.kv_heads, geometry.head_dim)
+        for states in (key_states, value_states):
+            found = (states.shape[1], states.shape[3])
+            if found != expected or states.dtype != dtype:
+                raise UnsupportedModelError(
+                    f"layer {self.stats.layer}: (KV heads, head dim) must be {expected} in {dtype}: "
+                    f"{found} in {states.dtype}"
+                )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.store = Store(self.plan.columns, key_states.shape[0], geometry.kv_heads, self.device)
+        self.real = [0] * key_states.shape[0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append post-RoPE [B, K, q, D]; returns all entries while nothing was evicted, else the new ones."""
+        if self._arriving:
+            raise CacheError(
+                f"layer {self.stats.layer}: the last forward did not reach kvpolicy's attention, or failed; "
+                "attach the policy to the model, and start with a new cache"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._arriving = key_states.shape[2]
+        self.seen += self._arriving
+        places = torch.arange(self._arriving, dtype=torch.int32, device=self.device)
+        entries = self.plan.spec.store.encode(key_states, value_states)
+        entries[POSITIONS] = places.expand(*key_states.shape[:3])
+        self.store.append(entries, self._limit)
+        keys, values = (key_states, value_states) if self.evicted else self._stored()
+        keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
+        keys.kvpolicy_layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def arrive(self, arrival: Arrival | None) -> Tensor:
+        """Positions of the appended tokens, [B, q], now that it is known which are pads (position -1)."""
+        count, self._arriving = self._arriving, 0
+        before = torch.tensor(self.real, device=self.device)[:, None]
+        if arrival is None:
+            positions = before + torch.arange(count, device=self.device)
+            self.real = [real + count for real in self.real]
+        else:
+            positions = (before + arrival.valid.long().cumsum(1) - 1).masked_fill(~arrival.valid, -1)
+            self.real = [real + new for real, new in zip(self.real, arrival.counts, strict=True)]
+            self.padded = self.padded or arrival.padded
+        spread = positions[:, None].expand(-1, self.store.layout.heads, -1)
+        self.store.overwrite_tail(POSITIONS, spread.to(torch.int32))
+        return positions
+
+    def settle(self, asked: Asked) -> None:
+        """After attention: observe the queries and compress the rows that are due; later, if it may be undone."""
+        self.scaling = asked.scaling
+        self._sample()
+        if self.record_past:
+            self._unsettled.append(asked)
+        else:
+            self._observe(asked)
+            self._compress_if_due(decoding=asked.queries.shape[2] == 1)
+        self._sample()
+
+    def would_evict(self) -> bool:
+        """Whether the tokens appended last lead to an eviction, if they are all real."""
+        ahead = [real + self._arriving for real in self.real]
+        return bool(self._due(ahead, decoding=self._arriving == 1))
+
+    # -- compression -------------------------------------------------------------------------------------------
+
+    def _observe(self, asked: Asked) -> None:
+        self.window.add(asked.queries, asked.positions, padded=asked.padded)
+        if self.plan.needs.attention:
+            add_attention_mass(self.plan, self.store, asked)
+
+    def _compress_if_due(self, *, decoding: bool) -> None:
+        rows = self._due(self.real, decoding=decoding)
+        if self.padded and (rows or self.evicted):
+            drop_pads(self.plan, self.store, self._limit)
+            self.padded, self._firm = False, self.seen
+        if rows:
+            started = time.perf_counter()
+            self._compress(rows)
+            self.stats.compressions += 1
+            self.stats.seconds += time.perf_counter() - started
+
+    def _due(self, real: Sequence[int], *, decoding: bool) -> list[int]:
+        heads = self.plan.geometry.kv_heads
+        # Until the first eviction a row holds all its real tokens, whatever the pads beside them.
+        held = [sum(row) for row in self.store.lengths] if self.evicted else [tokens * heads for tokens in real]
+        allowed = [entries_allowed(self.plan, self.ordinal, tokens, decoding=decoding) for tokens in real]
+        return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
+
+    def _compress(self, rows: Sequence[int]) -> None:
+        view = view_of(
+            self.plan, self.store, self.window, rows, layer=self.ordinal, scaling=self.scaling
+        )
+        budget = [self.plan.budgets.per_layer(self.real[row])[self.ordinal] for row in rows]
+        lay_down(self.plan, self.store, rows, compress(self.plan.spec, view, budget), self._limit)
+        self.evicted, self._firm = True, self.seen
+
+    @property
+    def _limit(self) -> int:
+        return self.plan.capacity(self.ordinal, max(self.seen, 1))
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        return self.plan.spec.store.decode({name: self.store.dense(name) for name in self.plan.entry_columns})
+
+    def _sample(self) -> None:
+        slots = self.store.layout.rows * self.store.layout.heads
+        held = sum(map(sum, self.store.lengths)) / slots
+        self.stats.sample(self.seen, held, self.store.nbytes)
+
+    # -- the rest of the cache interface -----------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, pads included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the model's own mask, which is logical: it is right until the first eviction, and
+        afterwards only tells which new tokens are pads.
+        """
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No bound on the tokens that may be seen."""
+        return -1
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        self._clear()
+
+    def activate_past_recording(self) -> None:
+        """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Undo the newest `-tokens_to_remove` tokens; a positive number is the length to return to.
+
+        Raises CacheError when entries have been evicted since: they do not come back.
+        """
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if count > self.seen - self._firm:
+            raise CacheError(
+                f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted "
+                f"{self.seen - self._firm} tokens ago; call activate_past_recording() before tokens that may be undone"
+            )
+        if count:
+            self._undo(count)
+        unsettled, self._unsettled = self._unsettled, []
+        for asked in unsettled:
+            self._observe(asked)
+        if unsettled:
+            self._compress_if_due(decoding=True)
+        if self.is_initialized:
+            self._sample()
+
+    def _undo(self, count: int) -> None:
+        for row, real in enumerate(self.real):
+            newest = self.store.segment(POSITIONS, row, 0)[-count:]
+            self.real[row] = real - int((newest >= 0).sum())
+        self.store.truncate(count)
+        self.seen -= count
+        self._unsettled = _without_newest(self._unsettled, count)
+        self.window.forget(torch.tensor(self.real, device=self.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row `beam_idx[b]` was."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, beside each other."""
+        self._select([row for row in range(len(self.real)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows named."""
+        self._select(torch.arange(len(self.real))[indices.cpu()].tolist())
+
+    def _select(self, rows: Sequence[int]) -> None:
+        if self.is_initialized:
+            self.store.select_rows(rows)
+            self.window.select_rows(rows)
+            self.real = [self.real[row] for row in rows]
+            self._unsettled = [asked.select_rows(rows) for asked in self._unsettled]
+
+
+def _without_newest(asked: Sequence[Asked], count: int) -> list[Asked]:
+    """The queries of several calls, less the newest `count`."""
+    left: list[Asked] = []
+    for one in reversed(asked):
+        size = one.queries.shape[2]
+        if count < size:
+            left.append(one.first(size - count))
+        count = max(0, count - size)
+    return left[::-1]

@@ -1,0 +1,218 @@
+"""The entries of one layer: one flat tensor per column, cut into a segment of slots per (row, KV head).
+
+Segments may differ in capacity and in length, so heads and rows with different budgets take different amounts of
+memory. When they are all alike the storage is an ordinary [B, K, capacity, ...] tensor, and is seen as such without a
+copy. Slots behind a segment's length have position -1.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CacheError
+from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.runtime.layout import Layout, Table, table
+from kvpolicy.stages import Column
+
+
+class Store:
+    """Holds columns; knows nothing of scores, triggers or models."""
+
+    def __init__(self, columns: Mapping[str, Column], rows: int, heads: int, device: torch.device) -> None:
+        self.columns = dict(columns)
+        self.device = device
+        self.even = True  # all segments have the same length and capacity
+        self.layout = Layout.even(rows, heads, 0)
+        self.tensors = self._allocate(self.layout)
+        self._settle(self.layout.capacity)
+
+    # -- what is held ------------------------------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> Table:
+        """Slots in use, [B][K]."""
+        return tuple(tuple(base + self._added for base in row) for row in self._base)
+
+    @property
+    def longest(self) -> int:
+        """The largest of the lengths."""
+        return self._longest_base + self._added
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages, as allocated."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+    def dense(self, name: str) -> Tensor:
+        """[B, K, T, ...] without a copy, T the longest length; needs a common capacity."""
+        return self._capacity_view(name)[:, :, : self.longest]
+
+    def segment(self, name: str, row: int, head: int) -> Tensor:
+        """[length, ...] without a copy."""
+        start = self.layout.offsets[row][head]
+        return self.tensors[name][start : start + self._base[row][head] + self._added]
+
+    def padded(self, name: str, rows: Sequence[int]) -> Tensor:
+        """[rows, K, T, ...], T the longest length among them; a view when it can be. Unused slots hold anything,
+        except for positions, which are -1 there.
+        """
+        if self.layout.uniform is not None:
+            longest = max(max(self._base[row]) for row in rows) + self._added
+            dense = self._capacity_view(name)[:, :, :longest]
+            return dense if list(rows) == list(range(self.layout.rows)) else dense[list(rows)]
+        segments = [self.segment(name, row, head) for row in rows for head in range(self.layout.heads)]
+        fill = self.columns[name].fill
+        padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=fill)
+        return padded.unflatten(0, (len(rows), self.layout.heads))
+
+    # -- how it changes ----------------------------------------------------------------------------------------
+
+    def append(self, entries: Mapping[str, Tensor], limit: int) -> None:
+        """Add [B, K, q, ...] at the end of every segment; columns that are not given get their fill.
+
+        Capacity at least doubles when it has to grow, but not beyond `limit` slots unless the entries need it.
+        """
+        count = entries[POSITIONS].shape[2]
+        self._reserve(count, limit)
+        for name, column in self.columns.items():
+            self._write_tail(name, count, entries.get(name, column.fill))
+        self._added += count
+
+    def overwrite_tail(self, name: str, entries: Tensor) -> None:
+        """Replace one column of the newest q slots, [B, K, q, ...]."""
+        count = entries.shape[2]
+        self._added -= count
+        self._write_tail(name, count, entries)
+        self._added += count
+
+    def replace(self, rows: Sequence[int], entries: Mapping[str, Tensor], lengths: Table, layout: Layout) -> None:
+        """Give some rows new contents, [rows, K, N, ...] of which `lengths` count, and lay all segments out anew.
+
+        Storage of the right size is reused in place; otherwise the new one is filled before the old one is dropped.
+        """
+        after = list(self.lengths)
+        for row, counts in zip(rows, lengths, strict=True):
+            after[row] = counts
+        if any(n > c for ns, cs in zip(after, layout.capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
+            raise CacheError(f"{after} entries do not fit into {layout.capacity} slots")
+        kept_rows = [row for row in range(self.layout.rows) if row not in set(rows)]
+        in_place = layout == self.layout or (layout.slots == self.layout.slots and not kept_rows)
+        target = self.tensors if in_place else self._allocate(layout)
+        if layout != self.layout:
+            self._copy_rows(kept_rows, target, layout)
+        for name, tensor in entries.items():
+            _write(target[name], layout, rows, tensor, lengths)
+        _clear_behind(target[POSITIONS], layout, rows, lengths)
+        self.tensors, self.layout = target, layout
+        self._settle(tuple(after))
+
+    def truncate(self, count: int) -> None:
+        """Drop the newest `count` slots of every segment."""
+        if count:
+            self._added -= count
+            self._write_tail(POSITIONS, count, -1)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep the rows named, in that order; a row may be named more than once."""
+        layout = Layout(tuple(self.layout.capacity[row] for row in rows))
+        if self.layout.uniform is not None:
+            index = torch.tensor(rows, device=self.device)
+            selected = {name: self._capacity_view(name)[index].flatten(0, 2) for name in self.columns}
+        else:
+            selected = {
+                name: torch.cat([self._row(tensor, row) for row in rows]) for name, tensor in self.tensors.items()
+            }
+        self.tensors, self.layout = selected, layout
+        self._settle(tuple(self._base[row] for row in rows), self._added)
+
+    def check_integrity(self) -> None:
+        """Raise CacheError unless lengths fit and exactly the slots behind them are marked empty."""
+        for row, lengths in enumerate(self.lengths):
+            for head, length in enumerate(lengths):
+                start, size = self.layout.offsets[row][head], self.layout.capacity[row][head]
+                if not 0 <= length <= size:
+                    raise CacheError(f"row {row} head {head}: {length} entries in {size} slots")
+                behind = self.tensors[POSITIONS][start + length : start + size]
+                if bool((behind >= 0).any()):
+                    raise CacheError(f"row {row} head {head}: entries behind the length {length}")
+
+    # -- storage -----------------------------------------------------------------------------------------------
+
+    def _allocate(self, layout: Layout) -> dict[str, Tensor]:
+        tensors = {
+            name: torch.empty((layout.slots, *column.shape), dtype=column.dtype, device=self.device)
+            for name, column in self.columns.items()
+        }
+        tensors[POSITIONS].fill_(-1)
+        return tensors
+
+    def _capacity_view(self, name: str) -> Tensor:
+        if self.layout.uniform is None:
+            raise CacheError("heads with different budgets have no common capacity")
+        return self.tensors[name].unflatten(0, (self.layout.rows, self.layout.heads, self.layout.uniform))
+
+    def _row(self, tensor: Tensor, row: int) -> Tensor:
+        start = self.layout.offsets[row][0]
+        return tensor[start : start + sum(self.layout.capacity[row])]
+
+    def _reserve(self, count: int, limit: int) -> None:
+        needed = [[length + count for length in row] for row in self.lengths]
+        if self.layout.uniform is not None:
+            most = max(max(row) for row in needed)
+            if most <= self.layout.uniform:
+                return
+            layout = Layout.even(self.layout.rows, self.layout.heads, max(most, min(2 * self.layout.uniform, limit)))
+        else:
+            capacity = self.layout.capacity
+            layout = Layout(
+                table(self.layout.rows, self.layout.heads, lambda b, k: max(needed[b][k], capacity[b][k]))
+            )
+            if layout == self.layout:
+                return
+        target = self._allocate(layout)
+        self._copy_rows(list(range(self.layout.rows)), target, layout)
+        self.tensors, self.layout = target, layout
+        self._settle(self._base, self._added)
+
+    def _copy_rows(self, rows: Sequence[int], target: Mapping[str, Tensor], layout: Layout) -> None:
+        if not rows or not self.longest:
+            return
+        lengths = tuple(self.lengths[row] for row in rows)
+        for name in self.columns:
+            _write(target[name], layout, rows, self.padded(name, rows), lengths)
+
+    def _write_tail(self, name: str, count: int, entries: Tensor | float) -> None:
+        if self.even:
+            length = self._longest_base + self._added
+            self._capacity_view(name)[:, :, length : length + count] = entries
+            return
+        newest = self._starts[..., None] + self._added + torch.arange(count, device=self.device)
+        self.tensors[name][newest] = entries  # type: ignore[assignment]
+
+    def _settle(self, base: Table, added: int = 0) -> None:
+        """Take over new lengths: `base` now, and as many more as every later append adds to all segments alike."""
+        self._base, self._added = base, added
+        lengths = {length for row in base for length in row}
+        self.even = self.layout.uniform is not None and len(lengths) == 1
+        self._longest_base = max(lengths, default=0)
+        self._starts = self.layout.offsets_on(self.device) + self.layout.on(base, self.device)
+
+
+def _write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: Table) -> None:
+    counts = {length for row in lengths for length in row}
+    if layout.uniform is not None and len(counts) == 1 and len(rows) == layout.rows:
+        length = counts.pop()
+        target.unflatten(0, (layout.rows, layout.heads, layout.uniform))[:, :, :length] = entries[:, :, :length]
+        return
+    for place, row in enumerate(rows):
+        for head, length in enumerate(lengths[place]):
+            start = layout.offsets[row][head]
+            target[start : start + length] = entries[place, head, :length]
+
+
+def _clear_behind(positions: Tensor, layout: Layout, rows: Sequence[int], lengths: Table) -> None:
+    for place, row in enumerate(rows):
+        for head, length in enumerate(lengths[place]):
+            start, size = layout.offsets[row][head], layout.capacity[row][head]
+            positions[start + length : start + size] = -1

@@ -1,0 +1,26 @@
+"""Moving between masks over slots, keep indices and the entries they name."""
+
+import torch
+from torch import Tensor
+
+
+def indices_of(mask: Tensor) -> Tensor:
+    """Keep indices of a mask: bool [B, K, T] to int64 [B, K, N], ascending, -1 behind a head's last one.
+
+    N is the largest count of any head.
+    """
+    slots = torch.arange(mask.shape[-1], device=mask.device)
+    width = int(mask.sum(-1).max()) if mask.numel() else 0
+    behind = mask.shape[-1]
+    indices = torch.where(mask, slots, behind).sort(dim=-1).values[..., :width]
+    return indices.masked_fill(indices == behind, -1)
+
+
+def gather(entries: Tensor, kept: Tensor) -> Tensor:
+    """The entries at the keep indices: [B, K, T, ...] and [B, K, N] to [B, K, N, ...]; zeros where kept is -1."""
+    batch, heads = kept.shape[:2]
+    rows = torch.arange(batch, device=kept.device)[:, None, None]
+    columns = torch.arange(heads, device=kept.device)[None, :, None]
+    taken = entries[rows, columns, kept.clamp(min=0)]
+    empty = (kept < 0).reshape(*kept.shape, *[1] * (taken.ndim - 3))
+    return taken.masked_fill(empty, 0)
