@@ -16,6 +16,7 @@ from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.support import check_model
 
 _PROVIDER = "_prepare_cache_for_generation"  # the method by which `generate` gets its cache
+_NAME_KEY = "_attn_implementation_internal"  # where a configuration keeps the name of the attention function
 
 
 class Attachment:
@@ -31,7 +32,7 @@ class Attachment:
         self.plan = plan
         self.model = model
         self._stats: list[LayerStats] = []
-        self._previous = [(config, config._attn_implementation_internal) for config in _configs(model)]
+        self._previous = [(config, vars(config)[_NAME_KEY]) for config in _configs(model)]
         register()
         try:
             model.set_attn_implementation(NAME)
@@ -77,7 +78,7 @@ class Attachment:
 
     def _restore(self) -> None:
         for config, name in self._previous:
-            config._attn_implementation_internal = name
+            vars(config)[_NAME_KEY] = name
 
 
 class CacheProvider:
@@ -101,7 +102,7 @@ class CacheProvider:
             model = self.attachment.model
             getattr(type(model), _PROVIDER)(model, generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is False:
-            warnings.warn("use_cache=False: there is no cache for the policy to bound", UncompressedWarning, stacklevel=4)
+            warnings.warn("use_cache=False: the policy has no cache to bound", UncompressedWarning, stacklevel=4)
         else:
             model_kwargs["past_key_values"] = self.attachment.cache()
             if generation_config.is_assistant:
@@ -117,7 +118,7 @@ def attached(model: PreTrainedModel) -> Attachment | None:
 def _require_free(model: PreTrainedModel) -> None:
     if attached(model) is not None:
         raise AttachError("a policy is attached to this model already; detach it first")
-    if model.config._attn_implementation == NAME:
+    if vars(model.config)[_NAME_KEY] == NAME:
         raise AttachError(
             "this model shares its configuration with a model that has a policy attached; "
             "give it its own: model.config = copy.deepcopy(model.config)"
@@ -126,7 +127,7 @@ def _require_free(model: PreTrainedModel) -> None:
 
 def _require_ours(model: PreTrainedModel) -> None:
     text = model.config.get_text_config(decoder=True)
-    if text._attn_implementation != NAME:
+    if vars(text)[_NAME_KEY] != NAME:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not call its attention through transformers' AttentionInterface"
         )
@@ -156,5 +157,5 @@ def _require_dynamic(generation_config: GenerationConfig) -> None:
 def _require_policy_cache(given: object) -> None:
     if not isinstance(given, PolicyCache):
         raise UnsupportedCallError(
-            f"past_key_values must be a cache of the attached policy, made by attachment.cache(): {type(given).__name__}"
+            f"past_key_values must be a cache made by attachment.cache(): {type(given).__name__}"
         )

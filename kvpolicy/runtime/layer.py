@@ -31,7 +31,7 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, plan: Plan, ordinal: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.plan = plan
         self.ordinal = ordinal
         self.stats = LayerStats(plan.geometry.managed[ordinal])
@@ -174,8 +174,9 @@ class PolicyLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the model's own mask, which is logical: it is right until the first eviction, and
-        afterwards only tells which new tokens are pads.
+        """Length and offset of the model's own mask: logical, so right until the first eviction.
+
+        Afterwards the mask only tells which new tokens are pads.
         """
         return self.seen + query_length, 0
 

@@ -54,8 +54,9 @@ class Store:
         return self.tensors[name][start : start + self._base[row][head] + self._added]
 
     def padded(self, name: str, rows: Sequence[int]) -> Tensor:
-        """[rows, K, T, ...], T the longest length among them; a view when it can be. Unused slots hold anything,
-        except for positions, which are -1 there.
+        """[rows, K, T, ...], T the longest length among them; a view when it can be.
+
+        Unused slots hold anything, except for positions, which are -1 there.
         """
         if self.layout.uniform is not None:
             longest = max(max(self._base[row]) for row in rows) + self._added
@@ -64,7 +65,7 @@ class Store:
         segments = [self.segment(name, row, head) for row in rows for head in range(self.layout.heads)]
         fill = self.columns[name].fill
         padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=fill)
-        return padded.unflatten(0, (len(rows), self.layout.heads))
+        return padded.view(len(rows), self.layout.heads, *padded.shape[1:])
 
     # -- how it changes ----------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Store:
     def _capacity_view(self, name: str) -> Tensor:
         if self.layout.uniform is None:
             raise CacheError("heads with different budgets have no common capacity")
-        return self.tensors[name].unflatten(0, (self.layout.rows, self.layout.heads, self.layout.uniform))
+        return _spread(self.tensors[name], self.layout, self.layout.uniform)
 
     def _row(self, tensor: Tensor, row: int) -> Tensor:
         start = self.layout.offsets[row][0]
@@ -188,7 +189,7 @@ class Store:
             self._capacity_view(name)[:, :, length : length + count] = entries
             return
         newest = self._starts[..., None] + self._added + torch.arange(count, device=self.device)
-        self.tensors[name][newest] = entries  # type: ignore[assignment]
+        self.tensors[name][newest] = torch.as_tensor(entries, dtype=self.columns[name].dtype, device=self.device)
 
     def _settle(self, base: Table, added: int = 0) -> None:
         """Take over new lengths: `base` now, and as many more as every later append adds to all segments alike."""
@@ -199,11 +200,15 @@ class Store:
         self._starts = self.layout.offsets_on(self.device) + self.layout.on(base, self.device)
 
 
+def _spread(flat: Tensor, layout: Layout, capacity: int) -> Tensor:
+    return flat.view(layout.rows, layout.heads, capacity, *flat.shape[1:])
+
+
 def _write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: Table) -> None:
     counts = {length for row in lengths for length in row}
     if layout.uniform is not None and len(counts) == 1 and len(rows) == layout.rows:
         length = counts.pop()
-        target.unflatten(0, (layout.rows, layout.heads, layout.uniform))[:, :, :length] = entries[:, :, :length]
+        _spread(target, layout, layout.uniform)[:, :, :length] = entries[:, :, :length]
         return
     for place, row in enumerate(rows):
         for head, length in enumerate(lengths[place]):

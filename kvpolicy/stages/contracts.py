@@ -49,7 +49,7 @@ class Scorer(Plugin):
         """State carried per slot from one compression to the next."""
         return ()
 
-    def observe(self, view: View) -> Mapping[str, Tensor]:
+    def observe(self, view: View) -> Mapping[str, Tensor]:  # noqa: ARG002 the default observes nothing
         """New values of the declared slot state, each [B, K, T] float32; `score` then sees them in the view."""
         return {}
 
