@@ -1,0 +1,66 @@
+"""Whether what a plugin returned is what its contract promises. Cheap enough to run once per attachment."""
+
+from collections.abc import Mapping
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import PluginContractError
+from kvpolicy.stages.contracts import Plugin
+from kvpolicy.stages.view import View
+
+_NOUNS = {
+    "score": "scorer",
+    "allocate.layers": "layer allocator",
+    "allocate.heads": "head allocator",
+    "select": "selector",
+    "merge": "merger",
+    "store": "codec",
+}
+
+
+def check_scores(plugin: Plugin, scores: object, view: View) -> None:
+    """Refuses scores that are not float32 [B, K, T] on the device of the keys.
+
+    Raises:
+        PluginContractError: naming the plugin, what it returned and what was expected.
+    """
+    check_tensor(plugin, scores, seen_shape(view), torch.float32, view.keys.device)
+
+
+def seen_shape(view: View) -> dict[str, int]:
+    """[B, K, T] of a view, with the names that messages use."""
+    return dict(zip(("batch", "kv_heads", "seq"), view.positions.shape, strict=True))
+
+
+def check_tensor(
+    plugin: Plugin, found: object, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuses anything but a tensor of that shape (sizes by name), dtype and device.
+
+    Raises:
+        PluginContractError: naming the plugin, what it returned and what was expected.
+    """
+    if not isinstance(found, Tensor):
+        raise contract_error(plugin, f"returned {type(found).__name__}, expected a tensor")
+    if tuple(found.shape) != tuple(shape.values()):
+        named = ", ".join(f"{name}={size}" for name, size in shape.items())
+        raise contract_error(plugin, f"returned shape {tuple(found.shape)}, expected ({named})")
+    if found.dtype != dtype:
+        raise contract_error(plugin, f"returned {found.dtype}, expected {dtype}")
+    if found.device != device:
+        raise contract_error(plugin, f"returned a tensor on {found.device}, expected {device}")
+
+
+def contract_error(plugin: Plugin, what: str) -> PluginContractError:
+    """The error that says `what` a plugin did; names the plugin and the distribution it came with."""
+    origin = _distribution(type(plugin))
+    noun = _NOUNS.get(plugin.stage, plugin.stage)
+    return PluginContractError(f"plugin {plugin.name!r}{origin}: {noun} {plugin.name!r} {what}")
+
+
+def _distribution(kind: type) -> str:
+    """` (my-kv 1.2)`; nothing for a class that no installed distribution holds."""
+    names = metadata.packages_distributions().get(kind.__module__.partition(".")[0])
+    return f" ({names[0]} {metadata.version(names[0])})" if names else ""

@@ -1,0 +1,43 @@
+"""What holds for plugins of all stages."""
+
+import copy
+import pickle
+
+import attrs
+
+from kvpolicy.errors import PluginError
+from kvpolicy.stages.admission import admit
+from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.conformance.promises import Promises
+from kvpolicy.stages.contracts import Plugin
+
+
+def can_be_named_in_a_policy(plugin: Plugin, _promises: Promises) -> None:
+    try:
+        admit(type(plugin))
+    except PluginError as error:
+        raise contract_error(plugin, f"cannot be named in a policy: {error}") from error
+
+
+def is_frozen(plugin: Plugin, _promises: Promises) -> None:
+    fields = attrs.fields(type(plugin))  # type: ignore[arg-type]  # `admit` sees to it
+    for name in [*(field.name for field in fields), "anything"]:
+        try:
+            setattr(plugin, name, None)
+        except AttributeError:  # attrs.exceptions.FrozenInstanceError derives from it
+            continue
+        raise contract_error(plugin, f"lets {name!r} be set, expected an instance that never changes")
+
+
+def equals_its_copies(plugin: Plugin, _promises: Promises) -> None:
+    """A policy travels between processes and is a key of caches."""
+    for what, other in (
+        ("copy", copy.deepcopy(plugin)),
+        ("pickled copy", pickle.loads(pickle.dumps(plugin))),  # noqa: S301
+        ("evolved copy", attrs.evolve(plugin)),  # type: ignore[misc]
+    ):
+        if other != plugin or hash(other) != hash(plugin):
+            raise contract_error(plugin, f"does not equal its {what} {other!r}, or has another hash")
+
+
+CHECKS = (can_be_named_in_a_policy, is_frozen, equals_its_copies)
