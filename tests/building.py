@@ -1,0 +1,31 @@
+"""Builds wheels of this repository and runs programs against them."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, cwd, path="", **environment):
+    """Standard output of a command that must succeed."""
+    env = {**os.environ, "PYTHONPATH": str(path), **environment}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def build(kind, source, folder):
+    """The path of a wheel, built by the backend that this environment has."""
+    hook = f"import hatchling.build as b; print(b.build_{kind}({str(folder)!r}))"
+    name = run(sys.executable, "-c", hook, cwd=source).split()[-1]
+    return folder / name
+
+
+def unpack(wheel, folder):
+    """The folder, with the contents of a wheel of our own in it."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)  # noqa: S202
+    return folder

@@ -1,0 +1,47 @@
+"""docs/example-plugin is a real distribution: it installs, is found, loads, compresses and passes its own tests."""
+
+import sys
+
+import pytest
+
+from tests.building import ROOT, build, run, unpack
+
+SOURCE = ROOT / "docs" / "example-plugin"
+USE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import kvpolicy
+
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8)).eval()
+policy = kvpolicy.load("diverse", budget=16, protect={"recent": 4})
+with policy.attach(model) as attachment:
+    model.generate(torch.arange(40)[None], attention_mask=torch.ones(1, 40), max_new_tokens=4, pad_token_id=0)
+print(max(layer.held for layer in attachment.report().layers))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("example")
+    return unpack(build("wheel", SOURCE, folder), folder)
+
+
+def test_its_policy_compresses(installed, tmp_path):
+    held = float(run(sys.executable, "-c", USE, cwd=tmp_path, path=installed))
+
+    assert 16 <= held < 16 + 128
+
+
+def test_its_plugin_is_listed(installed, tmp_path):
+    listing = run(sys.executable, "-m", "kvpolicy", "plugins", cwd=tmp_path, path=installed, COLUMNS="200")
+
+    assert "key_diversity" in listing
+    assert "example-kvpolicy" in listing
+
+
+def test_it_passes_its_own_tests(installed, tmp_path):
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SOURCE / "tests"))
+
+    assert " passed" in run(*command, cwd=tmp_path, path=installed)
