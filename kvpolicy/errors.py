@@ -84,7 +84,8 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (dict, list, tuple)):
-        return "a mapping" if isinstance(value, dict) else "a list"
+        kind = "mapping" if isinstance(value, dict) else "list"
+        return f"a {kind}" if value else f"an empty {kind}"
     if type(value) not in (int, float, str):
         return f"a Python {type(value).__name__}"
     if isinstance(value, int) and value.bit_length() > 2 * _LONGEST_SHOWN:

@@ -5,6 +5,8 @@ from fractions import Fraction
 
 import attrs
 
+from kvpolicy.stages.parameters import BEYOND
+
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?) ?%", re.ASCII)
 _BYTES = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(B|[KMG]i?B)", re.ASCII)
@@ -26,7 +28,7 @@ class Budget:
     def parse(cls, value: object) -> "Budget | None":
         """`1024`, `"10%"` or `"2GiB"`; None when `value` is none of these."""
         if type(value) is int:
-            return cls(tokens=value) if value >= 1 else None
+            return cls(tokens=value) if 1 <= value < BEYOND else None
         if not isinstance(value, str):
             return None
         if match := _PERCENT.fullmatch(value):

@@ -16,6 +16,7 @@ from kvpolicy.stages.registry import registry
 
 _HEAD = ("name", "summary", "reference", "budget", "compress", "protect")
 _ORDER = (*_HEAD, "score", "allocate", "select", "merge", "store")
+_ALWAYS = ("compress", "protect")  # at their defaults too: they say what will happen
 _BARE = re.compile(r"[A-Za-z]([A-Za-z0-9_. -]*[A-Za-z0-9_.-])?", re.ASCII)
 
 
@@ -29,7 +30,7 @@ def to_yaml(spec: PolicySpec) -> str:
         value = getattr(spec, key)
         if key == "score":
             lines += ["score:", *(f"  - {_flow(_short(one))}" for one in value)]
-        elif value != "":
+        elif value != getattr(attrs.fields(PolicySpec), key).default or key in _ALWAYS:
             lines.append(f"{key}: {_flow(_short(value))}")
     return "\n".join(lines) + "\n"
 

@@ -63,10 +63,9 @@ def _installed(name: str) -> Path:
     policies = registry().policies()
     if name not in policies:
         several = [key for key in policies if key.endswith(f":{name}")]
-        close = f"; write {' or '.join(map(repr, several))}" if several else did_you_mean(name, policies)
+        close = f"; write {' or '.join(map(repr, several))}" if several else did_you_mean(name, policies, "installed")
         broken = "".join(f"; not loaded: {one}" for one in registry().broken)
-        installed = ", ".join(policies) or "none"
-        raise UnknownPolicyError(f"unknown policy {shown(name)}{close}; installed: {installed}{broken}")
+        raise UnknownPolicyError(f"unknown policy {shown(name)}{close}{broken}")
     return policies[name]
 
 

@@ -92,9 +92,7 @@ class Weighted:
         for field in attrs.fields(Weighted):
             hidden = field.name not in keys_beside(type(self.scorer)) and field.default is not attrs.NOTHING
             if hidden and getattr(self, field.name) != field.default:
-                raise ParameterError(
-                    f"{field.name}: a parameter of the scorer {self.scorer.name!r} has this name"
-                )
+                raise ParameterError(f"{field.name}: a parameter of the scorer {self.scorer.name!r} has this name")
 
 
 def keys_beside(scorer: Any) -> tuple[str, ...]:
@@ -131,9 +129,7 @@ class Allocate:
     """How the budget is divided."""
 
     layers: LayerAllocator = parameter(Plugged("allocate.layers", default="uniform"), help="over layers")
-    heads: HeadAllocator = parameter(
-        Plugged("allocate.heads", default="uniform"), help="over the KV heads of a layer"
-    )
+    heads: HeadAllocator = parameter(Plugged("allocate.heads", default="uniform"), help="over the KV heads of a layer")
 
 
 @attrs.frozen

@@ -82,9 +82,7 @@ def _parsed(text: str, label: str) -> Iterator[yaml.Event]:
         raise _error(Place(label, 1, 1), "must be YAML: a number in it is out of range") from error
 
 
-def _item(
-    event: yaml.Event | None, events: Iterator[yaml.Event], path: str, label: str, problems: Problems
-) -> Item:
+def _item(event: yaml.Event | None, events: Iterator[yaml.Event], path: str, label: str, problems: Problems) -> Item:
     if event is None:  # an empty file
         return Item(None, Place(label, 1, 1))
     place = _place(event.start_mark, label)

@@ -69,8 +69,7 @@ def _object(item: Item, kind: type, path: str, problems: Problems, beside: tuple
     entries = dict(item.mapping())
     unknown = [key for key in entries if key not in fields]
     for key in unknown:
-        known = [*beside, *fields]
-        message = f"unknown key{did_you_mean(key, known)}; known: {', '.join(known)}"
+        message = f"unknown key{did_you_mean(key, [*beside, *fields], 'known')}"
         problems.add(item.keys.get(key, item.place), below(path, key), message)
     values = {}
     for name, field in fields.items():
@@ -102,9 +101,7 @@ def _built(item: Item, kind: type, values: dict[str, Any], path: str, problems: 
     return INVALID
 
 
-def _plugin(
-    item: Item, stage: str, path: str, problems: Problems, beside: tuple[str, ...] = ()
-) -> Plugin | Any:
+def _plugin(item: Item, stage: str, path: str, problems: Problems, beside: tuple[str, ...] = ()) -> Plugin | Any:
     """A plugin, written as a word or as a mapping with `use`."""
     kind = _kind(item, stage, path, problems)
     if kind is INVALID:
@@ -121,8 +118,8 @@ def _kind(item: Item, stage: str, path: str, problems: Problems) -> type[Plugin]
             return INVALID
         named, path = item.value["use"], below(path, "use")
     if not isinstance(named.value, str):
-        message = f"must be the name of a plugin, or a mapping with `use`: {shown(named.plain)}"
-        problems.add(named.place, path, message)
+        form = "" if named is not item else ", or a mapping with `use`"
+        problems.add(named.place, path, f"must be the name of a plugin{form}: {shown(named.plain)}")
         return INVALID
     try:
         return registry().find(stage, named.value)

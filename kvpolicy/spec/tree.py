@@ -47,7 +47,9 @@ class Item:
         return self.value
 
     def only(self, keys: set[str]) -> "Item":
-        """A mapping cut down to `keys`."""
+        """A mapping cut down to `keys`; anything else as it is."""
+        if not isinstance(self.value, Mapping):
+            return self
         return attrs.evolve(self, value={key: item for key, item in self.mapping() if key in keys})
 
     def mapping(self) -> Iterator[tuple[str, "Item"]]:

@@ -9,9 +9,10 @@ import attrs
 
 from kvpolicy.errors import ParameterError, shown
 
+BEYOND = 10**18  # policy files have integers of at most 18 digits, and Python gets no longer ones in
 _REQUIRED = attrs.NOTHING
 # control characters would garble reports, half surrogates cannot be written at all
-_LINE = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]*$"
+_FORBIDDEN = r"[\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]"
 
 
 class Rule(abc.ABC):
@@ -48,7 +49,7 @@ class Integer(Rule):
     def accepts(self, value: object) -> bool:
         if type(value) is not int or (self.odd and value % 2 == 0):
             return False
-        return _within(value, self.minimum, self.maximum)
+        return abs(value) < BEYOND and _within(value, self.minimum, self.maximum)
 
     def schema(self) -> dict[str, Any]:
         odd = {"not": {"multipleOf": 2}} if self.odd else {}
@@ -124,10 +125,10 @@ class Text(Rule):
     """A line of text."""
 
     def accepts(self, value: object) -> bool:
-        return type(value) is str and re.search(_LINE, value) is not None and not value.endswith("\n")
+        return type(value) is str and re.search(_FORBIDDEN, value) is None
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "string", "pattern": _LINE}
+        return {"type": "string", "not": {"pattern": _FORBIDDEN}}
 
     def __str__(self) -> str:
         return "a line of text"
@@ -171,9 +172,7 @@ class Plugged(Rule):
 
 def parameter(rule: Rule, default: Any = _REQUIRED, *, help: str) -> Any:
     """An attrs field that keeps `rule`; must be given if it has no default. `help`: one line for the docs."""
-    return attrs.field(
-        default=default, converter=rule.convert, validator=rule, metadata={"rule": rule, "help": help}
-    )
+    return attrs.field(default=default, converter=rule.convert, validator=rule, metadata={"rule": rule, "help": help})
 
 
 def rule_of(field: "attrs.Attribute[Any]") -> Rule:

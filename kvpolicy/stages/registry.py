@@ -96,11 +96,9 @@ class Registry:
         return [one.error for one in named]
 
     def _unknown(self, stage: str, name: str) -> PluginError:
-        known = self.names(stage)
         broken = "".join(f"; not loaded: {error}" for error in self._suspects(name))
-        installed = ", ".join(known) or "none"
-        close = did_you_mean(name, known)
-        return PluginError(f"unknown name {shown(name)}{close}; installed: {installed}{broken}")
+        known = did_you_mean(name, self.names(stage), "installed")
+        return PluginError(f"unknown name {shown(name)}{known}{broken}")
 
 
 @functools.cache
