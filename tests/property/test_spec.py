@@ -1,0 +1,167 @@
+"""Any text gives a policy or our error; any policy survives being written; equal digests mean equal policies."""
+
+import math
+
+import attrs
+import jsonschema
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from kvpolicy.errors import ParameterError, PolicyError
+from kvpolicy.spec.budget import Budget
+from kvpolicy.spec.dump import digest, to_yaml
+from kvpolicy.spec.load import parse_policy
+from kvpolicy.spec.policy import BudgetRule, EveryRule, PolicySpec, ScoreRule, Weighted, keys_beside
+from kvpolicy.spec.reader import read
+from kvpolicy.spec.schema import json_schema
+from kvpolicy.spec.tree import Problems
+from kvpolicy.stages.parameters import BEYOND, Choice, Flag, Integer, Nested, Number, Plugged, Text, rule_of
+from kvpolicy.stages.registry import registry
+
+BUDGETS = st.one_of(
+    st.integers(1, BEYOND - 1),
+    st.from_regex(r"[0-9]{1,3}(\.[0-9]{1,6})? ?%", fullmatch=True),
+    st.from_regex(r"[0-9]{1,9}(\.[0-9]{1,6})? ?(B|[KMG]i?B)", fullmatch=True),
+).filter(Budget.parse)
+
+
+def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
+    """Every value that keeps a rule: one strategy per kind of rule, none per plugin."""
+    match rule:
+        case Integer():
+            low = 1 - BEYOND if rule.minimum is None else rule.minimum
+            high = BEYOND - 1 if rule.maximum is None else rule.maximum
+            found = st.one_of(st.integers(low, min(high, low + 9)), st.integers(low, high))
+            return found.filter(rule.accepts) if rule.odd else found
+        case Number():
+            low = rule.minimum if rule.above is None else rule.above
+            floats = st.floats(low, rule.maximum, allow_nan=False, allow_infinity=False)
+            whole = st.integers(math.ceil(low or -9), math.floor(rule.maximum or 9 + (low or 0)))
+            return st.one_of(floats, whole).filter(rule.accepts)
+        case Choice():
+            return st.sampled_from(rule.words)
+        case Flag():
+            return st.booleans()
+        case Text():
+            return st.text(max_size=20).filter(rule.accepts)
+        case BudgetRule():
+            return BUDGETS.map(Budget.parse)
+        case EveryRule():
+            return st.one_of(st.just("never"), st.integers(1, BEYOND - 1))
+        case Nested():
+            return built(rule.kind, depth)
+        case Plugged():
+            return plugins(rule.stage, depth)
+        case ScoreRule():
+            return st.lists(plugins("score", depth).flatmap(weighted), min_size=1, max_size=3).map(tuple)
+    raise TypeError(rule)
+
+
+def built(kind, depth=0):
+    return st.builds(kind, **{field.name: values(rule_of(field), depth) for field in attrs.fields(kind)})
+
+
+def plugins(stage, depth):
+    kinds = [registry().find(stage, name) for name in registry().names(stage)]
+    if depth:  # a scorer on a scorer on a scorer says nothing more
+        kinds = [kind for kind in kinds if not any(isinstance(rule_of(f), Plugged) for f in attrs.fields(kind))]
+    return st.sampled_from(kinds).flatmap(lambda kind: built(kind, depth + 1))
+
+
+def weighted(scorer):
+    keys = keys_beside(type(scorer))
+    beside = {field.name: values(rule_of(field)) for field in attrs.fields(Weighted) if field.name in keys}
+    return st.builds(Weighted, st.just(scorer), **beside)
+
+
+@st.composite
+def specs(draw):
+    try:
+        spec = draw(built(PolicySpec))
+    except ParameterError:  # a rule between the parameters of one plugin
+        assume(False)
+    if spec.budget.tokens is not None:
+        assume(spec.budget.tokens >= spec.protect.total)
+    return spec
+
+
+@given(specs())
+def test_policy_survives_being_written(spec):
+    text = to_yaml(spec)
+
+    assert parse_policy(text) == spec
+    assert to_yaml(parse_policy(text)) == text
+    assert digest(parse_policy(text)) == digest(spec)
+
+
+@given(specs(), specs(), st.sampled_from(attrs.fields(PolicySpec)))
+def test_digests_are_equal_exactly_if_policies_are(one, other, field):
+    mixed = attrs.evolve(one, **{field.name: getattr(other, field.name)})
+
+    for left, right in ((one, other), (one, mixed), (other, mixed)):
+        assert (digest(left) == digest(right)) == (left == right)
+
+
+@pytest.fixture(scope="module")
+def validator():
+    return jsonschema.Draft202012Validator(json_schema())
+
+
+def test_written_policy_is_valid_for_editors(validator):
+    @given(specs())
+    def holds(spec):
+        plain = read(to_yaml(spec), "p", Problems()).plain
+        assert validator.is_valid(as_json(plain)), to_yaml(spec)
+
+    holds()
+
+
+def as_json(plain):
+    if isinstance(plain, dict):
+        return {key: as_json(part) for key, part in plain.items()}
+    return [as_json(part) for part in plain] if isinstance(plain, tuple) else plain
+
+
+WORDS = st.sampled_from(
+    [*"[]{}:,-?&*!|>%@`\"'#\n \t~\\", "use", "score", "budget", "kvpolicy: 1", "<<", "recency", "\n  "]
+)
+FILES = st.sampled_from([path.read_text() for path in registry().policies().values()])
+
+
+@st.composite
+def damaged_files(draw):
+    """A shipped policy with a few pieces cut out, doubled or put in."""
+    text = draw(FILES)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(text)))
+        end = draw(st.integers(start, min(len(text), start + 30)))
+        text = text[:start] + draw(st.one_of(WORDS, st.text(max_size=3), st.just(text[start:end] * 2))) + text[end:]
+    return text
+
+
+@given(st.one_of(st.text(), st.binary(), st.lists(WORDS).map("".join), damaged_files()))
+def test_any_text_gives_a_policy_or_our_error(data):
+    try:
+        spec = parse_policy(data)
+    except PolicyError as error:
+        assert error.problems  # noqa: PT017 - either way is right
+    else:
+        assert parse_policy(to_yaml(spec)) == spec
+
+
+PLAIN = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.binary(max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from([field.name for field in attrs.fields(PolicySpec)]), PLAIN)
+def test_any_override_gives_a_policy_or_our_error(key, value):
+    try:
+        spec = parse_policy("kvpolicy: 1\nbudget: 64\nscore: [recency]\n", **{key: value})
+    except PolicyError as error:
+        assert all(problem.where.startswith("override ") for problem in error.problems)  # noqa: PT017
+    else:
+        assert parse_policy(to_yaml(spec)) == spec

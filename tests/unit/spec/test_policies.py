@@ -1,0 +1,63 @@
+"""The policies that come with kvpolicy."""
+
+import pytest
+
+from kvpolicy.spec.load import read_policy
+from kvpolicy.stages.registry import registry
+
+NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
+BUDGETS = {  # budget, every, sinks, recent
+    "adakv": (1024, 128, 0, 32),
+    "full": ("100%", "never", 0, 0),
+    "gkv": (2048, 128, 0, 16),
+    "h2o": (1024, 1, 0, 512),
+    "pyramidkv": (1024, 128, 0, 8),
+    "rkv": (1024, 128, 0, 8),
+    "snapkv": (1024, 128, 0, 32),
+    "streaming_llm": (512, 1, 4, 508),
+    "tova": (512, 1, 0, 0),
+}
+
+
+def test_they_are_all_there():
+    assert set(NAMES) <= set(registry().policies())
+
+
+@pytest.mark.parametrize("name", sorted(registry().policies()))
+def test_policy_says_what_it_is(name):
+    spec, origin = read_policy(name)
+    text = registry().policies()[name].read_text()
+
+    assert origin.endswith(f"{name}.yaml")
+    assert spec.name == name
+    assert spec.summary
+    assert name == "full" or "arXiv:" in spec.reference
+    assert text.startswith("kvpolicy: 1\nname: ")
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_policy_has_the_sizes_of_its_paper(name):
+    spec = read_policy(name)[0]
+
+    assert (spec.budget.dump(), spec.compress.every, spec.protect.sinks, spec.protect.recent) == BUDGETS[name]
+
+
+def test_rkv_scores_as_published():
+    attention, redundancy = read_policy("rkv")[0].score
+
+    assert (attention.weight, redundancy.weight) == (0.1, -0.9)
+    assert (attention.scorer.softmax, attention.scorer.group, attention.scorer.group_at) == (
+        "candidates",
+        "max",
+        "logits",
+    )
+    assert (redundancy.scorer.threshold, redundancy.scorer.forgive, redundancy.scorer.empty_row) == (0.5, 1, "slot0")
+
+
+def test_gkv_remembers_normalised_scores():
+    history, redundancy = read_policy("gkv")[0].score
+
+    assert (history.scorer.of.queries, history.scorer.of.group_at) == (16, "probabilities")
+    assert (history.scorer.update, history.scorer.decay, history.scorer.normalise) == ("max", 0.8, "max")
+    assert (history.weight, redundancy.weight, redundancy.normalise) == (0.5, -0.5, "max")
