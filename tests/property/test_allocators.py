@@ -1,0 +1,147 @@
+"""Budgets are spent exactly, whatever the layers and heads look like (P5)."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from kvpolicy.stages import LayerRequest
+from kvpolicy_plugins.allocators.adaptive import Adaptive
+from kvpolicy_plugins.allocators.pyramid import Pyramid
+from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
+from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
+from kvpolicy_plugins.apportion import apportion, fill_evenly
+from tests.property.layers import scored
+
+betas = st.one_of(st.sampled_from((1, 5, 20)), st.floats(1e-3, 1e6))
+layer_allocators = st.one_of(st.just(UniformLayers()), st.builds(Pyramid, betas))
+head_allocators = st.one_of(
+    st.just(UniformHeads()),
+    st.builds(Adaptive, st.one_of(st.sampled_from((0, 0.2, 1)), st.floats(0, 1)), st.sampled_from(("none", "mass"))),
+)
+finite = scored().filter(lambda drawn: drawn[0].isfinite().all())
+
+
+@st.composite
+def requests(draw):
+    protected = draw(st.integers(0, 64))
+    budget = protected + draw(st.integers(0, 5000))
+    length = protected + draw(st.one_of(st.integers(0, 100_000), st.integers(0, 5000)))
+    return LayerRequest(draw(st.integers(1, 96)), budget, protected, length)
+
+
+@given(requests(), layer_allocators)
+def test_layers_spend_the_budget_on_what_they_hold(request, allocator):
+    found = allocator.allocate(request)
+    assert len(found) == request.layers
+    assert sum(found) == request.layers * min(request.budget, request.length)
+    assert request.protected <= min(found)
+    assert max(found) <= request.length
+
+
+@given(requests(), st.floats(1, 1e6))
+def test_a_pyramid_never_widens_upwards(request, beta):
+    found = Pyramid(beta).allocate(request)
+    assert list(found) == sorted(found, reverse=True)
+
+
+@given(requests())
+def test_a_pyramid_of_beta_one_is_uniform(request):
+    assert Pyramid(1).allocate(request) == UniformLayers().allocate(request)
+
+
+@given(requests())
+def test_a_longer_sequence_does_not_change_a_pyramid_that_fits(request):
+    assume(request.length >= 2 * request.budget - request.protected)
+    longer = LayerRequest(request.layers, request.budget, request.protected, 2 * request.length)
+    assert Pyramid().allocate(longer) == Pyramid().allocate(request)
+
+
+@given(requests(), betas)
+def test_the_published_rounding_only_overshoots_by_the_floored_steps(request, beta):
+    assume(beta >= 1)
+    found = sum(Pyramid(beta, "floor_step").allocate(request))
+    exact = request.layers * min(request.budget, request.length)
+    assert 0 <= found - exact <= request.layers * (request.layers - 1) / 2
+
+
+@given(scored(), head_allocators, st.integers(0, 400))
+def test_heads_spend_the_budget_on_what_they_hold(drawn, allocator, budget):
+    scores, candidates = drawn
+    counts = allocator.allocate(scores, candidates, torch.full(scores.shape[:1], budget))
+    room = candidates.sum(-1)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts.sum(-1), room.sum(-1).clamp(max=budget))
+    assert ((counts >= 0) & (counts <= room)).all()
+
+
+@given(scored(), head_allocators, st.integers(0, 400))
+def test_rows_are_allocated_apart(drawn, allocator, budget):
+    scores, candidates = drawn
+    budgets = torch.full(scores.shape[:1], budget)
+    together = allocator.allocate(scores, candidates, budgets)
+    for row in range(len(budgets)):
+        part = slice(row, row + 1)
+        assert torch.equal(allocator.allocate(scores[part], candidates[part], budgets[part]), together[part])
+
+
+@given(scored(), st.integers(0, 400))
+def test_uniform_heads_differ_by_one_unless_a_head_is_full(drawn, budget):
+    scores, candidates = drawn
+    counts = UniformHeads().allocate(scores, candidates, torch.full(scores.shape[:1], budget))
+    room = candidates.sum(-1)
+    largest = counts.amax(-1, keepdim=True)
+    assert ((counts >= largest - 1) | (counts == room)).all()
+
+
+@given(finite, st.integers(0, 400))
+def test_a_floor_of_one_is_uniform(drawn, budget):
+    scores, candidates = drawn
+    budgets = torch.full(scores.shape[:1], budget)
+    assert torch.equal(
+        Adaptive(1).allocate(scores, candidates, budgets),
+        UniformHeads().allocate(scores, candidates, budgets),
+    )
+
+
+@given(finite, st.integers(0, 400), st.sampled_from((0.25, 4.0)))
+def test_one_scale_for_all_heads_changes_no_budget(drawn, budget, scale):
+    scores, candidates = drawn
+    assume((scores == 0).logical_or(scores.abs() > 1e-30).all() and scores.abs().max() < 1e30)
+    budgets = torch.full(scores.shape[:1], budget)
+    allocator = Adaptive(0.2)
+    assert torch.equal(
+        allocator.allocate(scale * scores, candidates, budgets),
+        allocator.allocate(scores, candidates, budgets),
+    )
+
+
+@given(finite, st.integers(0, 400))
+def test_without_a_floor_no_head_budget_holds_more_score(drawn, budget):
+    """Ada-KV, theorem 1: the best of the whole layer is what the heads keep together."""
+    scores, candidates = drawn
+    assume(scores.abs().max() < 1e30)
+    budgets = torch.full(scores.shape[:1], budget)
+    kept = [
+        kept_mass(scores, candidates, allocator.allocate(scores, candidates, budgets))
+        for allocator in (Adaptive(0), UniformHeads())
+    ]
+    assert (kept[0] >= kept[1] - 1e-9).all()
+
+
+def kept_mass(scores, candidates, counts):
+    ordered = scores.double().masked_fill(~candidates, -1e300).sort(-1, descending=True).values
+    return ordered.where(torch.arange(ordered.shape[-1]) < counts[..., None], 0.0).sum((1, 2))
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(0, 500))
+def test_even_shares_fill_the_small_and_level_the_others(room, total):
+    rooms = torch.tensor(room)
+    spent = torch.tensor(min(total, sum(room)))
+    shares = fill_evenly(rooms, spent)
+    assert float(shares.sum()) == pytest.approx(float(spent))
+    level = shares.max()
+    assert torch.allclose(shares, rooms.double().clamp(max=float(level)))
+    whole = apportion(shares, spent)
+    assert whole.sum() == spent
+    assert ((whole - shares).abs() < 1).all()

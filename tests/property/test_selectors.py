@@ -1,0 +1,69 @@
+"""The best of each head, whatever the scores are (P1, P2, P4, P8, P9)."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpolicy.stages.slots import indices_of
+from kvpolicy_plugins.selectors.topk import TopK
+from tests.property.layers import scored
+
+
+@st.composite
+def selections(draw):
+    """Scores, candidates, and counts that the candidates can fill."""
+    scores, candidates = draw(scored())
+    room = candidates.sum(-1)
+    share = draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    return scores, candidates, (room * share).long()
+
+
+def worth(score):
+    """What Python sorts by: NaN below everything, -0.0 like 0.0."""
+    return (0, 0.0) if score != score else (1, score + 0.0)  # noqa: PLR0124
+
+
+@given(selections())
+def test_topk_is_a_stable_sort(drawn):
+    scores, candidates, counts = drawn
+    chosen = TopK().select(*drawn)
+    for row, head in torch.cartesian_prod(*map(torch.arange, scores.shape[:2])).reshape(-1, 2).tolist():
+        slots = candidates[row, head].nonzero().flatten().tolist()
+        ranked = sorted(slots, key=lambda slot: worth(scores[row, head, slot].item()), reverse=False)
+        ranked = sorted(ranked, key=lambda slot: worth(scores[row, head, slot].item()), reverse=True)
+        expected = sorted(ranked[: counts[row, head]])
+        assert chosen[row, head].nonzero().flatten().tolist() == expected
+
+
+@given(selections())
+def test_chosen_are_candidates_as_many_as_asked(drawn):
+    _, candidates, counts = drawn
+    chosen = TopK().select(*drawn)
+    assert torch.equal(chosen.sum(-1), counts)
+    assert not (chosen & ~candidates).any()
+    kept = indices_of(chosen)
+    ascending = kept.diff(dim=-1) > 0
+    assert (ascending | (kept[..., 1:] == -1)).all()
+
+
+@given(selections())
+def test_choosing_again_changes_nothing(drawn):
+    scores, _, counts = drawn
+    chosen = TopK().select(*drawn)
+    assert torch.equal(TopK().select(scores, chosen, counts), chosen)
+
+
+@given(selections())
+def test_a_larger_count_keeps_what_a_smaller_one_kept(drawn):
+    scores, candidates, counts = drawn
+    fewer = TopK().select(scores, candidates, counts // 2)
+    assert not (fewer & ~TopK().select(*drawn)).any()
+
+
+@given(selections())
+def test_rows_and_heads_are_chosen_apart(drawn):
+    together = TopK().select(*drawn)
+    turned = TopK().select(*(part.flip((0, 1)) for part in drawn))
+    assert torch.equal(turned, together.flip((0, 1)))
+    alone = TopK().select(*(part[:1, :1] for part in drawn))
+    assert torch.equal(alone, together[:1, :1])
