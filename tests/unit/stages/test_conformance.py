@@ -1,0 +1,152 @@
+"""The conformance suite finds what is wrong with a plugin, and says so."""
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy.errors import PluginContractError
+from kvpolicy.stages import Codec, Column, Entries, LayerAllocator, Merger, Needs, Scorer, Selector, SlotState
+from kvpolicy.stages.checks import check_scores
+from kvpolicy.stages.conformance import Promises, check_plugin, conformance_cases
+from tests.views import view_of
+
+
+def broken(score, needs=Needs(), **members):  # noqa: B008
+    """A scorer whose `score` is the function given."""
+    body = {
+        "name": "broken",
+        "score": lambda self, view: score(view),
+        "needs": lambda self: needs,
+        "__module__": __name__,
+        **members,
+    }
+    return attrs.frozen(type("Broken", (Scorer,), body))()
+
+
+def norms(view):
+    return view.keys.norm(dim=-1)
+
+
+def writing(view):
+    view.keys.mul_(2)
+    return norms(view)
+
+
+SCORERS = {
+    "returned shape (3, 2, 22), expected (batch=3, kv_heads=2, seq=23)": lambda view: norms(view)[..., 1:],
+    "returned torch.float64, expected torch.float32": lambda view: norms(view).double(),
+    "returned list, expected a tensor": lambda view: norms(view).tolist(),
+    "scores that are not finite for zero keys": lambda view: view.keys.sum(-1) / norms(view),
+    "changed its input 'keys'": writing,
+    "the second time": lambda view: torch.rand(view.positions.shape),
+    "for the rows": lambda view: norms(view) - norms(view).mean(),
+    "with other empty slots": lambda view: norms(view) - norms(view).mean(-1, keepdim=True),
+    "for heads swapped": lambda view: norms(view) + torch.arange(norms(view).shape[1])[:, None],
+    "raised KeyError: 'mine'": lambda view: view.slot_state["mine"],
+}
+
+
+@pytest.mark.parametrize(("message", "score"), SCORERS.items(), ids=SCORERS)
+def test_a_broken_scorer_is_found_out(message, score):
+    with pytest.raises(PluginContractError) as caught:
+        check_plugin(broken(score))
+    assert message in str(caught.value)
+    assert "scorer 'broken'" in str(caught.value)
+
+
+def test_state_must_be_declared_and_shaped():
+    observed = {"observe": lambda self, view: {"mine": torch.zeros(1)}}
+    with pytest.raises(PluginContractError, match=r"observed \['mine'\], expected only \[\]"):
+        check_plugin(broken(lambda view: norms(view).float(), **observed))
+    declared = {**observed, "slot_state": lambda self: (SlotState("mine"),)}
+    with pytest.raises(PluginContractError, match=r"returned shape \(1,\), expected \(batch=3"):
+        check_plugin(broken(lambda view: norms(view).float(), **declared))
+
+
+def test_scores_that_mix_heads_alike_are_no_fault():
+    check = dict(conformance_cases(broken(SCORERS["for heads swapped"]), Promises(heads_apart=False)))
+    check["keeps heads apart"]()
+
+
+@attrs.define
+class Loose(Scorer):
+    name = "loose"
+
+    def score(self, view):
+        return norms(view)
+
+
+def test_a_plugin_must_be_frozen():
+    with pytest.raises(PluginContractError, match="expected an instance that never changes"):
+        dict(conformance_cases(Loose()))["is frozen"]()
+    with pytest.raises(PluginContractError, match=r"must be decorated with @attrs.frozen"):
+        dict(conformance_cases(Loose()))["can be named in a policy"]()
+
+
+@attrs.frozen
+class Spendthrift(LayerAllocator):
+    name = "spendthrift"
+
+    def allocate(self, request):
+        return (request.length,) * request.layers
+
+
+@attrs.frozen
+class Newest(Selector):
+    name = "newest"
+
+    def select(self, scores, candidates, counts):
+        back = candidates.flip(-1).cumsum(-1).flip(-1)
+        return candidates & (back <= counts[..., None])
+
+
+@attrs.frozen
+class Doubling(Merger):
+    name = "doubling"
+
+    def merge(self, view, kept):
+        slots = kept.clamp(min=0)[..., None].expand(*kept.shape, view.keys.shape[-1])
+        return Entries(2 * view.keys.gather(2, slots), view.values.gather(2, slots))
+
+
+@attrs.frozen
+class Rounding(Codec):
+    name = "rounding"
+
+    def columns(self, geometry, dtype):
+        column = Column((geometry.head_dim,), dtype)
+        return {"keys": column, "values": column}
+
+    def encode(self, keys, values):
+        return {"keys": keys.round(decimals=1), "values": values}
+
+    def decode(self, columns):
+        return columns["keys"], columns["values"]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (Spendthrift(), "layer allocator 'spendthrift' gave 65 entries to all layers, expected 8"),
+        (Newest(), "left a candidate that scores higher than one it chose"),
+        (Newest(), "chose later entries among equal scores"),
+        (Doubling(), "returned other keys than those of the kept slots"),
+        (Rounding(), "decoded keys with an error of"),
+    ],
+)
+def test_other_stages(plugin, message):
+    with pytest.raises(PluginContractError) as caught:
+        check_plugin(plugin)
+    assert message in str(caught.value)
+
+
+def test_an_admitted_error_is_no_fault():
+    dict(conformance_cases(Rounding(), Promises(error=0.05)))["decodes what it encoded"]()
+
+
+def test_the_check_of_an_attachment_names_the_plugin():
+    view = view_of(torch.zeros(1, 8, 511, 4))
+    with pytest.raises(PluginContractError) as caught:
+        check_scores(Loose(), torch.zeros(1, 8, 512), view)
+    expected = "scorer 'loose' returned shape (1, 8, 512), expected (batch=1, kv_heads=8, seq=511)"
+    assert str(caught.value).endswith(expected)
