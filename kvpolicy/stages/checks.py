@@ -1,13 +1,13 @@
 """Whether what a plugin returned is what its contract promises. Cheap enough to run once per attachment."""
 
 from collections.abc import Mapping
-from importlib import metadata
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import PluginContractError
 from kvpolicy.stages.contracts import Plugin
+from kvpolicy.stages.registry import registry
 from kvpolicy.stages.view import View
 
 _NOUNS = {
@@ -60,7 +60,7 @@ def contract_error(plugin: Plugin, what: str) -> PluginContractError:
     return PluginContractError(f"plugin {plugin.name!r}{origin}: {noun} {plugin.name!r} {what}")
 
 
-def _distribution(kind: type) -> str:
-    """` (my-kv 1.2)`; nothing for a class that no installed distribution holds."""
-    names = metadata.packages_distributions().get(kind.__module__.partition(".")[0])
-    return f" ({names[0]} {metadata.version(names[0])})" if names else ""
+def _distribution(kind: type[Plugin]) -> str:
+    """` (my-kv 1.2)`; nothing for a class that no installed distribution offers."""
+    offered = (record for record in registry().plugins() if record.kind is kind)
+    return next((f" ({record.distribution} {record.version})" for record in offered), "")
