@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from kvpolicy.spec.budget import Budget
-from kvpolicy.spec.policy import SCHEMA_VERSION, PolicySpec, Weighted, keys_beside
+from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, Weighted
 from kvpolicy.spec.scalars import resolve
 from kvpolicy.spec.structure import VERSION_KEY
 from kvpolicy.stages.contracts import Plugin
@@ -59,8 +59,8 @@ def _short(value: Any) -> Any:
     if isinstance(value, Budget):
         return value.dump()
     if isinstance(value, Weighted):
-        beside = {key: getattr(value, key) for key in keys_beside(type(value.scorer))}
-        if beside.get("normalise") == "none":
+        beside = {key: getattr(value, key) for key in BESIDE}
+        if beside["normalise"] == "none":
             del beside["normalise"]
         return {**_plugin(value.scorer), **beside}
     if isinstance(value, Plugin):

@@ -4,7 +4,6 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.errors import ParameterError
 from kvpolicy.spec.budget import Budget
 from kvpolicy.stages.contracts import (
     Codec,
@@ -85,20 +84,11 @@ class Weighted:
     normalise: str = parameter(
         Choice(("none", "max", "standard")),
         "none",
-        help="before weighting, over a head's candidates: divide by the maximum, or to mean 0, deviation 1",
+        help="before weighting, over a head's candidates: divide by the largest magnitude, or to mean 0, deviation 1",
     )
 
-    def __attrs_post_init__(self) -> None:
-        for field in attrs.fields(Weighted):
-            hidden = field.name not in keys_beside(type(self.scorer)) and field.default is not attrs.NOTHING
-            if hidden and getattr(self, field.name) != field.default:
-                raise ParameterError(f"{field.name}: a parameter of the scorer {self.scorer.name!r} has this name")
 
-
-def keys_beside(scorer: Any) -> tuple[str, ...]:
-    """The keys that stand beside a scorer's own parameters; a parameter of the same name hides one."""
-    own = {field.name for field in attrs.fields(scorer)}
-    return tuple(field.name for field in attrs.fields(Weighted) if field.name not in {*own, "scorer"})
+BESIDE = tuple(field.name for field in attrs.fields(Weighted) if field.name != "scorer")
 
 
 @attrs.frozen

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvpolicy.spec.policy import SCHEMA_VERSION, PolicySpec, Weighted, keys_beside
+from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, Weighted
 from kvpolicy.spec.structure import VERSION_KEY
 from kvpolicy.stages.contracts import STAGES
 from kvpolicy.stages.parameters import object_schema
@@ -54,7 +54,7 @@ def _mapping(record: Record) -> dict[str, Any]:
 def _weighted(record: Record) -> dict[str, Any]:
     scorer = _mapping(record)
     terms = object_schema(Weighted)["properties"]
-    beside = {key: terms[key] for key in keys_beside(record.kind)}
+    beside = {key: terms[key] for key in BESIDE}
     return {**scorer, "properties": {**scorer["properties"], **beside}}
 
 

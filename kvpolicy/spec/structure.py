@@ -9,7 +9,7 @@ from typing import Any, Final
 import attrs
 
 from kvpolicy.errors import ParameterError, PluginError, did_you_mean, shown
-from kvpolicy.spec.policy import SCHEMA_VERSION, PolicySpec, ScoreRule, Weighted, keys_beside
+from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, ScoreRule, Weighted
 from kvpolicy.spec.tree import Item, Problems, below
 from kvpolicy.stages.contracts import Plugin
 from kvpolicy.stages.parameters import Nested, Plugged, Rule, is_required, rule_of
@@ -138,15 +138,11 @@ def _score(item: Item, rule: Rule, path: str, problems: Problems) -> Any:
 
 def _weighted(item: Item, path: str, problems: Problems) -> Any:
     """A scorer with its weight: keys of `Weighted` stand beside `use` and the scorer's own parameters."""
-    kind = _kind(item, "score", path, problems)
-    if kind is INVALID:
-        return INVALID
-    beside = keys_beside(kind)
     keys = {key for key, _ in item.mapping()}
-    scorer = _plugin(item.only(keys - set(beside)), "score", path, problems, beside)
+    scorer = _plugin(item.only(keys - set(BESIDE)), "score", path, problems, BESIDE)
     values = {}
     for field in attrs.fields(Weighted):
-        if field.name in keys & set(beside):
+        if field.name in keys & set(BESIDE):
             value = dict(item.mapping())[field.name]
             values[field.name] = _value(value, rule_of(field), below(path, field.name), problems)
     if scorer is INVALID or any(value is INVALID for value in values.values()):

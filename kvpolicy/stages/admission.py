@@ -7,11 +7,12 @@ from typing import Any
 import attrs
 
 from kvpolicy.errors import PluginError
-from kvpolicy.stages.contracts import STAGES, Plugin
+from kvpolicy.stages.contracts import STAGES, Plugin, Scorer
 from kvpolicy.stages.parameters import Nested, Rule
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
-_RESERVED = {"use", "weight"}  # keys that stand beside the parameters in a policy file
+_RESERVED = {"use"}  # the key that stands beside the parameters in a policy file
+_RESERVED_IN_SCORERS = _RESERVED | {"weight", "normalise"}  # and those of a term of the score
 
 
 @attrs.frozen
@@ -35,7 +36,7 @@ def admit(kind: object) -> type[Plugin]:
     ):
         if broken:
             raise PluginError(f"{kind.__module__}.{kind.__qualname__}: {rule}")
-    _check_parameters(kind)
+    _check_parameters(kind, _RESERVED_IN_SCORERS if kind.stage == Scorer.stage else _RESERVED)
     return kind
 
 
@@ -54,19 +55,19 @@ def _is_frozen(kind: type) -> bool:
     return "__attrs_attrs__" in vars(kind) and kind.__setattr__ is refuses_to_set
 
 
-def _check_parameters(kind: type) -> None:
+def _check_parameters(kind: type, reserved: set[str]) -> None:
     for field in attrs.fields(kind):
-        problem = _parameter_problem(field)
+        problem = _parameter_problem(field, reserved)
         if problem:
             raise PluginError(f"{kind.__module__}.{kind.__qualname__}.{field.name}: {problem}")
         rule = field.metadata["rule"]
         if isinstance(rule, Nested):
-            _check_parameters(rule.kind)
+            _check_parameters(rule.kind, set())
 
 
-def _parameter_problem(field: "attrs.Attribute[Any]") -> str:
+def _parameter_problem(field: "attrs.Attribute[Any]", reserved: set[str]) -> str:
     if not isinstance(field.metadata.get("rule"), Rule):
         return "must be declared with kvpolicy.stages.parameter"
-    if not _NAME.fullmatch(field.name) or field.name in _RESERVED:
-        return "must have a name in lower case, other than " + ", ".join(sorted(_RESERVED))
+    if not _NAME.fullmatch(field.name) or field.name in reserved:
+        return "must have a name in lower case, other than " + ", ".join(sorted(reserved))
     return ""

@@ -12,7 +12,7 @@ from kvpolicy.errors import ParameterError, PolicyError
 from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.spec.policy import BudgetRule, EveryRule, PolicySpec, ScoreRule, Weighted, keys_beside
+from kvpolicy.spec.policy import BESIDE, BudgetRule, EveryRule, PolicySpec, ScoreRule, Weighted
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
@@ -70,8 +70,7 @@ def plugins(stage, depth):
 
 
 def weighted(scorer):
-    keys = keys_beside(type(scorer))
-    beside = {field.name: values(rule_of(field)) for field in attrs.fields(Weighted) if field.name in keys}
+    beside = {field.name: values(rule_of(field)) for field in attrs.fields(Weighted) if field.name in BESIDE}
     return st.builds(Weighted, st.just(scorer), **beside)
 
 

@@ -19,7 +19,7 @@ _NONE_YET = -torch.inf
 class History(Scorer):
     """Another scorer's scores F, joined with what each entry scored before: the global score of G-KV.
 
-    1. `normalise: max` divides F by its largest magnitude among a head's candidates;
+    1. `scale: max` divides F by its largest magnitude among a head's candidates;
     2. with the old score O of an entry, F' is max(decay·O, F), or decay·O + (1 - decay)·F for `mean`, or
        decay·O + F for `sum`; an entry that was no candidate before has no old score, and F' = F;
     3. F' is remembered, and pooled it is the score.
@@ -31,8 +31,8 @@ class History(Scorer):
     of: Scorer = parameter(Plugged("score"), help="the scorer whose scores are remembered")
     update: str = parameter(Choice(("max", "mean", "sum")), "max", help="how old and new scores are joined")
     decay: float = parameter(Number(minimum=0, maximum=1), 0.8, help="what an old score is worth (alpha)")
-    normalise: str = parameter(
-        Choice(("none", "max")), "max", help="scale of new scores before they are joined"
+    scale: str = parameter(
+        Choice(("none", "max")), "max", help="divide new scores by their maximum before they are joined"
     )
     pool: Pool = parameter(
         Nested(Pool), Pool(), help="smoothing over neighbouring candidates, not remembered"
@@ -61,7 +61,7 @@ class History(Scorer):
     def _new_scores(self, view: View) -> Tensor:
         """F, [B, K, T]."""
         scores = self.of.score(view)
-        if self.normalise == "none":
+        if self.scale == "none":
             return scores
         largest = scores.abs().masked_fill(~view.candidates, 0.0).amax(-1, keepdim=True)
         return scores / largest.clamp(min=torch.finfo(torch.float32).tiny)

@@ -17,7 +17,7 @@ from kvpolicy_plugins.scorers.redundancy import Redundancy
 VARIANTS = (
     *(kind() for kind in PLUGINS if kind is not History),
     History(Attention(4)),
-    History(Redundancy(), "mean", normalise="none", pool=Pool("max", 3)),
+    History(Redundancy(), "mean", scale="none", pool=Pool("max", 3)),
     *(Attention(5, group=group, group_at=at) for group, at in itertools.product(("max", "sum"), ("logits", "pooled"))),
     Attention(5, softmax="candidates", deviation=2, pool=Pool("average", 3), causal=False),
     Attention(1, shared=True),

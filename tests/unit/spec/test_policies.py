@@ -59,5 +59,5 @@ def test_gkv_remembers_normalised_scores():
     history, redundancy = read_policy("gkv")[0].score
 
     assert (history.scorer.of.queries, history.scorer.of.group_at) == (16, "probabilities")
-    assert (history.scorer.update, history.scorer.decay, history.scorer.normalise) == ("max", 0.8, "max")
+    assert (history.scorer.update, history.scorer.decay, history.scorer.scale) == ("max", 0.8, "max")
     assert (history.weight, redundancy.weight, redundancy.normalise) == (0.5, -0.5, "max")

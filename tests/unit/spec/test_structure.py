@@ -111,18 +111,11 @@ def test_byte_order_mark_and_windows_line_ends_load():
 
 def test_scorer_may_be_built_on_a_scorer():
     spec = parse_policy(
-        HEAD + "score:\n  - {use: history, of: {use: attention, queries: 3}, normalise: none, weight: 2}\n"
+        HEAD + "score:\n  - {use: history, of: {use: attention, queries: 3}, scale: none, weight: 2}\n"
     )
 
     history = spec.score[0]
-    assert (history.scorer.of.queries, history.scorer.normalise, history.weight) == (3, "none", 2.0)
-
-
-def test_parameter_of_a_scorer_hides_the_key_beside_it():
-    history = registry().find("score", "history")(of=registry().find("score", "recency")())
-
-    with pytest.raises(ParameterError, match="normalise: a parameter of the scorer 'history' has this name"):
-        Weighted(history, normalise="max")
+    assert (history.scorer.of.queries, history.scorer.scale, history.weight) == (3, "none", 2.0)
 
 
 def test_plugin_of_a_third_party_is_read_by_its_rules(install, scorer_source):

@@ -50,7 +50,7 @@ BROKEN = {
     ),
     "reserved parameter": (
         FROZEN + "    weight: int = parameter(Integer(), 1, help='w')\n" + SCORE + HOOK,
-        "Fake.weight: must have a name in lower case, other than use, weight",
+        "Fake.weight: must have a name in lower case, other than normalise, use, weight",
     ),
     "private parameter": (
         FROZEN + "    _x: int = parameter(Integer(), 1, help='x')\n" + SCORE + HOOK,
