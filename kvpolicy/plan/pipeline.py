@@ -42,11 +42,11 @@ def score(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
     for term, weighted in enumerate(spec.score):
         prefix = state_name(term, "")
         own = {name.removeprefix(prefix): t for name, t in view.slot_state.items() if name.startswith(prefix)}
-        seen = attrs.evolve(view, slot_state=own)
-        fresh = weighted.scorer.observe(seen)
-        if fresh:
-            seen = attrs.evolve(seen, slot_state={**own, **fresh})
-        slot_state.update({prefix + name: values for name, values in seen.slot_state.items()})
+        # A view is only made anew for a scorer with state of its own: what it has computed is shared otherwise.
+        seen = attrs.evolve(view, slot_state=own) if own else view
+        if own:
+            seen = attrs.evolve(seen, slot_state={**own, **weighted.scorer.observe(seen)})
+            slot_state.update({prefix + name: values for name, values in seen.slot_state.items()})
         total = total + weighted.weight * _normalised(weighted, seen)
     return _without_nan(total, view.candidates), slot_state
 
@@ -71,8 +71,8 @@ def _normalised(weighted: Weighted, view: View) -> Tensor:
     inside = scores.masked_fill(~view.candidates, 0)
     count = view.candidates.sum(-1, keepdim=True).clamp(min=1)
     if weighted.normalise == "max":
-        top = scores.masked_fill(~view.candidates, -torch.inf).amax(-1, keepdim=True)
-        return scores / torch.where(top.abs() > 0, top, 1).nan_to_num(1, posinf=1, neginf=1)
+        magnitude = inside.abs().masked_fill(~inside.isfinite(), 0).amax(-1, keepdim=True)
+        return scores / magnitude.clamp(min=torch.finfo(torch.float32).tiny)
     mean = inside.sum(-1, keepdim=True) / count
     spread = ((inside - mean).masked_fill(~view.candidates, 0).square().sum(-1, keepdim=True) / count).sqrt()
     return (scores - mean) / spread.clamp(min=torch.finfo(torch.float32).tiny)
