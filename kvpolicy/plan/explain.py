@@ -1,0 +1,122 @@
+"""What a plan will do and cost, before anything runs: budgets, bytes held, bytes moved."""
+
+from typing import Any
+
+import attrs
+from rich.console import Console, Group
+
+from kvpolicy.errors import InputError
+from kvpolicy.plan.explain_tables import tables_of
+from kvpolicy.plan.plan import Plan
+from kvpolicy.plan.traffic import Shapes, Step, steps_of
+from kvpolicy.spec.dump import digest
+from kvpolicy.stages import Geometry
+
+LENGTH = 8192
+_POSITION = 4  # bytes of a query's position in the observation window
+
+
+@attrs.frozen
+class LayerShare:
+    """What one managed layer may hold, in entries per KV head and sequence."""
+
+    layer: int  # index within the model
+    budget: int
+    capacity: int  # slots: the budget, and what may come on top of it before the next compression
+
+
+@attrs.frozen
+class Explanation:
+    """A plan in numbers, for one sequence of `length` tokens."""
+
+    policy: str
+    digest: str
+    geometry: Geometry
+    device: str
+    dtype: str
+    length: int  # tokens seen
+    evicts: bool  # whether anything is evicted up to that length
+    layers: tuple[LayerShare, ...]
+    columns: dict[str, int]  # bytes that one entry of one KV head takes, by column
+    steps: tuple[Step, ...]  # of one compression of one layer
+    held_bytes: int  # entries of all managed layers, at capacity
+    window_bytes: int  # queries that the observation windows of all layers hold
+    full_bytes: int  # what a full cache holds after as many tokens
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry of one KV head, all columns."""
+        return sum(self.columns.values())
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that one compression of one layer reads and writes."""
+        return sum(step.read + step.written for step in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        sums = {"entry_bytes": self.entry_bytes, "moved_bytes": self.moved_bytes}
+        return {**attrs.asdict(self), **sums, "share_of_full": self.held_bytes / self.full_bytes}
+
+    def table(self) -> Group:
+        """The explanation as rich tables: memory, budgets, steps."""
+        return Group(*tables_of(self))
+
+    def __str__(self) -> str:
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def explain(plan: Plan, length: int = LENGTH) -> Explanation:
+    """What `plan` does to one sequence that grows to `length` tokens.
+
+    The steps are those of a compression while decoding; for a policy that compresses prompts only, of a prompt of that
+    length. Raises InputError when `length` is not at least 1.
+    """
+    if length < 1:
+        raise InputError(f"length must be at least 1 token: {length}")
+    layers = tuple(map(LayerShare, plan.geometry.managed, plan.budgets.per_layer(length), _capacities(plan, length)))
+    geometry = plan.geometry
+    return Explanation(
+        policy=plan.spec.name,
+        digest=digest(plan.spec),
+        geometry=geometry,
+        device=str(plan.device),
+        dtype=str(plan.dtype).removeprefix("torch."),
+        length=length,
+        evicts=any(layer.capacity < length for layer in layers),
+        layers=layers,
+        columns={name: column.bytes_per_slot for name, column in plan.columns.items()},
+        steps=steps_of(plan, _shapes(plan, length)),
+        held_bytes=sum(layer.capacity for layer in layers) * geometry.kv_heads * plan.budgets.entry_bytes,
+        window_bytes=geometry.layers * window_bytes(plan),
+        full_bytes=full_bytes(plan, length),
+    )
+
+
+def full_bytes(plan: Plan, length: int) -> int:
+    """Bytes that the keys and values of `length` tokens take in a full cache, in the managed layers of one sequence."""
+    geometry = plan.geometry
+    return length * geometry.layers * geometry.kv_heads * 2 * geometry.head_dim * plan.dtype.itemsize
+
+
+def window_bytes(plan: Plan) -> int:
+    """Bytes of one layer's observation window for one sequence: room for 2 W queries, so that few appends copy."""
+    query = plan.geometry.query_heads * plan.geometry.head_dim * plan.dtype.itemsize
+    return 2 * plan.needs.queries * (query + _POSITION)
+
+
+def _capacities(plan: Plan, length: int) -> tuple[int, ...]:
+    budgets = plan.budgets.per_layer(length)
+    if plan.compresses_while_decoding:
+        return tuple(min(budget + plan.budgets.slack, length) for budget in budgets)
+    return budgets if plan.spec.compress.prefill else (length,) * len(budgets)
+
+
+def _shapes(plan: Plan, length: int) -> Shapes:
+    kept, slack = plan.budgets.average(length), plan.budgets.slack
+    if plan.compresses_while_decoding:
+        return Shapes(kept + slack, kept, slack, tuple(range(kept + 1, kept + slack + 1)))
+    return Shapes(length, min(kept, length), length, (length,))

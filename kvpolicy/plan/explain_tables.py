@@ -1,0 +1,53 @@
+"""An explanation as rich tables: memory, budgets, steps."""
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from kvpolicy.plan.units import human_bytes
+
+if TYPE_CHECKING:
+    from kvpolicy.plan.explain import Explanation
+
+
+def tables_of(one: "Explanation") -> tuple[Text | Table, ...]:
+    """What is held, what each layer gets, what a compression moves."""
+    where = f"one sequence of {one.length} tokens, {one.dtype} on {one.device}"
+    return Text(f"policy {one.policy} ({one.digest}): {where}"), _memory(one), _budgets(one), _steps(one)
+
+
+def _memory(one: "Explanation") -> Table:
+    table = Table("", "bytes", "of a full cache", title="Memory")
+    rows = {"full cache": one.full_bytes, "entries held, at capacity": one.held_bytes}
+    for name, count in {**rows, "queries observed": one.window_bytes}.items():
+        table.add_row(name, human_bytes(count), f"{count / one.full_bytes:.1%}")
+    per_column = ", ".join(f"{name} {count}" for name, count in one.columns.items())
+    table.caption = f"{one.entry_bytes} bytes per entry and KV head:\n{per_column}"
+    if not one.evicts:
+        table.caption += "\nnothing is evicted up to this length"
+    return table
+
+
+def _budgets(one: "Explanation") -> Table:
+    table = Table("layers", "budget", "capacity", title="Entries per KV head")
+    first = 0
+    for last, layer in enumerate(one.layers):
+        after = one.layers[last + 1 : last + 2]
+        if after and (after[0].budget, after[0].capacity) == (layer.budget, layer.capacity):
+            continue
+        start = one.layers[first].layer
+        name = str(start) if start == layer.layer else f"{start} to {layer.layer}"
+        table.add_row(name, str(layer.budget), str(layer.capacity))
+        first = last + 1
+    return table
+
+
+def _steps(one: "Explanation") -> Table:
+    title = f"One compression of one layer: {human_bytes(one.moved_bytes)} moved"
+    table = Table("step", "plugin", "runs as", "reads", "bytes read", "bytes written", title=title)
+    for step in one.steps:
+        how = f"{step.implementation} ({step.reason})" if step.reason else step.implementation
+        numbers = (human_bytes(step.read), human_bytes(step.written))
+        table.add_row(step.stage, step.plugin, how, ", ".join(step.columns), *numbers)
+    return table

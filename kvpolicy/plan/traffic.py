@@ -1,0 +1,123 @@
+"""The bytes that one compression of one layer and sequence must move, step by step, from the shapes alone.
+
+Every input and every output of a step is counted once: the least that any implementation moves which keeps the steps
+apart. T entries per KV head are held when it starts, N are left; K KV heads, H query heads, D head dim.
+"""
+
+from collections.abc import Sequence
+
+import attrs
+
+from kvpolicy.plan.plan import ATTENTION, POSITIONS, Plan
+from kvpolicy.plan.reads import reads_of
+from kvpolicy.spec.policy import Weighted
+from kvpolicy.stages.registry import registry
+
+REFERENCE = "reference"
+_FLOAT, _MASK, _COUNT = 4, 1, 8  # bytes of a score, a mask element, an int64 count
+_DROP = "drop"
+
+
+@attrs.frozen
+class Step:
+    """One step of a compression. `read` and `written` are bytes for one layer and one sequence."""
+
+    stage: str
+    plugin: str
+    read: int
+    written: int
+    columns: tuple[str, ...] = ()  # what is read
+    implementation: str = REFERENCE  # or "fused"
+    reason: str = ""  # why it is not fused, or what could not be found out
+
+
+@attrs.frozen
+class Shapes:
+    """The lengths that the bytes follow from, in entries per KV head."""
+
+    held: int  # T
+    kept: int  # N
+    new: int  # tokens since the last compression
+    forwards: tuple[int, ...]  # entries held at each forward since then: one a token, or one for a prompt
+
+
+def steps_of(plan: Plan, shapes: Shapes) -> tuple[Step, ...]:
+    """Observe, each term of the score, allocate, select, merge, store: in the order in which they run."""
+    terms = (_score(plan, weighted, shapes) for weighted in plan.spec.score)
+    last = (_allocate(plan, shapes), _select(plan, shapes), _merge(plan, shapes), _store(plan, shapes))
+    return (*_observe(plan, shapes), *terms, *last)
+
+
+def _observe(plan: Plan, shapes: Shapes) -> Sequence[Step]:
+    """Once for each forward since the last compression: queries are copied, attention mass is added up."""
+    heads, steps = plan.geometry.kv_heads, []
+    query = plan.geometry.query_heads * plan.geometry.head_dim * plan.dtype.itemsize
+    if plan.needs.queries:
+        each = 1 if len(shapes.forwards) == shapes.new else min(shapes.new, plan.needs.queries)
+        copied = len(shapes.forwards) * each * query
+        steps.append(Step("observe", f"last {plan.needs.queries} queries", copied, copied, ("queries",)))
+    if plan.needs.attention:
+        slots = sum(shapes.forwards) * heads
+        mass = slots * plan.columns[ATTENTION].bytes_per_slot
+        keys = slots * plan.geometry.head_dim * plan.dtype.itemsize
+        read = ("keys", "queries", "attention")
+        steps.append(Step("observe", "attention mass", keys + shapes.new * query + mass, mass, read))
+    return steps
+
+
+def _score(plan: Plan, weighted: Weighted, shapes: Shapes) -> Step:
+    scorer, slots = weighted.scorer, shapes.held * plan.geometry.kv_heads
+    reads = reads_of(scorer, plan.geometry)
+    sizes = _column_sizes(plan, scorer.needs().queries, slots)
+    read = sum(sizes.get(name, slots * _FLOAT) for name in reads.columns)
+    written = slots * _FLOAT * (1 + len(scorer.slot_state()))
+    reason = f"what it reads is unknown ({reads.error})" if reads.error else ""
+    name = f"{weighted.weight:+g} {registry().reference(type(scorer))}"
+    return Step("score", name, read, written, reads.columns, reason=reason)
+
+
+def _column_sizes(plan: Plan, queries: int, slots: int) -> dict[str, int]:
+    """Bytes of what a view shows; slot state, which is not among them, is a float per slot."""
+    vector = plan.geometry.head_dim * plan.dtype.itemsize
+    return {
+        "keys": slots * vector,
+        "values": slots * vector,
+        "queries": queries * plan.geometry.query_heads * vector,
+        POSITIONS: slots * plan.columns[POSITIONS].bytes_per_slot,
+        ATTENTION: slots * plan.geometry.group * _FLOAT,
+    }
+
+
+def _allocate(plan: Plan, shapes: Shapes) -> Step:
+    """Budgets that are the same for every head need no scores, only how many candidates there are."""
+    heads, name = plan.geometry.kv_heads, registry().reference(type(plan.spec.allocate.heads))
+    slot = _MASK + (_FLOAT if plan.ragged else 0)
+    columns = ("scores", "candidates") if plan.ragged else ("candidates",)
+    return Step("allocate", name, shapes.held * heads * slot, heads * _COUNT, columns)
+
+
+def _select(plan: Plan, shapes: Shapes) -> Step:
+    slots = shapes.held * plan.geometry.kv_heads
+    name = registry().reference(type(plan.spec.select))
+    return Step("select", name, slots * (_FLOAT + _MASK), slots * _MASK, ("scores", "candidates"))
+
+
+def _merge(plan: Plan, shapes: Shapes) -> Step:
+    """Dropping touches kept entries only; any other merger may look at all of them."""
+    heads, name = plan.geometry.kv_heads, registry().reference(type(plan.spec.merge))
+    looked_at = shapes.kept if plan.spec.merge.name == _DROP else shapes.held
+    return Step("merge", name, looked_at * heads * _pair(plan), shapes.kept * heads * _pair(plan), ("keys", "values"))
+
+
+def _store(plan: Plan, shapes: Shapes) -> Step:
+    """Kept entries are encoded and written, and what else a slot holds moves with them."""
+    slots, name = shapes.kept * plan.geometry.kv_heads, registry().reference(type(plan.spec.store))
+    beside = [key for key in plan.columns if key not in plan.entry_columns]
+    extra = sum(plan.columns[key].bytes_per_slot for key in beside)
+    written = slots * plan.budgets.entry_bytes
+    return Step("store", name, slots * (_pair(plan) + extra), written, ("keys", "values", *beside))
+
+
+def _pair(plan: Plan) -> int:
+    """Bytes of a decoded key and value."""
+    return 2 * plan.geometry.head_dim * plan.dtype.itemsize

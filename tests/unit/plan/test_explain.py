@@ -1,0 +1,171 @@
+"""Explanations: the bytes are what a real store and window take, and what the shapes give by hand."""
+
+import json
+
+import attrs
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvpolicy
+from kvpolicy.errors import InputError
+from kvpolicy.plan.explain import explain
+from kvpolicy.plan.reads import reads_of
+from kvpolicy.plan.units import human_bytes
+from kvpolicy.stages import Geometry, Scorer, parameter
+from kvpolicy.stages.parameters import Integer
+
+LAYERS, QUERY_HEADS, HEADS, DIM, FLOAT = 3, 4, 2, 16, 4
+CONFIG = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": QUERY_HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": DIM,
+    "max_position_embeddings": 512,
+}
+PAIR = 2 * DIM * FLOAT
+SMALL = {"budget": 16, "protect": {"recent": 2}, "compress": {"every": 4}}
+
+
+def explained(name, length=100, **overrides):
+    return explain(kvpolicy.load(name, **overrides).compile(LlamaConfig(**CONFIG)), length)
+
+
+def step(explanation, stage):
+    (found,) = (one for one in explanation.steps if one.stage == stage)
+    return found
+
+
+@pytest.mark.parametrize("name", ["snapkv", "gkv", "h2o", "pyramidkv", "adakv", "streaming_llm"])
+def test_bytes_held_are_those_of_a_real_cache(name):
+    """A model that has just outgrown its budget holds, in entries and in queries, what the explanation says."""
+    policy = kvpolicy.load(name, **SMALL)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
+    with policy.attach(model) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        model.generate(torch.randint(0, 97, (1, 60)), past_key_values=cache, max_new_tokens=20, eos_token_id=None)
+    held = sum(layer.store.nbytes for layer in cache.managed)
+    observed = sum(layer.window.nbytes for layer in cache.managed)
+
+    found = explain(policy.compile(model), 79)
+
+    assert found.held_bytes == held
+    assert found.window_bytes == observed
+    assert found.evicts
+
+
+def test_full_cache_is_what_transformers_holds():
+    """Keys and values of all tokens, layers and KV heads."""
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
+    with torch.no_grad():
+        cache = model(torch.zeros(1, 40, dtype=torch.long)).past_key_values
+    held = sum(one.nbytes for layer in cache.layers for one in (layer.keys, layer.values))
+
+    assert explained("full", 40).full_bytes == held == 40 * LAYERS * HEADS * PAIR
+
+
+def test_steps_by_hand():
+    """Attention scoring over T = budget + every = 20 entries, of which N = 16 are left."""
+    found = explained("snapkv", **SMALL)
+    slots, kept, window = 20 * HEADS, 16 * HEADS, 32
+
+    assert (step(found, "observe").read, step(found, "observe").written) == (4 * QUERY_HEADS * DIM * FLOAT,) * 2
+    assert step(found, "score").columns == ("keys", "positions", "queries")
+    assert step(found, "score").read == slots * (DIM * FLOAT + 4) + window * QUERY_HEADS * DIM * FLOAT
+    assert step(found, "score").written == slots * FLOAT
+    assert (step(found, "allocate").read, step(found, "allocate").written) == (slots, HEADS * 8)
+    assert (step(found, "select").read, step(found, "select").written) == (slots * 5, slots)
+    assert (step(found, "merge").read, step(found, "merge").written) == (kept * PAIR, kept * PAIR)
+    assert (step(found, "store").read, step(found, "store").written) == (kept * (PAIR + 4), kept * (PAIR + 4))
+    assert found.moved_bytes == sum(one.read + one.written for one in found.steps)
+    assert {one.implementation for one in found.steps} == {"reference"}
+
+
+def test_attention_mass_is_read_and_written_at_every_token():
+    """Four tokens on top of a budget of 16: keys and masses of 17, 18, 19 and 20 entries."""
+    found = explained("h2o", **SMALL)
+    entries, group = (17 + 18 + 19 + 20) * HEADS, QUERY_HEADS // HEADS
+    mass, queries = entries * group * FLOAT, 4 * QUERY_HEADS * DIM * FLOAT
+
+    assert step(found, "observe").written == mass
+    assert step(found, "observe").read == entries * DIM * FLOAT + queries + mass
+    assert found.columns["attention"] == group * FLOAT
+
+
+def test_prompt_only_policies_are_explained_at_the_prompt():
+    """Without decoding triggers the one compression is that of the whole prompt."""
+    found = explained("snapkv", 100, budget=16, protect={"recent": 2}, compress={"every": "never"})
+
+    assert step(found, "select").written == 100 * HEADS
+    assert step(found, "merge").read == 16 * HEADS * PAIR
+    assert [(layer.budget, layer.capacity) for layer in found.layers] == [(16, 16)] * LAYERS
+
+
+def test_columns_and_terms_are_named_in_order():
+    """Slot state appears among the columns; every term is a step, with its weight."""
+    found = explained("gkv", **SMALL)
+
+    assert found.columns == {"keys": DIM * FLOAT, "values": DIM * FLOAT, "positions": 4, "score[0].history": 4}
+    assert found.entry_bytes == PAIR + 8
+    assert [one.stage for one in found.steps] == ["observe", "score", "score", "allocate", "select", "merge", "store"]
+    assert [one.plugin for one in found.steps if one.stage == "score"] == ["+0.5 history", "-0.5 redundancy"]
+
+
+def test_short_sequences_evict_nothing():
+    """Up to the budget the sequence is held whole, and the table says so."""
+    found = explained("snapkv", 500)
+
+    assert not found.evicts
+    assert [layer.capacity for layer in found.layers] == [500] * LAYERS
+    assert "nothing is evicted up to this length" in str(found)
+
+
+def test_dictionary_is_json_and_table_has_the_key_lines():
+    """Both forms tell budgets, steps and bytes."""
+    found = explained("pyramidkv", **SMALL)
+    data = json.loads(json.dumps(found.to_dict()))
+    text = str(found)
+
+    assert data["digest"] == kvpolicy.load("pyramidkv", **SMALL).digest
+    assert sum(layer["budget"] for layer in data["layers"]) == 16 * LAYERS
+    assert data["share_of_full"] == found.held_bytes / found.full_bytes
+    for expected in ("Entries per KV head", "entries held, at capacity", "+1 attention", "reference", "positions 4"):
+        assert expected in text
+
+
+def test_length_must_be_positive():
+    """A length of nothing is refused."""
+    with pytest.raises(InputError, match="length must be at least 1 token: 0"):
+        explained("snapkv", 0)
+
+
+@attrs.frozen
+class Broken(Scorer):
+    """Cannot be run on the small view."""
+
+    name = "broken"
+    most: int = parameter(Integer(minimum=1), 1, help="nothing")
+
+    def score(self, view):
+        raise RuntimeError("not today")
+
+
+def test_a_scorer_that_fails_may_read_everything():
+    """A scorer that cannot be watched is charged with all columns, and the reason is kept."""
+    found = reads_of(Broken(), Geometry((0,), 4, 2, 8))
+
+    assert found.columns == ("keys", "values", "positions")
+    assert found.error == "RuntimeError: not today"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**30, "5.0 GiB"), (3 * 2**40, "3.00 TiB")],
+)
+def test_bytes_for_people(count, text):
+    """The largest unit that leaves something before the point."""
+    assert human_bytes(count) == text
