@@ -1,0 +1,95 @@
+"""One batch of questions under one policy: what was written, what it took."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate.meter import Meter, held_bytes, window_bytes
+from kvpolicy.evaluate.testbed import Item
+from kvpolicy.policy import Policy
+
+
+@attrs.frozen
+class Answers:
+    """What a batch of B items gave. Bytes are for the whole batch."""
+
+    texts: tuple[str, ...]
+    prompt_tokens: int  # pads excluded
+    new_tokens: int  # written in all rows, up to and with `<eos>`
+    prompt_seconds: float
+    decode_seconds: float  # after the first new token
+    held_bytes: int  # storage of the entries at the end
+    peak_bytes: int  # the most at any time, with the layer that is being compressed at full size
+    window_bytes: int  # queries observed for the scorers
+
+
+UNSEEN, SEEN = "unseen", "seen"
+QUESTION_MODES = (UNSEEN, SEEN)
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    policy: Policy | None,
+    question: str = UNSEEN,
+) -> tuple[Answers, Cache]:
+    """Generate greedily for all items at once, left-padded; None stands for the full cache of transformers.
+
+    The context goes in first, and is compressed; only then is the question asked, so that no word of the answer comes
+    from the attention of the prompt itself, which is always whole. With `question="seen"` the question also stands
+    behind the context, so that scorers know what will be asked. Also returns the cache as it was left.
+    """
+    if policy is None:
+        return _generate(model, tokenizer, items, question, DynamicCache(config=model.config))
+    with policy.attach(model) as attachment:
+        return _generate(model, tokenizer, items, question, attachment.cache())
+
+
+def total_tokens(tokenizer: PreTrainedTokenizerBase, item: Item, question: str = UNSEEN) -> int:
+    """Tokens that a full cache holds when the item has been answered: the last one written is never cached."""
+    first, second = _parts(item, question)
+    return len(_ids(tokenizer, [first])["input_ids"][0]) + len(second.split()) + item.new_tokens - 1
+
+
+def _parts(item: Item, question: str) -> tuple[str, str]:
+    """What is compressed, and what is asked of it."""
+    return (item.prompt if question == SEEN else item.context), item.question
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], question: str, cache: Cache
+) -> tuple[Answers, Cache]:
+    first, second = zip(*(_parts(item, question) for item in items), strict=True)
+    contexts = _ids(tokenizer, first).to(model.device)
+    questions = _ids(tokenizer, second, add_special_tokens=False).to(model.device)
+    if not questions["attention_mask"].all():
+        raise EvaluationError("the questions of one batch must be of one length")
+    both = {name: torch.cat([contexts[name], questions[name]], 1) for name in ("input_ids", "attention_mask")}
+    generate: Any = model.generate
+    with Meter(model, cache, prompt_forwards=2) as meter:
+        model(**contexts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        limit = max(item.new_tokens for item in items)
+        written = generate(**both, past_key_values=cache, max_new_tokens=limit, do_sample=False)
+    written = written[:, both["input_ids"].shape[1] :]
+    answers = Answers(
+        texts=tuple(tokenizer.batch_decode(written, skip_special_tokens=True)),
+        prompt_tokens=int(both["attention_mask"].sum()),
+        new_tokens=int((written != tokenizer.pad_token_id).sum()),
+        prompt_seconds=meter.prompt_seconds,
+        decode_seconds=meter.decode_seconds,
+        held_bytes=held_bytes(cache),
+        peak_bytes=meter.peak_bytes,
+        window_bytes=window_bytes(cache),
+    )
+    return answers, cache
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> Any:
+    return tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt", **options)

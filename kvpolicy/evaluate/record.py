@@ -1,0 +1,108 @@
+"""A comparison as plain data: everything that is needed to judge it, or to run it again."""
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpolicy.evaluate.answers import SEEN
+from kvpolicy.evaluate.compare import Outcome
+from kvpolicy.evaluate.retention import Kept
+from kvpolicy.evaluate.setup import Setup
+
+_DISTRIBUTIONS = ("kvpolicy", "torch", "transformers", "tokenizers", "numpy")
+
+
+def record(setup: Setup, outcomes: Sequence[Outcome], kept: Kept | None = None) -> dict[str, Any]:
+    """The comparison as JSON-ready data."""
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "setup": {
+            "model": "testbed",
+            "seed": setup.seed,
+            "items_per_task": setup.items,
+            "tokens_per_item": setup.length,
+            "rows_per_batch": setup.rows,
+            "shares": [float(share) for share in setup.shares],
+            "question_visible_to_scorers": setup.question == SEEN,
+            "decoding": "greedy",
+        },
+        "outcomes": [_outcome(one) for one in outcomes],
+        **({} if kept is None else {"retention": _kept(kept)}),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the distributions that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, threads, and the accelerator if there is one."""
+    found: dict[str, str | int] = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _outcome(one: Outcome) -> dict[str, Any]:
+    policy = one.policy
+    return {
+        "label": one.contender.label,
+        "policy": one.contender.name,
+        "share": float(one.contender.share),
+        "task": one.task,
+        "digest": None if policy is None else policy.digest,
+        "fitted_policy": None if policy is None else policy.to_yaml(),
+        "items": one.items,
+        "right": one.right,
+        "accuracy": one.accuracy,
+        "held_bytes": one.held_bytes,
+        "peak_bytes": one.peak_bytes,
+        "window_bytes": one.window_bytes,
+        "full_bytes": one.full_bytes,
+        "held_share": one.held_share,
+        "decode_tokens_per_second": one.decode_speed,
+        "prompt_tokens_per_second": one.prompt_speed,
+    }
+
+
+def _kept(kept: Kept) -> dict[str, Any]:
+    return {
+        "task": kept.item.task,
+        "tokens": list(kept.tokens),
+        "matter": list(kept.matter),
+        "target": kept.item.target,
+        "policies": [
+            {
+                "policy": one.policy.name,
+                "digest": one.policy.digest,
+                "share": float(one.share),
+                "written": one.text,
+                "right": one.right,
+                "held": [[round(part, 4) for part in row] for row in one.held.tolist()],
+            }
+            for one in kept.by_policy
+        ],
+    }

@@ -1,0 +1,92 @@
+"""Which tokens each layer still holds after an answer."""
+
+from fractions import Fraction
+
+import attrs
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate.answers import UNSEEN, answer, total_tokens
+from kvpolicy.evaluate.fit import fit
+from kvpolicy.evaluate.testbed import Item, is_correct, make_item
+from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.policy import Policy
+from kvpolicy.runtime.cache import PolicyCache
+
+TASK, LENGTH = "tracking", 128
+_CLAUSE_END = "."
+
+
+@attrs.frozen(eq=False)
+class Retention:
+    """What one policy kept of one item."""
+
+    policy: Policy  # as it was fitted
+    share: Fraction
+    right: bool
+    text: str  # what was written
+    held: Tensor  # [L, T] float32: the fraction of KV heads that hold the token
+
+
+@attrs.frozen(eq=False)
+class Kept:
+    """One item, and what several policies kept of it."""
+
+    item: Item
+    tokens: tuple[str, ...]  # of the prompt, T of them
+    matter: tuple[bool, ...]  # those that the answer follows from
+    by_policy: tuple[Retention, ...]
+
+
+def retention(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policies: tuple[Policy, ...],
+    *,
+    share: Fraction,
+    seed: int = 0,
+    question: str = UNSEEN,
+) -> Kept:
+    """Answer one short item under each policy and see what is left of its prompt when the answer is written."""
+    item = make_item(TASK, seed, 0, LENGTH)
+    tokens = tuple(tokenizer.convert_ids_to_tokens(tokenizer(item.prompt)["input_ids"]))
+    length = total_tokens(tokenizer, item, question)
+    kept = []
+    for policy in policies:
+        fitted = fit(policy, model, length=length, share=share)
+        answers, cache = answer(model, tokenizer, [item], fitted, question)
+        if not isinstance(cache, PolicyCache):
+            raise EvaluationError("only a policy's cache knows which tokens it holds")
+        text = answers.texts[0]
+        kept.append(Retention(fitted, share, is_correct(item, text), text, held_tokens(cache, len(tokens))))
+    return Kept(item, tokens, tokens_that_matter(item, tokens), tuple(kept))
+
+
+def held_tokens(cache: PolicyCache, length: int) -> Tensor:
+    """[L, T] float32: for each of the first `length` tokens of row 0, the fraction of KV heads that hold it."""
+    held = torch.zeros(len(cache.managed), length)
+    for layer, row in zip(cache.managed, held, strict=True):
+        heads = layer.store.layout.heads
+        for head in range(heads):
+            positions = layer.store.segment(POSITIONS, 0, head).cpu().long()
+            row[positions[(positions >= 0) & (positions < length)]] += 1 / heads
+    return held
+
+
+def tokens_that_matter(item: Item, tokens: tuple[str, ...]) -> tuple[bool, ...]:
+    """Marks the question, and each fact whose name (its second word) stands in the question or the target."""
+    named = {*item.question.split(), *item.target.split()}
+    question = len(tokens) - len(item.question.split())
+    marked, start = [False] * len(tokens), 1
+    for place in range(1, question):
+        if tokens[place] == _CLAUSE_END:
+            matters = place - start == 3 and tokens[start] in _FACTS and tokens[start + 1] in named
+            marked[start : place + 1] = [matters] * (place + 1 - start)
+            start = place + 1
+    marked[question:] = [True] * (len(tokens) - question)
+    return tuple(marked)
+
+
+_FACTS = ("note", "set", "value", "link")

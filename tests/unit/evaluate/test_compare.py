@@ -1,0 +1,136 @@
+"""Comparisons: honest bytes, the same items for all, repeatable answers, a complete record."""
+
+import json
+from fractions import Fraction
+
+import attrs
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate import record
+from kvpolicy.evaluate.answers import answer
+from kvpolicy.evaluate.compare import compare, steps
+from kvpolicy.evaluate.fit import fit
+from kvpolicy.evaluate.meter import held_bytes
+from kvpolicy.evaluate.setup import Contender, Setup
+from kvpolicy.evaluate.testbed import make_item
+
+SHARE = Fraction(1, 4)
+
+
+@pytest.fixture(scope="module")
+def setup(policies):
+    return Setup(policies, (SHARE,), tasks=("recall", "tracking"), items=3, length=128, rows=2, seed=5)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny, setup):
+    """With the calls that the progress display got."""
+    calls = []
+    return compare(*tiny, setup, calls.append), calls
+
+
+def short(task, index):
+    return attrs.evolve(make_item(task, 0, index, 128), new_tokens=6)
+
+
+def test_one_outcome_for_each_contender_and_task(outcomes, setup):
+    """The full cache and each policy, on each task, with all items."""
+    found, calls = outcomes
+
+    assert [(one.task, one.contender) for one in found] == [(t, c) for t in setup.tasks for c in setup.contenders]
+    assert {one.items for one in found} == {3}
+    assert len(calls) == steps(setup) == 2 * 3 * 2
+
+
+def test_bytes_held_stay_within_the_share(outcomes):
+    """Policies hold no more than their share of what the full cache holds; the full cache holds all of it."""
+    for one in outcomes[0]:
+        assert one.held_share <= one.contender.share
+        assert one.held_share > one.contender.share - 0.06
+        assert one.peak_bytes >= one.held_bytes
+        assert (one.window_bytes > 0) == (one.contender.name == "snapkv")
+        assert one.decode_speed > 0
+        assert one.prompt_speed > 0
+
+
+def test_answers_are_repeatable(tiny, outcomes, setup):
+    """Apart from speeds, the same setup gives the same outcomes, whatever the order in which contenders take turns."""
+    again = compare(*tiny, attrs.evolve(setup, rows=3))
+    keys = ("contender", "task", "right", "policy")
+
+    assert [[getattr(one, key) for key in keys] for one in again] == [
+        [getattr(one, key) for key in keys] for one in outcomes[0]
+    ]
+
+
+def test_full_cache_is_the_plain_model(tiny):
+    """No policy means transformers' own cache, and what it writes."""
+    model, tokenizer = tiny
+    item = short("recall", 0)
+    given, cache = answer(model, tokenizer, [item], None)
+    inputs = tokenizer(item.prompt, return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs.input_ids.shape[1] :]
+
+    assert type(cache) is DynamicCache
+    assert given.texts == (tokenizer.decode(written, skip_special_tokens=True),)
+    assert given.held_bytes == given.peak_bytes == cache.get_seq_length() * 2 * 2 * 2 * 8 * 4
+    assert given.prompt_tokens == inputs.input_ids.shape[1]
+
+
+def test_peak_counts_the_layer_that_is_being_compressed(tiny, policies):
+    """After the prompt layer 0 is down to its budget while layer 1 is still whole: more than what is held later."""
+    model, tokenizer = tiny
+    fitted = fit(policies[0], model, length=130, share=SHARE)
+    given, cache = answer(model, tokenizer, [short("recall", 0)], fitted)
+    whole = max(layer.stats.peak_bytes for layer in cache.managed)
+    small = cache.managed[0].store.nbytes
+
+    assert given.held_bytes == held_bytes(cache) == 2 * small
+    assert given.peak_bytes == whole + small
+
+
+def test_model_is_given_back(tiny, outcomes):
+    """No hook and no attachment is left."""
+    model, _ = tiny
+
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_record_is_complete_json(outcomes, setup):
+    """Versions, machine, seed, digests, and that the question was visible."""
+    data = json.loads(json.dumps(record.record(setup, outcomes[0])))
+
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["machine"]["threads"] == torch.get_num_threads()
+    assert data["setup"]["seed"] == 5
+    assert data["setup"]["question_visible_to_scorers"] is False
+    digests = [one["digest"] for one in data["outcomes"]]
+    assert digests == [one.policy and one.policy.digest for one in outcomes[0]]
+    assert data["outcomes"][1]["fitted_policy"].startswith("kvpolicy: 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"items": 0}, "items must be at least 1: 0"),
+        ({"seed": -1}, "seed must be at least 0: -1"),
+        ({"shares": (Fraction(1),)}, "a share must be above 0% and below 100%: 100%"),
+        ({"twice": True}, "policies must have different names: snapkv"),
+    ],
+)
+def test_bad_setups_are_refused(setup, change, message):
+    """Each with its rule and value."""
+    if change.pop("twice", False):
+        change["policies"] = (*setup.policies, setup.policies[0])
+    with pytest.raises(EvaluationError, match=message):
+        attrs.evolve(setup, **change)
+
+
+def test_labels_name_policy_and_share(policies):
+    """As the table shows them."""
+    assert Contender(policies[0], Fraction(1, 8)).label == "snapkv 12.5%"
+    assert Contender().label == "full cache"
