@@ -1,0 +1,125 @@
+"""`kvpolicy demo`: the embedded model with its full cache and with several policies, side by side."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpolicy.cli.console import err, line, out, print_json
+from kvpolicy.cli.options import Json
+
+if TYPE_CHECKING:
+    from kvpolicy.evaluate.compare import Outcome
+    from kvpolicy.evaluate.retention import Kept
+    from kvpolicy.evaluate.setup import Setup
+    from kvpolicy.policy import Policy
+
+POLICIES = ("streaming_llm", "h2o", "snapkv", "rkv", "blend")
+SHARES = ("25%", "10%")
+PICTURED = 3  # policies in the retention picture, the last ones
+RETAINED = Fraction(1, 4)
+QUICK = {"items": 2, "length": 128, "rows": 2}
+
+
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for pictures and results.")] = Path("demo-results"),
+    policy: Annotated[list[str] | None, typer.Option(help="A policy's name or file; may be repeated.")] = None,
+    share: Annotated[list[str] | None, typer.Option(help="Share of the full cache's bytes; may be repeated.")] = None,
+    items: Annotated[int, typer.Option(help="Questions per task.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens per question.")] = 1024,
+    question: Annotated[
+        str, typer.Option(help="unseen: asked after the context is compressed; or seen before.")
+    ] = "unseen",
+    seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Two short questions a task: does it run?")] = False,
+    json: Json = False,
+) -> None:
+    """Compare policies with the full cache on the embedded model: accuracy, bytes held, speed; and draw it."""
+    from kvpolicy.evaluate.plots import MISSING, can_plot  # noqa: PLC0415 - heavy
+    from kvpolicy.evaluate.setup import Setup  # noqa: PLC0415
+
+    shares = tuple(_share(text) for text in share or SHARES)
+    sizes = {"items": items, "length": length, "rows": 16} | (QUICK if quick else {})
+    setup = Setup(_policies(policy or POLICIES), shares, seed=seed, question=question, **sizes)
+    _require_folder(out_dir)
+    outcomes, kept = _measure(setup)
+    results = _write(out_dir, setup, outcomes, kept)
+    print_json(results) if json else out().print(_tables(setup, outcomes))
+    if not can_plot():
+        line(MISSING, error=True)
+    line(f"written to {out_dir}: {', '.join(sorted(path.name for path in out_dir.iterdir()))}", error=True)
+
+
+def _share(text: str) -> Fraction:
+    from kvpolicy.errors import InputError  # noqa: PLC0415 - heavy
+    from kvpolicy.spec.budget import Budget  # noqa: PLC0415
+
+    budget = Budget.parse(text)
+    if budget is None or budget.share is None or budget.share == 1:
+        raise InputError(f"--share must be a percentage above 0% and below 100%: {text!r}")
+    return budget.share
+
+
+def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
+    from kvpolicy.errors import InputError  # noqa: PLC0415 - heavy
+    from kvpolicy.policy import load  # noqa: PLC0415
+
+    policies = tuple(load(name) for name in names)
+    if any(one.name == "full" for one in policies):
+        raise InputError("the full cache is part of every comparison: leave the policy 'full' out")
+    return policies
+
+
+def _require_folder(folder: Path) -> None:
+    """Make the folder now: an hour of results must not be lost to a mistyped name."""
+    from kvpolicy.errors import InputError  # noqa: PLC0415 - heavy
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be made: {error.strerror}") from error
+
+
+def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
+    import torch  # noqa: PLC0415 - heavy
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from kvpolicy.cli.models import TESTBED, load_model  # noqa: PLC0415
+    from kvpolicy.evaluate.compare import compare, steps  # noqa: PLC0415
+    from kvpolicy.evaluate.retention import retention  # noqa: PLC0415
+
+    model, tokenizer = load_model(TESTBED, torch.device("cpu"), None)
+    pictured = setup.policies[-PICTURED:]
+    with Progress(console=err(), transient=True) as progress:
+        task = progress.add_task("starting", total=steps(setup))
+
+        def done(text: str) -> None:
+            progress.update(task, advance=1, description=text)
+
+        outcomes = compare(model, tokenizer, setup, done)
+        kept = retention(model, tokenizer, pictured, share=RETAINED, seed=setup.seed, question=setup.question)
+    return outcomes, kept
+
+
+def _write(folder: Path, setup: "Setup", outcomes: "tuple[Outcome, ...]", kept: "Kept") -> dict[str, Any]:
+    from json import dumps  # noqa: PLC0415 - `json` is the option
+
+    from kvpolicy.evaluate.plots import can_plot  # noqa: PLC0415
+    from kvpolicy.evaluate.record import record  # noqa: PLC0415
+
+    results = record(setup, outcomes, kept)
+    (folder / "results.json").write_text(dumps(results, indent=1) + "\n", encoding="utf-8")
+    if can_plot():
+        from kvpolicy.evaluate.heatmap import plot_retention  # noqa: PLC0415
+        from kvpolicy.evaluate.tradeoff import plot_tradeoff  # noqa: PLC0415
+
+        plot_retention(kept, folder / "retention.png")
+        plot_tradeoff(outcomes, folder / "tradeoff.png")
+    return results
+
+
+def _tables(setup: "Setup", outcomes: "tuple[Outcome, ...]") -> Any:
+    from kvpolicy.cli.demo_table import table_of  # noqa: PLC0415 - heavy
+
+    return table_of(setup, outcomes)

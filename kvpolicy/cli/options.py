@@ -1,0 +1,20 @@
+"""Options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", help="In place of the policy's own: tokens (512), a share (10%) or bytes (2GiB)."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
+
+
+def budget_override(text: str | None) -> dict[str, object]:
+    """The option as an override for `kvpolicy.load`; digits alone are tokens."""
+    if text is None:
+        return {}
+    return {"budget": int(text) if text.isascii() and text.isdigit() and len(text) < 18 else text}

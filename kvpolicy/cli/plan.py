@@ -1,0 +1,31 @@
+"""`kvpolicy plan`: what a policy would do to a model, without loading the model."""
+
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli.console import out, print_json
+from kvpolicy.cli.options import Budget, Dtype, Json, budget_override
+
+
+def plan(
+    policy: Annotated[str, typer.Argument(help="A policy's name, or a file.")],
+    model: Annotated[str, typer.Option(help="Path or id of a model; only its configuration is read.")] = "testbed",
+    length: Annotated[int, typer.Option(help="Tokens that the sequence grows to.")] = 8192,
+    budget: Budget = None,
+    device: Annotated[str, typer.Option(help="What to plan for: cpu or cuda. Need not be present.")] = "cpu",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Show budgets, bytes held and bytes moved for a model's shape."""
+    import torch  # noqa: PLC0415 - heavy
+
+    from kvpolicy.cli.models import config_of, dtype_of  # noqa: PLC0415
+    from kvpolicy.plan.explain import explain  # noqa: PLC0415
+    from kvpolicy.policy import load  # noqa: PLC0415
+
+    loaded, wanted = load(policy, **budget_override(budget)), dtype_of(dtype)
+    config = config_of(model)
+    own = getattr(config.get_text_config(decoder=True), "dtype", None)
+    explained = explain(loaded.compile(config, device=device, dtype=wanted or own or torch.float32), length)
+    print_json(explained.to_dict()) if json else out().print(explained.table())

@@ -1,0 +1,53 @@
+"""`kvpolicy list` and `kvpolicy show`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from kvpolicy.cli.console import line, out, print_json
+from kvpolicy.cli.options import Budget, Json, budget_override
+
+
+def list_policies(json: Json = False) -> None:
+    """List the installed policies."""
+    from kvpolicy.errors import KVPolicyError  # noqa: PLC0415 - heavy
+    from kvpolicy.policy import load  # noqa: PLC0415
+    from kvpolicy.stages.registry import registry  # noqa: PLC0415
+
+    found: list[dict[str, Any]] = []
+    for name, path in registry().policies().items():
+        try:
+            spec = load(path).spec
+        except KVPolicyError as error:  # one bad file of a third party must not hide the others
+            line(f"warning: {error}", error=True)
+            continue
+        found.append({"name": name, "budget": str(spec.budget), "summary": spec.summary, "reference": spec.reference})
+    print_json(found) if json else out().print(_table(found))
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="An installed policy's name, or a file.")],
+    budget: Budget = None,
+    json: Json = False,
+) -> None:
+    """Print a policy as YAML in its canonical form."""
+    from kvpolicy.policy import load  # noqa: PLC0415 - heavy
+
+    policy = load(name, **budget_override(budget))
+    if json:
+        import yaml  # noqa: PLC0415
+
+        data = yaml.safe_load(policy.to_yaml())
+        print_json({"name": policy.name, "digest": policy.digest, "origin": policy.origin, "policy": data})
+    else:
+        line(policy.to_yaml().rstrip())
+
+
+def _table(found: list[dict[str, Any]]) -> Any:
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table("name", "budget", "summary", title="Installed policies")
+    for one in found:
+        table.add_row(Text(one["name"], no_wrap=True), one["budget"], Text(one["summary"]))
+    return table

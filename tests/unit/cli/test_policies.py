@@ -1,0 +1,139 @@
+"""`list`, `show`, `check`, `plugins`, `schema`, and how errors are told."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import kvpolicy
+from kvpolicy.errors import UnknownPolicyError
+from kvpolicy.spec.schema import json_schema
+
+
+def test_list_names_every_installed_policy(kv):
+    """Name, budget and summary, as a table and as JSON."""
+    table, data = kv("list"), kv("list", "--json")
+    listed = {one["name"]: one for one in json.loads(data.stdout)}
+
+    assert table.exit_code == data.exit_code == 0
+    assert {"full", "rkv", "snapkv", "blend"} <= set(listed)
+    assert listed["rkv"]["budget"] == "1024"
+    for one in listed.values():
+        assert one["name"] in table.stdout
+        assert one["summary"] in table.stdout
+
+
+def test_show_prints_yaml_that_loads_to_the_same_policy(kv, tmp_path):
+    """Canonical YAML; an override is seen in it."""
+    result = kv("show", "rkv", "--budget", "10%")
+    (tmp_path / "shown.yaml").write_text(result.stdout)
+
+    assert result.stdout.startswith("kvpolicy: 1\nname: rkv\n")
+    assert kvpolicy.load(tmp_path / "shown.yaml") == kvpolicy.load("rkv", budget="10%")
+
+
+def test_show_as_json_has_digest_and_origin(kv):
+    """For programs: plain data beside the digest."""
+    data = json.loads(kv("show", "snapkv", "--json").stdout)
+
+    assert data["digest"] == kvpolicy.load("snapkv").digest
+    assert data["origin"].endswith("snapkv.yaml")
+    assert data["policy"]["protect"] == {"sinks": 0, "recent": 32}
+
+
+def test_unknown_names_are_one_line_with_the_close_one(kv):
+    """Exit code 2, no traceback, nothing on stdout."""
+    result = kv("show", "snapvk")
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: unknown policy 'snapvk'; did you mean 'snapkv'?")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_wrong_budget_is_told_with_its_rule(fails):
+    """A budget that is none of the three forms."""
+    rule = 'must be a number of tokens >= 1, a share such as "10%", or a size such as "2GiB"'
+    fails(f"override budget: {rule}: '12 miles'", "show", "rkv", "--budget", "12 miles")
+
+
+@pytest.mark.parametrize("words", [("--traceback", "show", "nope"), ("show", "nope", "--traceback")])
+def test_traceback_is_for_those_who_ask(kv, words):
+    """The error itself comes out, wherever the option stands."""
+    assert isinstance(kv(*words).exception, UnknownPolicyError)
+
+
+def test_check_says_good_with_the_digest(kv, good):
+    """Exit code 0."""
+    result = kv("check", good)
+
+    assert result.exit_code == 0
+    assert result.stdout == f"{good}: good ({kvpolicy.load(good).digest})\n"
+
+
+def test_check_tells_all_problems_of_all_files(kv, good, bad, tmp_path):
+    """Good files are told too; exit code 1, for CI."""
+    result = kv("check", good, bad, tmp_path / "missing.yaml")
+
+    assert result.exit_code == 1
+    assert result.stdout.startswith(f"{good}: good")
+    told = result.stderr.splitlines()
+    assert len(told) == 3
+    assert f"{bad}:2:9: budget: must be" in told[0]
+    assert f"{bad}:4:11: score[0].use: unknown name 'recencyy'; did you mean 'recency'?" in told[1]
+    assert told[2].endswith(": no such file")
+
+
+def test_check_as_json(kv, good, bad):
+    """One object a file."""
+    result = kv("check", "--json", good, bad)
+    first, second = json.loads(result.stdout)
+
+    assert result.exit_code == 1
+    assert (first["problems"], len(first["digest"])) == ([], 16)
+    assert (len(second["problems"]), second["digest"]) == (2, None)
+
+
+def test_plugins_shows_broken_ones_beside_the_others(kv, install, scorer_source):
+    """A distribution that cannot be imported is named, and why."""
+    install("works", scorer_source("mine"))
+    install("broken-one", "raise RuntimeError('no luck')")
+    result, data = kv("plugins"), json.loads(kv("plugins", "--json").stdout)
+
+    assert result.exit_code == 0
+    for expected in ("mine", "works 1.0", "A fake scorer.", "redundancy", "allocate.heads"):
+        assert expected in result.stdout
+    assert "broken: plugin 'broken-one' (broken-one 1.0): RuntimeError: no luck" in result.stderr
+    assert [one["error"] for one in data["broken"]] == ["plugin 'broken-one' (broken-one 1.0): RuntimeError: no luck"]
+    assert {"name", "stage", "distribution", "version", "summary", "reference"} == set(data["plugins"][0])
+
+
+def test_schema_is_the_one_that_files_are_checked_by(kv):
+    """JSON Schema on stdout, nothing else."""
+    assert json.loads(kv("schema").stdout) == json_schema()
+
+
+def test_help_names_all_commands(kv):
+    """And a bare call shows the help."""
+    result = kv("--help")
+
+    assert result.exit_code == 0
+    for command in ("demo", "run", "list", "show", "check", "plan", "plugins", "schema"):
+        assert command in result.stdout
+        assert kv(command, "--help").exit_code == 0
+
+
+def test_version(kv):
+    """The version of the distribution."""
+    assert kv("--version").stdout == f"{kvpolicy.__version__}\n"
+
+
+def test_module_and_entry_point_are_the_same_program(tmp_path):
+    """`python -m kvpolicy`: exit code and message of a bad call."""
+    call = [sys.executable, "-m", "kvpolicy", "show", "nope"]
+    result = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)  # noqa: S603 - our own
+
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: unknown policy 'nope'")
