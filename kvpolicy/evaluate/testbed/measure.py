@@ -33,7 +33,7 @@ def measure(
     seed: int,
     items: int,
     length: int = 1024,
-    rows: int = 16,
+    rows: int = 32,
 ) -> Accuracy:
     """Generate greedily for ``items`` items of ``task``, ``rows`` at a time, and count what is right."""
     asked = [make_item(task, seed, index, length) for index in range(items)]

@@ -18,7 +18,7 @@ VALUE, LINK, SUM = IDS["value"], IDS["link"], IDS["sum"]
 TOTAL, CHECK, REPORT = IDS["total"], IDS["check"], IDS["report"]
 PLAN_STEP_LENGTH, STEP_LENGTH = 8, 24
 FRAME_LENGTH = 14
-EASY, NEAR, SUMMED, FAR = 0.1, 0.5, 2.0, 5.0
+EASY, NEAR, SUMMED, FAR, ONCE = 0.1, 0.5, 2.0, 5.0, 20.0
 FOUND = [EASY, NEAR, FAR, EASY, NEAR, FAR]
 FOUND_AGAIN = [EASY, NEAR, NEAR, EASY, NEAR, NEAR]
 STEP_WEIGHTS = [*FOUND, EASY, 1.0, NEAR, SUMMED, EASY, NEAR, NEAR, EASY, *FOUND_AGAIN, EASY, NEAR, NEAR, EASY]
@@ -72,5 +72,6 @@ def _episode(plan: TokenIds, question: list[int], trace: TokenIds, tail: TokenId
     answer_end = prompt_end + len(trace) + 4
     drilled = np.tile([0, 0, FAR, EASY], len(tail) // 4 - 1)
     stepped = np.tile(STEP_WEIGHTS, len(trace) // STEP_LENGTH)
-    weights = np.concatenate([np.zeros(prompt_end), stepped, [EASY, 1.0, FAR, EASY], drilled])
+    stepped[trace == IDS["end"]] = ONCE
+    weights = np.concatenate([np.zeros(prompt_end), stepped, [EASY, ONCE, FAR, EASY], drilled])
     return Episode(tokens, weights.astype(np.float32), len(plan), prompt_end, answer_end)
