@@ -52,6 +52,16 @@ class Budgets:
         """Entries per KV head for each managed layer, once a sequence has `seen` tokens."""
         return _allocated(self, seen)
 
+    def ahead(self, seen: int) -> tuple[int, ...]:
+        """The largest that `per_layer` gets until the tokens have doubled, so that storage may grow at that pace.
+
+        A share of the tokens is not looked ahead of: memory follows it closely.
+        """
+        now = self.per_layer(seen)
+        if self.spec.budget.share is not None:
+            return now
+        return tuple(map(max, now, self.per_layer(2 * seen)))
+
 
 @lru_cache(maxsize=4096)
 def _allocated(budgets: Budgets, seen: int) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ class Plan:
         """Slots per KV head up to which the managed layer number `ordinal` may grow: its budget and the slack."""
         if not self.compresses_while_decoding:
             return sys.maxsize
-        return self.budgets.per_layer(seen)[ordinal] + self.budgets.slack
+        return self.budgets.ahead(seen)[ordinal] + self.budgets.slack
 
 
 def compile_policy(

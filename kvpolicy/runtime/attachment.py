@@ -72,6 +72,12 @@ class Attachment:
         if attached(self.model) is self:
             self.detach()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model that is copied or unpickled while attached comes with an attachment of its own."""
+        self.__dict__.update(state)
+        register()
+        managed_modules.update(self._modules)
+
     def _require_attached(self) -> None:
         if attached(self.model) is not self:
             raise AttachError("this attachment has been detached")
@@ -98,7 +104,8 @@ class CacheProvider:
         _require_dynamic(generation_config)
         if given is not None:
             _require_policy_cache(given)
-            given.stop_recording()
+            if not generation_config.is_assistant:  # the assistant's cache comes back every round, to be cropped
+                given.stop_recording()
             model = self.attachment.model
             getattr(type(model), _PROVIDER)(model, generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is False:

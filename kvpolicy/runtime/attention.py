@@ -67,13 +67,19 @@ def register() -> None:
 
 def _refuse_unknown(layer: PolicyLayer, mask: Tensor | None, call: dict[str, Any]) -> None:
     for name, value in call.items():
-        if value is not None and value is not False and name not in _HARMLESS and not (name == "is_causal" and value):
+        without_effect = value is True if name == "is_causal" else value is False or name in _HARMLESS
+        if value is not None and not without_effect:
             raise UnsupportedCallError(f"attention argument {name!r} cannot be carried across an eviction")
-    if is_foreign(mask) and (layer.evicted or layer.would_evict()):
+    if _hides_more(layer, mask) and (layer.evicted or layer.would_evict()):
         raise UnsupportedCallError(
             "a mask that hides more than pads and later tokens cannot be carried across an eviction; "
             "raise the budget above the length, or detach the policy"
         )
+
+
+def _hides_more(layer: PolicyLayer, mask: Tensor | None) -> bool:
+    arrival = arrival_of(mask)
+    return is_foreign(mask) or (arrival is not None and arrival.earlier != layer.real)
 
 
 def _warn_if_uncompressed(module: nn.Module, call: dict[str, Any]) -> None:

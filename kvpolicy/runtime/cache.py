@@ -38,6 +38,12 @@ class PolicyCache(DynamicCache):
             if hasattr(layer, "record_past"):
                 layer.record_past = False
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Undo the newest `-tokens_to_remove` tokens; CacheError, before any layer has changed, when one cannot."""
+        for layer in self.managed:
+            layer.undone_by(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def check_integrity(self) -> None:
         """Raise CacheError when a layer contradicts itself; for tests and debugging."""
         for layer in self.managed:

@@ -49,7 +49,10 @@ class PolicyLayer(CacheLayerMixin):
         self.padded = False  # whether the store holds pads: only until the first eviction
         self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
         self._arriving = 0  # tokens appended whose attention has not run yet
+        self._places = torch.empty(0)  # and their positions, [B, q]
         self._unsettled: list[Asked] = []  # queries that a rollback may still undo
+        self._prompting = True  # whether these, if any, are those of a prompt
+        self._intact = True  # False from the start of a change to its end, and for good when it fails
 
     # -- one forward -------------------------------------------------------------------------------------------
 
@@ -73,19 +76,14 @@ class PolicyLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append post-RoPE [B, K, q, D]; returns all entries while nothing was evicted, else the new ones."""
-        if self._arriving:
-            raise CacheError(
-                f"layer {self.stats.layer}: the last forward did not reach kvpolicy's attention, or failed; "
-                "attach the policy to the model, and start with a new cache"
-            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._begin()
         self._arriving = key_states.shape[2]
         self.seen += self._arriving
-        places = torch.arange(self._arriving, dtype=torch.int32, device=self.device)
+        self._places = self._positions(torch.arange(self._arriving, device=self.device))
         entries = self.plan.spec.store.encode(key_states, value_states)
-        entries[POSITIONS] = places.expand(*key_states.shape[:3])
-        self.store.append(entries, self._limit)
+        self.store.append({**entries, POSITIONS: self._spread(self._places)}, self._limit)
         keys, values = (key_states, value_states) if self.evicted else self._stored()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
@@ -93,18 +91,20 @@ class PolicyLayer(CacheLayerMixin):
 
     def arrive(self, arrival: Arrival | None) -> Tensor:
         """Positions of the appended tokens, [B, q], now that it is known which are pads (position -1)."""
-        count, self._arriving = self._arriving, 0
-        before = torch.tensor(self.real, device=self.device)[:, None]
-        if arrival is None:
-            positions = before + torch.arange(count, device=self.device)
-            self.real = [real + count for real in self.real]
-        else:
-            positions = (before + arrival.valid.long().cumsum(1) - 1).masked_fill(~arrival.valid, -1)
-            self.real = [real + new for real, new in zip(self.real, arrival.counts, strict=True)]
-            self.padded = self.padded or arrival.padded
-        spread = positions[:, None].expand(-1, self.store.layout.heads, -1)
-        self.store.overwrite_tail(POSITIONS, spread.to(torch.int32))
-        return positions
+        counts = [self._arriving] * len(self.real)
+        if arrival is not None and arrival.padded:
+            self._places = self._positions(arrival.valid.cumsum(1) - 1).masked_fill(~arrival.valid, -1)
+            self.store.overwrite_tail(POSITIONS, self._spread(self._places))
+            self.padded, counts = True, arrival.counts
+        self.real = [real + count for real, count in zip(self.real, counts, strict=True)]
+        self._arriving = 0
+        return self._places
+
+    def _positions(self, places: Tensor) -> Tensor:
+        return (torch.tensor(self.real, device=self.device)[:, None] + places).to(torch.int32)
+
+    def _spread(self, positions: Tensor) -> Tensor:
+        return positions[:, None].expand(-1, self.plan.geometry.kv_heads, -1)
 
     def settle(self, asked: Asked) -> None:
         """After attention: observe the queries and compress the rows that are due; later, if it may be undone."""
@@ -116,6 +116,15 @@ class PolicyLayer(CacheLayerMixin):
             self._observe(asked)
             self._compress_if_due(decoding=asked.queries.shape[2] == 1)
         self._sample()
+        self._intact = True
+
+    def _begin(self) -> None:
+        if not self._intact:
+            raise CacheError(
+                f"layer {self.stats.layer}: the last forward did not reach kvpolicy's attention, or failed; "
+                "attach the policy to the model, and start with a new cache"
+            )
+        self._intact = False
 
     def would_evict(self) -> bool:
         """Whether the tokens appended last lead to an eviction, if they are all real."""
@@ -130,15 +139,20 @@ class PolicyLayer(CacheLayerMixin):
             add_attention_mass(self.plan, self.store, asked)
 
     def _compress_if_due(self, *, decoding: bool) -> None:
+        if self.evicted:
+            self._close_gaps()
         rows = self._due(self.real, decoding=decoding)
-        if self.padded and (rows or self.evicted):
-            drop_pads(self.plan, self.store, self._limit)
-            self.padded, self._firm = False, self.seen
         if rows:
+            self._close_gaps()
             started = time.perf_counter()
             self._compress(rows)
             self.stats.compressions += 1
             self.stats.seconds += time.perf_counter() - started
+
+    def _close_gaps(self) -> None:
+        if self.padded:
+            drop_pads(self.plan, self.store, self._limit)
+            self.padded, self.evicted, self._firm = False, True, self.seen
 
     def _due(self, real: Sequence[int], *, decoding: bool) -> list[int]:
         heads = self.plan.geometry.kv_heads
@@ -148,9 +162,7 @@ class PolicyLayer(CacheLayerMixin):
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
     def _compress(self, rows: Sequence[int]) -> None:
-        view = view_of(
-            self.plan, self.store, self.window, rows, layer=self.ordinal, scaling=self.scaling
-        )
+        view = view_of(self.plan, self.store, self.window, rows, layer=self.ordinal, scaling=self.scaling)
         budget = [self.plan.budgets.per_layer(self.real[row])[self.ordinal] for row in rows]
         lay_down(self.plan, self.store, rows, compress(self.plan.spec, view, budget), self._limit)
         self.evicted, self._firm = True, self.seen
@@ -163,9 +175,7 @@ class PolicyLayer(CacheLayerMixin):
         return self.plan.spec.store.decode({name: self.store.dense(name) for name in self.plan.entry_columns})
 
     def _sample(self) -> None:
-        slots = self.store.layout.rows * self.store.layout.heads
-        held = sum(map(sum, self.store.lengths)) / slots
-        self.stats.sample(self.seen, held, self.store.nbytes)
+        self.stats.sample(self.seen, self.store.average, self.store.nbytes)
 
     # -- the rest of the cache interface -----------------------------------------------------------------------
 
@@ -190,28 +200,37 @@ class PolicyLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back."""
-        self.record_past = True
+        self.record_past = self._prompting = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the newest `-tokens_to_remove` tokens; a positive number is the length to return to.
 
-        Raises CacheError when entries have been evicted since: they do not come back.
+        Then evict what has been recorded and is due. Raises CacheError when entries have been evicted since the tokens
+        to undo came: those do not come back.
         """
-        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
-        if count > self.seen - self._firm:
-            raise CacheError(
-                f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted "
-                f"{self.seen - self._firm} tokens ago; call activate_past_recording() before tokens that may be undone"
-            )
+        count = self.undone_by(tokens_to_remove)
+        self._begin()
         if count:
             self._undo(count)
         unsettled, self._unsettled = self._unsettled, []
         for asked in unsettled:
             self._observe(asked)
         if unsettled:
-            self._compress_if_due(decoding=True)
+            self._compress_if_due(decoding=not self._prompting)
+            self._prompting = False
         if self.is_initialized:
             self._sample()
+        self._intact = True
+
+    def undone_by(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` would undo. Raises CacheError when it could not."""
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if count > self.seen - self._firm:
+            raise CacheError(
+                f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted "
+                f"{self.seen - self._firm} tokens ago; call activate_past_recording() before tokens that may be undone"
+            )
+        return count
 
     def _undo(self, count: int) -> None:
         for row, real in enumerate(self.real):
@@ -232,14 +251,17 @@ class PolicyLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named."""
-        self._select(torch.arange(len(self.real))[indices.cpu()].tolist())
+        if self.is_initialized:
+            self._select(torch.arange(len(self.real))[indices.cpu()].tolist())
 
     def _select(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
+            self._begin()
             self.store.select_rows(rows)
             self.window.select_rows(rows)
             self.real = [self.real[row] for row in rows]
             self._unsettled = [asked.select_rows(rows) for asked in self._unsettled]
+            self._intact = True
 
 
 def _without_newest(asked: Sequence[Asked], count: int) -> list[Asked]:

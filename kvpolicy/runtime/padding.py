@@ -4,7 +4,9 @@ from functools import cached_property
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 _TAG = "kvpolicy_arrival"
@@ -15,16 +17,27 @@ class Arrival:
     """The tokens of one forward, shared by all layers: what is counted is read from the device once."""
 
     valid: Tensor  # [B, q] bool
+    before: Tensor  # [B, seen] bool, the same for the tokens of earlier forwards
 
     @cached_property
+    def _counts(self) -> list[list[int]]:
+        counts: list[list[int]] = torch.stack([self.valid.sum(1), self.before.sum(1)]).tolist()
+        return counts
+
+    @property
     def counts(self) -> list[int]:
         """Real tokens per row."""
-        return [int(count) for count in self.valid.sum(1).tolist()]
+        return self._counts[0]
+
+    @property
+    def earlier(self) -> list[int]:
+        """Real tokens per row in earlier forwards, according to this one's mask."""
+        return self._counts[1]
 
     @property
     def padded(self) -> bool:
         """Whether there is a pad among them."""
-        return min(self.counts, default=0) < self.valid.shape[1]
+        return any(count < self.valid.shape[1] for count in self.counts)
 
 
 def policy_mask(**call: Any) -> Tensor | None:
@@ -37,9 +50,14 @@ def policy_mask(**call: Any) -> Tensor | None:
     padding = call.get("attention_mask")
     if mask is not None and call.get("mask_function", causal_mask_function) is causal_mask_function:
         end = call["kv_length"] + call.get("kv_offset", 0)
-        arrived = None if padding is None else Arrival(padding[:, end - call["q_length"] : end].bool())
+        arrived = None if padding is None else _arrival(padding.bool(), end - call["q_length"], end)
         setattr(mask, _TAG, (arrived,))
     return mask
+
+
+def _arrival(padding: Tensor, start: int, end: int) -> Arrival:
+    padding = functional.pad(padding, (0, max(0, end - padding.shape[1])))  # a short mask hides the rest, as in stock
+    return Arrival(padding[:, start:end], padding[:, :start])
 
 
 def arrival_of(mask: Tensor | None) -> Arrival | None:

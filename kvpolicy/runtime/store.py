@@ -23,9 +23,8 @@ class Store:
         self.columns = dict(columns)
         self.device = device
         self.even = True  # all segments have the same length and capacity
-        self.layout = Layout.even(rows, heads, 0)
-        self.tensors = self._allocate(self.layout)
-        self._settle(self.layout.capacity)
+        layout = Layout.even(rows, heads, 0)
+        self._settle(self._allocate(layout), layout, layout.capacity, self._starts_of(layout, layout.capacity))
 
     # -- what is held ------------------------------------------------------------------------------------------
 
@@ -38,6 +37,11 @@ class Store:
     def longest(self) -> int:
         """The largest of the lengths."""
         return self._longest_base + self._added
+
+    @property
+    def average(self) -> float:
+        """Slots in use per (row, KV head)."""
+        return self._average_base + self._added
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +60,7 @@ class Store:
     def padded(self, name: str, rows: Sequence[int]) -> Tensor:
         """[rows, K, T, ...], T the longest length among them; a view when it can be.
 
-        Unused slots hold anything, except for positions, which are -1 there.
+        Unused slots hold any finite number, except for positions, which are -1 there.
         """
         if self.layout.uniform is not None:
             longest = max(max(self._base[row]) for row in rows) + self._added
@@ -72,20 +76,21 @@ class Store:
     def append(self, entries: Mapping[str, Tensor], limit: int) -> None:
         """Add [B, K, q, ...] at the end of every segment; columns that are not given get their fill.
 
-        Capacity at least doubles when it has to grow, but not beyond `limit` slots unless the entries need it.
+        Capacity at least doubles when it has to grow, but not beyond `limit` slots (on average, where segments differ)
+        unless the entries need it.
         """
         count = entries[POSITIONS].shape[2]
         self._reserve(count, limit)
         for name, column in self.columns.items():
-            self._write_tail(name, count, entries.get(name, column.fill))
+            if name != POSITIONS:
+                self._write_tail(name, self._added, count, entries.get(name, column.fill))
+        self._write_tail(POSITIONS, self._added, count, entries[POSITIONS])
         self._added += count
 
     def overwrite_tail(self, name: str, entries: Tensor) -> None:
         """Replace one column of the newest q slots, [B, K, q, ...]."""
         count = entries.shape[2]
-        self._added -= count
-        self._write_tail(name, count, entries)
-        self._added += count
+        self._write_tail(name, self._added - count, count, entries)
 
     def replace(self, rows: Sequence[int], entries: Mapping[str, Tensor], lengths: Table, layout: Layout) -> None:
         """Give some rows new contents, [rows, K, N, ...] of which `lengths` count, and lay all segments out anew.
@@ -102,17 +107,17 @@ class Store:
         target = self.tensors if in_place else self._allocate(layout)
         if layout != self.layout:
             self._copy_rows(kept_rows, target, layout)
+        starts = self._starts_of(layout, tuple(after))  # the last allocation: from here on memory cannot run out
         for name, tensor in entries.items():
             _write(target[name], layout, rows, tensor, lengths)
         _clear_behind(target[POSITIONS], layout, rows, lengths)
-        self.tensors, self.layout = target, layout
-        self._settle(tuple(after))
+        self._settle(target, layout, tuple(after), starts)
 
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment."""
         if count:
+            self._write_tail(POSITIONS, self._added - count, count, -1)
             self._added -= count
-            self._write_tail(POSITIONS, count, -1)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order; a row may be named more than once."""
@@ -124,8 +129,8 @@ class Store:
             selected = {
                 name: torch.cat([self._row(tensor, row) for row in rows]) for name, tensor in self.tensors.items()
             }
-        self.tensors, self.layout = selected, layout
-        self._settle(tuple(self._base[row] for row in rows), self._added)
+        base = tuple(self._base[row] for row in rows)
+        self._settle(selected, layout, base, self._starts_of(layout, base), self._added)
 
     def check_integrity(self) -> None:
         """Raise CacheError unless lengths fit and exactly the slots behind them are marked empty."""
@@ -141,8 +146,9 @@ class Store:
     # -- storage -----------------------------------------------------------------------------------------------
 
     def _allocate(self, layout: Layout) -> dict[str, Tensor]:
+        # Zeros, because a masked slot is still multiplied: what was in the memory before could be NaN.
         tensors = {
-            name: torch.empty((layout.slots, *column.shape), dtype=column.dtype, device=self.device)
+            name: torch.zeros((layout.slots, *column.shape), dtype=column.dtype, device=self.device)
             for name, column in self.columns.items()
         }
         tensors[POSITIONS].fill_(-1)
@@ -158,7 +164,8 @@ class Store:
         return tensor[start : start + sum(self.layout.capacity[row])]
 
     def _reserve(self, count: int, limit: int) -> None:
-        needed = [[length + count for length in row] for row in self.lengths]
+        lengths = self.lengths
+        needed = table(self.layout.rows, self.layout.heads, lambda b, k: lengths[b][k] + count)
         if self.layout.uniform is not None:
             most = max(max(row) for row in needed)
             if most <= self.layout.uniform:
@@ -166,15 +173,16 @@ class Store:
             layout = Layout.even(self.layout.rows, self.layout.heads, max(most, min(2 * self.layout.uniform, limit)))
         else:
             capacity = self.layout.capacity
-            layout = Layout(
-                table(self.layout.rows, self.layout.heads, lambda b, k: max(needed[b][k], capacity[b][k]))
-            )
-            if layout == self.layout:
+            if all(n <= c for ns, cs in zip(needed, capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
                 return
+            segments = self.layout.rows * self.layout.heads
+            spare = max(0, min(2 * self.layout.slots, limit * segments) - sum(map(sum, needed))) // segments
+            layout = Layout(
+                table(self.layout.rows, self.layout.heads, lambda b, k: max(needed[b][k] + spare, capacity[b][k]))
+            )
         target = self._allocate(layout)
         self._copy_rows(list(range(self.layout.rows)), target, layout)
-        self.tensors, self.layout = target, layout
-        self._settle(self._base, self._added)
+        self._settle(target, layout, self._base, self._starts_of(layout, self._base), self._added)
 
     def _copy_rows(self, rows: Sequence[int], target: Mapping[str, Tensor], layout: Layout) -> None:
         if not rows or not self.longest:
@@ -183,21 +191,28 @@ class Store:
         for name in self.columns:
             _write(target[name], layout, rows, self.padded(name, rows), lengths)
 
-    def _write_tail(self, name: str, count: int, entries: Tensor | float) -> None:
+    def _write_tail(self, name: str, added: int, count: int, entries: Tensor | float) -> None:
+        """Write `count` slots of every segment, from `added` behind its base length on."""
         if self.even:
-            length = self._longest_base + self._added
-            self._capacity_view(name)[:, :, length : length + count] = entries
+            first = self._longest_base + added
+            self._capacity_view(name)[:, :, first : first + count] = entries
             return
-        newest = self._starts[..., None] + self._added + torch.arange(count, device=self.device)
+        newest = self._starts[..., None] + added + torch.arange(count, device=self.device)
         self.tensors[name][newest] = torch.as_tensor(entries, dtype=self.columns[name].dtype, device=self.device)
 
-    def _settle(self, base: Table, added: int = 0) -> None:
-        """Take over new lengths: `base` now, and as many more as every later append adds to all segments alike."""
+    def _starts_of(self, layout: Layout, base: Table) -> Tensor:
+        return layout.offsets_on(self.device) + layout.on(base, self.device)
+
+    def _settle(
+        self, tensors: dict[str, Tensor], layout: Layout, base: Table, starts: Tensor, added: int = 0
+    ) -> None:
+        """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
+        self.tensors, self.layout, self._starts = tensors, layout, starts
         self._base, self._added = base, added
         lengths = {length for row in base for length in row}
         self.even = self.layout.uniform is not None and len(lengths) == 1
         self._longest_base = max(lengths, default=0)
-        self._starts = self.layout.offsets_on(self.device) + self.layout.on(base, self.device)
+        self._average_base = sum(map(sum, base)) / max(1, self.layout.rows * self.layout.heads)
 
 
 def _spread(flat: Tensor, layout: Layout, capacity: int) -> Tensor:
