@@ -1,0 +1,117 @@
+"""Assisted decoding: candidates are verified, and entries leave only when no rollback can ask for them."""
+
+import pytest
+import torch
+
+from kvpolicy.errors import CacheError
+from tests.models import build, generate, model, prompt
+from tests.policies import held, small
+
+NAMES = ("snapkv", "h2o", "adakv")
+
+
+def repeating(length=40):
+    """A prompt with repetitions, in which a lookup finds something."""
+    return prompt(8)[0].repeat(1, length // 8)
+
+
+@pytest.fixture
+def assistant():
+    one = build(seed=1)
+    one.generation_config.num_assistant_tokens = 3
+    return one
+
+
+def ways(assistant):
+    return {"lookup": {"prompt_lookup_num_tokens": 3}, "model": {"assistant_model": assistant}}
+
+
+@pytest.mark.parametrize("way", ["lookup", "model"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_large_budget_gives_what_plain_decoding_gives(name, way, assistant):
+    tokens = repeating()
+    plain = generate(model(), tokens).sequences
+    with small(name, budget=200).attach(model()):
+        assert torch.equal(generate(model(), tokens, **ways(assistant)[way]).sequences, plain)
+
+
+@pytest.mark.parametrize("way", ["lookup", "model"])
+@pytest.mark.parametrize("name", NAMES)
+def test_entries_leave_in_crop_only_and_the_bound_holds_after_it(name, way, assistant, monkeypatch):
+    with small(name).attach(model()) as attachment:
+        cache = attachment.cache()
+        after_forward, crop, seen = [], type(cache).crop, []
+
+        def watched(self, count):
+            after_forward.append([sum(map(sum, layer.store.lengths)) for layer in self.managed])
+            seen.append(self.get_seq_length())
+            crop(self, count)
+            assert all(sum(map(sum, layer.store.lengths)) <= 2 * (12 + 4 - 1) for layer in self.managed)
+            self.check_integrity()
+
+        monkeypatch.setattr(type(cache), "crop", watched)
+        out = generate(model(), repeating(), past_key_values=cache, **ways(assistant)[way])
+        assert out.sequences.shape[1] == 64
+        assert all(layer.compressions for layer in attachment.report().layers)
+    assert after_forward[0] == [2 * seen[0]] * 3  # the whole prompt, until the candidates were verified
+
+
+def test_a_policy_on_the_assistant_keeps_what_a_rollback_needs(assistant):
+    """The assistant's own cache is handed back to its `generate` every round, and cropped in between."""
+    tokens = repeating()
+    plain = generate(model(), tokens).sequences
+    with small("streaming_llm").attach(assistant) as attachment:
+        out = generate(model(), tokens, assistant_model=assistant)
+        assert all(layer.compressions for layer in attachment.report().layers)
+    assert torch.equal(out.sequences, plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_policy_for_prompts_only_compresses_the_prompt(name):
+    with small(name, every="never").attach(model()) as attachment:
+        generate(model(), repeating(), prompt_lookup_num_tokens=3)
+        assert all(layer.compressions == 1 and layer.held < 12 + 26 for layer in attachment.report().layers)
+
+
+def test_a_cache_goes_on_evicting_at_once_after_assisted_decoding():
+    tokens = repeating()
+    with small("snapkv").attach(model()) as attachment:
+        cache = attachment.cache()
+        out = generate(model(), tokens, past_key_values=cache, prompt_lookup_num_tokens=3).sequences
+        generate(model(), torch.cat([out, tokens], 1), past_key_values=cache, count=1)
+        assert all(layer.held == 12 for layer in attachment.report().layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verified_tokens_leave_what_they_would_have_left_one_by_one(name):
+    """Rejected candidates leave no trace: neither entries nor votes nor attention."""
+    tokens, _ = prompt(50)
+    with small(name, budget=30, every=20).attach(model()) as attachment, torch.no_grad():
+        caches = [attachment.cache(), attachment.cache()]
+        for cache in caches:
+            cache.activate_past_recording()
+            model()(tokens[:, :20], past_key_values=cache)
+            cache.crop(0)
+        model()(tokens[:, 20:25], past_key_values=caches[0])
+        caches[0].crop(-4)
+        model()(tokens[:, 20:21], past_key_values=caches[1])
+        caches[1].crop(0)
+        for cache in caches:
+            model()(tokens[:, 21:], past_key_values=cache)
+            cache.crop(0)
+    assert held(caches[0]) == held(caches[1])
+    assert [layer.store.lengths for layer in caches[0].managed] != [((50, 50),)] * 3
+
+
+@pytest.mark.parametrize("name", ["pyramidkv", "snapkv"])
+def test_undoing_evicted_tokens_is_refused_before_any_layer_has_changed(name):
+    with small(name, budget=20, protect={"recent": 2}).attach(model()) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        model()(prompt(30)[0], past_key_values=cache)
+        for token in range(2, 5):
+            model()(torch.tensor([[token]]), past_key_values=cache)
+            before = held(cache)
+            with pytest.raises(CacheError, match="undo"):
+                cache.crop(-6)
+            assert held(cache) == before
+            assert [layer.seen for layer in cache.managed] == [28 + token + 1] * 3
