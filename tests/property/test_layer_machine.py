@@ -1,0 +1,225 @@
+"""A cache layer against plain Python lists, whatever is asked of it and in whichever order."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvpolicy.errors import CacheError
+from kvpolicy.plan.plan import POSITIONS
+from tests import driving
+from tests.driving import GROUP, HEADS, NAME, WORTH, feed, new_layer, random_entries, worth_plan
+
+ROWS = 4
+
+
+class Row:
+    """What one row must hold: per head a list of (position, name, worth, key, value), oldest first."""
+
+    def __init__(self):
+        self.real = 0
+        self.heads = [[] for _ in range(HEADS)]
+        self.recent = []  # newest columns that may still be undone: whether each is a real token
+
+    def copy(self):
+        other = Row()
+        other.real, other.heads, other.recent = self.real, [list(head) for head in self.heads], list(self.recent)
+        return other
+
+    def append(self, keys, values, valid):
+        """One token: its keys and values [K, D]."""
+        self.recent.append(valid)
+        if valid:
+            for head, held in enumerate(self.heads):
+                key = keys[head]
+                held.append((self.real, int(key[NAME]), float(key[WORTH]), key, values[head]))
+            self.real += 1
+
+    def undo(self, count):
+        for valid in self.recent[len(self.recent) - count :] if count else []:
+            if valid:
+                self.real -= 1
+                for held in self.heads:
+                    held.pop()
+        del self.recent[len(self.recent) - count :]
+
+    def compress(self, budget, sinks, recent, *, ragged):
+        """Keep the protected and the best, ties by position."""
+        chosen = [[] for _ in self.heads]
+        for head, held in enumerate(self.heads):
+            protected = [one for age, one in enumerate(reversed(held)) if age < recent or one[0] < sinks]
+            chosen[head] = protected
+        free = budget * HEADS - sum(map(len, chosen))
+        for head, held in enumerate(self.heads):
+            names = {one[1] for one in chosen[head]}
+            ranked = sorted((one for one in held if one[1] not in names), key=lambda one: (-one[2], one[0]))
+            share = min(len(ranked), free if ragged else (budget - len(names)))
+            free -= share
+            chosen[head] = sorted([*chosen[head], *ranked[:share]], key=lambda one: one[0])
+        self.heads = chosen
+
+    def attention(self, queries, positions):
+        """Float64 attention [H, q, D]; zeros for pads."""
+        out = torch.zeros(queries.shape, dtype=torch.float64)
+        for head in range(queries.shape[0]):
+            held = self.heads[head // GROUP]
+            for place, position in enumerate(positions):
+                seen = [one for one in held if one[0] <= position]
+                if position >= 0 and seen:
+                    keys, values = (torch.stack([one[part] for one in seen]).double() for part in (3, 4))
+                    weights = (keys @ queries[head, place].double() * driving.DIM**-0.5).softmax(0)
+                    out[head, place] = weights @ values
+        return out
+
+
+class LayerMachine(RuleBasedStateMachine):
+    """Appends, evictions, rollbacks and moves of rows."""
+
+    ragged = False
+
+    @initialize(
+        rows=st.integers(1, 3),
+        budget=st.integers(4, 8),
+        every=st.integers(1, 4),
+        sinks=st.integers(0, 2),
+        recent=st.integers(0, 1),
+        prefill=st.booleans(),
+    )
+    def start(self, rows, budget, every, sinks, recent, prefill):
+        self.plan = worth_plan(budget, every, sinks, recent, ragged=self.ragged, prefill=prefill)
+        self.budget, self.every, self.sinks, self.recent, self.prefill = budget, every, sinks, recent, prefill
+        self.layer = new_layer(self.plan)
+        self.generator = torch.Generator().manual_seed(rows)
+        self.names = 0
+        self.batch = rows
+        self._empty()
+
+    def _empty(self):
+        self.rows = [Row() for _ in range(self.batch)]
+        self.seen, self.unsettled, self.first_of_turn, self.evicted = 0, 0, self.layer.record_past, False
+
+    @rule(count=st.sampled_from([1, 1, 1, 2, 3, 7, 12]), data=st.data())
+    def forward(self, count, data):
+        keys, values, queries = random_entries(self.generator, len(self.rows), count, self.names)
+        self.names += keys.shape[0] * count
+        padded = count > 1 and data.draw(st.booleans(), "padded")
+        valid = torch.ones(len(self.rows), count, dtype=torch.bool)
+        if padded:
+            flags = st.lists(st.booleans(), min_size=count, max_size=count).filter(any)
+            valid = torch.tensor([data.draw(flags, "real") for _ in self.rows])
+        output = feed(self.layer, keys, values, queries, valid if padded else None)
+        for place, row in enumerate(self.rows):
+            positions = []
+            for column in range(count):
+                real = bool(valid[place, column])
+                positions.append(row.real if real else -1)
+                row.append(keys[place, :, column], values[place, :, column], real)
+            expected = row.attention(queries[place], positions)
+            assert torch.allclose(output[place].double(), expected, atol=1e-5), (output[place] - expected).abs().max()
+        self.seen += count
+        if self.layer.record_past:
+            self.unsettled += count
+        else:
+            self._compress(decoding=count == 1)
+
+    def _compress(self, *, decoding):
+        due = [row for row in self.rows if self._is_due(row, decoding=decoding)]
+        for row in due:
+            row.compress(min(self.budget, row.real), self.sinks, self.recent, ragged=self.ragged)
+        self.evicted |= bool(due)
+        gaps = any(not valid for row in self.rows for valid in row.recent)
+        if due or (self.evicted and gaps):
+            for row in self.rows:
+                row.recent.clear()
+
+    def _is_due(self, row, *, decoding):
+        budget = min(self.budget, row.real)
+        allowed = budget + self.every - 1 if decoding else budget if self.prefill else 10**9
+        return sum(map(len, row.heads)) > allowed * HEADS
+
+    @rule(data=st.data(), absolute=st.booleans())
+    def crop(self, data, absolute):
+        possible = len(self.rows[0].recent)
+        count = data.draw(st.integers(0, min(self.seen, possible + 2)), "undone")
+        absolute = absolute and 0 < count < self.seen
+        given = self.seen - count if absolute else -count
+        if count > possible:
+            with pytest.raises(CacheError, match="undo"):
+                self.layer.crop(given)
+            return
+        self.layer.crop(given)
+        for row in self.rows:
+            row.undo(count)
+        self.seen -= count
+        left, self.unsettled = max(0, self.unsettled - count), 0
+        if left:
+            self._compress(decoding=not self.first_of_turn)
+            self.first_of_turn = False
+
+    @rule()
+    def record(self):
+        self.layer.activate_past_recording()
+        self.first_of_turn = True
+
+    @precondition(lambda self: self.seen and len(self.rows) < ROWS)
+    @rule(repeats=st.integers(1, 2))
+    def repeat(self, repeats):
+        self.layer.batch_repeat_interleave(repeats)
+        self.rows = [row.copy() for row in self.rows for _ in range(repeats)]
+
+    @precondition(lambda self: self.seen)
+    @rule(data=st.data())
+    def reorder(self, data):
+        order = data.draw(st.lists(st.integers(0, len(self.rows) - 1), min_size=1, max_size=ROWS), "rows")
+        if len(order) == len(self.rows):
+            self.layer.reorder_cache(torch.tensor(order))
+        else:
+            self.layer.batch_select_indices(torch.tensor(order))
+        self.rows = [self.rows[row].copy() for row in order]
+
+    @rule(again=st.booleans())
+    def reset(self, again):
+        if again:
+            self.layer.reset()
+            self.batch = len(self.rows)
+            self._empty()
+
+    @invariant()
+    def holds_what_the_lists_hold(self):
+        layer = self.layer
+        assert layer.get_seq_length() == self.seen
+        assert layer.get_mask_sizes(3) == (self.seen + 3, 0)
+        if not self.seen:
+            return
+        layer.store.check_integrity()
+        assert layer.real == [row.real for row in self.rows]
+        assert layer.evicted == self.evicted
+        for place, row in enumerate(self.rows):
+            for head, held in enumerate(row.heads):
+                columns = {name: layer.store.segment(name, place, head) for name in self.plan.columns}
+                real = columns[POSITIONS] >= 0
+                assert columns[POSITIONS][real].tolist() == [one[0] for one in held]
+                for name, part in (("keys", 3), ("values", 4)):
+                    assert torch.equal(columns[name][real], _stacked([one[part] for one in held]))
+
+    @invariant()
+    def stays_within_its_capacity(self):
+        if self.seen and self.evicted and self.prefill and not self.layer.record_past:
+            most = len(self.rows) * HEADS * (self.budget + self.every)
+            assert self.layer.store.layout.slots <= most or self.layer.padded
+
+
+def _stacked(parts):
+    return torch.stack(parts) if parts else torch.empty(0, driving.DIM)
+
+
+class RaggedLayerMachine(LayerMachine):
+    """The same, where heads keep different numbers of entries."""
+
+    ragged = True
+
+
+_settings = settings(max_examples=60, stateful_step_count=20)
+TestLayer, TestRaggedLayer = LayerMachine.TestCase, RaggedLayerMachine.TestCase
+TestLayer.settings = TestRaggedLayer.settings = _settings

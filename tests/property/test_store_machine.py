@@ -1,0 +1,136 @@
+"""The store against plain Python lists: an exact gather, and nothing touched beside it."""
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.runtime.layout import Layout
+from kvpolicy.runtime.store import Store
+from kvpolicy.stages import Column
+
+COLUMNS = {
+    POSITIONS: Column((), torch.int32, -1),
+    "keys": Column((2,), torch.float32),
+    "votes": Column((), torch.float32, 3.0),
+}
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Segments grow together at their ends; rows are replaced, dropped and repeated."""
+
+    @initialize(rows=st.integers(1, 3), heads=st.integers(1, 3))
+    def start(self, rows, heads):
+        self.store = Store(COLUMNS, rows, heads, torch.device("cpu"))
+        self.heads, self.next = heads, 1
+        self.segments = [[[] for _ in range(heads)] for _ in range(rows)]
+
+    def _fresh(self, rows, count):
+        """Entries that no other has: positions, keys and votes, [rows, K, count, ...]."""
+        names = self.next + torch.arange(rows * self.heads * count).reshape(rows, self.heads, count)
+        self.next += names.numel()
+        return {POSITIONS: names.int(), "keys": torch.stack([names, -names], -1).float(), "votes": names / 2}
+
+    @rule(count=st.integers(0, 5), limit=st.integers(0, 12), voted=st.booleans())
+    def append(self, count, limit, voted):
+        fresh = self._fresh(len(self.segments), count)
+        if not voted:
+            del fresh["votes"]
+        before = self.store.layout
+        self.store.append(fresh, limit)
+        for row, heads in enumerate(self.segments):
+            for head, held in enumerate(heads):
+                positions = fresh[POSITIONS][row, head].tolist()
+                held += [(name, name / 2 if voted else 3.0) for name in positions]
+        if before.uniform is not None and self.store.layout != before:
+            assert self.store.layout.uniform <= max(limit, self.store.longest)
+
+    @precondition(lambda self: self._shortest() > 0)
+    @rule(data=st.data())
+    def overwrite(self, data):
+        count = data.draw(st.integers(1, self._shortest()), "newest")
+        fresh = self._fresh(len(self.segments), count)[POSITIONS]
+        self.store.overwrite_tail(POSITIONS, fresh)
+        self.store.overwrite_tail("keys", torch.stack([fresh, -fresh], -1).float())
+        self.store.overwrite_tail("votes", fresh / 2)
+        for row, heads in enumerate(self.segments):
+            for head, held in enumerate(heads):
+                held[-count:] = [(name, name / 2) for name in fresh[row, head].tolist()]
+
+    @precondition(lambda self: self._shortest() > 0)
+    @rule(data=st.data())
+    def truncate(self, data):
+        count = data.draw(st.integers(0, self._shortest()), "dropped")
+        self.store.truncate(count)
+        for heads in self.segments:
+            for held in heads:
+                del held[len(held) - count :]
+
+    @rule(data=st.data(), slack=st.integers(0, 3), even=st.booleans())
+    def replace(self, data, slack, even):
+        rows = data.draw(st.lists(st.integers(0, len(self.segments) - 1), unique=True, min_size=1).map(sorted), "rows")
+        sizes = st.lists(st.integers(0, 6), min_size=self.heads, max_size=self.heads)
+        lengths = tuple(tuple(data.draw(sizes, "lengths")) for _ in rows)
+        fresh = self._fresh(len(rows), max(map(max, lengths)))
+        after = [tuple(map(len, heads)) for heads in self.segments]
+        for place, row in enumerate(rows):
+            after[row] = lengths[place]
+            for head, length in enumerate(lengths[place]):
+                names = fresh[POSITIONS][place, head, :length].tolist()
+                self.segments[row][head] = [(name, name / 2) for name in names]
+        layout = Layout(tuple(tuple(length + slack for length in row) for row in after))
+        if even:
+            layout = Layout.even(len(after), self.heads, max(map(max, after)) + slack)
+        before = {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
+        unchanged = layout == self.store.layout
+        self.store.replace(rows, fresh, lengths, layout)
+        if unchanged:
+            assert before == {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
+
+    @rule(data=st.data())
+    def select(self, data):
+        rows = data.draw(st.lists(st.integers(0, len(self.segments) - 1), min_size=1, max_size=4), "rows")
+        self.store.select_rows(rows)
+        self.segments = [[list(held) for held in self.segments[row]] for row in rows]
+
+    def _shortest(self):
+        return min(len(held) for heads in self.segments for held in heads)
+
+    @invariant()
+    def holds_what_the_lists_hold(self):
+        store = self.store
+        store.check_integrity()
+        assert store.lengths == tuple(tuple(map(len, heads)) for heads in self.segments)
+        assert store.longest == max(len(held) for heads in self.segments for held in heads)
+        assert store.even == (store.layout.uniform is not None and len({n for row in store.lengths for n in row}) == 1)
+        for row, heads in enumerate(self.segments):
+            for head, held in enumerate(heads):
+                self._compare({name: store.segment(name, row, head) for name in COLUMNS}, held)
+
+    @invariant()
+    def shows_the_same_in_every_form(self):
+        store, rows = self.store, list(range(len(self.segments)))
+        for chosen in (rows, rows[-1:], rows[:1]):
+            padded = {name: store.padded(name, chosen) for name in COLUMNS}
+            longest = max(len(held) for row in chosen for held in self.segments[row])
+            for place, row in enumerate(chosen):
+                for head, held in enumerate(self.segments[row]):
+                    assert padded[POSITIONS].shape == (len(chosen), self.heads, longest)
+                    self._compare({name: padded[name][place, head, : len(held)] for name in COLUMNS}, held)
+                    assert (padded[POSITIONS][place, head, len(held) :] == -1).all()
+        if store.layout.uniform is not None:
+            assert torch.equal(store.dense(POSITIONS), store.padded(POSITIONS, rows))
+
+    @invariant()
+    def counts_its_bytes(self):
+        assert self.store.nbytes == self.store.layout.slots * (4 + 8 + 4)
+
+    def _compare(self, columns, held):
+        assert columns[POSITIONS].tolist() == [name for name, _ in held]
+        assert columns["keys"].tolist() == [[name, -name] for name, _ in held]
+        assert columns["votes"].tolist() == [votes for _, votes in held]
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(max_examples=100, stateful_step_count=20)
