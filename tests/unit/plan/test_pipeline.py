@@ -1,0 +1,128 @@
+"""Scores are weighted, normalised and summed; budgets become counts per head."""
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy.errors import NonFiniteScoreWarning
+from kvpolicy.plan.pipeline import allocate, compress, score, state_name
+from kvpolicy.spec.policy import Weighted
+from kvpolicy.stages import Scorer, SlotState
+from tests.policies import small
+from tests.views import view_of
+
+SCORES = torch.tensor([[[4.0, -2.0, 8.0, 1.0, 3.0]]])
+
+
+@attrs.frozen
+class Given(Scorer):
+    """The first component of the key, plus a constant."""
+
+    name = "given"
+    plus: float = 0.0
+
+    def score(self, view):
+        return view.keys[..., 0] + self.plus
+
+
+@attrs.frozen
+class Counting(Scorer):
+    """How many compressions an entry has lived through."""
+
+    name = "counting"
+
+    def slot_state(self):
+        return (SlotState("age"),)
+
+    def observe(self, view):
+        return {"age": view.slot_state["age"] + 1}
+
+    def score(self, view):
+        return view.slot_state["age"]
+
+
+def spec_of(*terms):
+    return attrs.evolve(small("snapkv").spec, score=terms)
+
+
+def view(scores=SCORES, **rest):
+    return view_of(torch.stack([scores, torch.zeros_like(scores)], -1), **rest)
+
+
+def scored(spec, **rest):
+    return score(spec, view(**rest))[0]
+
+
+def test_terms_are_weighted_and_summed():
+    terms = Weighted(Given(), weight=2.0), Weighted(Given(plus=1.0), weight=-0.5)
+    assert torch.allclose(scored(spec_of(*terms)), 2 * SCORES - 0.5 * (SCORES + 1))
+
+
+def test_a_maximum_of_one():
+    assert torch.allclose(scored(spec_of(Weighted(Given(), normalise="max"))), SCORES / 8)
+
+
+def test_a_mean_of_zero_and_a_deviation_of_one():
+    found = scored(spec_of(Weighted(Given(), normalise="standard")))
+    assert found.mean().item() == pytest.approx(0, abs=1e-6)
+    assert found.std(correction=0).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("normalise", ["max", "standard"])
+@pytest.mark.parametrize("value", [0.0, 5.0])
+def test_equal_scores_can_be_normalised(normalise, value):
+    spec = spec_of(Weighted(Given(), normalise=normalise))
+    assert score(spec, view(torch.full((1, 1, 4), value)))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("normalise", ["max", "standard"])
+def test_only_candidates_count_when_normalising(normalise):
+    spec = spec_of(Weighted(Given(), normalise=normalise))
+    found = scored(spec, sinks=1, recent=1)[..., 1:4]
+    assert torch.allclose(found, score(spec, view(SCORES[..., 1:4]))[0])
+
+
+def test_what_is_no_candidate_scores_least():
+    found = scored(spec_of(Weighted(Given())), sinks=1, lengths=torch.tensor([[4]]))
+    assert found.tolist() == [[[-torch.inf, -2.0, 8.0, 1.0, -torch.inf]]]
+
+
+def test_nan_ranks_last_and_is_said():
+    scores = torch.tensor([[[1.0, torch.nan, 3.0]]])
+    with pytest.warns(NonFiniteScoreWarning, match="1 of 3 scores are NaN"):
+        found, _ = score(spec_of(Weighted(Given())), view(scores))
+    assert found.tolist() == [[[1.0, -torch.inf, 3.0]]]
+
+
+def test_nan_outside_the_candidates_is_nobodys_business():
+    scores = torch.tensor([[[torch.nan, 1.0, 3.0]]])
+    assert scored(spec_of(Weighted(Given())), sinks=1).isfinite().any()
+    assert score(spec_of(Weighted(Given())), view(scores, sinks=1))[0].tolist() == [[[-torch.inf, 1.0, 3.0]]]
+
+
+def test_the_state_of_a_scorer_is_updated_seen_and_moved():
+    spec = spec_of(Weighted(Given()), Weighted(Counting()))
+    name = state_name(1, "age")
+    old = {name: torch.tensor([[[0.0, 10.0, 20.0, 30.0, 40.0]]])}
+    done = compress(spec, view(slot_state=old), [2])
+    assert done.kept.tolist() == [[[3, 4]]]
+    assert done.slot_state[name].tolist() == [[[31.0, 41.0]]]
+
+
+def test_two_scorers_of_a_kind_have_states_of_their_own():
+    spec = spec_of(Weighted(Counting()), Weighted(Counting(), weight=-2.0))
+    old = {state_name(term, "age"): torch.full((1, 1, 5), float(term)) for term in range(2)}
+    total, state = score(spec, view(slot_state=old))
+    assert (total == 1.0 - 2 * 2.0).all()
+    assert [state[state_name(term, "age")][0, 0, 0].item() for term in range(2)] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("budget", "free"), [(5, 5), (4, 4), (2, 2), (1, 1)])
+def test_a_budget_counts_what_is_protected(budget, free):
+    shown = view(sinks=1, recent=0)
+    counts = allocate(spec_of(Weighted(Given())), shown, SCORES, [budget])
+    assert counts.tolist() == [[min(free - 1, 4)]]
+
+
+def test_a_row_within_its_budget_keeps_everything():
+    assert compress(spec_of(Weighted(Given())), view(), [9]).kept.tolist() == [[[0, 1, 2, 3, 4]]]
