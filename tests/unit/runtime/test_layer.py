@@ -168,3 +168,15 @@ def test_nothing_is_moved_before_the_first_token():
     layer.crop(0)
     layer.reset()
     assert layer.get_seq_length() == 0
+
+
+def test_pads_that_were_dropped_between_entries_cannot_be_undone():
+    layer = new_layer(worth_plan(budget=6))
+    valid = torch.ones(2, 10, dtype=torch.bool)
+    valid[0, :7] = False
+    feed(layer, *random_entries(torch.Generator(), 2, 10), valid)
+    later = torch.tensor([[True, True], [False, False]])
+    feed(layer, *random_entries(torch.Generator(), 2, 2), later)  # evicts nothing, and closes the gap in the second row
+    assert layer.store.lengths == ((5, 5), (6, 6))
+    with pytest.raises(CacheError, match="undo"):
+        layer.crop(-2)
