@@ -1,5 +1,6 @@
 """Tiny random models, one per architecture whose demands on a cache differ, and prompts for them."""
 
+import os
 from functools import cache
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+SEED = int(os.environ.get("KVPOLICY_TEST_SEED", "0"))  # the proofs hold for other weights and prompts, too
 VOCABULARY = 97
 PAD = 0
 
@@ -54,7 +56,7 @@ def build(architecture="llama", seed=0, dtype=torch.float32, **shape):
     model_class, config_class, special = _KINDS[architecture]
     config = config_class(**{**_SHAPE, **special, **shape})
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED + seed)
         return model_class(config).to(dtype).eval()
 
 
@@ -63,7 +65,7 @@ model = cache(build)  # the one of this process: leave it as it was
 
 def prompt(*lengths, seed=0):
     """Random tokens and their mask, [B, longest]: a row per length, padded on the left."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED + seed)
     longest = max(lengths)
     tokens = torch.randint(1, VOCABULARY, (len(lengths), longest), generator=generator)
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]

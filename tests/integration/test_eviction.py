@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models import ARCHITECTURES, VOCABULARY, model
+from tests.models import ARCHITECTURES, SEED, VOCABULARY, model
 from tests.oracle import masked_forward, step_by_step
 from tests.policies import NAMES, held, small
 
@@ -12,7 +12,7 @@ DECODING = (PROMPT, *[1] * STEPS)
 
 
 def tokens_of(batch, seed=0):
-    return torch.randint(1, VOCABULARY, (batch, PROMPT + STEPS), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, VOCABULARY, (batch, PROMPT + STEPS), generator=torch.Generator().manual_seed(SEED + seed))
 
 
 def assert_as_if_masked(policy, one, sizes, batch=2):
