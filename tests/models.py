@@ -73,7 +73,8 @@ def prompt(*lengths, seed=0):
 
 
 def generate(model, tokens, mask=None, count=24, **options):
-    """Greedy generation, with the logits of each step."""
+    """Greedy generation, with the logits of each step; without a mask all tokens are real, the pad's id included."""
+    mask = torch.ones_like(tokens) if mask is None else mask
     given = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
     with torch.no_grad():
         return model.generate(tokens, attention_mask=mask, max_new_tokens=count, **given)

@@ -21,9 +21,7 @@ class Budgets:
         size = self.spec.budget.size
         if size is not None and self._affordable(size) <= self.spec.protect.total:
             least = (self.spec.protect.total + 1 + self.slack) * self._bytes_per_token
-            raise PolicyError(
-                [Problem("budget", f"must be at least {least} bytes for this model: {self.spec.budget}")]
-            )
+            raise PolicyError([Problem("budget", f"must be at least {least} bytes for this model: {self.spec.budget}")])
 
     @property
     def slack(self) -> int:

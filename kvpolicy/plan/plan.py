@@ -47,9 +47,7 @@ class Plan:
         return self.budgets.ahead(seen)[ordinal] + self.budgets.slack
 
 
-def compile_policy(
-    spec: PolicySpec, geometry: Geometry, device: torch.device | str, dtype: torch.dtype
-) -> Plan:
+def compile_policy(spec: PolicySpec, geometry: Geometry, device: torch.device | str, dtype: torch.dtype) -> Plan:
     """Fit a policy to a model. Raises PolicyError or UnsupportedModelError when the two do not go together."""
     columns = _columns(spec, geometry, dtype)
     entry_bytes = sum(column.bytes_per_slot for column in columns.values())

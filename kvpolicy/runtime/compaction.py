@@ -13,9 +13,7 @@ from kvpolicy.stages import View
 from kvpolicy.stages.slots import gather, indices_of
 
 
-def view_of(
-    plan: Plan, store: Store, window: Window, rows: Sequence[int], *, layer: int, scaling: float
-) -> View:
+def view_of(plan: Plan, store: Store, window: Window, rows: Sequence[int], *, layer: int, scaling: float) -> View:
     """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads."""
     columns = {name: store.padded(name, rows) for name in plan.columns}
     keys, values = plan.spec.store.decode({name: columns[name] for name in plan.entry_columns})
@@ -52,9 +50,7 @@ def drop_pads(plan: Plan, store: Store, limit: int) -> None:
     _replace(plan, store, rows, {}, indices_of(store.padded(POSITIONS, rows) >= 0), limit)
 
 
-def _replace(
-    plan: Plan, store: Store, rows: Sequence[int], fresh: dict[str, Tensor], kept: Tensor, limit: int
-) -> None:
+def _replace(plan: Plan, store: Store, rows: Sequence[int], fresh: dict[str, Tensor], kept: Tensor, limit: int) -> None:
     moved = {name: gather(store.padded(name, rows), kept) for name in plan.columns if name not in fresh}
     lengths = tuple(tuple(counts) for counts in (kept >= 0).sum(-1).tolist())
     after = list(store.lengths)

@@ -72,9 +72,7 @@ class PolicyLayer(CacheLayerMixin):
         self.real = [0] * key_states.shape[0]
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append post-RoPE [B, K, q, D]; returns all entries while nothing was evicted, else the new ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

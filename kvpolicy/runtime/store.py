@@ -203,9 +203,7 @@ class Store:
     def _starts_of(self, layout: Layout, base: Table) -> Tensor:
         return layout.offsets_on(self.device) + layout.on(base, self.device)
 
-    def _settle(
-        self, tensors: dict[str, Tensor], layout: Layout, base: Table, starts: Tensor, added: int = 0
-    ) -> None:
+    def _settle(self, tensors: dict[str, Tensor], layout: Layout, base: Table, starts: Tensor, added: int = 0) -> None:
         """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
         self.tensors, self.layout, self._starts = tensors, layout, starts
         self._base, self._added = base, added

@@ -22,9 +22,7 @@ class Geometry:
         if not self.managed or min(self.query_heads, self.kv_heads, self.head_dim) < 1:
             raise UnsupportedModelError(f"no attention layer that a policy could manage: {self}")
         if self.query_heads % self.kv_heads:
-            raise UnsupportedModelError(
-                f"{self.query_heads} query heads cannot share {self.kv_heads} KV heads evenly"
-            )
+            raise UnsupportedModelError(f"{self.query_heads} query heads cannot share {self.kv_heads} KV heads evenly")
 
     @property
     def layers(self) -> int:

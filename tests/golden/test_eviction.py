@@ -119,9 +119,7 @@ def snapkv(v, *, per_query_head, capacity="capacity", **attention):
 
 
 def check_snapkv(v):
-    view, scores, capacity = snapkv(
-        v, per_query_head=v.parameter("granularity") == "query_head", reduce="sum"
-    )
+    view, scores, capacity = snapkv(v, per_query_head=v.parameter("granularity") == "query_head", reduce="sum")
     kept = keep(view, scores, capacity)
     close(scores[..., : -view.recent], v["score"])
     same(kept, v["kept_sorted"])
@@ -130,9 +128,7 @@ def check_snapkv(v):
 
 
 def check_snapkv_ties(v):
-    view, scores, capacity = snapkv(
-        v, per_query_head=v.parameter("granularity") == "query_head", reduce="sum"
-    )
+    view, scores, capacity = snapkv(v, per_query_head=v.parameter("granularity") == "query_head", reduce="sum")
     close(scores[..., : -view.recent], v["score"])
     kept = keep(view, scores, capacity)
     dropped = view.candidates.scatter(-1, kept, value=False)

@@ -28,9 +28,7 @@ class Adaptive(HeadAllocator):
 
     floor: float = parameter(Number(minimum=0, maximum=1), 0.2, help="part of the budget shared out equally")
     normalise: str = parameter(Choice(("none", "mass")), "none", help="scale of a head's scores")
-    rounding: str = parameter(
-        Choice(("conserve", "official")), "conserve", help="exact sum, or the published code"
-    )
+    rounding: str = parameter(Choice(("conserve", "official")), "conserve", help="exact sum, or the published code")
 
     def allocate(self, scores: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:
         room = candidates.sum(-1)

@@ -24,9 +24,7 @@ class Pyramid(LayerAllocator):
     reference: ClassVar[str] = "arXiv:2406.02069"
 
     beta: float = parameter(Number(above=0), 20, help="how much narrower the top is than the mean")
-    rounding: str = parameter(
-        Choice(("conserve", "floor_step")), "conserve", help="exact sum, or the published code"
-    )
+    rounding: str = parameter(Choice(("conserve", "floor_step")), "conserve", help="exact sum, or the published code")
 
     def allocate(self, request: LayerRequest) -> tuple[int, ...]:
         mean, most = request.budget - request.protected, request.length - request.protected

@@ -34,9 +34,7 @@ class History(Scorer):
     scale: str = parameter(
         Choice(("none", "max")), "max", help="divide new scores by their maximum before they are joined"
     )
-    pool: Pool = parameter(
-        Nested(Pool), Pool(), help="smoothing over neighbouring candidates, not remembered"
-    )
+    pool: Pool = parameter(Nested(Pool), Pool(), help="smoothing over neighbouring candidates, not remembered")
 
     def __attrs_post_init__(self) -> None:
         if any(state.name == _STATE for state in self.of.slot_state()):

@@ -34,9 +34,7 @@ class Redundancy(Scorer):
         Number(minimum=0, maximum=1), 0.5, help="cosine similarity above which two keys look alike"
     )
     forgive: int = parameter(Integer(minimum=0), 1, help="look-alikes that each entry forgives (beta)")
-    forgive_end: str = parameter(
-        Choice(("last", "first")), "last", help="forgive the newest look-alikes or the oldest"
-    )
+    forgive_end: str = parameter(Choice(("last", "first")), "last", help="forgive the newest look-alikes or the oldest")
     empty_row: str = parameter(
         Choice(("slot0", "none")),
         "slot0",

@@ -153,8 +153,10 @@ def test_statistics_follow(ragged):
     layer = new_layer(worth_plan(budget=6, every=3, ragged=ragged))
     drive(layer, 20, 1, 1, 1)
     assert (layer.stats.seen, layer.stats.held, layer.stats.compressions) == (23, 6.0, 2)
-    assert layer.stats.nbytes == layer.store.nbytes == 9 * HEADS * sum(
-        column.bytes_per_slot for column in layer.plan.columns.values()
+    assert (
+        layer.stats.nbytes
+        == layer.store.nbytes
+        == 9 * HEADS * sum(column.bytes_per_slot for column in layer.plan.columns.values())
     )
     assert layer.stats.peak_bytes >= 20 * layer.stats.nbytes // 9
     assert layer.stats.seconds > 0

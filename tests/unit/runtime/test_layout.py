@@ -14,9 +14,7 @@ def test_segments_follow_each_other_row_by_row_and_head_by_head():
     assert (layout.rows, layout.heads, layout.slots) == (2, 2, 9)
 
 
-@pytest.mark.parametrize(
-    ("capacity", "uniform"), [(((2, 2), (2, 2)), 2), (((2, 3),), None), (((0,),), 0), ((), None)]
-)
+@pytest.mark.parametrize(("capacity", "uniform"), [(((2, 2), (2, 2)), 2), (((2, 3),), None), (((0,),), 0), ((), None)])
 def test_a_common_capacity_is_recognised(capacity, uniform):
     assert Layout(capacity).uniform == uniform
 

@@ -110,9 +110,7 @@ def test_byte_order_mark_and_windows_line_ends_load():
 
 
 def test_scorer_may_be_built_on_a_scorer():
-    spec = parse_policy(
-        HEAD + "score:\n  - {use: history, of: {use: attention, queries: 3}, scale: none, weight: 2}\n"
-    )
+    spec = parse_policy(HEAD + "score:\n  - {use: history, of: {use: attention, queries: 3}, scale: none, weight: 2}\n")
 
     history = spec.score[0]
     assert (history.scorer.of.queries, history.scorer.scale, history.weight) == (3, "none", 2.0)
