@@ -1,0 +1,67 @@
+"""Cases of the store that random histories seldom reach; see tests/property/test_store_machine.py for the rest."""
+
+import pytest
+import torch
+
+from kvpolicy.errors import CacheError
+from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.runtime.layout import Layout
+from kvpolicy.runtime.store import Store
+from kvpolicy.stages import Column
+
+
+def filled(*lengths, slack=0):
+    """A store of one head per row; the positions of a row count from ten times its number."""
+    store = Store({POSITIONS: Column((), torch.int32, -1)}, len(lengths), 1, torch.device("cpu"))
+    rows = range(len(lengths))
+    store.replace(rows, entries(*rows, count=max(lengths)), tuple((n,) for n in lengths), layout(*lengths, slack=slack))
+    return store
+
+
+def entries(*rows, count):
+    return {POSITIONS: torch.stack([torch.arange(10 * row, 10 * row + count)[None] for row in rows]).int()}
+
+
+def layout(*lengths, slack=0):
+    return Layout(tuple((length + slack,) for length in lengths))
+
+
+def positions(store):
+    return [store.segment(POSITIONS, row, 0).tolist() for row in range(store.layout.rows)]
+
+
+def test_rows_that_stay_may_move_while_the_size_does_not_change():
+    store = filled(5, 2, 3, slack=2)
+    store.replace([0, 2], entries(4, 5, count=5), ((3,), (5,)), layout(3, 2, 5, slack=2))
+    assert positions(store) == [[40, 41, 42], [10, 11], [50, 51, 52, 53, 54]]
+    store.check_integrity()
+
+
+def test_a_row_alone_is_replaced_in_place():
+    store = filled(5, 2, slack=2)
+    place = store.tensors[POSITIONS].data_ptr()
+    store.replace([1], entries(7, count=3), ((3,),), Layout(((7,), (4,))))
+    assert positions(store) == [[0, 1, 2, 3, 4], [70, 71, 72]]
+    assert store.tensors[POSITIONS].data_ptr() == place
+
+
+def test_more_entries_than_slots_are_refused_before_anything_has_changed():
+    store = filled(5, 2)
+    with pytest.raises(CacheError, match="do not fit"):
+        store.replace([1], entries(7, count=3), ((3,),), layout(5, 2))
+    assert positions(store) == [[0, 1, 2, 3, 4], [10, 11]]
+
+
+def test_uneven_segments_have_no_common_view():
+    with pytest.raises(CacheError, match="no common capacity"):
+        filled(5, 2).dense(POSITIONS)
+
+
+def test_a_contradiction_is_found():
+    store = filled(5, 2, slack=2)
+    store.tensors[POSITIONS][5] = 3
+    with pytest.raises(CacheError, match="row 0 head 0: entries behind the length 5"):
+        store.check_integrity()
+    store._added = 3
+    with pytest.raises(CacheError, match="row 0 head 0: 8 entries in 7 slots"):
+        store.check_integrity()
