@@ -31,6 +31,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path(__file__).parent / "weights",
     items: Annotated[int, typer.Option(help="Held-out items per task and length.")] = 128,
     lengths: Annotated[list[int] | None, typer.Option(help="Context lengths in tokens.")] = None,
+    notes: Annotated[list[str] | None, typer.Option("--note", help="What else is to be known of the run.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Write weights, tokenizer, accuracy table and loss curve of a finished run."""
@@ -39,7 +40,7 @@ def main(
     save_model(state, out)
     table = [attrs.asdict(row) for row in _accuracies(out, items, lengths or [1024])]
     _show(table)
-    record = describe(state, table)
+    record = describe(state, table, notes or [])
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     plot_training(state["points"], out / "training.png")
 
@@ -55,13 +56,14 @@ def save_model(state: dict[str, Any], out: Path) -> None:
     build_tokenizer().save_pretrained(out)
 
 
-def describe(state: dict[str, Any], table: list[dict[str, Any]]) -> dict[str, Any]:
+def describe(state: dict[str, Any], table: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
     """Return all that is to be known of the run: settings, machine, versions, loss curve, accuracies."""
     points = state["points"]
     kept = points[:: max(1, len(points) // POINTS_KEPT)]
     return {
         "settings": attrs.asdict(Settings()),
         "spent": state["counts"],
+        "notes": notes,
         "held_out_seed": HELD_OUT_SEED,
         "accuracy": table,
         "machine": _machine(),

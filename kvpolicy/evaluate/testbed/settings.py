@@ -27,12 +27,12 @@ def rows(copying: int, recall: int, tracking: int, reasoning: int) -> tuple[str,
 
 
 STAGES: Final = (
-    Stage(0.09, 64, rows(8, 4, 4, 0)),
-    Stage(0.20, 128, rows(4, 3, 3, 6)),
-    Stage(0.25, 256, rows(2, 3, 3, 8)),
-    Stage(0.42, 512, rows(1, 1, 2, 4)),
-    Stage(0.598, 1024, rows(0, 1, 2, 3)),
-    Stage(0.685, 256, rows(1, 2, 3, 10)),
+    Stage(0.08, 64, rows(8, 4, 4, 0)),
+    Stage(0.18, 128, rows(4, 3, 3, 6)),
+    Stage(0.23, 256, rows(2, 3, 3, 8)),
+    Stage(0.38, 512, rows(1, 1, 2, 4)),
+    Stage(0.60, 1024, rows(0, 1, 2, 3)),
+    Stage(0.68, 256, rows(1, 2, 3, 10)),
     Stage(0.88, 1024, rows(0, 1, 2, 3)),
     Stage(1.0, 1536, rows(0, 1, 1, 2)),
 )
