@@ -182,3 +182,13 @@ def test_pads_that_were_dropped_between_entries_cannot_be_undone():
     assert layer.store.lengths == ((5, 5), (6, 6))
     with pytest.raises(CacheError, match="undo"):
         layer.crop(-2)
+
+
+def test_undone_tokens_no_longer_vote():
+    layer = new_layer(worth_plan(budget=30, queries=3))
+    drive(layer, 9)
+    layer.crop(-2)
+    _, positions = layer.window.last([0])
+    assert positions.max() == 6
+    drive(layer, 4)
+    assert layer.window.last([0])[1].tolist() == [[8, 9, 10]]
