@@ -33,7 +33,9 @@ class PolicyCache(DynamicCache):
         return [layer.stats for layer in self.managed]
 
     def stop_recording(self) -> None:
-        """Leave the mode that assisted decoding switched on; evict whenever it is due again."""
+        """Leave the mode that assisted decoding switched on: make up for what it put off, then evict when it is due."""
+        if any(layer.record_past for layer in self.managed):
+            self.crop(0)
         for layer in self.layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = False

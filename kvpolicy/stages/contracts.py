@@ -123,7 +123,10 @@ class Merger(Plugin):
 
     @abc.abstractmethod
     def merge(self, view: View, kept: Tensor) -> Entries:
-        """The entries of the kept slots. `kept` [B, K, N] int64: slots ascending, -1 behind a head's last one."""
+        """The entries of the kept slots, in tensors of their own: the view's may be overwritten with them.
+
+        `kept` [B, K, N] int64: slots ascending, -1 behind a head's last one.
+        """
 
 
 @attrs.frozen

@@ -115,3 +115,13 @@ def test_undoing_evicted_tokens_is_refused_before_any_layer_has_changed(name):
                 cache.crop(-6)
             assert held(cache) == before
             assert [layer.seen for layer in cache.managed] == [28 + token + 1] * 3
+
+
+def test_a_cache_left_in_the_middle_of_assisted_decoding_goes_on_evicting():
+    tokens, _ = prompt(40)
+    with small("snapkv").attach(model()) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        cache.activate_past_recording()
+        model()(tokens[:, :30], past_key_values=cache)
+        generate(model(), tokens, past_key_values=cache, count=1)
+        assert all(layer.held == 12 for layer in attachment.report().layers)
