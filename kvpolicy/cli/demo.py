@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 
 POLICIES = ("streaming_llm", "h2o", "snapkv", "rkv", "blend")
 SHARES = ("25%", "10%")
-PICTURED = 3  # policies in the retention picture, the last ones
 RETAINED = Fraction(1, 4)
-QUICK = {"items": 2, "length": 128, "rows": 2}
+QUICK: dict[str, Any] = {"items": 2, "length": 128, "rows": 2}
 
 
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for pictures and results.")] = Path("demo-results"),
     policy: Annotated[list[str] | None, typer.Option(help="A policy's name or file; may be repeated.")] = None,
     share: Annotated[list[str] | None, typer.Option(help="Share of the full cache's bytes; may be repeated.")] = None,
-    items: Annotated[int, typer.Option(help="Questions per task.")] = 32,
+    items: Annotated[int, typer.Option(help="Questions per task.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens per question.")] = 1024,
     question: Annotated[
         str, typer.Option(help="unseen: asked after the context is compressed; or seen before.")
@@ -36,12 +35,14 @@ def demo(
     json: Json = False,
 ) -> None:
     """Compare policies with the full cache on the embedded model: accuracy, bytes held, speed; and draw it."""
-    from kvpolicy.evaluate.plots import MISSING, can_plot  # noqa: PLC0415 - heavy
+    from attrs import evolve  # noqa: PLC0415 - heavy
+
+    from kvpolicy.evaluate.plots import MISSING, can_plot  # noqa: PLC0415
     from kvpolicy.evaluate.setup import Setup  # noqa: PLC0415
 
     shares = tuple(_share(text) for text in share or SHARES)
-    sizes = {"items": items, "length": length, "rows": 16} | (QUICK if quick else {})
-    setup = Setup(_policies(policy or POLICIES), shares, seed=seed, question=question, **sizes)
+    setup = Setup(_policies(policy or POLICIES), shares, items=items, length=length, seed=seed, question=question)
+    setup = evolve(setup, **QUICK) if quick else setup
     _require_folder(out_dir)
     outcomes, kept = _measure(setup)
     results = _write(out_dir, setup, outcomes, kept)
@@ -90,7 +91,8 @@ def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
     from kvpolicy.evaluate.retention import retention  # noqa: PLC0415
 
     model, tokenizer = load_model(TESTBED, torch.device("cpu"), None)
-    pictured = setup.policies[-PICTURED:]
+    few = sorted({0, len(setup.policies) // 2, len(setup.policies) - 1})
+    pictured = tuple(setup.policies[place] for place in few)
     with Progress(console=err(), transient=True) as progress:
         task = progress.add_task("starting", total=steps(setup))
 

@@ -5,6 +5,7 @@ from statistics import mean
 
 from rich.table import Table
 
+from kvpolicy.evaluate.answers import SEEN, UNSEEN
 from kvpolicy.evaluate.compare import Outcome
 from kvpolicy.evaluate.setup import Setup
 from kvpolicy.plan.units import human_bytes
@@ -13,11 +14,12 @@ from kvpolicy.plan.units import human_bytes
 def table_of(setup: Setup, outcomes: Sequence[Outcome]) -> Table:
     """One line a contender: accuracy on each task, bytes held by one sequence, speed."""
     tasks = setup.tasks
-    title = (
-        f"Testbed model, {setup.items} questions a task of {setup.length} tokens, {setup.question} "
-        f"when the context is compressed; seed {setup.seed}, greedy"
+    title = f"Testbed model, {setup.items} questions a task of {setup.length} tokens, seed {setup.seed}, greedy"
+    table = Table(
+        title=title,
+        caption=_CAPTION.format(task=_slowest(outcomes), seen=_SEEN[setup.question]),
+        caption_justify="left",
     )
-    table = Table(title=title, caption=_CAPTION.format(task=_slowest(outcomes)), caption_justify="left")
     table.add_column("contender", no_wrap=True)
     for heading in (*tasks, "KV held", "of full", "peak", "queries", "tok/s"):
         table.add_column(heading, justify="right")
@@ -31,7 +33,12 @@ def table_of(setup: Setup, outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
+_SEEN = {
+    SEEN: "Scorers see the question when they compress the context (that of reasoning only starts the trace).",
+    UNSEEN: "Scorers do not see the question when they compress the context.",
+}
 _CAPTION = (
+    "{seen} All answers are written after that. "
     "KV held: storage of one sequence's entries when its answer is written, slack included, mean over the tasks. "
     "peak: the most at any time, share of full, while the prompt's layers are compressed one after another. "
     "queries: held for the scorers, on top. tok/s: tokens written a second, all rows, on {task}."

@@ -29,6 +29,8 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | None) -> t
     """A model in evaluation mode and its tokenizer, by path or id. Raises InputError."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    loaded: Any
+    words: Any
     if model == TESTBED:
         from kvpolicy.evaluate.testbed import load_testbed  # noqa: PLC0415 - rarely needed
 

@@ -29,7 +29,8 @@ class Answers:
 
 
 UNSEEN, SEEN = "unseen", "seen"
-QUESTION_MODES = (UNSEEN, SEEN)
+QUESTION_MODES = (SEEN, UNSEEN)
+_STARTS_A_TRACE = "reasoning"  # its question names the first step; asked twice, the model begins twice
 
 
 @torch.inference_mode()
@@ -38,13 +39,13 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     policy: Policy | None,
-    question: str = UNSEEN,
+    question: str = SEEN,
 ) -> tuple[Answers, Cache]:
     """Generate greedily for all items at once, left-padded; None stands for the full cache of transformers.
 
     The context goes in first, and is compressed; only then is the question asked, so that no word of the answer comes
-    from the attention of the prompt itself, which is always whole. With `question="seen"` the question also stands
-    behind the context, so that scorers know what will be asked. Also returns the cache as it was left.
+    from the attention of the prompt itself, which is always whole. When the question is seen (see `is_seen`) it also
+    stands behind the context, so that scorers know what will be asked. Also returns the cache as it was left.
     """
     if policy is None:
         return _generate(model, tokenizer, items, question, DynamicCache(config=model.config))
@@ -52,7 +53,12 @@ def answer(
         return _generate(model, tokenizer, items, question, attachment.cache())
 
 
-def total_tokens(tokenizer: PreTrainedTokenizerBase, item: Item, question: str = UNSEEN) -> int:
+def is_seen(task: str, question: str) -> bool:
+    """Whether scorers see the question of a task while they compress the context; never that of `reasoning`."""
+    return question == SEEN and task != _STARTS_A_TRACE
+
+
+def total_tokens(tokenizer: PreTrainedTokenizerBase, item: Item, question: str = SEEN) -> int:
     """Tokens that a full cache holds when the item has been answered: the last one written is never cached."""
     first, second = _parts(item, question)
     return len(_ids(tokenizer, [first])["input_ids"][0]) + len(second.split()) + item.new_tokens - 1
@@ -60,7 +66,7 @@ def total_tokens(tokenizer: PreTrainedTokenizerBase, item: Item, question: str =
 
 def _parts(item: Item, question: str) -> tuple[str, str]:
     """What is compressed, and what is asked of it."""
-    return (item.prompt if question == SEEN else item.context), item.question
+    return (item.prompt if is_seen(item.task, question) else item.context), item.question
 
 
 def _generate(

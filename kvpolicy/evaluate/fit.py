@@ -66,12 +66,13 @@ def _protect(spec: PolicySpec, tokens: int) -> Protect:
 
 def _observing_less(scorer: Scorer, tokens: int) -> Scorer:
     """The scorer, and those that it is built on, with an observation window in proportion to the budget."""
-    kind: Any = type(scorer)
+    plugin: Any = scorer  # attrs does not know that every plugin is one of its classes
     changes: dict[str, Any] = {}
-    for field in attrs.fields(kind):
-        value = getattr(scorer, field.name)
+    for field in attrs.fields(type(plugin)):
+        value = getattr(plugin, field.name)
         if isinstance(value, Scorer):
             changes[field.name] = _observing_less(value, tokens)
         elif field.name == "queries" and isinstance(value, int):
             changes[field.name] = min(value, max(FEWEST_QUERIES, tokens // 12))
-    return attrs.evolve(scorer, **changes)
+    fewer: Scorer = attrs.evolve(plugin, **changes)
+    return fewer

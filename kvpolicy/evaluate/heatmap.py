@@ -68,5 +68,5 @@ def _title(kept: Kept) -> str:
     answers = ", ".join(f"{one.policy.name}: {'right' if one.right else 'wrong'}" for one in kept.by_policy)
     return (
         f"What each layer still holds in {share:.0%} of the full cache's bytes, after the answer was written\n"
-        f"{kept.item.task}, {len(kept.tokens)} tokens; red: what the answer follows from. Answers: {answers}"
+        f"{kept.item.task}, {len(kept.tokens)} tokens; red: what the answer follows from. Answers, {answers}"
     )

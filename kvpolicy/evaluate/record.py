@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvpolicy.evaluate.answers import SEEN
+from kvpolicy.evaluate.answers import is_seen
 from kvpolicy.evaluate.compare import Outcome
 from kvpolicy.evaluate.retention import Kept
 from kvpolicy.evaluate.setup import Setup
@@ -28,10 +28,10 @@ def record(setup: Setup, outcomes: Sequence[Outcome], kept: Kept | None = None) 
             "tokens_per_item": setup.length,
             "rows_per_batch": setup.rows,
             "shares": [float(share) for share in setup.shares],
-            "question_visible_to_scorers": setup.question == SEEN,
+            "question": setup.question,
             "decoding": "greedy",
         },
-        "outcomes": [_outcome(one) for one in outcomes],
+        "outcomes": [_outcome(one, setup.question) for one in outcomes],
         **({} if kept is None else {"retention": _kept(kept)}),
     }
 
@@ -66,13 +66,14 @@ def _processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def _outcome(one: Outcome) -> dict[str, Any]:
+def _outcome(one: Outcome, question: str) -> dict[str, Any]:
     policy = one.policy
     return {
         "label": one.contender.label,
         "policy": one.contender.name,
         "share": float(one.contender.share),
         "task": one.task,
+        "question_visible_to_scorers": is_seen(one.task, question),
         "digest": None if policy is None else policy.digest,
         "fitted_policy": None if policy is None else policy.to_yaml(),
         "items": one.items,

@@ -1,6 +1,7 @@
 """Which tokens each layer still holds after an answer."""
 
 from fractions import Fraction
+from itertools import count
 
 import attrs
 import torch
@@ -8,14 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.errors import EvaluationError
-from kvpolicy.evaluate.answers import UNSEEN, answer, total_tokens
+from kvpolicy.evaluate.answers import SEEN, answer, total_tokens
 from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.testbed import Item, is_correct, make_item
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.policy import Policy
 from kvpolicy.runtime.cache import PolicyCache
 
-TASK, LENGTH = "tracking", 128
+TASK, LENGTH = "recall", 128
 _CLAUSE_END = "."
 
 
@@ -46,12 +47,16 @@ def retention(
     policies: tuple[Policy, ...],
     *,
     share: Fraction,
+    task: str = TASK,
     seed: int = 0,
-    question: str = UNSEEN,
+    question: str = SEEN,
 ) -> Kept:
-    """Answer one short item under each policy and see what is left of its prompt when the answer is written."""
-    item = make_item(TASK, seed, 0, LENGTH)
-    tokens = tuple(tokenizer.convert_ids_to_tokens(tokenizer(item.prompt)["input_ids"]))
+    """Answer one short item under each policy and see what is left of its prompt when the answer is written.
+
+    The item is the first of the seed whose answer stands in the first half, where a recent window has lost it.
+    """
+    items = (make_item(task, seed, index, LENGTH) for index in count())
+    item, tokens = next((one, words) for one in items if _stands_early(one, words := _tokens(tokenizer, one)))
     length = total_tokens(tokenizer, item, question)
     kept = []
     for policy in policies:
@@ -62,6 +67,16 @@ def retention(
         text = answers.texts[0]
         kept.append(Retention(fitted, share, is_correct(item, text), text, held_tokens(cache, len(tokens))))
     return Kept(item, tokens, tokens_that_matter(item, tokens), tuple(kept))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[str, ...]:
+    return tuple(tokenizer.convert_ids_to_tokens(tokenizer(item.prompt)["input_ids"]))
+
+
+def _stands_early(item: Item, tokens: tuple[str, ...]) -> bool:
+    """Whether all that matters, apart from the question, is in the first half."""
+    context = tokens_that_matter(item, tokens)[: -len(item.question.split())]
+    return any(context) and not any(context[len(tokens) // 2 :])
 
 
 def held_tokens(cache: PolicyCache, length: int) -> Tensor:

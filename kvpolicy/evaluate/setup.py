@@ -5,7 +5,7 @@ from fractions import Fraction
 import attrs
 
 from kvpolicy.errors import EvaluationError
-from kvpolicy.evaluate.answers import QUESTION_MODES, UNSEEN
+from kvpolicy.evaluate.answers import QUESTION_MODES, SEEN
 from kvpolicy.evaluate.testbed import EVALUATED
 from kvpolicy.evaluate.testbed.tasks.item import SHORTEST
 from kvpolicy.evaluate.testbed.vocabulary import MAXIMUM_LENGTH
@@ -39,11 +39,11 @@ class Setup:
     policies: tuple[Policy, ...]
     shares: tuple[Fraction, ...] = (Fraction(1, 4), Fraction(1, 10))
     tasks: tuple[str, ...] = EVALUATED
-    items: int = 32  # a task
+    items: int = 16  # a task
     length: int = 1024  # tokens an item
     rows: int = 16  # items at a time
     seed: int = 0
-    question: str = UNSEEN  # whether scorers see it while they compress the context
+    question: str = SEEN  # whether scorers see it while they compress the context
 
     def __attrs_post_init__(self) -> None:
         if not SHORTEST <= self.length <= MAXIMUM_LENGTH:

@@ -1,6 +1,6 @@
 """The picture of a comparison: accuracy against bytes held."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,7 +16,7 @@ _TITLE = (
     "Right answers against KV bytes held by one sequence (testbed model, {items} questions a task)\n"
     "Points of equal bytes are drawn a little apart"
 )
-_SUMMARIES = {"mean of the tasks": mean, "worst task": min}
+_SUMMARIES: dict[str, Callable[[list[float]], float]] = {"mean of the tasks": mean, "worst task": min}
 
 
 def plot_tradeoff(outcomes: Sequence[Outcome], path: Path) -> None:

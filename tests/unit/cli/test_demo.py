@@ -50,7 +50,7 @@ def test_without_matplotlib_the_numbers_are_still_written(kv, tmp_path, monkeypa
         (("--policy", "rkv", "--policy", "rkv"), "policies must have different names: rkv"),
         (("--share", "512"), "--share must be a percentage above 0% and below 100%: '512'"),
         (("--share", "100%"), "--share must be a percentage above 0% and below 100%: '100%'"),
-        (("--question", "maybe"), "question must be one of unseen, seen: 'maybe'"),
+        (("--question", "maybe"), "question must be one of seen, unseen: 'maybe'"),
         (("--items", "0"), "items must be at least 1: 0"),
         (("--length", "5"), "length must be from 128 to 2048: 5"),
         (("--seed", "-1"), "seed must be at least 0: -1"),

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate import record
-from kvpolicy.evaluate.answers import answer
+from kvpolicy.evaluate.answers import answer, total_tokens
 from kvpolicy.evaluate.compare import compare, steps
 from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.meter import held_bytes
@@ -71,13 +71,34 @@ def test_full_cache_is_the_plain_model(tiny):
     model, tokenizer = tiny
     item = short("recall", 0)
     given, cache = answer(model, tokenizer, [item], None)
-    inputs = tokenizer(item.prompt, return_tensors="pt")
+    inputs = tokenizer(f"{item.prompt} {item.question}", return_tensors="pt")
     written = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs.input_ids.shape[1] :]
 
     assert type(cache) is DynamicCache
     assert given.texts == (tokenizer.decode(written, skip_special_tokens=True),)
     assert given.held_bytes == given.peak_bytes == cache.get_seq_length() * 2 * 2 * 2 * 8 * 4
     assert given.prompt_tokens == inputs.input_ids.shape[1]
+
+
+def test_an_unseen_question_is_asked_once(tiny):
+    """The prompt is then the context and the question, in two forwards; reasoning is always so."""
+    model, tokenizer = tiny
+    recall, reasoning = short("recall", 0), short("reasoning", 0)
+    tokens = {item.task: len(tokenizer(item.prompt).input_ids) for item in (recall, reasoning)}
+
+    assert answer(model, tokenizer, [recall], None, "unseen")[0].prompt_tokens == tokens["recall"]
+    assert answer(model, tokenizer, [recall], None, "seen")[0].prompt_tokens == tokens["recall"] + 2
+    assert answer(model, tokenizer, [reasoning], None, "seen")[0].prompt_tokens == tokens["reasoning"]
+    assert total_tokens(tokenizer, recall, "seen") == tokens["recall"] + 2 + recall.new_tokens - 1
+
+
+def test_batches_with_questions_of_different_lengths_are_refused(tiny):
+    """They could not follow their contexts without pads between."""
+    model, tokenizer = tiny
+    longer = attrs.evolve(short("recall", 1), question="ask the falcon")
+
+    with pytest.raises(EvaluationError, match="questions of one batch must be of one length"):
+        answer(model, tokenizer, [short("recall", 0), longer], None)
 
 
 def test_peak_counts_the_layer_that_is_being_compressed(tiny, policies):
@@ -107,7 +128,8 @@ def test_record_is_complete_json(outcomes, setup):
     assert data["versions"]["torch"] == torch.__version__
     assert data["machine"]["threads"] == torch.get_num_threads()
     assert data["setup"]["seed"] == 5
-    assert data["setup"]["question_visible_to_scorers"] is False
+    assert data["setup"]["question"] == "seen"
+    assert {one["question_visible_to_scorers"] for one in data["outcomes"]} == {True}
     digests = [one["digest"] for one in data["outcomes"]]
     assert digests == [one.policy and one.policy.digest for one in outcomes[0]]
     assert data["outcomes"][1]["fitted_policy"].startswith("kvpolicy: 1")
@@ -117,6 +139,8 @@ def test_record_is_complete_json(outcomes, setup):
     ("change", "message"),
     [
         ({"items": 0}, "items must be at least 1: 0"),
+        ({"length": 5}, "length must be from 128 to 2048: 5"),
+        ({"question": "maybe"}, "question must be one of seen, unseen: 'maybe'"),
         ({"seed": -1}, "seed must be at least 0: -1"),
         ({"shares": (Fraction(1),)}, "a share must be above 0% and below 100%: 100%"),
         ({"twice": True}, "policies must have different names: snapkv"),
