@@ -73,8 +73,8 @@ def describe(state: dict[str, Any], table: list[dict[str, Any]], notes: list[str
     }  # fmt: skip
 
 
-def _machine() -> dict[str, str | int]:
-    return {"platform": platform.platform(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+def _machine() -> dict[str, str]:
+    return {"platform": platform.platform(), "cpu": _cpu_name()}
 
 
 def _cpu_name() -> str:
