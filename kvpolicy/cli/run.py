@@ -53,6 +53,8 @@ def _generate(
     new = written[0, inputs["input_ids"].shape[1] :]
     if stream:
         err().print(report.table())
+        if not any(layer.compressions for layer in report.layers):
+            line("nothing was evicted: the sequence never outgrew the budget", error=True)
         line(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} tokens/s", error=True)
     text = tokenizer.decode(new, skip_special_tokens=True)
     return {"text": text, "new_tokens": len(new), "seconds": seconds, "report": report.to_dict()}

@@ -61,6 +61,13 @@ def test_text_goes_to_stdout_and_the_report_to_stderr(kv, folder, prompt, tmp_pa
     assert all(24 <= layer["held"] <= 28 for layer in data["report"]["layers"])
 
 
+def test_a_run_that_evicted_nothing_says_so(kv, folder, prompt):
+    """It must not look as if the policy had done something."""
+    result = kv("run", folder, "--policy", "snapkv", "--prompt-file", prompt, "--max-new-tokens", 3)
+
+    assert "nothing was evicted: the sequence never outgrew the budget" in result.stderr
+
+
 def test_prompt_from_option_and_stdin_are_the_same(kv, folder):
     """Three ways to give one prompt."""
     words = ("run", folder, "--max-new-tokens", 4, "--json")
