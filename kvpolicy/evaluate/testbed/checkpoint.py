@@ -13,10 +13,10 @@ CHECKPOINT = "checkpoint.pt"
 
 @define
 class Run:
-    """What changes while training: model, optimizers, steps, tokens and seconds spent, points of the loss curve."""
+    """What changes while training: model, optimizer, steps, tokens and seconds spent, points of the loss curve."""
 
     model: LlamaForCausalLM
-    optimizers: tuple[torch.optim.Optimizer, ...]
+    optimizer: torch.optim.Optimizer
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -27,7 +27,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": self.optimizer.state_dict(),
             "counts": {"step": self.step, "tokens": self.tokens, "seconds": self.seconds},
             "points": self.points,
         }
@@ -38,8 +38,7 @@ class Run:
         """Take over the state that `save` wrote."""
         state = read(folder)
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.points = state["points"]
         for name, count in state["counts"].items():
             setattr(self, name, count)

@@ -2,8 +2,7 @@
 
 Queries start as noisy copies of their group's keys, so a token attends to tokens like itself; outputs start as the
 transposes of the values, so what is attended to is added in the embedding's own directions. Both are what trained
-attention tends to (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", arXiv:2305.09828), and
-they bring induction forward by millions of tokens.
+attention tends to (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", arXiv:2305.09828).
 """
 
 import torch

@@ -50,12 +50,9 @@ def start(settings: Settings, device: torch.device) -> Run:
     model = LlamaForCausalLM(model_config())
     initialise(model)
     torch.nn.Module.to(model, device)
-    return Run(model, optimizers_for(model, settings))
-
-
-def optimizers_for(model: LlamaForCausalLM, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
     decay = settings.weight_decay
-    return (torch.optim.AdamW(model.parameters(), lr=0.0, betas=settings.betas, weight_decay=decay, fused=True),)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=settings.betas, weight_decay=decay, fused=True)
+    return Run(model, optimizer)
 
 
 def train(run: Run, settings: Settings, seconds: float, out: Path, display: Display) -> None:
@@ -94,11 +91,10 @@ def optimize(run: Run, batch: Batch, rate: float, clip_norm: float) -> tuple[Ten
     loss = (losses * weights).sum() / weights.sum()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip_norm)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     return loss.detach(), (logits.argmax(-1) == wanted).cpu()
 
 
