@@ -222,7 +222,8 @@ class PolicyLayer(CacheLayerMixin):
 
     def undone_by(self, tokens_to_remove: int) -> int:
         """How many tokens `crop` would undo. Raises CacheError when it could not."""
-        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        asked = int(tokens_to_remove)  # transformers 5.16 and 5.17 give a tensor
+        count = -asked if asked <= 0 else max(0, self.seen - asked)
         if count > self.seen - self._firm:
             raise CacheError(
                 f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted "

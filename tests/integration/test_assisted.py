@@ -125,3 +125,17 @@ def test_a_cache_left_in_the_middle_of_assisted_decoding_goes_on_evicting():
         model()(tokens[:, :30], past_key_values=cache)
         generate(model(), tokens, past_key_values=cache, count=1)
         assert all(layer.held == 12 for layer in attachment.report().layers)
+
+
+def test_crop_takes_a_tensor():
+    """transformers 5.16 crops by a tensor: counts must stay numbers, or layers would share them."""
+    tokens, _ = prompt(30)
+    with small("snapkv").attach(model()) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        cache.activate_past_recording()
+        model()(tokens[:, :20], past_key_values=cache)
+        cache.crop(torch.tensor(-2))
+        model()(tokens[:, 18:], past_key_values=cache)
+        cache.crop(torch.tensor(0))
+        assert cache.get_seq_length() == 30
+        assert all(type(layer.seen) is int and layer.real == [30] for layer in cache.managed)
