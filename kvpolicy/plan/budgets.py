@@ -7,6 +7,7 @@ import attrs
 from kvpolicy.errors import PolicyError, Problem
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Geometry, LayerRequest
+from kvpolicy.stages.checks import contract_error
 
 
 @attrs.frozen
@@ -69,4 +70,8 @@ def _allocated(budgets: Budgets, seen: int) -> tuple[int, ...]:
         protected=min(budgets.spec.protect.total, seen),
         length=seen,
     )
-    return budgets.spec.allocate.layers.allocate(request)
+    allocator = budgets.spec.allocate.layers
+    shares = allocator.allocate(request)
+    if len(shares) != request.layers or any(type(share) is not int or share < request.protected for share in shares):
+        raise contract_error(allocator, f"returned {shares}, expected {request.layers} integers >= {request.protected}")
+    return shares

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import NonFiniteScoreWarning
 from kvpolicy.spec.policy import PolicySpec, Weighted
 from kvpolicy.stages import Entries, View
+from kvpolicy.stages.checks import check_scores, check_tensor, seen_shape
 from kvpolicy.stages.slots import gather, indices_of
 
 
@@ -29,10 +30,9 @@ def compress(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
     """
     scores, slot_state = score(spec, view)
     counts = allocate(spec, view, scores, budget)
-    chosen = spec.select.select(scores, view.candidates, counts)
-    kept = indices_of(chosen | view.protected)
+    kept = indices_of(select(spec, view, scores, counts) | view.protected)
     state = {name: gather(values, kept) for name, values in slot_state.items()}
-    return Compressed(kept, spec.merge.merge(view, kept), state)
+    return Compressed(kept, merge(spec, view, kept), state)
 
 
 def score(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,7 +56,26 @@ def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int]
     heads = view.positions.shape[1]
     total = torch.tensor([entries * heads for entries in budget], device=view.positions.device)
     free = (total - view.protected.sum((1, 2))).clamp(min=0)
-    return spec.allocate.heads.allocate(scores, view.candidates, free)
+    counts = spec.allocate.heads.allocate(scores, view.candidates, free)
+    rows = {"batch": scores.shape[0], "kv_heads": heads}
+    check_tensor(spec.allocate.heads, counts, rows, torch.int64, scores.device)
+    return counts
+
+
+def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tensor:
+    """The candidates that stay, bool [B, K, T]."""
+    chosen = spec.select.select(scores, view.candidates, counts)
+    check_tensor(spec.select, chosen, seen_shape(view), torch.bool, scores.device)
+    return chosen & view.candidates
+
+
+def merge(spec: PolicySpec, view: View, kept: Tensor) -> Entries:
+    """The entries of the kept slots, [B, K, N, D] and [B, K, N, Dv]."""
+    entries = spec.merge.merge(view, kept)
+    slots = dict(zip(("batch", "kv_heads", "kept"), kept.shape, strict=True))
+    for found, source in ((entries.keys, view.keys), (entries.values, view.values)):
+        check_tensor(spec.merge, found, {**slots, "dim": source.shape[-1]}, source.dtype, source.device)
+    return entries
 
 
 def state_name(term: int, name: str) -> str:
@@ -66,6 +85,7 @@ def state_name(term: int, name: str) -> str:
 
 def _normalised(weighted: Weighted, view: View) -> Tensor:
     scores = weighted.scorer.score(view)
+    check_scores(weighted.scorer, scores, view)
     if weighted.normalise == "none":
         return scores
     inside = scores.masked_fill(~view.candidates, 0)

@@ -4,10 +4,10 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.errors import NonFiniteScoreWarning
+from kvpolicy.errors import NonFiniteScoreWarning, PluginContractError
 from kvpolicy.plan.pipeline import allocate, compress, score, state_name
 from kvpolicy.spec.policy import Weighted
-from kvpolicy.stages import Scorer, SlotState
+from kvpolicy.stages import Entries, Scorer, SlotState
 from tests.policies import small
 from tests.views import view_of
 
@@ -126,3 +126,39 @@ def test_a_budget_counts_what_is_protected(budget, free):
 
 def test_a_row_within_its_budget_keeps_everything():
     assert compress(spec_of(Weighted(Given())), view(), [9]).kept.tolist() == [[[0, 1, 2, 3, 4]]]
+
+
+def replaced(stage, **functions):
+    """A policy one plugin of which answers wrongly."""
+    spec = small("snapkv").spec
+    holder, name = {"score": (spec.score[0], "scorer"), "heads": (spec.allocate, "heads")}.get(stage, (spec, stage))
+    plugin = getattr(holder, name)
+    kind = attrs.frozen(type("Wrong", (type(plugin),), functions))
+    wrong = kind(**attrs.asdict(plugin, recurse=False))
+    if stage == "score":
+        return attrs.evolve(spec, score=(attrs.evolve(holder, scorer=wrong),))
+    return (
+        attrs.evolve(spec, allocate=attrs.evolve(holder, heads=wrong))
+        if stage == "heads"
+        else attrs.evolve(spec, **{stage: wrong})
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "functions", "message"),
+    [
+        ("score", {"score": lambda _, view: view.keys[..., :1, 0].float()}, "returned shape"),
+        ("score", {"score": lambda _, view: view.keys[..., 0].double()}, "returned torch.float64"),
+        ("score", {"score": lambda _, view: None}, "returned NoneType"),
+        ("heads", {"allocate": lambda _, scores, candidates, budget: budget}, "returned shape"),
+        ("heads", {"allocate": lambda _, scores, candidates, budget: candidates.sum(-1).float()}, "torch.float32"),
+        ("select", {"select": lambda _, scores, candidates, counts: candidates.long()}, "torch.int64"),
+        ("select", {"select": lambda _, scores, candidates, counts: candidates[:, :1]}, "returned shape"),
+        ("merge", {"merge": lambda _, view, kept: Entries(view.keys, view.values)}, "returned shape"),
+    ],
+)
+def test_a_plugin_that_answers_wrongly_is_named(stage, functions, message):
+    view = view_of(torch.randn(1, 2, 30, 8), queries=torch.randn(1, 4, 8, 8))
+
+    with pytest.raises(PluginContractError, match=message):
+        compress(replaced(stage, **functions), view, [12])
