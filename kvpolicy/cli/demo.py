@@ -28,8 +28,8 @@ def demo(
     items: Annotated[int, typer.Option(help="Questions per task.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens per question.")] = 1024,
     question: Annotated[
-        str, typer.Option(help="unseen: asked after the context is compressed; or seen before.")
-    ] = "unseen",
+        str, typer.Option(help="seen by the scorers when they compress the context, or unseen.")
+    ] = "seen",
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Two short questions a task: does it run?")] = False,
     json: Json = False,
@@ -117,7 +117,7 @@ def _write(folder: Path, setup: "Setup", outcomes: "tuple[Outcome, ...]", kept: 
         from kvpolicy.evaluate.tradeoff import plot_tradeoff  # noqa: PLC0415
 
         plot_retention(kept, folder / "retention.png")
-        plot_tradeoff(outcomes, folder / "tradeoff.png")
+        plot_tradeoff(setup, outcomes, folder / "tradeoff.png")
     return results
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import mean
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvpolicy.evaluate.answers import SEEN, UNSEEN
@@ -13,49 +14,44 @@ from kvpolicy.plan.units import human_bytes
 
 def table_of(setup: Setup, outcomes: Sequence[Outcome]) -> Table:
     """One line a contender: accuracy on each task, bytes held by one sequence, speed."""
-    tasks = setup.tasks
     title = f"Testbed model, {setup.items} questions a task of {setup.length} tokens, seed {setup.seed}, greedy"
-    table = Table(
-        title=title,
-        caption=_CAPTION.format(task=_slowest(outcomes), seen=_SEEN[setup.question]),
-        caption_justify="left",
-    )
+    table = Table(title=title, caption=_caption(setup, outcomes), caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("contender", no_wrap=True)
-    for heading in (*tasks, "KV held", "of full", "peak", "queries", "tok/s"):
-        table.add_column(heading, justify="right")
+    for heading in (*setup.tasks, "KV held", "share", "peak", "tok/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     share = None
     for contender in setup.contenders:
         if contender.share != share:
             table.add_section()
         share = contender.share
         by_task = {one.task: one for one in outcomes if one.contender == contender}
-        table.add_row(contender.label, *(f"{by_task[task].accuracy:.0%}" for task in tasks), *_costs(by_task, outcomes))
+        right = (f"{by_task[task].accuracy:.0%}" for task in setup.tasks)
+        table.add_row(contender.label, *right, *_costs(by_task, setup.tasks[-1]))
     return table
 
 
 _SEEN = {
-    SEEN: "Scorers see the question when they compress the context (that of reasoning only starts the trace).",
+    SEEN: "Scorers see the question when they compress the context, except that of reasoning.",
     UNSEEN: "Scorers do not see the question when they compress the context.",
 }
-_CAPTION = (
-    "{seen} All answers are written after that. "
-    "KV held: storage of one sequence's entries when its answer is written, slack included, mean over the tasks. "
-    "peak: the most at any time, share of full, while the prompt's layers are compressed one after another. "
-    "queries: held for the scorers, on top. tok/s: tokens written a second, all rows, on {task}."
-)
+_CAPTION = """{seen} Every answer is written after that.
+KV held: storage of one sequence's entries at the end, slack included, mean over the tasks.
+share, peak: of the full cache; peak is while a prompt is compressed layer by layer.
+Queries that scorers observe come on top: {window} at most.
+tok/s: written on {task}, all rows of a batch together."""
 
 
-def _costs(by_task: dict[str, Outcome], outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+def _caption(setup: Setup, outcomes: Sequence[Outcome]) -> str:
+    window = human_bytes(max(one.window_bytes for one in outcomes))
+    return _CAPTION.format(seen=_SEEN[setup.question], window=window, task=setup.tasks[-1])
+
+
+def _costs(by_task: dict[str, Outcome], writing: str) -> tuple[str, ...]:
+    """The last task has the longest answers, so that the speed of writing means something there."""
     every = by_task.values()
     return (
         human_bytes(mean(one.held_bytes for one in every)),
-        f"{mean(one.held_share for one in every):.1%}",
+        f"{mean(one.held_share for one in every):.0%}",
         f"{mean(one.peak_bytes / one.full_bytes for one in every):.0%}",
-        human_bytes(mean(one.window_bytes for one in every)),
-        f"{by_task[_slowest(outcomes)].decode_speed:.0f}",
+        f"{by_task[writing].decode_speed:.0f}",
     )
-
-
-def _slowest(outcomes: Sequence[Outcome]) -> str:
-    """The task with the longest answers, where the speed of writing means something: the last one by design."""
-    return outcomes[-1].task

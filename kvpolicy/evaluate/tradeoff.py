@@ -7,30 +7,28 @@ from typing import Any
 
 from kvpolicy.evaluate.compare import Outcome
 from kvpolicy.evaluate.plots import new_figure, save, style_of
-from kvpolicy.evaluate.setup import FULL
+from kvpolicy.evaluate.setup import FULL, Setup
 from kvpolicy.plan.units import human_bytes
 
 _PANEL, _HEIGHT = 3.1, 4.3
 _APART = 1.03
 _TITLE = (
-    "Right answers against KV bytes held by one sequence (testbed model, {items} questions a task)\n"
-    "Points of equal bytes are drawn a little apart"
+    "Right answers against KV bytes held by one sequence: testbed model, {items} items a task of {length} tokens, "
+    "question {question} by the scorers\n(points of equal bytes are drawn a little apart)"
 )
 _SUMMARIES: dict[str, Callable[[list[float]], float]] = {"mean of the tasks": mean, "worst task": min}
 
 
-def plot_tradeoff(outcomes: Sequence[Outcome], path: Path) -> None:
+def plot_tradeoff(setup: Setup, outcomes: Sequence[Outcome], path: Path) -> None:
     """One panel a task, then their mean and the worst of them; one line a policy, a point a budget."""
-    tasks = list(dict.fromkeys(one.task for one in outcomes))
-    panels = tasks if len(tasks) == 1 else [*tasks, *_SUMMARIES]
+    panels = [*setup.tasks, *(_SUMMARIES if len(setup.tasks) > 1 else ())]
     figure = new_figure(max(2.4, len(panels)) * _PANEL, _HEIGHT)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     shares = sorted({100 * float(one.contender.share) for one in outcomes})
     for panel, title in zip(axes, panels, strict=True):
         _draw(panel, title, _points(outcomes, title), shares)
     axes[0].set_ylabel("right answers (%)")
-    items = outcomes[0].items
-    figure.suptitle(_TITLE.format(items=items), fontsize=12)
+    figure.suptitle(_TITLE.format(items=setup.items, length=setup.length, question=setup.question), fontsize=12)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)), frameon=False)
     save(figure, path)

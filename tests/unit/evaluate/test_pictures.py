@@ -65,7 +65,7 @@ def test_tokens_that_matter_are_question_and_its_facts():
 def test_pictures_are_drawn(tiny, policies, kept, tmp_path):
     """Both files are PNGs of a size that a page can carry, and drawing them warns of nothing."""
     setup = Setup(policies, (SHARE, Fraction(1, 2)), tasks=("recall", "tracking"), items=1, length=128)
-    plot_tradeoff(compare(*tiny, setup), tmp_path / "tradeoff.png")
+    plot_tradeoff(setup, compare(*tiny, setup), tmp_path / "tradeoff.png")
     plot_retention(kept, tmp_path / "retention.png")
 
     for file in tmp_path.iterdir():
