@@ -12,7 +12,7 @@ from kvpolicy.errors import ParameterError, PolicyError
 from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.spec.policy import BESIDE, BudgetRule, EveryRule, PolicySpec, ScoreRule, Weighted
+from kvpolicy.spec.policy import BESIDE, BudgetRule, EveryRule, PolicySpec, Protect, ScoreRule, Weighted
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
@@ -80,9 +80,11 @@ def specs(draw):
         spec = draw(built(PolicySpec))
     except ParameterError:  # a rule between the parameters of one plugin
         assume(False)
-    if spec.budget.tokens is not None:
-        assume(spec.budget.tokens >= spec.protect.total)
-    return spec
+    tokens = spec.budget.tokens
+    if tokens is None or tokens >= spec.protect.total:
+        return spec
+    sinks = min(spec.protect.sinks, tokens // 2)
+    return attrs.evolve(spec, protect=Protect(sinks, min(spec.protect.recent, tokens - sinks)))
 
 
 @given(specs())
