@@ -21,7 +21,7 @@ from kvpolicy.stages.registry import registry
 
 BUDGETS = st.one_of(
     st.integers(1, BEYOND - 1),
-    st.from_regex(r"[0-9]{1,3}(\.[0-9]{1,6})? ?%", fullmatch=True),
+    st.from_regex(r"([1-9][0-9]?(\.[0-9]{1,6})?|100|0\.[0-9]{0,5}[1-9]) ?%", fullmatch=True),
     st.from_regex(r"[0-9]{1,9}(\.[0-9]{1,6})? ?(B|[KMG]i?B)", fullmatch=True),
 ).filter(Budget.parse)
 
@@ -33,7 +33,7 @@ def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
             low = 1 - BEYOND if rule.minimum is None else rule.minimum
             high = BEYOND - 1 if rule.maximum is None else rule.maximum
             found = st.one_of(st.integers(low, min(high, low + 9)), st.integers(low, high))
-            return found.filter(rule.accepts) if rule.odd else found
+            return found.map(lambda number: number | 1).filter(rule.accepts) if rule.odd else found
         case Number():
             low = rule.minimum if rule.above is None else rule.above
             floats = st.floats(low, rule.maximum, allow_nan=False, allow_infinity=False)
@@ -44,7 +44,8 @@ def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
         case Flag():
             return st.booleans()
         case Text():
-            return st.text(max_size=20).filter(rule.accepts)
+            allowed = st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"))
+            return st.text(allowed, max_size=20).filter(rule.accepts)
         case BudgetRule():
             return BUDGETS.map(Budget.parse)
         case EveryRule():
