@@ -25,7 +25,7 @@ def table_of(setup: Setup, outcomes: Sequence[Outcome]) -> Table:
             table.add_section()
         share = contender.share
         by_task = {one.task: one for one in outcomes if one.contender == contender}
-        right = (f"{by_task[task].accuracy:.0%}" for task in setup.tasks)
+        right = (_right(by_task[task]) for task in setup.tasks)
         table.add_row(contender.label, *right, *_costs(by_task, setup.tasks[-1]))
     return table
 
@@ -35,6 +35,7 @@ _SEEN = {
     UNSEEN: "Scorers do not see the question when they compress the context.",
 }
 _CAPTION = """{seen} Every answer is written after that.
+Answers right in every word; in brackets, the share of an answer before its first mistake.
 KV held: storage of one sequence's entries at the end, slack included, mean over the tasks.
 share, peak: of the full cache; peak is while a prompt is compressed layer by layer.
 Queries that scorers observe come on top: {window} at most.
@@ -44,6 +45,12 @@ tok/s: written on {task}, all rows of a batch together."""
 def _caption(setup: Setup, outcomes: Sequence[Outcome]) -> str:
     window = human_bytes(max(one.window_bytes for one in outcomes))
     return _CAPTION.format(seen=_SEEN[setup.question], window=window, task=setup.tasks[-1])
+
+
+def _right(one: Outcome) -> str:
+    """Whole answers, and how far the others got where that is more."""
+    whole, part = f"{one.accuracy:.0%}", f"{one.before_mistake:.0%}"
+    return whole if whole == part else f"{whole} ({part})"
 
 
 def _costs(by_task: dict[str, Outcome], writing: str) -> tuple[str, ...]:

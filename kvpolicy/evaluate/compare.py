@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
+from statistics import mean, median
 
 import attrs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.evaluate.answers import Answers, answer, total_tokens
 from kvpolicy.evaluate.fit import fit
+from kvpolicy.evaluate.scoring import before_mistake, is_whole
 from kvpolicy.evaluate.setup import Contender, Setup
 from kvpolicy.evaluate.testbed import Item, is_correct, make_item
 from kvpolicy.policy import Policy
@@ -24,7 +25,9 @@ class Outcome:
     task: str
     policy: Policy | None  # as it was fitted to the share
     items: int
-    right: int
+    whole: int  # answers of which every word is right
+    last_word: int  # answers that end in the right word, even where the way there was wrong
+    before_mistake: float  # mean share of the answer's words before the first wrong one
     held_bytes: float  # storage of the entries at the end, slack included
     peak_bytes: float  # the most at any time, while a layer is compressed
     window_bytes: float  # queries observed for the scorers, not in `held_bytes`
@@ -34,8 +37,8 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers."""
-        return self.right / self.items
+        """The share of answers of which every word is right."""
+        return self.whole / self.items
 
     @property
     def held_share(self) -> float:
@@ -119,7 +122,9 @@ def _outcome(
         task=task,
         policy=policy,
         items=len(items),
-        right=sum(map(is_correct, items, texts)),
+        whole=sum(map(is_whole, items, texts)),
+        last_word=sum(map(is_correct, items, texts)),
+        before_mistake=mean(map(before_mistake, items, texts)),
         held_bytes=_per_item([one.held_bytes for one in answers], items),
         peak_bytes=_per_item([one.peak_bytes for one in answers], items),
         window_bytes=_per_item([one.window_bytes for one in answers], items),

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.answers import SEEN, answer, total_tokens
 from kvpolicy.evaluate.fit import fit
-from kvpolicy.evaluate.testbed import Item, is_correct, make_item
+from kvpolicy.evaluate.scoring import is_whole
+from kvpolicy.evaluate.testbed import Item, make_item
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.policy import Policy
 from kvpolicy.runtime.cache import PolicyCache
@@ -65,7 +66,7 @@ def retention(
         if not isinstance(cache, PolicyCache):
             raise EvaluationError("only a policy's cache knows which tokens it holds")
         text = answers.texts[0]
-        kept.append(Retention(fitted, share, is_correct(item, text), text, held_tokens(cache, len(tokens))))
+        kept.append(Retention(fitted, share, is_whole(item, text), text, held_tokens(cache, len(tokens))))
     return Kept(item, tokens, tokens_that_matter(item, tokens), tuple(kept))
 
 

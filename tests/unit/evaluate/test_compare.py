@@ -14,8 +14,9 @@ from kvpolicy.evaluate.answers import answer, total_tokens
 from kvpolicy.evaluate.compare import compare, steps
 from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.meter import held_bytes
+from kvpolicy.evaluate.scoring import before_mistake, is_whole
 from kvpolicy.evaluate.setup import Contender, Setup
-from kvpolicy.evaluate.testbed import make_item
+from kvpolicy.evaluate.testbed import Item, make_item
 
 SHARE = Fraction(1, 4)
 
@@ -59,7 +60,7 @@ def test_bytes_held_stay_within_the_share(outcomes):
 def test_answers_are_repeatable(tiny, outcomes, setup):
     """Apart from speeds, the same setup gives the same outcomes, whatever the order in which contenders take turns."""
     again = compare(*tiny, attrs.evolve(setup, rows=3))
-    keys = ("contender", "task", "right", "policy")
+    keys = ("contender", "task", "whole", "last_word", "before_mistake", "policy")
 
     assert [[getattr(one, key) for key in keys] for one in again] == [
         [getattr(one, key) for key in keys] for one in outcomes[0]
@@ -119,6 +120,25 @@ def test_model_is_given_back(tiny, outcomes):
 
     assert not any(module._forward_hooks for module in model.modules())
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("written", "whole", "share"),
+    [
+        ("falcon maple gold", True, 1.0),
+        ("falcon maple", False, 2 / 3),
+        ("falcon gold", False, 1 / 3),
+        ("gold", False, 0.0),
+        ("", False, 0.0),
+        ("falcon maple gold gold", False, 1.0),
+    ],
+)
+def test_an_answer_counts_up_to_its_first_mistake(written, whole, share):
+    """Ending in the right word is not enough: the trace may have broken off."""
+    item = Item("tracking", "", "", "falcon maple gold", "gold", 4)
+
+    assert is_whole(item, written) is whole
+    assert before_mistake(item, written) == share
 
 
 def test_record_is_complete_json(outcomes, setup):
