@@ -1,6 +1,7 @@
 """What README and docs show works as shown: commands, Python, YAML, links; and the generated page is current."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -103,3 +104,20 @@ def test_reference_page_is_current():
 
 def test_version_is_one():
     assert kvpolicy.__version__ in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def results_table():
+    """The committed results of the demo as the README shows them: whole answers right, bytes held, per contender."""
+    results = json.loads((ROOT / "docs" / "images" / "demo-results.json").read_text("utf-8"))
+    tasks = list(dict.fromkeys(one["task"] for one in results["outcomes"]))
+    lines = [f"| contender | KV held | {' | '.join(tasks)} |", "|---|---|" + "---|" * len(tasks)]
+    for label in dict.fromkeys(one["label"] for one in results["outcomes"]):
+        own = [one for one in results["outcomes"] if one["label"] == label]
+        rights = [f"{one['accuracy']:.0%}" for one in own]
+        share = sum(one["held_bytes"] for one in own) / sum(one["full_bytes"] for one in own)
+        lines.append(f"| {label} | {share:.0%} | {' | '.join(rights)} |")
+    return "\n".join(lines)
+
+
+def test_results_in_the_readme_are_those_on_record():
+    assert results_table() in README, results_table()
