@@ -15,7 +15,7 @@ _BLOCKS = {"compress": Compress, "protect": Protect, "allocate": Allocate, "scor
 
 def reference_markdown() -> str:
     """All keys of a policy file and all plugins that are installed, as one page."""
-    return "\n".join(_page()) + "\n"
+    return "\n".join(_page()).rstrip() + "\n"
 
 
 def _page() -> Iterator[str]:
