@@ -23,7 +23,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from kvpolicy import __version__  # noqa: PLC0415 - heavy
+        from kvpolicy import __version__
 
         typer.echo(__version__)
         raise typer.Exit

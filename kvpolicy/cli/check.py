@@ -30,8 +30,8 @@ def check_policies(
 
 def _check(file: Path) -> tuple[str | None, list[str]]:
     """The digest of a good file, or what is wrong with it."""
-    from kvpolicy.errors import KVPolicyError  # noqa: PLC0415 - heavy
-    from kvpolicy.policy import load  # noqa: PLC0415
+    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.policy import load
 
     try:
         return load(file).digest, []

@@ -35,10 +35,10 @@ def demo(
     json: Json = False,
 ) -> None:
     """Compare policies with the full cache on the embedded model: accuracy, bytes held, speed; and draw it."""
-    from attrs import evolve  # noqa: PLC0415 - heavy
+    from attrs import evolve
 
-    from kvpolicy.evaluate.plots import MISSING, can_plot  # noqa: PLC0415
-    from kvpolicy.evaluate.setup import Setup  # noqa: PLC0415
+    from kvpolicy.evaluate.plots import MISSING, can_plot
+    from kvpolicy.evaluate.setup import Setup
 
     shares = tuple(_share(text) for text in share or SHARES)
     setup = Setup(_policies(policy or POLICIES), shares, items=items, length=length, seed=seed, question=question)
@@ -53,8 +53,8 @@ def demo(
 
 
 def _share(text: str) -> Fraction:
-    from kvpolicy.errors import InputError  # noqa: PLC0415 - heavy
-    from kvpolicy.spec.budget import Budget  # noqa: PLC0415
+    from kvpolicy.errors import InputError
+    from kvpolicy.spec.budget import Budget
 
     budget = Budget.parse(text)
     if budget is None or budget.share is None or budget.share == 1:
@@ -63,8 +63,8 @@ def _share(text: str) -> Fraction:
 
 
 def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
-    from kvpolicy.errors import InputError  # noqa: PLC0415 - heavy
-    from kvpolicy.policy import load  # noqa: PLC0415
+    from kvpolicy.errors import InputError
+    from kvpolicy.policy import load
 
     policies = tuple(load(name) for name in names)
     if any(one.name == "full" for one in policies):
@@ -74,7 +74,7 @@ def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
 
 def _require_folder(folder: Path) -> None:
     """Make the folder now: an hour of results must not be lost to a mistyped name."""
-    from kvpolicy.errors import InputError  # noqa: PLC0415 - heavy
+    from kvpolicy.errors import InputError
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +83,12 @@ def _require_folder(folder: Path) -> None:
 
 
 def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
-    import torch  # noqa: PLC0415 - heavy
-    from rich.progress import Progress  # noqa: PLC0415
+    import torch
+    from rich.progress import Progress
 
-    from kvpolicy.cli.models import TESTBED, load_model  # noqa: PLC0415
-    from kvpolicy.evaluate.compare import compare, steps  # noqa: PLC0415
-    from kvpolicy.evaluate.retention import retention  # noqa: PLC0415
+    from kvpolicy.cli.models import TESTBED, load_model
+    from kvpolicy.evaluate.compare import compare, steps
+    from kvpolicy.evaluate.retention import retention
 
     model, tokenizer = load_model(TESTBED, torch.device("cpu"), None)
     few = sorted({0, len(setup.policies) // 2, len(setup.policies) - 1})
@@ -105,16 +105,16 @@ def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
 
 
 def _write(folder: Path, setup: "Setup", outcomes: "tuple[Outcome, ...]", kept: "Kept") -> dict[str, Any]:
-    from json import dumps  # noqa: PLC0415 - `json` is the option
+    from json import dumps
 
-    from kvpolicy.evaluate.plots import can_plot  # noqa: PLC0415
-    from kvpolicy.evaluate.record import record  # noqa: PLC0415
+    from kvpolicy.evaluate.plots import can_plot
+    from kvpolicy.evaluate.record import record
 
     results = record(setup, outcomes, kept)
     (folder / "results.json").write_text(dumps(results, indent=1) + "\n", encoding="utf-8")
     if can_plot():
-        from kvpolicy.evaluate.heatmap import plot_retention  # noqa: PLC0415
-        from kvpolicy.evaluate.tradeoff import plot_tradeoff  # noqa: PLC0415
+        from kvpolicy.evaluate.heatmap import plot_retention
+        from kvpolicy.evaluate.tradeoff import plot_tradeoff
 
         plot_retention(kept, folder / "retention.png")
         plot_tradeoff(setup, outcomes, folder / "tradeoff.png")
@@ -122,6 +122,6 @@ def _write(folder: Path, setup: "Setup", outcomes: "tuple[Outcome, ...]", kept: 
 
 
 def _tables(setup: "Setup", outcomes: "tuple[Outcome, ...]") -> Any:
-    from kvpolicy.cli.demo_table import table_of  # noqa: PLC0415 - heavy
+    from kvpolicy.cli.demo_table import table_of
 
     return table_of(setup, outcomes)

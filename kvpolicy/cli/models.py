@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 def config_of(model: str) -> PretrainedConfig:
     """The configuration of a model, by path or id; no weights are read. Raises InputError."""
     if model == TESTBED:
-        from kvpolicy.evaluate.testbed.settings import model_config  # noqa: PLC0415 - rarely needed
+        from kvpolicy.evaluate.testbed.settings import model_config
 
         return model_config()
     found: PretrainedConfig = _read(model, "configuration", lambda: AutoConfig.from_pretrained(model))
@@ -32,7 +32,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype | None) -> t
     loaded: Any
     words: Any
     if model == TESTBED:
-        from kvpolicy.evaluate.testbed import load_testbed  # noqa: PLC0415 - rarely needed
+        from kvpolicy.evaluate.testbed import load_testbed
 
         loaded, words = _read(model, "model", lambda: load_testbed(dtype or torch.float32))
     else:

@@ -18,11 +18,11 @@ def plan(
     json: Json = False,
 ) -> None:
     """Show budgets, bytes held and bytes moved for a model's shape."""
-    import torch  # noqa: PLC0415 - heavy
+    import torch
 
-    from kvpolicy.cli.models import config_of, dtype_of  # noqa: PLC0415
-    from kvpolicy.plan.explain import explain  # noqa: PLC0415
-    from kvpolicy.policy import load  # noqa: PLC0415
+    from kvpolicy.cli.models import config_of, dtype_of
+    from kvpolicy.plan.explain import explain
+    from kvpolicy.policy import load
 
     loaded, wanted = load(policy, **budget_override(budget)), dtype_of(dtype)
     config = config_of(model)

@@ -10,9 +10,9 @@ from kvpolicy.cli.options import Budget, Json, budget_override
 
 def list_policies(json: Json = False) -> None:
     """List the installed policies."""
-    from kvpolicy.errors import KVPolicyError  # noqa: PLC0415 - heavy
-    from kvpolicy.policy import load  # noqa: PLC0415
-    from kvpolicy.stages.registry import registry  # noqa: PLC0415
+    from kvpolicy.errors import KVPolicyError
+    from kvpolicy.policy import load
+    from kvpolicy.stages.registry import registry
 
     found: list[dict[str, Any]] = []
     for name, path in registry().policies().items():
@@ -31,11 +31,11 @@ def show(
     json: Json = False,
 ) -> None:
     """Print a policy as YAML in its canonical form."""
-    from kvpolicy.policy import load  # noqa: PLC0415 - heavy
+    from kvpolicy.policy import load
 
     policy = load(name, **budget_override(budget))
     if json:
-        import yaml  # noqa: PLC0415
+        import yaml
 
         data = yaml.safe_load(policy.to_yaml())
         print_json({"name": policy.name, "digest": policy.digest, "origin": policy.origin, "policy": data})
@@ -44,8 +44,8 @@ def show(
 
 
 def _table(found: list[dict[str, Any]]) -> Any:
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.table import Table
+    from rich.text import Text
 
     table = Table("name", "budget", "summary", title="Installed policies")
     for one in found:

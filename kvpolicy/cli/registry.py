@@ -10,7 +10,7 @@ from kvpolicy.cli.options import Json
 
 def plugins(json: Json = False) -> None:
     """List the installed plugins, the broken ones too."""
-    from kvpolicy.stages.registry import registry  # noqa: PLC0415 - heavy
+    from kvpolicy.stages.registry import registry
 
     records = [
         {
@@ -36,8 +36,8 @@ def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="A page for people instead.")] = False,
 ) -> None:
     """Print the JSON Schema of policy files, for editors; it knows every installed plugin."""
-    from kvpolicy.spec.reference import reference_markdown  # noqa: PLC0415 - heavy
-    from kvpolicy.spec.schema import json_schema  # noqa: PLC0415
+    from kvpolicy.spec.reference import reference_markdown
+    from kvpolicy.spec.schema import json_schema
 
     if markdown:
         line(reference_markdown().rstrip())
@@ -46,8 +46,8 @@ def schema(
 
 
 def _table(records: list[dict[str, str]]) -> Any:
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.table import Table
+    from rich.text import Text
 
     table = Table("stage", "name", "distribution", "summary", title="Installed plugins")
     for one in records:

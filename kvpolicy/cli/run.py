@@ -23,9 +23,9 @@ def run(
     json: Json = False,
 ) -> None:
     """Generate greedily under a policy; the text goes to stdout as it is written, the report to stderr."""
-    from kvpolicy.cli.models import config_of, device_of, dtype_of, load_model  # noqa: PLC0415 - heavy
-    from kvpolicy.errors import InputError  # noqa: PLC0415
-    from kvpolicy.policy import load  # noqa: PLC0415
+    from kvpolicy.cli.models import config_of, device_of, dtype_of, load_model
+    from kvpolicy.errors import InputError
+    from kvpolicy.policy import load
 
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1: {max_new_tokens}")
@@ -41,7 +41,7 @@ def run(
 def _generate(
     model: Any, tokenizer: Any, policy: Any, prompt: str, max_new_tokens: int, *, stream: bool
 ) -> dict[str, Any]:
-    from transformers import TextStreamer  # noqa: PLC0415 - heavy
+    from transformers import TextStreamer
 
     inputs = _encode(tokenizer, prompt).to(model.device)
     _check_length(model, inputs["input_ids"].shape[1] + max_new_tokens)
@@ -61,7 +61,7 @@ def _generate(
 
 
 def _encode(tokenizer: Any, prompt: str) -> Any:
-    from kvpolicy.errors import InputError  # noqa: PLC0415 - heavy
+    from kvpolicy.errors import InputError
 
     try:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -73,7 +73,7 @@ def _encode(tokenizer: Any, prompt: str) -> Any:
 
 
 def _check_length(model: Any, length: int) -> None:
-    from kvpolicy.errors import InputError  # noqa: PLC0415 - heavy
+    from kvpolicy.errors import InputError
 
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is not None and length > most:

@@ -128,7 +128,7 @@ def test_a_cache_left_in_the_middle_of_assisted_decoding_goes_on_evicting():
 
 
 def test_crop_takes_a_tensor():
-    """transformers 5.16 crops by a tensor: counts must stay numbers, or layers would share them."""
+    """Transformers 5.16 crops by a tensor: counts must stay numbers, or layers would share them."""
     tokens, _ = prompt(30)
     with small("snapkv").attach(model()) as attachment, torch.no_grad():
         cache = attachment.cache()
