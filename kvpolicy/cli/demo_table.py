@@ -39,7 +39,7 @@ Answers right in every word; in brackets, the share of an answer before its firs
 KV held: storage of one sequence's entries at the end, slack included, mean over the tasks.
 share, peak: of the full cache; peak is while a prompt is compressed layer by layer.
 Queries that scorers observe come on top: {window} at most.
-tok/s: written on {task}, all rows of a batch together."""
+tok/s: on {task}, all rows of a batch together, until the last is done."""
 
 
 def _caption(setup: Setup, outcomes: Sequence[Outcome]) -> str:

@@ -20,7 +20,7 @@ class Answers:
 
     texts: tuple[str, ...]
     prompt_tokens: int  # pads excluded
-    new_tokens: int  # written in all rows, up to and with `<eos>`
+    new_tokens: int  # computed in all rows: a row that is done goes on until the last one is
     prompt_seconds: float
     decode_seconds: float  # after the first new token
     held_bytes: int  # storage of the entries at the end
@@ -87,7 +87,7 @@ def _generate(
     answers = Answers(
         texts=tuple(tokenizer.batch_decode(written, skip_special_tokens=True)),
         prompt_tokens=int(both["attention_mask"].sum()),
-        new_tokens=int((written != tokenizer.pad_token_id).sum()),
+        new_tokens=written.numel(),
         prompt_seconds=meter.prompt_seconds,
         decode_seconds=meter.decode_seconds,
         held_bytes=held_bytes(cache),

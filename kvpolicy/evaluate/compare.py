@@ -32,7 +32,7 @@ class Outcome:
     peak_bytes: float  # the most at any time, while a layer is compressed
     window_bytes: float  # queries observed for the scorers, not in `held_bytes`
     full_bytes: float  # what the full cache held at the end, for the same items
-    decode_speed: float  # tokens written per second, after the first of each row
+    decode_speed: float  # tokens computed per second, after the first of each row, finished rows included
     prompt_speed: float  # prompt tokens per second, compression included
 
     @property

@@ -81,6 +81,16 @@ def test_full_cache_is_the_plain_model(tiny):
     assert given.prompt_tokens == inputs.input_ids.shape[1]
 
 
+def test_speed_counts_every_row_until_the_last_is_done(tiny, monkeypatch):
+    """A policy whose answers break off early must not look slower: the pads behind are computed all the same."""
+    model, tokenizer = tiny
+    items = [short("recall", 0), short("recall", 1)]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    given, _ = answer(model, tokenizer, items, None)
+
+    assert given.new_tokens == 2 * 6
+
+
 def test_an_unseen_question_is_asked_once(tiny):
     """The prompt is then the context and the question, in two forwards; reasoning is always so."""
     model, tokenizer = tiny
