@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpolicy.plan.plan import Plan
+from kvpolicy.plan.units import human_bytes
 from kvpolicy.runtime.stats import LayerStats
 
 
@@ -38,7 +39,7 @@ class Report:
 
     def table(self) -> Table:
         """The report as a rich table."""
-        table = Table(title=f"policy {self.policy}: {_bytes(self.nbytes)} held")
+        table = Table(title=f"policy {self.policy}: {human_bytes(self.nbytes)} held")
         for heading in ("layer", "tokens seen", "entries held", "bytes held", "peak bytes", "compressed", "ms"):
             table.add_column(heading, justify="right")
         for layer in self.layers:
@@ -46,8 +47,8 @@ class Report:
                 str(layer.layer),
                 str(layer.seen),
                 f"{layer.held:.1f}",
-                _bytes(layer.nbytes),
-                _bytes(layer.peak_bytes),
+                human_bytes(layer.nbytes),
+                human_bytes(layer.peak_bytes),
                 f"{layer.compressions}x",
                 f"{layer.seconds * 1e3:.1f}",
             )
@@ -58,11 +59,3 @@ class Report:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

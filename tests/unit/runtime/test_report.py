@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from kvpolicy.runtime.report import Report, _bytes
+from kvpolicy.plan.units import human_bytes
+from kvpolicy.runtime.report import Report
 from kvpolicy.runtime.stats import LayerStats
 from tests.models import generate, model, prompt
 from tests.policies import small
@@ -40,7 +41,7 @@ def test_before_any_generation_there_is_nothing_to_report():
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.0 MiB"), (5 * 2**30, "5.00 GiB")],
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.0 MiB"), (5 * 2**30, "5.0 GiB")],
 )
 def test_bytes_are_written_for_people(count, text):
-    assert _bytes(count) == text
+    assert human_bytes(count) == text
