@@ -3,18 +3,22 @@
 from kvpolicy.stages.contracts import (
     STAGES,
     Codec,
-    Column,
     Entries,
+    Glimpse,
     HeadAllocator,
     LayerAllocator,
     LayerRequest,
     Merger,
     Needs,
+    Observer,
     Plugin,
+    Question,
+    Reader,
     Scorer,
     Selector,
-    SlotState,
+    State,
 )
+from kvpolicy.stages.formats import AsIs, Column, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.hooks import hookimpl
 from kvpolicy.stages.parameters import (
@@ -28,16 +32,21 @@ from kvpolicy.stages.parameters import (
     Text,
     parameter,
 )
+from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.view import View
 
 __all__ = [
     "STAGES",
+    "AsIs",
     "Choice",
     "Codec",
     "Column",
     "Entries",
     "Flag",
+    "Format",
+    "Formats",
     "Geometry",
+    "Glimpse",
     "HeadAllocator",
     "Integer",
     "LayerAllocator",
@@ -46,12 +55,18 @@ __all__ = [
     "Needs",
     "Nested",
     "Number",
+    "Observer",
     "Plugged",
     "Plugin",
+    "Question",
+    "Reader",
+    "Rotary",
     "Rule",
+    "Sample",
     "Scorer",
     "Selector",
-    "SlotState",
+    "Site",
+    "State",
     "Text",
     "View",
     "hookimpl",

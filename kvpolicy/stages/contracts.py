@@ -1,13 +1,15 @@
 """One contract per stage. A plugin is a frozen attrs class that keeps one of them and holds no run state."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor
 
+from kvpolicy.stages.formats import AsIs, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.view import View
 
@@ -22,32 +24,58 @@ class Plugin(abc.ABC):
 
 @attrs.frozen
 class Needs:
-    """What a scorer reads besides the entries; the runtime observes nothing that no scorer asks for."""
+    """What a plugin reads besides the entries; the runtime observes nothing that no plugin asks for."""
 
     queries: int = 0  # W, the last queries to keep
     attention: bool = False  # the mass each entry receives, summed over all queries
+    followed: int = 0  # how many of the newest queries of every forward are shown to `follow`
 
 
 @attrs.frozen
-class SlotState:
-    """One float32 per slot that the cache carries for a scorer: moved with its entry, `fill` for a new one."""
+class State:
+    """One float32 that the cache carries for a plugin, per slot or per row; `fill` is what a new one holds."""
 
     name: str
     fill: float = 0.0
 
 
-class Scorer(Plugin):
+@attrs.frozen(eq=False)
+class Glimpse:
+    """What the newest w queries of a forward see of the entries, those of the forward itself included.
+
+    It is taken from the attention that is computed anyway; `logits` are -inf where a query does not see an entry.
+    """
+
+    logits: Tensor  # [B, K, G, w, T] float32, scaled q·k without votes, oldest query first
+    log_votes: Tensor | None = None  # [B, K, T] float32
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[B, K, G, w, T] float32: attention with votes; zeros for a query that sees nothing, such as a pad's."""
+        logits = self.logits if self.log_votes is None else self.logits + self.log_votes[:, :, None, None]
+        return logits.softmax(-1).masked_fill(self.logits == -torch.inf, 0.0)
+
+
+class Observer(Plugin):
+    """A plugin for which the runtime observes the model while it runs, and carries state."""
+
+    def needs(self) -> Needs:
+        """What must be observed for this plugin."""
+        return Needs()
+
+    def slot_state(self) -> tuple[State, ...]:
+        """State carried per slot: moved with its entry in compaction, beam reordering and cropping."""
+        return ()
+
+    def follow(self, glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """New values of slot state, each [B, K, T] float32, from one forward; called if `needs().followed`."""
+        return {}
+
+
+class Scorer(Observer):
     """Gives every held entry a worth."""
 
     stage = "score"
-
-    def needs(self) -> Needs:
-        """What must be observed for this scorer."""
-        return Needs()
-
-    def slot_state(self) -> tuple[SlotState, ...]:
-        """State carried per slot from one compression to the next."""
-        return ()
 
     def observe(self, view: View) -> Mapping[str, Tensor]:  # noqa: ARG002 the default observes nothing
         """New values of the declared slot state, each [B, K, T] float32; `score` then sees them in the view."""
@@ -113,37 +141,28 @@ class Entries:
     keys: Tensor  # [B, K, N, D]
     values: Tensor  # [B, K, N, Dv]
     log_votes: Tensor | None = None  # [B, K, N] float32
+    changed: Tensor | None = None  # [B, K, N] bool, keys or values differ from the view's; None = none does
+    slot_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B, K, N] float32; what is left out moves as it is
+    row_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B] float32; what is left out stays as it is
 
 
-class Merger(Plugin):
+class Merger(Observer):
     """Decides what becomes of evicted entries."""
 
     stage = "merge"
-    votes: ClassVar[bool] = False  # whether entries carry a log-vote
+    votes: ClassVar[bool] = False  # whether entries carry a log-vote, added to their logits in every attention
+    reads_window: ClassVar[bool] = False  # whether it reads `view.logits`: some plugin must then observe queries
+
+    def row_state(self) -> tuple[State, ...]:
+        """State carried per row of the batch."""
+        return ()
 
     @abc.abstractmethod
     def merge(self, view: View, kept: Tensor) -> Entries:
         """The entries of the kept slots, in tensors of their own: the view's may be overwritten with them.
 
-        `kept` [B, K, N] int64: slots ascending, -1 behind a head's last one.
+        `kept` [B, K, N] int64: slots ascending, -1 behind a head's last one. The view shows the merger's own state.
         """
-
-
-@attrs.frozen
-class Column:
-    """One tensor of a store: what a slot holds under one name."""
-
-    shape: tuple[int, ...]  # per slot; () for a scalar
-    dtype: torch.dtype
-    fill: float = 0.0
-
-    @property
-    def bytes_per_slot(self) -> int:
-        """Bytes that one slot takes."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
 
 
 class Codec(Plugin):
@@ -151,19 +170,65 @@ class Codec(Plugin):
 
     stage = "store"
 
-    @abc.abstractmethod
-    def columns(self, geometry: Geometry, dtype: torch.dtype) -> dict[str, Column]:
-        """The tensors that hold an entry, by name."""
+    @property
+    def joint(self) -> bool:
+        """Whether all KV heads of a layer must hold equally many entries."""
+        return False
 
     @abc.abstractmethod
-    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Entries [..., D] and [..., Dv] to the columns, each [..., *shape]."""
+    def formats(self, site: Site) -> Formats:
+        """How one layer of one model holds its keys and values.
+
+        Raises:
+            ParameterError: the parameters do not go with the geometry, or the rotation is not known.
+        """
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `formats` needs `site.calibration`."""
+        return False
+
+    def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        """Per layer, what `formats` will find in `site.calibration`; deterministic."""
+        return [{} for _ in samples]
+
+
+@attrs.frozen(eq=False)
+class Question:
+    """One decode step, as a reader sees it: the newest query of each row, and what is held.
+
+    Along T, the entries of a head stand in ascending order of position; empty slots come last and have position -1.
+    """
+
+    queries: Tensor  # [B, H, D] post-RoPE
+    query_positions: Tensor  # [B] int
+    positions: Tensor  # [B, K, T] int
+    geometry: Geometry
+    layer: int = 0  # ordinal among the managed layers
+    format: Format = attrs.field(factory=AsIs)  # of the keys
+    sealed: Tensor | None = None  # [B, K] int64, the oldest slots that are packed; None = none is
+    packed: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the keys, [B, K or 1, units, *shape]
+    pages: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the reader's own, [B, K, pages, *shape]
+
+
+class Reader(Plugin):
+    """Chooses, for each decode step and without destroying anything, which held entries are attended."""
+
+    stage = "read"
+    stores: ClassVar[tuple[str, ...]] = ()  # the codecs that it can read; empty = any
+
+    def pages(self, site: Site) -> Format | None:  # noqa: ARG002 the default keeps none
+        """What is kept per page of `unit` consecutive keys; None = nothing. Only its `encode` is used.
+
+        A page is made when its last entry has come, and made anew where an eviction changed its entries.
+        """
+        return None
 
     @abc.abstractmethod
-    def decode(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Columns back to keys [..., D] and values [..., Dv]; a plain codec returns them without copying."""
+    def choose(self, question: Question) -> Tensor | None:
+        """Slots to read, int64 [B, K, n], ascending, -1 behind a head's last one; None = all."""
 
 
 STAGES: dict[str, type[Plugin]] = {
-    kind.stage: kind for kind in (Scorer, LayerAllocator, HeadAllocator, Selector, Merger, Codec)
+    kind.stage: kind for kind in (Scorer, LayerAllocator, HeadAllocator, Selector, Merger, Codec, Reader)
 }

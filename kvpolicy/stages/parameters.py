@@ -92,18 +92,18 @@ class Number(Rule):
 
 @attrs.frozen
 class Choice(Rule):
-    """One word of a list."""
+    """One word, or one integer, of a list."""
 
-    words: tuple[str, ...]
+    words: tuple[str | int, ...]
 
     def accepts(self, value: object) -> bool:
-        return type(value) is str and value in self.words
+        return any(type(value) is type(word) and value == word for word in self.words)
 
     def schema(self) -> dict[str, Any]:
         return {"enum": list(self.words)}
 
     def __str__(self) -> str:
-        return "one of " + ", ".join(self.words)
+        return "one of " + ", ".join(map(str, self.words))
 
 
 @attrs.frozen

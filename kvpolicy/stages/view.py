@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages.geometry import Geometry
+from kvpolicy.stages.rotary import Rotary
 
 
 @attrs.frozen(eq=False)
@@ -31,7 +32,16 @@ class View:
     query_positions: Tensor | None = None  # [B, W] int; -1 = that row has had fewer than W queries
     attention: Tensor | None = None  # [B, K, G, T] float32, mass each entry has received since it was stored
     log_votes: Tensor | None = None  # [B, K, T] float32
-    slot_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B, K, T] float32 each, declared by a scorer
+    slot_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B, K, T] float32 each, declared by the plugin
+    row_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B] float32 each, declared by the plugin
+    rotary: Rotary | None = None  # None = the model's rotation is not known
+    _computed: dict[str, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # shared by `with_state`
+
+    def with_state(self, slot_state: Mapping[str, Tensor], row_state: Mapping[str, Tensor] | None = None) -> "View":
+        """The same entries as another plugin sees them; what has been computed from them is shared."""
+        other = attrs.evolve(self, slot_state=slot_state, row_state=row_state or {})
+        object.__setattr__(other, "_computed", self._computed)
+        return other
 
     @cached_property
     def valid(self) -> Tensor:
@@ -60,9 +70,17 @@ class View:
         """[B, K, T] bool: entries that may be evicted."""
         return self.valid & ~self.protected
 
-    @cached_property
+    @property
     def logits(self) -> Tensor:
-        """[B, K, G, W, T] float32: scaled q·k of the window queries, -inf in empty slots; no repeated keys."""
+        """[B, K, G, W, T] float32: scaled q·k of the window queries plus votes, -inf in empty slots.
+
+        Later entries are not hidden from earlier queries; keys are not repeated.
+        """
+        if "logits" not in self._computed:
+            self._computed["logits"] = self._logits()
+        return self._computed["logits"]
+
+    def _logits(self) -> Tensor:
         batch, kv_heads, slots, dim = self.keys.shape
         queries = self.window.float().reshape(batch, kv_heads, -1, dim)  # [B, K, G·W, D]
         logits = (queries * self.scaling) @ self.keys.float().transpose(-1, -2)

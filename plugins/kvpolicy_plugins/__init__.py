@@ -7,6 +7,7 @@ from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.codecs.plain import Plain
 from kvpolicy_plugins.mergers.drop import Drop
+from kvpolicy_plugins.readers.everything import Everything
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
@@ -31,6 +32,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     TopK,
     Drop,
     Plain,
+    Everything,
 )
 
 

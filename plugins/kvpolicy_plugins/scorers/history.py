@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Choice, Needs, Nested, Number, Plugged, Scorer, SlotState, View, parameter
+from kvpolicy.stages import Choice, Needs, Nested, Number, Plugged, Scorer, State, View, parameter
 from kvpolicy_plugins.pooling import Pool
 
 _STATE = "history"
@@ -43,8 +43,8 @@ class History(Scorer):
     def needs(self) -> Needs:
         return self.of.needs()
 
-    def slot_state(self) -> tuple[SlotState, ...]:
-        return (*self.of.slot_state(), SlotState(_STATE, fill=_NONE_YET))
+    def slot_state(self) -> tuple[State, ...]:
+        return (*self.of.slot_state(), State(_STATE, fill=_NONE_YET))
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         inner = self.of.observe(view)

@@ -7,7 +7,7 @@ import torch
 from kvpolicy.errors import NonFiniteScoreWarning, PluginContractError
 from kvpolicy.plan.pipeline import allocate, compress, score, state_name
 from kvpolicy.spec.policy import Weighted
-from kvpolicy.stages import Entries, Scorer, SlotState
+from kvpolicy.stages import Entries, Scorer, State
 from tests.policies import small
 from tests.views import view_of
 
@@ -32,7 +32,7 @@ class Counting(Scorer):
     name = "counting"
 
     def slot_state(self):
-        return (SlotState("age"),)
+        return (State("age"),)
 
     def observe(self, view):
         return {"age": view.slot_state["age"] + 1}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kvpolicy.errors import PluginContractError
-from kvpolicy.stages import Codec, Column, Entries, LayerAllocator, Merger, Needs, Scorer, Selector, SlotState
+from kvpolicy.stages import Codec, Column, Entries, LayerAllocator, Merger, Needs, Scorer, Selector, State
 from kvpolicy.stages.checks import check_scores
 from kvpolicy.stages.conformance import Promises, check_plugin, conformance_cases
 from tests.views import view_of
@@ -58,7 +58,7 @@ def test_state_must_be_declared_and_shaped():
     observed = {"observe": lambda self, view: {"mine": torch.zeros(1)}}
     with pytest.raises(PluginContractError, match=r"observed \['mine'\], expected only \[\]"):
         check_plugin(broken(lambda view: norms(view).float(), **observed))
-    declared = {**observed, "slot_state": lambda self: (SlotState("mine"),)}
+    declared = {**observed, "slot_state": lambda self: (State("mine"),)}
     with pytest.raises(PluginContractError, match=r"returned shape \(1,\), expected \(batch=3"):
         check_plugin(broken(lambda view: norms(view).float(), **declared))
 

@@ -1,0 +1,117 @@
+"""How the keys or the values of a layer are held once they are packed."""
+
+import abc
+import sys
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.stages.geometry import Geometry
+from kvpolicy.stages.rotary import Rotary
+
+ALL = sys.maxsize
+
+
+@attrs.frozen
+class Column:
+    """One tensor of a store: what a slot, or a unit of slots, holds under one name."""
+
+    shape: tuple[int, ...]  # per slot or unit; () for a scalar
+    dtype: torch.dtype
+    fill: float = 0.0
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes that one slot, or one unit, takes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@attrs.frozen(eq=False)
+class Site:
+    """Where a codec or a reader is put to work: one managed layer of one model."""
+
+    geometry: Geometry
+    dtype: torch.dtype  # of the model's own keys and values
+    layer: int = 0  # ordinal among the managed layers
+    rotary: Rotary | None = None  # None = the model's rotation is not known
+    calibration: Mapping[str, Tensor] = attrs.field(factory=dict)  # what the plugin's `calibrate` gave for this layer
+
+
+@attrs.frozen(eq=False)
+class Sample:
+    """One layer of a model on calibration text: S sequences of T tokens at positions 0 to T - 1."""
+
+    geometry: Geometry
+    scaling: float  # the attention module's own factor on q·k
+    rotary: Rotary | None
+    queries: Tensor  # [S, H, T, D] post-RoPE
+    keys: Tensor  # [S, K, T, D] post-RoPE
+    values: Tensor  # [S, K, T, D]
+
+
+class Format(abc.ABC):
+    """One half of the entries, their keys or their values, of one layer: which of them are packed, and how.
+
+    The oldest entries of a head are packed, the newest stay as the model gave them. With `length` entries in a head,
+    `sealed(length)` are packed: all but the newest `keep`, in whole steps of `step`. Units are packed independently
+    of each other, so that nothing that is packed has to be packed again when entries arrive.
+    """
+
+    columns: Mapping[str, Column]  # what holds a unit; the first dimension of a joint column is usually K
+    unit: int = 1  # consecutive entries of a head that are packed together; divides `step` and `keep`
+    step: int = 1  # entries that are packed at one time
+    keep: int = 0  # newest entries that are never packed; ALL = none is ever packed
+    joint: bool = False  # whether a unit holds the entries of all KV heads at one slot, which must then be as many
+
+    @abc.abstractmethod
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Vectors [B, K, n, D] at positions [B, K, n], n a multiple of `unit`, to the columns.
+
+        Each column is [B, K, n / unit, *shape], or [B, 1, n / unit, *shape] of a joint format. Empty slots (position
+        -1) hold any finite vector.
+        """
+
+    @abc.abstractmethod
+    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        """Columns back to vectors [B, K, n, D] in the model's dtype; `positions` [B, K, n] of the same slots."""
+
+    def sealed(self, length: int) -> int:
+        """How many of the oldest of `length` entries are packed."""
+        return max(0, length - self.keep) // self.step * self.step
+
+    def tail(self, capacity: int) -> int:
+        """The most entries that are not packed at one time, while tokens come one by one up to `capacity`."""
+        return min(capacity, self.keep + self.step)
+
+    def nbytes(self, capacity: int, geometry: Geometry, dtype: torch.dtype) -> float:
+        """Bytes for one head of up to `capacity` entries: units, and the tail in `dtype`."""
+        packed = self.sealed(capacity) // self.unit * sum(column.bytes_per_slot for column in self.columns.values())
+        shared = geometry.kv_heads if self.joint else 1
+        return packed / shared + self.tail(capacity) * geometry.head_dim * dtype.itemsize
+
+
+@attrs.frozen(eq=False)
+class AsIs(Format):
+    """Nothing is packed."""
+
+    columns: Mapping[str, Column] = attrs.field(factory=dict)
+    keep: int = ALL
+
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError("nothing is ever packed")
+
+    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        raise NotImplementedError("nothing is ever packed")
+
+
+@attrs.frozen(eq=False)
+class Formats:
+    """How a layer holds its keys and its values."""
+
+    keys: Format
+    values: Format

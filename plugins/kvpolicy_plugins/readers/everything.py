@@ -1,0 +1,18 @@
+"""Every held entry is read."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+
+from kvpolicy.stages import Question, Reader
+
+
+@attrs.frozen
+class Everything(Reader):
+    """Attention over all that is held."""
+
+    name: ClassVar[str] = "all"
+
+    def choose(self, question: Question) -> Tensor | None:  # noqa: ARG002 whatever is asked
+        return None
