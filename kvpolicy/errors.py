@@ -59,6 +59,10 @@ class UnsupportedCallError(KVPolicyError):
     """A forward or generate call asks an attached model for something that a compressed cache cannot give."""
 
 
+class CalibrationError(KVPolicyError):
+    """A calibration file is damaged, or was made for another policy or another model."""
+
+
 class CacheError(KVPolicyError):
     """A cache operation that would lose entries, or that found the cache inconsistent."""
 

@@ -4,16 +4,22 @@ import os
 
 import attrs
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvpolicy.errors import AttachError
+from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import Plan, compile_policy
 from kvpolicy.runtime.attachment import Attachment, attached
 from kvpolicy.runtime.cache import PolicyCache
+from kvpolicy.runtime.calibrate import calibrate, model_digest
+from kvpolicy.runtime.rotation import rotary_of
 from kvpolicy.runtime.support import check_model, geometry_of
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
 from kvpolicy.spec.policy import PolicySpec
+
+CalibrationSource = Calibration | str | os.PathLike[str]
 
 
 @attrs.frozen
@@ -43,33 +49,53 @@ class Policy:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        calibration: CalibrationSource | None = None,
     ) -> Plan:
         """The plan for a model or its configuration, without attaching.
 
         Device and dtype are those of the model, and cpu and float32 for a configuration, unless given.
-        Raises UnsupportedModelError, or PolicyError when the budget does not go with the model.
+        Raises UnsupportedModelError; CalibrationError; or PolicyError when the policy does not go with the model.
         """
         if isinstance(model, PretrainedConfig):
             return compile_policy(self.spec, geometry_of(model), device or "cpu", dtype or torch.float32)
         check_model(model)
-        geometry = geometry_of(model.config)
-        return compile_policy(self.spec, geometry, device or model.device, dtype or model.dtype)
+        geometry, measured = geometry_of(model.config), self._measured(model, calibration)
+        place, kind = device or model.device, dtype or model.dtype
+        return compile_policy(self.spec, geometry, place, kind, rotary_of(model), measured)
 
-    def attach(self, model: PreTrainedModel) -> Attachment:
+    def attach(self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None) -> Attachment:
         """Let `model.generate` run under this policy, until the attachment is detached or its `with` block ends.
 
-        Raises UnsupportedModelError, PolicyError or AttachError before anything has changed.
+        `calibration` is what `calibrate` gave for this model, or the file it was saved to; few stores need one. Raises
+        UnsupportedModelError, PolicyError, CalibrationError or AttachError before anything has changed.
         """
-        return Attachment(self.compile(model), model)
+        return Attachment(self.compile(model, calibration=calibration), model)
 
-    def cache(self, model: PreTrainedModel) -> PolicyCache:
+    def calibrate(self, model: PreTrainedModel, tokens: Tensor) -> Calibration:
+        """Measure on token ids [S, T] what the store of this policy needs; no pads among them.
+
+        Raises UnsupportedModelError, AttachError, or CalibrationError when it needs nothing or cannot be measured.
+        """
+        return calibrate(self.spec, model, tokens)
+
+    def cache(self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None) -> PolicyCache:
         """A cache under this policy, for those who pass `past_key_values` themselves.
 
         The model must have a policy attached, this one or another: the cache follows its own.
         """
         if attached(model) is None:
             raise AttachError("attach a policy to the model first: without it nothing would be compressed")
-        return PolicyCache(self.compile(model), model.config)
+        return PolicyCache(self.compile(model, calibration=calibration), model.config)
+
+    def _measured(self, model: PreTrainedModel, calibration: CalibrationSource | None) -> Calibration | None:
+        if calibration is None or not self.spec.store.calibrated:
+            return None
+        if isinstance(calibration, Calibration):
+            calibration.require(self.spec, model_digest(model))
+            return calibration
+        measured = Calibration.read(calibration)
+        measured.require(self.spec, model_digest(model), os.fspath(calibration))
+        return measured
 
 
 def load(source: "str | os.PathLike[str]", /, **overrides: object) -> Policy:

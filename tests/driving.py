@@ -4,7 +4,8 @@ import attrs
 import torch
 
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime.attend import Asked, attend
+from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.attend import attend
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.spec.policy import Allocate, Weighted
@@ -79,7 +80,9 @@ def feed(layer, keys, values, queries, valid=None):
     arrival = None if valid is None else Arrival(valid, valid[:, :0])
     positions = layer.arrive(arrival)
     asked = Asked(queries, positions, padded=arrival is not None and arrival.padded, scaling=DIM**-0.5)
-    output = attend(layer.plan, layer.store, asked, pads=layer.padded)
+    output = layer.attend(asked)
+    if output is None:  # the stock call, elsewhere
+        output = attend(layer.held, asked, pads=layer.padded)
     layer.settle(asked)
     return output
 

@@ -20,12 +20,12 @@ def held(cache):
 
 
 def _held(layer, row, head):
-    return layer.store.segment("positions", row, head).tolist()
+    return layer.held.slots.segment("positions", row, head).tolist()
 
 
 def _rows(layer):
-    return range(layer.store.layout.rows)
+    return range(layer.held.slots.layout.rows)
 
 
 def _heads(layer):
-    return range(layer.store.layout.heads)
+    return range(layer.held.slots.layout.heads)

@@ -53,8 +53,7 @@ def _every(compress: Compress, nominal: int) -> int | str:
 def _affordable(policy: Policy, model: PreTrainedModel, length: int, share: Fraction) -> int:
     """Entries per KV head and layer, on average, that the bytes of the share can hold beside the slack."""
     plan = policy.compile(model)
-    per_token = plan.budgets.entry_bytes * plan.geometry.layers * plan.geometry.kv_heads
-    return int(full_bytes(plan, length) * share) // per_token - plan.budgets.slack
+    return plan.budgets.affordable(int(full_bytes(plan, length) * share))
 
 
 def _protect(spec: PolicySpec, tokens: int) -> Protect:

@@ -5,6 +5,7 @@ from functools import lru_cache
 import attrs
 
 from kvpolicy.errors import PolicyError, Problem
+from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Geometry, LayerRequest
 from kvpolicy.stages.checks import contract_error
@@ -16,12 +17,12 @@ class Budgets:
 
     spec: PolicySpec
     geometry: Geometry
-    entry_bytes: int  # one entry of one KV head, all columns
+    footprint: Footprint
 
     def __attrs_post_init__(self) -> None:
         size = self.spec.budget.size
-        if size is not None and self._affordable(size) <= self.spec.protect.total:
-            least = (self.spec.protect.total + 1 + self.slack) * self._bytes_per_token
+        if size is not None and self.affordable(size) <= self.spec.protect.total:
+            least = self.footprint.nbytes(self.spec.protect.total + 1 + self.slack)
             raise PolicyError([Problem("budget", f"must be at least {least} bytes for this model: {self.spec.budget}")])
 
     @property
@@ -30,12 +31,9 @@ class Budgets:
         every = self.spec.compress.every
         return 0 if every == NEVER else int(every)
 
-    @property
-    def _bytes_per_token(self) -> int:
-        return self.entry_bytes * self.geometry.layers * self.geometry.kv_heads
-
-    def _affordable(self, size: int) -> int:
-        return size // self._bytes_per_token - self.slack
+    def affordable(self, size: int) -> int:
+        """Entries per KV head that `size` bytes hold for one sequence, beside the slack."""
+        return self.footprint.entries(size) - self.slack
 
     def average(self, seen: int) -> int:
         """Entries per KV head, averaged over layers, once a sequence has `seen` tokens."""
@@ -43,7 +41,7 @@ class Budgets:
         if budget.tokens is not None:
             return budget.tokens
         if budget.size is not None:
-            return self._affordable(budget.size)
+            return self.affordable(budget.size)
         share = int(seen * budget.share) if budget.share is not None else seen
         return max(share, self.spec.protect.total, 1)
 

@@ -37,15 +37,15 @@ class Explanation:
     length: int  # tokens seen
     evicts: bool  # whether anything is evicted up to that length
     layers: tuple[LayerShare, ...]
-    columns: dict[str, int]  # bytes that one entry of one KV head takes, by column
+    columns: dict[str, float]  # bytes that one more entry of one KV head takes, averaged over layers, by column
     steps: tuple[Step, ...]  # of one compression of one layer
     held_bytes: int  # entries of all managed layers, at capacity
     window_bytes: int  # queries that the observation windows of all layers hold
     full_bytes: int  # what a full cache holds after as many tokens
 
     @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry of one KV head, all columns."""
+    def entry_bytes(self) -> float:
+        """Bytes of one more entry of one KV head, all columns, once a sequence is long."""
         return sum(self.columns.values())
 
     @property
@@ -88,9 +88,9 @@ def explain(plan: Plan, length: int = LENGTH) -> Explanation:
         length=length,
         evicts=any(layer.capacity < length for layer in layers),
         layers=layers,
-        columns={name: column.bytes_per_slot for name, column in plan.columns.items()},
+        columns=plan.footprint.per_entry(),
         steps=steps_of(plan, _shapes(plan, length)),
-        held_bytes=sum(layer.capacity for layer in layers) * geometry.kv_heads * plan.budgets.entry_bytes,
+        held_bytes=round(sum(plan.footprint.layer_bytes(place, one.capacity) for place, one in enumerate(layers))),
         window_bytes=geometry.layers * window_bytes(plan),
         full_bytes=full_bytes(plan, length),
     )

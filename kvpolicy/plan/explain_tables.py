@@ -22,8 +22,8 @@ def _memory(one: "Explanation") -> Table:
     rows = {"full cache": one.full_bytes, "entries held, at capacity": one.held_bytes}
     for name, count in {**rows, "queries observed": one.window_bytes}.items():
         table.add_row(name, human_bytes(count), f"{count / one.full_bytes:.1%}")
-    per_column = ", ".join(f"{name} {count}" for name, count in one.columns.items())
-    table.caption = f"{one.entry_bytes} bytes per entry and KV head:\n{per_column}"
+    per_column = ", ".join(f"{name} {count:g}" for name, count in one.columns.items())
+    table.caption = f"{one.entry_bytes:g} bytes per entry and KV head:\n{per_column}"
     if not one.evicts:
         table.caption += "\nnothing is evicted up to this length"
     return table

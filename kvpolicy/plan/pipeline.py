@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import NonFiniteScoreWarning
+from kvpolicy.plan.followers import MERGE_STATE, state_name
 from kvpolicy.spec.policy import PolicySpec, Weighted
 from kvpolicy.stages import Entries, View
 from kvpolicy.stages.checks import check_scores, check_tensor, seen_shape
@@ -20,7 +21,8 @@ class Compressed:
 
     kept: Tensor  # [B, K, N] int64, slots of the view, ascending, -1 behind a head's last one
     entries: Entries  # [B, K, N, D] and [B, K, N, Dv]
-    slot_state: dict[str, Tensor]  # [B, K, N] float32, named as in the store
+    slot_state: dict[str, Tensor]  # [B, K, N] float32, named as in the store; new values only
+    row_state: dict[str, Tensor]  # [B] float32, the merger's
 
 
 def compress(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
@@ -28,11 +30,13 @@ def compress(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
 
     A row that holds no more than that keeps everything. Rows never influence each other.
     """
-    scores, slot_state = score(spec, view)
+    scores, observed = score(spec, view)
     counts = allocate(spec, view, scores, budget)
     kept = indices_of(select(spec, view, scores, counts) | view.protected)
-    state = {name: gather(values, kept) for name, values in slot_state.items()}
-    return Compressed(kept, merge(spec, view, kept), state)
+    entries = merge(spec, view, kept)
+    state = {name: gather(values, kept) for name, values in observed.items()}
+    state.update({MERGE_STATE + name: values for name, values in entries.slot_state.items()})
+    return Compressed(kept, entries, state, dict(entries.row_state))
 
 
 def score(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
@@ -41,12 +45,12 @@ def score(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
     slot_state: dict[str, Tensor] = {}
     for term, weighted in enumerate(spec.score):
         prefix = state_name(term, "")
-        own = {name.removeprefix(prefix): t for name, t in view.slot_state.items() if name.startswith(prefix)}
-        # A view is only made anew for a scorer with state of its own: what it has computed is shared otherwise.
-        seen = attrs.evolve(view, slot_state=own) if own else view
-        if own:
-            seen = attrs.evolve(seen, slot_state={**own, **weighted.scorer.observe(seen)})
-            slot_state.update({prefix + name: values for name, values in seen.slot_state.items()})
+        own = _own_state(view, prefix)
+        seen = view.with_state(own)
+        fresh = weighted.scorer.observe(seen) if own else {}
+        if fresh:
+            seen = seen.with_state({**own, **fresh})
+            slot_state.update({prefix + name: values for name, values in fresh.items()})
         total = total + weighted.weight * _normalised(weighted, seen)
     return _without_nan(total, view.candidates), slot_state
 
@@ -71,16 +75,19 @@ def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tens
 
 def merge(spec: PolicySpec, view: View, kept: Tensor) -> Entries:
     """The entries of the kept slots, [B, K, N, D] and [B, K, N, Dv]."""
-    entries = spec.merge.merge(view, kept)
+    entries = spec.merge.merge(view.with_state(_own_state(view, MERGE_STATE), view.row_state), kept)
     slots = dict(zip(("batch", "kv_heads", "kept"), kept.shape, strict=True))
     for found, source in ((entries.keys, view.keys), (entries.values, view.values)):
         check_tensor(spec.merge, found, {**slots, "dim": source.shape[-1]}, source.dtype, source.device)
+    if spec.merge.votes:
+        check_tensor(spec.merge, entries.log_votes, slots, torch.float32, view.keys.device)
+    if entries.changed is not None:
+        check_tensor(spec.merge, entries.changed, slots, torch.bool, view.keys.device)
     return entries
 
 
-def state_name(term: int, name: str) -> str:
-    """Under which name the store holds the slot state of the scorer in place `term`."""
-    return f"score[{term}].{name}"
+def _own_state(view: View, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in view.slot_state.items() if name.startswith(prefix)}
 
 
 def _normalised(weighted: Weighted, view: View) -> Tensor:

@@ -1,20 +1,23 @@
 """A policy compiled for one model geometry, device and dtype."""
 
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 
 import attrs
 import torch
 
-from kvpolicy.errors import UnsupportedModelError
+from kvpolicy.errors import ParameterError, PolicyError, Problem, UnsupportedModelError
 from kvpolicy.plan.budgets import Budgets
-from kvpolicy.plan.pipeline import state_name
+from kvpolicy.plan.calibration import Calibration
+from kvpolicy.plan.followers import ATTENTION, Follower, followers_of, observers
+from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
-from kvpolicy.stages import Column, Geometry, Needs
+from kvpolicy.stages import Column, Format, Formats, Geometry, Needs, Rotary, Site
 
 POSITIONS = "positions"
-ATTENTION = "attention"
 LOG_VOTES = "log_votes"
+READ_ALL = "all"  # the reader that leaves attention as it is
 
 
 @attrs.frozen(eq=False)
@@ -25,15 +28,33 @@ class Plan:
     geometry: Geometry
     device: torch.device
     dtype: torch.dtype
+    rotary: Rotary | None
     needs: Needs
-    columns: dict[str, Column]  # what one slot of one KV head holds
-    entry_columns: tuple[str, ...]  # those that the codec reads and writes
+    columns: dict[str, Column]  # what one slot of one KV head carries beside its key and value
+    formats: tuple[Formats, ...]  # how each managed layer holds its keys and values
+    page_formats: tuple[Format | None, ...]  # what the reader keeps per page, for each managed layer
+    followers: tuple[Follower, ...]
     budgets: Budgets
 
     @cached_property
     def ragged(self) -> bool:
         """Whether the heads of a layer may hold different numbers of entries."""
         return self.spec.allocate.heads.ragged
+
+    @cached_property
+    def selective(self) -> bool:
+        """Whether decode steps may attend to less than all that is held."""
+        return self.spec.read.name != READ_ALL
+
+    def wants_order(self, ordinal: int) -> bool:
+        """Whether pads must not stand between entries once a forward is over: they would leave a mark on a group."""
+        forms = self.formats[ordinal]
+        return self.selective or bool(forms.keys.columns or forms.values.columns)
+
+    @property
+    def footprint(self) -> Footprint:
+        """The bytes that entries take."""
+        return self.budgets.footprint
 
     @property
     def compresses_while_decoding(self) -> bool:
@@ -47,37 +68,79 @@ class Plan:
         return self.budgets.ahead(seen)[ordinal] + self.budgets.slack
 
 
-def compile_policy(spec: PolicySpec, geometry: Geometry, device: torch.device | str, dtype: torch.dtype) -> Plan:
+def compile_policy(
+    spec: PolicySpec,
+    geometry: Geometry,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    rotary: Rotary | None = None,
+    calibration: Calibration | None = None,
+) -> Plan:
     """Fit a policy to a model. Raises PolicyError or UnsupportedModelError when the two do not go together."""
-    columns = _columns(spec, geometry, dtype)
-    entry_bytes = sum(column.bytes_per_slot for column in columns.values())
+    device, dtype = _device(device), _floating(dtype)
+    sites = _sites(spec, geometry, dtype, rotary, calibration)
+    formats = tuple(_formats(spec, site) for site in sites)
+    pages = tuple(_pages(spec, site) for site in sites)
+    columns = _columns(spec, geometry)
     return Plan(
         spec=spec,
         geometry=geometry,
-        device=_device(device),
-        dtype=_floating(dtype),
+        device=device,
+        dtype=dtype,
+        rotary=rotary,
         needs=_needs(spec),
         columns=columns,
-        entry_columns=tuple(spec.store.columns(geometry, dtype)),
-        budgets=Budgets(spec, geometry, entry_bytes),
+        formats=formats,
+        page_formats=pages,
+        followers=followers_of(spec),
+        budgets=Budgets(spec, geometry, Footprint(geometry, dtype, columns, formats, pages)),
     )
 
 
+def _sites(
+    spec: PolicySpec, geometry: Geometry, dtype: torch.dtype, rotary: Rotary | None, calibration: Calibration | None
+) -> Sequence[Site]:
+    if spec.store.calibrated and calibration is None:
+        message = f"needs a calibration for this model: kvpolicy calibrate {spec.name} --model MODEL --text FILE"
+        raise PolicyError([Problem("store", f"{spec.store.name} {message}")])
+    layers = calibration.layers if calibration is not None else ({},) * geometry.layers
+    if len(layers) != geometry.layers:
+        raise PolicyError([Problem("store", f"the calibration is for {len(layers)} layers, not {geometry.layers}")])
+    return [Site(geometry, dtype, layer, rotary, tensors) for layer, tensors in enumerate(layers)]
+
+
+def _formats(spec: PolicySpec, site: Site) -> Formats:
+    try:
+        return spec.store.formats(site)
+    except ParameterError as error:
+        raise PolicyError([Problem("store", str(error))]) from error
+
+
+def _pages(spec: PolicySpec, site: Site) -> Format | None:
+    try:
+        return spec.read.pages(site)
+    except ParameterError as error:
+        raise PolicyError([Problem("read", str(error))]) from error
+
+
 def _needs(spec: PolicySpec) -> Needs:
-    needs = [weighted.scorer.needs() for weighted in spec.score]
-    return Needs(max(one.queries for one in needs), any(one.attention for one in needs))
+    needs = [plugin.needs() for plugin, _ in observers(spec)]
+    return Needs(
+        queries=max(one.queries for one in needs),
+        attention=any(one.attention for one in needs),
+        followed=max(one.followed for one in needs),
+    )
 
 
-def _columns(spec: PolicySpec, geometry: Geometry, dtype: torch.dtype) -> dict[str, Column]:
-    columns = dict(spec.store.columns(geometry, dtype))
-    columns[POSITIONS] = Column((), torch.int32, -1)
+def _columns(spec: PolicySpec, geometry: Geometry) -> dict[str, Column]:
+    columns = {POSITIONS: Column((), torch.int32, -1)}
     if spec.merge.votes:
         columns[LOG_VOTES] = Column((), torch.float32)
     if _needs(spec).attention:
         columns[ATTENTION] = Column((geometry.group,), torch.float32)
-    for term, weighted in enumerate(spec.score):
-        for state in weighted.scorer.slot_state():
-            columns[state_name(term, state.name)] = Column((), torch.float32, state.fill)
+    for plugin, prefix in observers(spec):
+        for state in plugin.slot_state():
+            columns[prefix + state.name] = Column((), torch.float32, state.fill)
     return columns
 
 

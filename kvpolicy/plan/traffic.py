@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import attrs
 
-from kvpolicy.plan.plan import ATTENTION, POSITIONS, Plan
+from kvpolicy.plan.followers import ATTENTION
+from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.plan.reads import reads_of
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages.registry import registry
@@ -112,10 +113,9 @@ def _merge(plan: Plan, shapes: Shapes) -> Step:
 def _store(plan: Plan, shapes: Shapes) -> Step:
     """Kept entries are encoded and written, and what else a slot holds moves with them."""
     slots, name = shapes.kept * plan.geometry.kv_heads, registry().reference(type(plan.spec.store))
-    beside = [key for key in plan.columns if key not in plan.entry_columns]
-    extra = sum(plan.columns[key].bytes_per_slot for key in beside)
-    written = slots * plan.budgets.entry_bytes
-    return Step("store", name, slots * (_pair(plan) + extra), written, ("keys", "values", *beside))
+    extra = sum(column.bytes_per_slot for column in plan.columns.values())
+    written = round(slots * plan.footprint.entry_bytes)
+    return Step("store", name, slots * (_pair(plan) + extra), written, ("keys", "values", *plan.columns))
 
 
 def _pair(plan: Plan) -> int:

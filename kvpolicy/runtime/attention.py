@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvpolicy.errors import UncompressedWarning, UnsupportedCallError
-from kvpolicy.runtime.attend import Asked, attend
+from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.padding import arrival_of, is_foreign, policy_mask
 
@@ -35,7 +35,8 @@ def policy_attention(
     """Attend, then let the layer that came with the keys observe and compress. [B, q, H, Dv].
 
     Keys without a layer belong to a sliding window, a vision tower or a forward without cache: the stock call.
-    Until the first eviction the stock call is made with the stock mask, so that the bits are those of the plain model.
+    Until entries are evicted or packed the stock call is made with the stock mask, so that the bits are those of the
+    plain model.
     """
     layer: PolicyLayer | None = getattr(key, "kvpolicy_layer", None)
     if layer is None:
@@ -48,9 +49,9 @@ def policy_attention(
     positions = layer.arrive(arrival)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     asked = Asked(query, positions, padded=arrival is not None and arrival.padded, scaling=factor)
-    if layer.evicted:
-        held = attend(layer.plan, layer.store, asked, pads=layer.padded, dropout=dropout)
-        output = held.transpose(1, 2).contiguous()
+    attended = layer.attend(asked, dropout)
+    if attended is not None:
+        output = attended.transpose(1, 2).contiguous()
     else:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **call
@@ -70,7 +71,7 @@ def _refuse_unknown(layer: PolicyLayer, mask: Tensor | None, call: dict[str, Any
         without_effect = value is True if name == "is_causal" else value is False or name in _HARMLESS
         if value is not None and not without_effect:
             raise UnsupportedCallError(f"attention argument {name!r} cannot be carried across an eviction")
-    if _hides_more(layer, mask) and (layer.evicted or layer.would_evict()):
+    if _hides_more(layer, mask) and (layer.altered or layer.would_alter()):
         raise UnsupportedCallError(
             "a mask that hides more than pads and later tokens cannot be carried across an eviction; "
             "raise the budget above the length, or detach the policy"

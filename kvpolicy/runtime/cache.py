@@ -49,7 +49,7 @@ class PolicyCache(DynamicCache):
     def check_integrity(self) -> None:
         """Raise CacheError when a layer contradicts itself; for tests and debugging."""
         for layer in self.managed:
-            layer.store.check_integrity()
+            layer.held.check_integrity()
 
     def __iter__(self) -> Any:
         raise TypeError("a compressed cache has no plain keys and values to iterate over; see PolicyCache.managed")

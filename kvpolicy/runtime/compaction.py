@@ -1,28 +1,43 @@
-"""Between the store of a layer and the pipeline: what a plugin is shown, and how its answer is laid down."""
+"""Between what a layer holds and the pipeline: what a plugin is shown, and how its answer is laid down."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from kvpolicy.plan.followers import ATTENTION
 from kvpolicy.plan.pipeline import Compressed
-from kvpolicy.plan.plan import ATTENTION, LOG_VOTES, POSITIONS, Plan
+from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
+from kvpolicy.runtime.access import Rows
+from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.layout import Layout
-from kvpolicy.runtime.store import Store
 from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
-from kvpolicy.stages.slots import gather, indices_of
+from kvpolicy.stages.slots import indices_of
 
 
-def view_of(plan: Plan, store: Store, window: Window, rows: Sequence[int], *, layer: int, scaling: float) -> View:
-    """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads."""
-    columns = {name: store.padded(name, rows) for name in plan.columns}
-    keys, values = plan.spec.store.decode({name: columns[name] for name in plan.entry_columns})
+def view_of(
+    plan: Plan,
+    held: Holdings,
+    window: Window,
+    rows: Sequence[int],
+    *,
+    layer: int,
+    scaling: float,
+    row_state: Mapping[str, Tensor],
+) -> View:
+    """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads.
+
+    What is packed is unpacked here: this one layer exists in full precision while it is compressed.
+    """
+    at = Rows(rows)
+    columns = {name: held.slots.padded(name, rows) for name in plan.columns}
+    positions = columns.pop(POSITIONS)
+    attention, votes = columns.pop(ATTENTION, None), columns.pop(LOG_VOTES, None)
     queries, query_positions = window.last(rows)
-    shown = {*plan.entry_columns, POSITIONS, ATTENTION, LOG_VOTES}
     return View(
-        keys=keys,
-        values=values,
-        positions=columns[POSITIONS],
+        keys=held.keys.read(at, 0, positions.shape[2], positions),
+        values=held.values.read(at, 0, positions.shape[2], positions),
+        positions=positions,
         geometry=plan.geometry,
         scaling=scaling,
         layer=layer,
@@ -30,37 +45,30 @@ def view_of(plan: Plan, store: Store, window: Window, rows: Sequence[int], *, la
         recent=plan.spec.protect.recent,
         queries=queries,
         query_positions=query_positions,
-        attention=columns[ATTENTION].transpose(-1, -2) if ATTENTION in columns else None,
-        log_votes=columns.get(LOG_VOTES),
-        slot_state={name: column for name, column in columns.items() if name not in shown},
+        attention=None if attention is None else attention.transpose(-1, -2),
+        log_votes=votes,
+        slot_state=columns,
+        row_state={name: values[list(rows)] for name, values in row_state.items()},
+        rotary=plan.rotary,
     )
 
 
-def lay_down(plan: Plan, store: Store, rows: Sequence[int], result: Compressed, limit: int) -> None:
+def lay_down(plan: Plan, held: Holdings, rows: Sequence[int], result: Compressed, limit: int) -> None:
     """Replace the contents of the rows by what a compression left of them."""
-    fresh = plan.spec.store.encode(result.entries.keys, result.entries.values) | result.slot_state
-    if result.entries.log_votes is not None:
-        fresh[LOG_VOTES] = result.entries.log_votes
-    _replace(plan, store, rows, fresh, result.kept, limit)
+    held.replace(rows, result.kept, result.entries, result.slot_state, _layout(plan, held, rows, result.kept, limit))
 
 
-def drop_pads(plan: Plan, store: Store, limit: int) -> None:
+def drop_pads(plan: Plan, held: Holdings, limit: int) -> None:
     """Close the gaps that pads have left in every row."""
-    rows = range(store.layout.rows)
-    _replace(plan, store, rows, {}, indices_of(store.padded(POSITIONS, rows) >= 0), limit)
+    rows = range(held.slots.layout.rows)
+    kept = indices_of(held.slots.padded(POSITIONS, rows) >= 0)
+    held.keep(rows, kept, _layout(plan, held, rows, kept, limit))
 
 
-def _replace(plan: Plan, store: Store, rows: Sequence[int], fresh: dict[str, Tensor], kept: Tensor, limit: int) -> None:
-    moved = {name: gather(store.padded(name, rows), kept) for name in plan.columns if name not in fresh}
-    lengths = tuple(tuple(counts) for counts in (kept >= 0).sum(-1).tolist())
-    after = list(store.lengths)
-    for row, counts in zip(rows, lengths, strict=True):
-        after[row] = counts
-    store.replace(rows, {**moved, **fresh}, lengths, _layout(plan, after, limit))
-
-
-def _layout(plan: Plan, lengths: Sequence[Sequence[int]], limit: int) -> Layout:
-    slack = plan.budgets.slack
+def _layout(plan: Plan, held: Holdings, rows: Sequence[int], kept: Tensor, limit: int) -> Layout:
+    slack, lengths = plan.budgets.slack, list(held.slots.lengths)
+    for row, counts in zip(rows, (kept >= 0).sum(-1).tolist(), strict=True):
+        lengths[row] = tuple(counts)
     if plan.ragged:
         return Layout(tuple(tuple(length + slack for length in row) for row in lengths))
     longest = max(max(row) for row in lengths)

@@ -11,11 +11,13 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpolicy.errors import CacheError, UnsupportedModelError
 from kvpolicy.plan.pipeline import compress
 from kvpolicy.plan.plan import POSITIONS, Plan
-from kvpolicy.runtime.attend import Asked, add_attention_mass
+from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
+from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.padding import Arrival
+from kvpolicy.runtime.question import question_of
 from kvpolicy.runtime.stats import LayerStats
-from kvpolicy.runtime.store import Store
 from kvpolicy.runtime.trigger import entries_allowed
 from kvpolicy.runtime.window import Window
 
@@ -40,19 +42,25 @@ class PolicyLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.store = Store(self.plan.columns, 0, self.plan.geometry.kv_heads, self.plan.device)
+        self._make_room(0, self.plan.device)
         self.window = Window(self.plan.needs.queries)
         self.scaling = 1.0
         self.seen = 0  # tokens, pads included: the columns of the model's own attention mask
-        self.real: list[int] = []  # tokens of each row, pads excluded
-        self.evicted = False
-        self.padded = False  # whether the store holds pads: only until the first eviction
+        self.altered = False  # whether entries have been evicted or packed: until then the stock attention is exact
+        self.padded = False  # whether pads are held: only until then
         self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
         self._arriving = 0  # tokens appended whose attention has not run yet
         self._places = torch.empty(0)  # and their positions, [B, q]
         self._unsettled: list[Asked] = []  # queries that a rollback may still undo
         self._prompting = True  # whether these, if any, are those of a prompt
+        self._followed = False  # whether followers have seen the queries of this forward
         self._intact = True  # False from the start of a change to its end, and for good when it fails
+
+    def _make_room(self, rows: int, device: torch.device) -> None:
+        self.held = Holdings(self.plan, self.ordinal, rows, device)
+        self.real = [0] * rows  # tokens of each row, pads excluded
+        states = self.plan.spec.merge.row_state()
+        self.row_state = {state.name: torch.full((rows,), state.fill, device=device) for state in states}
 
     # -- one forward -------------------------------------------------------------------------------------------
 
@@ -68,21 +76,19 @@ class PolicyLayer(CacheLayerMixin):
                     f"{found} in {states.dtype}"
                 )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.store = Store(self.plan.columns, key_states.shape[0], geometry.kv_heads, self.device)
-        self.real = [0] * key_states.shape[0]
+        self._make_room(key_states.shape[0], self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append post-RoPE [B, K, q, D]; returns all entries while nothing was evicted, else the new ones."""
+        """Append post-RoPE [B, K, q, D]; returns all entries while nothing was altered, else the new ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._begin()
         self._arriving = key_states.shape[2]
         self.seen += self._arriving
         self._places = self._positions(torch.arange(self._arriving, device=self.device))
-        entries = self.plan.spec.store.encode(key_states, value_states)
-        self.store.append({**entries, POSITIONS: self._spread(self._places)}, self._limit)
-        keys, values = (key_states, value_states) if self.evicted else self._stored()
+        self.held.append(key_states, value_states, self._spread(self._places), self._limit)
+        keys, values = (key_states, value_states) if self.altered else self.held.stored()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
         return keys, values
@@ -92,11 +98,32 @@ class PolicyLayer(CacheLayerMixin):
         counts = [self._arriving] * len(self.real)
         if arrival is not None and arrival.padded:
             self._places = self._positions(arrival.valid.cumsum(1) - 1).masked_fill(~arrival.valid, -1)
-            self.store.overwrite_tail(POSITIONS, self._spread(self._places))
+            self.held.slots.overwrite_tail(POSITIONS, self._spread(self._places))
             self.padded, counts = True, arrival.counts
         self.real = [real + count for real, count in zip(self.real, counts, strict=True)]
         self._arriving = 0
         return self._places
+
+    def attend(self, asked: Asked, dropout: float = 0.0) -> Tensor | None:
+        """Attention over what is held and read, [B, H, q, D]; None when that is all there ever was: a stock call."""
+        slots = self._chosen(asked)
+        self._note_reading(asked, slots)
+        if not self.altered and slots is None:
+            return None
+        followers = () if self.record_past else self.plan.followers
+        self._followed = not self.record_past
+        return attend(self.held, asked, slots, followers, pads=self.padded, dropout=dropout)
+
+    def _chosen(self, asked: Asked) -> Tensor | None:
+        """The slots [B, K, n] that the reader picks for a decode step; None = all."""
+        if asked.queries.shape[2] > 1 or not self.plan.selective:
+            return None
+        return self.plan.spec.read.choose(question_of(self.plan, self.held, asked, self.ordinal))
+
+    def _note_reading(self, asked: Asked, slots: Tensor | None) -> None:
+        if asked.queries.shape[2] == 1:
+            chosen = None if slots is None else float((slots >= 0).sum()) / max(1, slots.shape[0] * slots.shape[1])
+            self.stats.read_by_step(self.held.slots.average if chosen is None else chosen)
 
     def _positions(self, places: Tensor) -> Tensor:
         return (torch.tensor(self.real, device=self.device)[:, None] + places).to(torch.int32)
@@ -113,6 +140,8 @@ class PolicyLayer(CacheLayerMixin):
         else:
             self._observe(asked)
             self._compress_if_due(decoding=asked.queries.shape[2] == 1)
+            self._seal()
+        self._followed = False
         self._sample()
         self._intact = True
 
@@ -124,8 +153,10 @@ class PolicyLayer(CacheLayerMixin):
             )
         self._intact = False
 
-    def would_evict(self) -> bool:
-        """Whether the tokens appended last lead to an eviction, if they are all real."""
+    def would_alter(self) -> bool:
+        """Whether attention may be over less than all tokens: entries are packed, chosen, or about to be evicted."""
+        if self.plan.wants_order(self.ordinal):
+            return True
         ahead = [real + self._arriving for real in self.real]
         return bool(self._due(ahead, decoding=self._arriving == 1))
 
@@ -133,11 +164,11 @@ class PolicyLayer(CacheLayerMixin):
 
     def _observe(self, asked: Asked) -> None:
         self.window.add(asked.queries, asked.positions, padded=asked.padded)
-        if self.plan.needs.attention:
-            add_attention_mass(self.plan, self.store, asked)
+        if self.plan.followers and not self._followed:
+            follow_only(self.held, asked, self.plan.followers)
 
     def _compress_if_due(self, *, decoding: bool) -> None:
-        if self.evicted:
+        if self.altered:
             self._close_gaps()
         rows = self._due(self.real, decoding=decoding)
         if rows:
@@ -149,31 +180,46 @@ class PolicyLayer(CacheLayerMixin):
 
     def _close_gaps(self) -> None:
         if self.padded:
-            drop_pads(self.plan, self.store, self._limit)
-            self.padded, self.evicted, self._firm = False, True, self.seen
+            drop_pads(self.plan, self.held, self._limit)
+            self.padded, self.altered, self._firm = False, True, self.seen
+
+    def _seal(self) -> None:
+        """Pack what the formats say, pads left out: they would leave their mark on a group."""
+        if self.padded and self.plan.wants_order(self.ordinal):
+            self._close_gaps()
+        if self.held.seal(self._limit):
+            self.altered, self._firm = self.altered or not self.held.is_plain, self.seen
 
     def _due(self, real: Sequence[int], *, decoding: bool) -> list[int]:
         heads = self.plan.geometry.kv_heads
         # Until the first eviction a row holds all its real tokens, whatever the pads beside them.
-        held = [sum(row) for row in self.store.lengths] if self.evicted else [tokens * heads for tokens in real]
+        held = [sum(row) for row in self.held.slots.lengths] if self.altered else [tokens * heads for tokens in real]
         allowed = [entries_allowed(self.plan, self.ordinal, tokens, decoding=decoding) for tokens in real]
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
     def _compress(self, rows: Sequence[int]) -> None:
-        view = view_of(self.plan, self.store, self.window, rows, layer=self.ordinal, scaling=self.scaling)
+        view = view_of(
+            self.plan,
+            self.held,
+            self.window,
+            rows,
+            layer=self.ordinal,
+            scaling=self.scaling,
+            row_state=self.row_state,
+        )
         budget = [self.plan.budgets.per_layer(self.real[row])[self.ordinal] for row in rows]
-        lay_down(self.plan, self.store, rows, compress(self.plan.spec, view, budget), self._limit)
-        self.evicted, self._firm = True, self.seen
+        result = compress(self.plan.spec, view, budget)
+        lay_down(self.plan, self.held, rows, result, self._limit)
+        for name, values in result.row_state.items():
+            self.row_state[name][list(rows)] = values
+        self.altered, self._firm = True, self.seen
 
     @property
     def _limit(self) -> int:
         return self.plan.capacity(self.ordinal, max(self.seen, 1))
 
-    def _stored(self) -> tuple[Tensor, Tensor]:
-        return self.plan.spec.store.decode({name: self.store.dense(name) for name in self.plan.entry_columns})
-
     def _sample(self) -> None:
-        self.stats.sample(self.seen, self.store.average, self.store.nbytes)
+        self.stats.sample(self.seen, self.held.slots.average, self.held.nbytes)
 
     # -- the rest of the cache interface -----------------------------------------------------------------------
 
@@ -215,6 +261,7 @@ class PolicyLayer(CacheLayerMixin):
             self._observe(asked)
         if unsettled:
             self._compress_if_due(decoding=not self._prompting)
+            self._seal()
             self._prompting = False
         if self.is_initialized:
             self._sample()
@@ -233,9 +280,9 @@ class PolicyLayer(CacheLayerMixin):
 
     def _undo(self, count: int) -> None:
         for row, real in enumerate(self.real):
-            newest = self.store.segment(POSITIONS, row, 0)[-count:]
+            newest = self.held.slots.segment(POSITIONS, row, 0)[-count:]
             self.real[row] = real - int((newest >= 0).sum())
-        self.store.truncate(count)
+        self.held.truncate(count)
         self.seen -= count
         self._unsettled = _without_newest(self._unsettled, count)
         self.window.forget(torch.tensor(self.real, device=self.device))
@@ -256,8 +303,9 @@ class PolicyLayer(CacheLayerMixin):
     def _select(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
             self._begin()
-            self.store.select_rows(rows)
+            self.held.select_rows(rows)
             self.window.select_rows(rows)
+            self.row_state = {name: values[list(rows)] for name, values in self.row_state.items()}
             self.real = [self.real[row] for row in rows]
             self._unsettled = [asked.select_rows(rows) for asked in self._unsettled]
             self._intact = True

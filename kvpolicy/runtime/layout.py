@@ -67,3 +67,7 @@ class Layout:
     def on(self, numbers: Table, device: torch.device) -> Tensor:
         """One number per segment as int64 [B, K] on a device."""
         return torch.tensor(numbers, dtype=torch.long, device=device).reshape(self.rows, self.heads)
+
+    def with_each(self, number: int) -> Table:
+        """A table with the same number for every segment."""
+        return table(self.rows, self.heads, lambda _row, _head: number)

@@ -14,7 +14,7 @@ from kvpolicy.runtime.stats import LayerStats
 
 @attrs.frozen
 class Report:
-    """One line per managed layer. `held` is in entries per KV head, averaged over rows and heads."""
+    """One line per managed layer. `held` and `read` are in entries per KV head, averaged over rows and heads."""
 
     policy: str
     layers: tuple[LayerStats, ...]
@@ -40,13 +40,23 @@ class Report:
     def table(self) -> Table:
         """The report as a rich table."""
         table = Table(title=f"policy {self.policy}: {human_bytes(self.nbytes)} held")
-        for heading in ("layer", "tokens seen", "entries held", "bytes held", "peak bytes", "compressed", "ms"):
+        for heading in (
+            "layer",
+            "tokens seen",
+            "entries held",
+            "read a step",
+            "bytes held",
+            "peak bytes",
+            "compressed",
+            "ms",
+        ):
             table.add_column(heading, justify="right")
         for layer in self.layers:
             table.add_row(
                 str(layer.layer),
                 str(layer.seen),
                 f"{layer.held:.1f}",
+                f"{layer.read:.1f}" if layer.decode_steps else "",
                 human_bytes(layer.nbytes),
                 human_bytes(layer.peak_bytes),
                 f"{layer.compressions}x",

@@ -2,10 +2,11 @@
 
 Segments may differ in capacity and in length, so heads and rows with different budgets take different amounts of
 memory. When they are all alike the storage is an ordinary [B, K, capacity, ...] tensor, and is seen as such without a
-copy. Slots behind a segment's length have position -1.
+copy. Slots behind a segment's length have position -1, if positions are among the columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import add
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.runtime.layout import Layout, Table, table
 from kvpolicy.stages import Column
+from kvpolicy.stages.slots import take
 
 
 class Store:
@@ -23,8 +25,9 @@ class Store:
         self.columns = dict(columns)
         self.device = device
         self.even = True  # all segments have the same length and capacity
+        self._starts: Tensor | None = None
         layout = Layout.even(rows, heads, 0)
-        self._settle(self._allocate(layout), layout, layout.capacity, self._starts_of(layout, layout.capacity))
+        self._settle(self._allocate(layout), layout, layout.capacity)
 
     # -- what is held ------------------------------------------------------------------------------------------
 
@@ -79,13 +82,38 @@ class Store:
         Capacity at least doubles when it has to grow, but not beyond `limit` slots (on average, where segments differ)
         unless the entries need it.
         """
-        count = entries[POSITIONS].shape[2]
+        count = next(iter(entries.values())).shape[2]
         self._reserve(count, limit)
-        for name, column in self.columns.items():
-            if name != POSITIONS:
-                self._write_tail(name, self._added, count, entries.get(name, column.fill))
-        self._write_tail(POSITIONS, self._added, count, entries[POSITIONS])
+        for name in _positions_last(self.columns):
+            self._write_tail(name, self._added, count, entries.get(name, self.columns[name].fill))
         self._added += count
+
+    def extend(self, entries: Mapping[str, Tensor], counts: Table, limit: int) -> None:
+        """Add the first `counts` of [B, K, q, ...] to each segment, all columns given; capacity as in `append`."""
+        if len({count for row in counts for count in row}) == 1:
+            self.append({name: tensor[:, :, : counts[0][0]] for name, tensor in entries.items()}, limit)
+            return
+        self._reserve(counts, limit)
+        lengths = self.lengths
+        for name in _positions_last(entries):
+            self._write_segments(name, entries[name], lengths, counts)
+        self._base, self._added = _plus(lengths, counts), 0
+        self._measure()
+
+    def drop_front(self, counts: Table, layout: Layout) -> None:
+        """Drop the oldest `counts` slots of each segment, and lay all segments out anew."""
+        lengths = self.lengths
+        left = table(self.layout.rows, self.layout.heads, lambda b, k: lengths[b][k] - counts[b][k])
+        rows = range(self.layout.rows)
+        if self.even and len({count for row in counts for count in row}) == 1:
+            entries = {name: self.dense(name)[:, :, counts[0][0] :] for name in self.columns}
+            entries = {name: tensor.clone() for name, tensor in entries.items()}  # source and target overlap
+        else:
+            first = self.layout.on(counts, self.device)[..., None]
+            width = max(max(row) for row in left)
+            index = (first + torch.arange(width, device=self.device)).clamp(max=max(0, self.longest - 1))
+            entries = {name: take(self.padded(name, rows), index) for name in self.columns}
+        self.replace(rows, entries, left, layout)
 
     def overwrite_tail(self, name: str, entries: Tensor) -> None:
         """Replace one column of the newest q slots, [B, K, q, ...]."""
@@ -107,16 +135,17 @@ class Store:
         target = self.tensors if in_place else self._allocate(layout)
         if layout != self.layout:
             self._copy_rows(kept_rows, target, layout)
-        starts = self._starts_of(layout, tuple(after))  # the last allocation: from here on memory cannot run out
         for name, tensor in entries.items():
             _write(target[name], layout, rows, tensor, lengths)
-        _clear_behind(target[POSITIONS], layout, rows, lengths)
-        self._settle(target, layout, tuple(after), starts)
+        if POSITIONS in self.columns:
+            _clear_behind(target[POSITIONS], layout, rows, lengths)
+        self._settle(target, layout, tuple(after))
 
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment."""
         if count:
-            self._write_tail(POSITIONS, self._added - count, count, -1)
+            if POSITIONS in self.columns:
+                self._write_tail(POSITIONS, self._added - count, count, -1)
             self._added -= count
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -130,7 +159,7 @@ class Store:
                 name: torch.cat([self._row(tensor, row) for row in rows]) for name, tensor in self.tensors.items()
             }
         base = tuple(self._base[row] for row in rows)
-        self._settle(selected, layout, base, self._starts_of(layout, base), self._added)
+        self._settle(selected, layout, base, self._added)
 
     def check_integrity(self) -> None:
         """Raise CacheError unless lengths fit and exactly the slots behind them are marked empty."""
@@ -139,8 +168,9 @@ class Store:
                 start, size = self.layout.offsets[row][head], self.layout.capacity[row][head]
                 if not 0 <= length <= size:
                     raise CacheError(f"row {row} head {head}: {length} entries in {size} slots")
-                behind = self.tensors[POSITIONS][start + length : start + size]
-                if bool((behind >= 0).any()):
+                if POSITIONS in self.columns and bool(
+                    (self.tensors[POSITIONS][start + length : start + size] >= 0).any()
+                ):
                     raise CacheError(f"row {row} head {head}: entries behind the length {length}")
 
     # -- storage -----------------------------------------------------------------------------------------------
@@ -151,7 +181,8 @@ class Store:
             name: torch.zeros((layout.slots, *column.shape), dtype=column.dtype, device=self.device)
             for name, column in self.columns.items()
         }
-        tensors[POSITIONS].fill_(-1)
+        if POSITIONS in tensors:
+            tensors[POSITIONS].fill_(-1)
         return tensors
 
     def _capacity_view(self, name: str) -> Tensor:
@@ -163,26 +194,33 @@ class Store:
         start = self.layout.offsets[row][0]
         return tensor[start : start + sum(self.layout.capacity[row])]
 
-    def _reserve(self, count: int, limit: int) -> None:
-        lengths = self.lengths
-        needed = table(self.layout.rows, self.layout.heads, lambda b, k: lengths[b][k] + count)
+    def _reserve(self, counts: int | Table, limit: int) -> None:
         if self.layout.uniform is not None:
-            most = max(max(row) for row in needed)
+            most = self._most(counts)
             if most <= self.layout.uniform:
                 return
             layout = Layout.even(self.layout.rows, self.layout.heads, max(most, min(2 * self.layout.uniform, limit)))
         else:
-            capacity = self.layout.capacity
+            lengths, capacity = self.lengths, self.layout.capacity
+            more = counts if isinstance(counts, tuple) else self._table(lambda _row, _head: counts)
+            needed = _plus(lengths, more)
             if all(n <= c for ns, cs in zip(needed, capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
                 return
             segments = self.layout.rows * self.layout.heads
             spare = max(0, min(2 * self.layout.slots, limit * segments) - sum(map(sum, needed))) // segments
-            layout = Layout(
-                table(self.layout.rows, self.layout.heads, lambda b, k: max(needed[b][k] + spare, capacity[b][k]))
-            )
+            layout = Layout(self._table(lambda b, k: max(needed[b][k] + spare, capacity[b][k])))
         target = self._allocate(layout)
         self._copy_rows(list(range(self.layout.rows)), target, layout)
-        self._settle(target, layout, self._base, self._starts_of(layout, self._base), self._added)
+        self._settle(target, layout, self._base, self._added)
+
+    def _most(self, counts: int | Table) -> int:
+        """The longest segment after `counts` more."""
+        if isinstance(counts, int):
+            return self.longest + counts
+        return max((max(row) for row in _plus(self.lengths, counts)), default=0)
+
+    def _table(self, value: Callable[[int, int], int]) -> Table:
+        return table(self.layout.rows, self.layout.heads, value)
 
     def _copy_rows(self, rows: Sequence[int], target: Mapping[str, Tensor], layout: Layout) -> None:
         if not rows or not self.longest:
@@ -197,20 +235,38 @@ class Store:
             first = self._longest_base + added
             self._capacity_view(name)[:, :, first : first + count] = entries
             return
+        if self._starts is None:
+            self._starts = self.layout.offsets_on(self.device) + self.layout.on(self._base, self.device)
         newest = self._starts[..., None] + added + torch.arange(count, device=self.device)
         self.tensors[name][newest] = torch.as_tensor(entries, dtype=self.columns[name].dtype, device=self.device)
 
-    def _starts_of(self, layout: Layout, base: Table) -> Tensor:
-        return layout.offsets_on(self.device) + layout.on(base, self.device)
+    def _write_segments(self, name: str, entries: Tensor, starts: Table, counts: Table) -> None:
+        for row, sizes in enumerate(counts):
+            for head, count in enumerate(sizes):
+                first = self.layout.offsets[row][head] + starts[row][head]
+                self.tensors[name][first : first + count] = entries[row, head, :count]
 
-    def _settle(self, tensors: dict[str, Tensor], layout: Layout, base: Table, starts: Tensor, added: int = 0) -> None:
+    def _settle(self, tensors: dict[str, Tensor], layout: Layout, base: Table, added: int = 0) -> None:
         """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
-        self.tensors, self.layout, self._starts = tensors, layout, starts
+        self.tensors, self.layout = tensors, layout
         self._base, self._added = base, added
-        lengths = {length for row in base for length in row}
+        self._measure()
+
+    def _measure(self) -> None:
+        lengths = {length for row in self._base for length in row}
         self.even = self.layout.uniform is not None and len(lengths) == 1
         self._longest_base = max(lengths, default=0)
-        self._average_base = sum(map(sum, base)) / max(1, self.layout.rows * self.layout.heads)
+        self._average_base = sum(map(sum, self._base)) / max(1, self.layout.rows * self.layout.heads)
+        self._starts = None  # where the next slot of each segment is, computed when it is needed
+
+
+def _positions_last(names: Iterable[str]) -> list[str]:
+    """An entry is there once its position is."""
+    return sorted(names, key=lambda name: name == POSITIONS)
+
+
+def _plus(one: Table, other: Table) -> Table:
+    return tuple(tuple(map(add, *rows)) for rows in zip(one, other, strict=True))
 
 
 def _spread(flat: Tensor, layout: Layout, capacity: int) -> Tensor:

@@ -15,8 +15,9 @@ from kvpolicy.stages.contracts import Plugin
 from kvpolicy.stages.registry import registry
 
 _HEAD = ("name", "summary", "reference", "budget", "compress", "protect")
-_ORDER = (*_HEAD, "score", "allocate", "select", "merge", "store")
+_ORDER = (*_HEAD, "score", "allocate", "select", "merge", "store", "read")
 _ALWAYS = ("compress", "protect")  # at their defaults too: they say what will happen
+_READ_ALL = {"use": "all"}
 _BARE = re.compile(r"[A-Za-z]([A-Za-z0-9_. -]*[A-Za-z0-9_.-])?", re.ASCII)
 
 
@@ -38,6 +39,17 @@ def to_yaml(spec: PolicySpec) -> str:
 def digest(spec: PolicySpec) -> str:
     """16 hex digits, the same for equal policies only, however they were written."""
     data = {VERSION_KEY: SCHEMA_VERSION, **_full(spec)}
+    if data["read"] == _READ_ALL:  # policies from before there were readers keep their digests
+        del data["read"]
+    return _hash(data)
+
+
+def plugin_digest(plugin: Plugin) -> str:
+    """The same for one plugin with its parameters."""
+    return _hash(_full(plugin))
+
+
+def _hash(data: Any) -> str:
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -10,6 +10,7 @@ from kvpolicy.stages.contracts import (
     HeadAllocator,
     LayerAllocator,
     Merger,
+    Reader,
     Scorer,
     Selector,
 )
@@ -133,6 +134,7 @@ class PolicySpec:
     select: Selector = parameter(Plugged("select", default="topk"), help="which candidates stay")
     merge: Merger = parameter(Plugged("merge", default="drop"), help="what becomes of evicted entries")
     store: Codec = parameter(Plugged("store", default="plain"), help="how kept entries are held")
+    read: Reader = parameter(Plugged("read", default="all"), help="which held entries a decode step attends to")
     compress: Compress = parameter(Nested(Compress), Compress(), help="when to compress")
     protect: Protect = parameter(Nested(Protect), Protect(), help="what is never evicted")
     summary: str = parameter(Text(), "", help="one line for people")

@@ -18,9 +18,14 @@ def indices_of(mask: Tensor) -> Tensor:
 
 def gather(entries: Tensor, kept: Tensor) -> Tensor:
     """The entries at the keep indices: [B, K, T, ...] and [B, K, N] to [B, K, N, ...]; zeros where kept is -1."""
-    batch, heads = kept.shape[:2]
-    rows = torch.arange(batch, device=kept.device)[:, None, None]
-    columns = torch.arange(heads, device=kept.device)[None, :, None]
-    taken = entries[rows, columns, kept.clamp(min=0)]
+    taken = take(entries, kept.clamp(min=0))
     empty = (kept < 0).reshape(*kept.shape, *[1] * (taken.ndim - 3))
     return taken.masked_fill(empty, 0)
+
+
+def take(entries: Tensor, slots: Tensor) -> Tensor:
+    """The entries at slots that all exist: [B, K, T, ...] and [B, K, N] to [B, K, N, ...]."""
+    batch, heads = slots.shape[:2]
+    rows = torch.arange(batch, device=slots.device)[:, None, None]
+    columns = torch.arange(heads, device=slots.device)[None, :, None]
+    return entries[rows, columns, slots]

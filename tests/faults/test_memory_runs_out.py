@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy.errors import CacheError
 from tests.driving import feed, new_layer, random_entries, worth_plan
+from tests.holdings import stores
 
 _WRITES = ("copy_", "fill_", "index_put_", "add_", "zero_")
 
@@ -58,7 +59,8 @@ def test_the_cache_is_whole_whichever_allocation_fails(before, count, ragged):
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             feed(layer, *entries)
-        layer.store.check_integrity()
+        for store in stores(layer.held):
+            store.check_integrity()
         if layer.seen > start.seen:  # the forward had begun
             with pytest.raises(CacheError, match="failed"):
                 feed(layer, *entries)
@@ -85,6 +87,7 @@ def test_moving_rows_and_undoing_tokens_fail_as_a_whole(change, ragged):
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             changed(layer)
-        layer.store.check_integrity()
+        for store in stores(layer.held):
+            store.check_integrity()
         with pytest.raises(CacheError, match="failed"):
             feed(layer, *random_entries(torch.Generator().manual_seed(1), 2, 1))

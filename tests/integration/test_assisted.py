@@ -43,10 +43,10 @@ def test_entries_leave_in_crop_only_and_the_bound_holds_after_it(name, way, assi
         after_forward, crop, seen = [], type(cache).crop, []
 
         def watched(self, count):
-            after_forward.append([sum(map(sum, layer.store.lengths)) for layer in self.managed])
+            after_forward.append([sum(map(sum, layer.held.slots.lengths)) for layer in self.managed])
             seen.append(self.get_seq_length())
             crop(self, count)
-            assert all(sum(map(sum, layer.store.lengths)) <= 2 * (12 + 4 - 1) for layer in self.managed)
+            assert all(sum(map(sum, layer.held.slots.lengths)) <= 2 * (12 + 4 - 1) for layer in self.managed)
             self.check_integrity()
 
         monkeypatch.setattr(type(cache), "crop", watched)
@@ -100,7 +100,7 @@ def test_verified_tokens_leave_what_they_would_have_left_one_by_one(name):
             model()(tokens[:, 21:], past_key_values=cache)
             cache.crop(0)
     assert held(caches[0]) == held(caches[1])
-    assert [layer.store.lengths for layer in caches[0].managed] != [((50, 50),)] * 3
+    assert [layer.held.slots.lengths for layer in caches[0].managed] != [((50, 50),)] * 3
 
 
 @pytest.mark.parametrize("name", ["pyramidkv", "snapkv"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kvpolicy
+from tests.holdings import bytes_per_slot, tensors
 from tests.models import VOCABULARY, model, prompt
 from tests.policies import EVEN, RAGGED, small
 
@@ -22,19 +23,15 @@ def stepping(one, cache, tokens, mask, steps):
 
 
 def storage(layer):
-    return {name: tensor.untyped_storage() for name, tensor in layer.store.tensors.items()}
+    return {name: tensor.untyped_storage() for name, tensor in tensors(layer.held).items()}
 
 
 def bytes_of(layer):
     return sum(one.nbytes() for one in storage(layer).values())
 
 
-def bytes_per_slot(cache):
-    return sum(column.bytes_per_slot for column in cache.plan.columns.values())
-
-
 def held_bytes(layer, per_slot):
-    return sum(length + EVERY for row in layer.store.lengths for length in row) * per_slot
+    return sum(length + EVERY for row in layer.held.slots.lengths for length in row) * per_slot
 
 
 @pytest.mark.parametrize("lengths", [(40,), (40, 29)], ids=["alone", "padded"])
@@ -46,8 +43,8 @@ def test_bytes_are_budget_plus_every_per_head_at_every_step(name, lengths):
         heads = len(lengths) * cache.plan.geometry.kv_heads
         for _ in stepping(one, cache, *prompt(*lengths), 24):
             for layer in cache.managed:
-                assert bytes_of(layer) == (12 + EVERY) * heads * bytes_per_slot(cache)
-                assert all(12 <= length < 12 + EVERY for row in layer.store.lengths for length in row)
+                assert bytes_of(layer) == (12 + EVERY) * heads * bytes_per_slot(cache.plan)
+                assert all(12 <= length < 12 + EVERY for row in layer.held.slots.lengths for length in row)
 
 
 def test_bytes_follow_the_budget_of_each_layer():
@@ -59,7 +56,7 @@ def test_bytes_follow_the_budget_of_each_layer():
             assert len(set(budgets)) == 3
             assert sum(budgets) == 3 * 16
             for layer, budget in zip(cache.managed, budgets, strict=True):
-                assert bytes_of(layer) <= (budget + EVERY) * 2 * bytes_per_slot(cache)
+                assert bytes_of(layer) <= (budget + EVERY) * 2 * bytes_per_slot(cache.plan)
 
 
 @pytest.mark.parametrize("lengths", [(40,), (40, 29)], ids=["alone", "padded"])
@@ -68,13 +65,13 @@ def test_ragged_heads_take_what_they_hold_plus_every(name, lengths):
     one = model()
     with small(name, budget=12, every=EVERY).attach(one) as attachment:
         cache = attachment.cache()
-        per_slot, uneven = bytes_per_slot(cache), False
+        per_slot, uneven = bytes_per_slot(cache.plan), False
         for step, _ in enumerate(stepping(one, cache, *prompt(*lengths), 24)):
             for layer in cache.managed:
                 if step % EVERY == 0:
                     assert bytes_of(layer) == held_bytes(layer, per_slot)
                 assert bytes_of(layer) == len(lengths) * 2 * (12 + EVERY) * per_slot
-                uneven |= len(set(layer.store.lengths[0])) > 1
+                uneven |= len(set(layer.held.slots.lengths[0])) > 1
         assert uneven
 
 
@@ -109,9 +106,9 @@ def test_a_share_holds_that_part_of_the_tokens_seen(name):
         for step, _ in enumerate(stepping(one, cache, *prompt(80), 80)):
             for layer in cache.managed:
                 seen = 80 + step
-                held = sum(map(sum, layer.store.lengths)) / 2
+                held = sum(map(sum, layer.held.slots.lengths)) / 2
                 assert seen // 4 <= held < seen // 4 + EVERY
-                assert bytes_of(layer) <= (seen // 4 + EVERY) * 2 * bytes_per_slot(cache)
+                assert bytes_of(layer) <= (seen // 4 + EVERY) * 2 * bytes_per_slot(cache.plan)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "adakv", "pyramidkv"])
@@ -131,7 +128,7 @@ def test_storage_grows_geometrically_up_to_the_budget():
         for _ in stepping(one, cache, *prompt(3), 300):
             sizes.add(bytes_of(cache.managed[0]))
         assert len(sizes) <= 9
-        assert max(sizes) == 257 * 2 * bytes_per_slot(cache)
+        assert max(sizes) == 257 * 2 * bytes_per_slot(cache.plan)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "adakv"])
@@ -140,8 +137,8 @@ def test_a_policy_for_prompts_only_moves_its_storage_rarely_while_decoding(name)
     with kvpolicy.load(name, budget=40, protect={"recent": 4}, compress={"every": "never"}).attach(one) as attachment:
         cache, pointers = attachment.cache(), set()
         for _ in stepping(one, cache, *prompt(60), 60):
-            pointers.add(cache.managed[0].store.tensors["keys"].shape[0])
-        assert cache.managed[0].store.longest >= 100
+            pointers.add(cache.managed[0].held.keys.tail.tensors["keys"].shape[0])
+        assert cache.managed[0].held.slots.longest >= 100
         assert len(pointers) <= 6
 
 

@@ -10,6 +10,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from tests import driving
 from tests.driving import GROUP, HEADS, NAME, WORTH, feed, new_layer, random_entries, worth_plan
+from tests.holdings import HALVES, segment
 
 ROWS = 4
 
@@ -192,12 +193,12 @@ class LayerMachine(RuleBasedStateMachine):
         assert layer.get_mask_sizes(3) == (self.seen + 3, 0)
         if not self.seen:
             return
-        layer.store.check_integrity()
+        layer.held.check_integrity()
         assert layer.real == [row.real for row in self.rows]
-        assert layer.evicted == self.evicted
+        assert layer.altered == self.evicted
         for place, row in enumerate(self.rows):
             for head, held in enumerate(row.heads):
-                columns = {name: layer.store.segment(name, place, head) for name in self.plan.columns}
+                columns = {name: segment(layer.held, name, place, head) for name in (*HALVES, *self.plan.columns)}
                 real = columns[POSITIONS] >= 0
                 assert columns[POSITIONS][real].tolist() == [one[0] for one in held]
                 for name, part in (("keys", 3), ("values", 4)):
@@ -207,7 +208,7 @@ class LayerMachine(RuleBasedStateMachine):
     def stays_within_its_capacity(self):
         if self.seen and self.evicted and self.prefill and not self.layer.record_past:
             most = len(self.rows) * HEADS * (self.budget + self.every)
-            assert self.layer.store.layout.slots <= most or self.layer.padded
+            assert self.layer.held.slots.layout.slots <= most or self.layer.padded
 
 
 def _stacked(parts):

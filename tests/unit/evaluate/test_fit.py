@@ -21,7 +21,7 @@ def test_bytes_stay_within_the_share_and_use_it_up(tiny, name, share):
     fitted = fit(kvpolicy.load(name), model, length=1024, share=share)
     plan = fitted.compile(model)
     limit, held = full_bytes(plan, 1024) * share, explain(plan, 1024).held_bytes
-    one_more = plan.budgets.entry_bytes * plan.geometry.layers * plan.geometry.kv_heads
+    one_more = plan.footprint.entry_bytes * plan.geometry.layers * plan.geometry.kv_heads
 
     assert held <= limit < held + one_more
 

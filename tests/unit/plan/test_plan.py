@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvpolicy.errors import UnsupportedModelError
-from kvpolicy.plan.plan import ATTENTION, LOG_VOTES, POSITIONS, compile_policy
+from kvpolicy.plan.followers import ATTENTION
+from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, compile_policy
 from kvpolicy.stages import Geometry
 from tests.policies import NAMES, RAGGED, small
 
@@ -30,8 +31,8 @@ def test_only_what_a_scorer_asks_for_is_observed_and_held(name):
 
 
 def test_an_entry_costs_its_keys_values_and_position():
-    assert plan_of("snapkv").budgets.entry_bytes == 2 * 16 * 2 + 4
-    assert plan_of("h2o").budgets.entry_bytes == 2 * 16 * 2 + 4 + 4 * 4
+    assert plan_of("snapkv").footprint.entry_bytes == 2 * 16 * 2 + 4
+    assert plan_of("h2o").footprint.entry_bytes == 2 * 16 * 2 + 4 + 4 * 4
 
 
 @pytest.mark.parametrize(("seen", "capacity"), [(1, 2 + 4), (5, 10 + 4), (6, 12 + 4), (10**6, 12 + 4)])

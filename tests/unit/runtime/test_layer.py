@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheError
-from kvpolicy.plan.plan import ATTENTION, POSITIONS
+from kvpolicy.plan.followers import ATTENTION
+from kvpolicy.plan.plan import POSITIONS
 from tests.driving import HEADS, drive, feed, new_layer, random_entries, worth_plan
+from tests.holdings import bytes_per_slot, padded
 
 
 def lengths(layer):
-    return [length for row in layer.store.lengths for length in row]
+    return [length for row in layer.held.slots.lengths for length in row]
 
 
 def test_lengths_are_logical():
@@ -113,7 +115,7 @@ def test_rejected_candidates_leave_no_query_and_no_attention():
     feed(other, *(tensor[:, :, :2] for tensor in entries))
     other.crop(0)
     for name in (POSITIONS, ATTENTION):
-        assert torch.allclose(one.store.dense(name).float(), other.store.dense(name).float())
+        assert torch.allclose(padded(one.held, name).float(), padded(other.held, name).float())
     for found, expected in zip(one.window.last([0]), other.window.last([0]), strict=True):
         assert torch.equal(found, expected)
 
@@ -123,9 +125,9 @@ def test_pads_are_dropped_with_the_first_eviction():
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[0, :7] = False
     feed(layer, *random_entries(torch.Generator(), 2, 10), valid)
-    assert layer.store.lengths == ((3, 3), (6, 6))
+    assert layer.held.slots.lengths == ((3, 3), (6, 6))
     assert layer.real == [3, 10]
-    assert layer.store.segment(POSITIONS, 0, 0).tolist() == [0, 1, 2]
+    assert layer.held.slots.segment(POSITIONS, 0, 0).tolist() == [0, 1, 2]
 
 
 def test_pads_stay_while_nothing_is_evicted():
@@ -133,19 +135,19 @@ def test_pads_stay_while_nothing_is_evicted():
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[0, :7] = False
     feed(layer, *random_entries(torch.Generator(), 2, 10), valid)
-    assert layer.store.lengths == ((10, 10), (10, 10))
-    assert layer.store.segment(POSITIONS, 0, 0).tolist() == [-1] * 7 + [0, 1, 2]
+    assert layer.held.slots.lengths == ((10, 10), (10, 10))
+    assert layer.held.slots.segment(POSITIONS, 0, 0).tolist() == [-1] * 7 + [0, 1, 2]
     assert layer.padded
 
 
-def test_it_says_beforehand_whether_it_would_evict():
+def test_it_says_beforehand_whether_it_would_alter():
     layer = new_layer(worth_plan(budget=6, every=3))
     keys, values, _ = random_entries(torch.Generator(), 1, 7)
     layer.update(keys[:, :, :6], values[:, :, :6])
-    assert not layer.would_evict()
+    assert not layer.would_alter()
     layer = new_layer(worth_plan(budget=6, every=3))
     layer.update(keys, values)
-    assert layer.would_evict()
+    assert layer.would_alter()
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
@@ -153,11 +155,7 @@ def test_statistics_follow(ragged):
     layer = new_layer(worth_plan(budget=6, every=3, ragged=ragged))
     drive(layer, 20, 1, 1, 1)
     assert (layer.stats.seen, layer.stats.held, layer.stats.compressions) == (23, 6.0, 2)
-    assert (
-        layer.stats.nbytes
-        == layer.store.nbytes
-        == 9 * HEADS * sum(column.bytes_per_slot for column in layer.plan.columns.values())
-    )
+    assert layer.stats.nbytes == layer.held.nbytes == 9 * HEADS * bytes_per_slot(layer.plan)
     assert layer.stats.peak_bytes >= 20 * layer.stats.nbytes // 9
     assert layer.stats.seconds > 0
 
@@ -179,7 +177,7 @@ def test_pads_that_were_dropped_between_entries_cannot_be_undone():
     feed(layer, *random_entries(torch.Generator(), 2, 10), valid)
     later = torch.tensor([[True, True], [False, False]])
     feed(layer, *random_entries(torch.Generator(), 2, 2), later)  # evicts nothing, and closes the gap in the second row
-    assert layer.store.lengths == ((5, 5), (6, 6))
+    assert layer.held.slots.lengths == ((5, 5), (6, 6))
     with pytest.raises(CacheError, match="undo"):
         layer.crop(-2)
 

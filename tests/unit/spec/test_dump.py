@@ -37,6 +37,7 @@ allocate: {layers: uniform, heads: uniform}
 select: topk
 merge: drop
 store: plain
+read: all
 """
 
 

@@ -1,0 +1,54 @@
+"""What is updated at every forward from the attention that is computed anyway."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import attrs
+from torch import Tensor
+
+from kvpolicy.spec.policy import PolicySpec
+from kvpolicy.stages import Glimpse
+from kvpolicy.stages.contracts import Observer
+from kvpolicy.stages.formats import ALL
+
+ATTENTION = "attention"
+MERGE_STATE = "merge."
+
+
+@attrs.frozen(eq=False)
+class Follower:
+    """Updates columns of a store from what the newest `count` queries of a forward see."""
+
+    count: int  # ALL = every query
+    columns: Mapping[str, str]  # its own name of a state, and the column that holds it
+    update: Callable[[Glimpse, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def state_name(term: int, name: str) -> str:
+    """Under which name the store holds the slot state of the scorer in place `term`."""
+    return f"score[{term}].{name}"
+
+
+def observers(spec: PolicySpec) -> list[tuple[Observer, str]]:
+    """The plugins for which the model is observed, and what the names of their columns begin with."""
+    scorers = [(weighted.scorer, state_name(term, "")) for term, weighted in enumerate(spec.score)]
+    return [*scorers, (spec.merge, MERGE_STATE)]
+
+
+def followers_of(spec: PolicySpec) -> tuple[Follower, ...]:
+    """The attention mass, if a plugin asks for it, and every plugin that follows."""
+    return tuple(_followers(spec))
+
+
+def _followers(spec: PolicySpec) -> Iterator[Follower]:
+    plugins = observers(spec)
+    if any(plugin.needs().attention for plugin, _ in plugins):
+        yield Follower(ALL, {ATTENTION: ATTENTION}, _mass)
+    for plugin, prefix in plugins:
+        if plugin.needs().followed:
+            columns = {state.name: prefix + state.name for state in plugin.slot_state()}
+            yield Follower(plugin.needs().followed, columns, plugin.follow)
+
+
+def _mass(glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Attention received, [B, K, T, G], summed over the queries."""
+    return {ATTENTION: state[ATTENTION] + glimpse.probabilities.sum(3).transpose(-1, -2)}

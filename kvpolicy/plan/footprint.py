@@ -1,0 +1,63 @@
+"""The bytes that the entries of one sequence take, from the formats alone."""
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+
+from kvpolicy.stages import Column, Format, Formats, Geometry
+
+
+@attrs.frozen(eq=False)
+class Footprint:
+    """Bytes of storage as a function of entries per KV head."""
+
+    geometry: Geometry
+    dtype: torch.dtype
+    columns: Mapping[str, Column]  # beside keys and values
+    formats: tuple[Formats, ...]  # one a layer
+    pages: tuple[Format | None, ...]  # one a layer
+
+    def nbytes(self, capacity: int) -> int:
+        """Bytes for storage of `capacity` entries per KV head in every layer of one sequence."""
+        return round(sum(self.layer_bytes(layer, capacity) for layer in range(self.geometry.layers)))
+
+    def layer_bytes(self, layer: int, capacity: int) -> float:
+        """The same for one managed layer, all its KV heads."""
+        forms, page = self.formats[layer], self.pages[layer]
+        halves = sum(half.nbytes(capacity, self.geometry, self.dtype) for half in (forms.keys, forms.values))
+        slot = sum(column.bytes_per_slot for column in self.columns.values())
+        summary = 0 if page is None else capacity // page.unit * _per_unit(page)
+        return self.geometry.kv_heads * (halves + slot * capacity + summary)
+
+    def entries(self, size: int) -> int:
+        """The largest capacity per KV head whose storage takes at most `size` bytes; 0 when not one entry fits."""
+        low, high = 0, 1
+        while self.nbytes(high) <= size:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.nbytes(middle) <= size else (low, middle)
+        return low
+
+    def per_entry(self) -> dict[str, float]:
+        """Bytes of one more entry of one KV head, averaged over layers, once a sequence is long; by column."""
+        halves = {"keys": [one.keys for one in self.formats], "values": [one.values for one in self.formats]}
+        sizes = {name: sum(map(self._marginal, forms)) / len(forms) for name, forms in halves.items()}
+        sizes.update({name: column.bytes_per_slot for name, column in self.columns.items()})
+        pages = [_per_unit(page) / page.unit for page in self.pages if page is not None]
+        return sizes | ({"pages": sum(pages) / len(self.pages)} if pages else {})
+
+    @property
+    def entry_bytes(self) -> float:
+        """The sum of `per_entry`."""
+        return sum(self.per_entry().values())
+
+    def _marginal(self, half: Format) -> float:
+        if not half.columns:
+            return self.geometry.head_dim * self.dtype.itemsize
+        return _per_unit(half) / half.unit / (self.geometry.kv_heads if half.joint else 1)
+
+
+def _per_unit(form: Format) -> int:
+    return sum(column.bytes_per_slot for column in form.columns.values())

@@ -1,0 +1,33 @@
+"""The queries of one attention call."""
+
+from collections.abc import Sequence
+
+import attrs
+from torch import Tensor
+
+
+@attrs.frozen(eq=False)
+class Asked:
+    """The queries of one attention call."""
+
+    queries: Tensor  # [B, H, q, D] post-RoPE
+    positions: Tensor  # [B, q] int, place among the row's real tokens; -1 = pad
+    padded: bool  # whether there is a pad among them
+    scaling: float
+
+    def first(self, count: int) -> "Asked":
+        """The oldest `count` queries."""
+        return attrs.evolve(self, queries=self.queries[:, :, :count], positions=self.positions[:, :count])
+
+    def newest(self, count: int) -> "Asked":
+        """The newest `count` queries, or all if there are fewer."""
+        return attrs.evolve(self, queries=self.queries[:, :, -count:], positions=self.positions[:, -count:])
+
+    def select_rows(self, rows: Sequence[int]) -> "Asked":
+        """The rows named, in that order."""
+        return attrs.evolve(self, queries=self.queries[list(rows)], positions=self.positions[list(rows)])
+
+    def of_segment(self, row: int, head: int, group: int) -> "Asked":
+        """The queries of one row that attend to one KV head."""
+        own = self.queries[row : row + 1, head * group : (head + 1) * group]
+        return attrs.evolve(self, queries=own, positions=self.positions[row : row + 1])

@@ -1,0 +1,83 @@
+"""Attention block by block over entries that are packed, and over which somebody follows what is attended.
+
+No more than one block of keys or values exists in full precision at any time; what grows with the entries held is the
+logits of a block of queries.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+
+from kvpolicy.plan.followers import Follower
+from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.part import Part
+from kvpolicy.stages import Glimpse
+
+_LOGITS = 2**22  # that exist at one time, per row
+
+
+def attend_blockwise(part: Part, asked: Asked, followers: Sequence[Follower], dropout: float = 0.0) -> Tensor:
+    """Attention [b, H, q, Dv] of queries [b, H, q, D]; followers see the same logits."""
+    outputs = []
+    for block, after in _query_blocks(part, asked):
+        glimpse = Glimpse(_logits(part, block), part.log_votes)
+        _follow(part, glimpse, after, followers)
+        weights = drop(glimpse.probabilities, dropout) if dropout else glimpse.probabilities
+        out = reduce(torch.add, (_weighted(part, weights, slots) for slots in part.blocks()))
+        outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
+    return torch.cat(outputs, 2).to(asked.queries.dtype)
+
+
+def watch(part: Part, asked: Asked, followers: Sequence[Follower]) -> None:
+    """Let followers see queries whose attention was computed elsewhere."""
+    most = max((one.count for one in followers), default=0)
+    if not most:
+        return
+    for block, after in _query_blocks(part, asked.newest(min(most, asked.queries.shape[2]))):
+        _follow(part, Glimpse(_logits(part, block), part.log_votes), after, followers)
+
+
+def _follow(part: Part, seen: Glimpse, after: int, followers: Sequence[Follower]) -> None:
+    """Update the columns of each follower; `after` is how many queries of the forward are newer than these."""
+    for one in followers:
+        count = min(one.count - after, seen.logits.shape[3])
+        if count < 1:
+            continue
+        whole = part.slots is None and count == seen.logits.shape[3]
+        glimpse = seen if whole else Glimpse(part.spread(seen.logits[..., -count:, :]), part.all_votes)
+        state = {name: part.at.of(part.held.slots, column) for name, column in one.columns.items()}
+        for name, new in one.update(glimpse, state).items():
+            state[name].copy_(new)
+
+
+def _query_blocks(part: Part, asked: Asked) -> Iterator[tuple[Asked, int]]:
+    """Blocks of queries, and how many come after each."""
+    count, heads = asked.queries.shape[2], asked.queries.shape[1]
+    size = max(1, _LOGITS // max(1, heads * part.length))
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield asked.first(stop).newest(stop - start), count - stop
+
+
+def _logits(part: Part, asked: Asked) -> Tensor:
+    """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot."""
+    heads, count = part.positions.shape[1], asked.queries.shape[2]
+    queries = asked.queries.unflatten(1, (heads, -1)).flatten(2, 3)  # [b, k, G·q, D]: keys are read once
+    queries = queries.to(torch.promote_types(queries.dtype, torch.float32)) * asked.scaling
+    logits = torch.cat([queries @ part.keys(slots).to(queries.dtype).transpose(-1, -2) for slots in part.blocks()], -1)
+    hidden = ~visible(part.positions, asked.positions)[:, :, None]
+    return logits.unflatten(2, (-1, count)).masked_fill(hidden, -torch.inf)
+
+
+def _weighted(part: Part, weights: Tensor, slots: slice) -> Tensor:
+    """What the slots of one block add to the output, [b, k, G·q, Dv]."""
+    return torch.matmul(weights[..., slots].flatten(2, 3), part.values(slots).to(weights.dtype))
+
+
+def visible(held: Tensor, positions: Tensor) -> Tensor:
+    """Positions [b, k, T] and query positions [b, q] to bool [b, k, q, T]: held, and not later than the query."""
+    held = held[:, :, None]
+    return (held >= 0) & (held <= positions[:, None, :, None])

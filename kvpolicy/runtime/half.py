@@ -1,0 +1,280 @@
+"""The keys or the values of a layer: the oldest packed by a format, the newest as the model gave them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import sub
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CacheError
+from kvpolicy.runtime.access import Access, Rows
+from kvpolicy.runtime.layout import Layout, Table, table
+from kvpolicy.runtime.store import Store
+from kvpolicy.stages import Column, Format, Geometry
+from kvpolicy.stages.slots import take
+
+
+class Half:
+    """Two stores, one behind the other: `packed`, in units of the format, and `tail`.
+
+    Slots count through both. How many are packed follows from the length of a segment alone (`Format.sealed`), once
+    `seal` has been called. A format that packs nothing leaves the first store empty, and nothing is ever copied.
+    """
+
+    def __init__(
+        self, name: str, form: Format, geometry: Geometry, dtype: torch.dtype, rows: int, device: torch.device
+    ) -> None:
+        self.name = name
+        self.form = form
+        self.packed = Store(form.columns, rows, 1 if form.joint else geometry.kv_heads, device)
+        self.tail = Store({name: Column((geometry.head_dim,), dtype)}, rows, geometry.kv_heads, device)
+
+    # -- what is held ------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both storages, as allocated."""
+        return self.packed.nbytes + self.tail.nbytes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is packed."""
+        return self.packed.longest == 0
+
+    @property
+    def sealed(self) -> Table:
+        """Packed entries, [B][K]."""
+        heads = self.tail.layout.heads
+        return tuple(
+            tuple(units * self.form.unit for units in row) * (heads // len(row)) for row in self.packed.lengths
+        )
+
+    def read(self, at: Access, start: int, stop: int, positions: Tensor) -> Tensor:
+        """Slots `start` (a multiple of the unit) to `stop` as [b, k, n, D]; `positions` [b, k, n] of these slots.
+
+        What is not packed is a view.
+        """
+        tail = at.of(self.tail, self.name)
+        if self.is_plain:
+            return tail[:, :, start:stop]
+        sealed = at.table(self.sealed)
+        longest = max(max(row) for row in sealed)
+        if start >= longest:
+            return tail[:, :, start - longest : stop - longest]
+        packed = self._decoded(at, start, min(stop, longest), positions)
+        if all(count == longest for row in sealed for count in row):
+            return packed if stop <= longest else torch.cat([packed, tail[:, :, : stop - longest]], 2)
+        first = torch.tensor(sealed, device=tail.device)[..., None]
+        slots = torch.arange(start, stop, device=tail.device)
+        newest = _taken(tail, slots - first)
+        packed = torch.nn.functional.pad(packed, (0, 0, 0, newest.shape[2] - packed.shape[2]))
+        return torch.where((slots < first)[..., None], packed, newest)
+
+    def _decoded(self, at: Access, start: int, stop: int, positions: Tensor) -> Tensor:
+        """Packed slots of the block; those that a shorter segment does not have hold anything finite."""
+        units = slice(start // self.form.unit, -(-stop // self.form.unit))
+        columns = {name: at.of(self.packed, name)[:, :, units] for name in self.form.columns}
+        return self.form.decode(columns, positions[:, :, : stop - start])
+
+    def pick(self, at: Access, slots: Tensor, positions: Tensor) -> Tensor:
+        """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their units only. `positions` [b, k, T]."""
+        tail = at.of(self.tail, self.name)
+        if self.is_plain:
+            return take(tail, slots)
+        first = torch.tensor(at.table(self.sealed), device=slots.device)[..., None]
+        packed = self._picked(at, slots.minimum(first - 1).clamp(min=0), positions)
+        return torch.where((slots < first)[..., None], packed, _taken(tail, slots - first))
+
+    def _picked(self, at: Access, slots: Tensor, positions: Tensor) -> Tensor:
+        unit, joint = self.form.unit, self.form.joint
+        wanted = slots.flatten(1)[:, None] if joint else slots
+        units, place = _distinct(wanted // unit)
+        columns = {name: take(at.of(self.packed, name), units) for name in self.form.columns}
+        inside = (units[..., None] * unit + torch.arange(unit, device=slots.device)).flatten(2)
+        inside = inside.clamp(max=positions.shape[2] - 1).expand(-1, positions.shape[1], -1)
+        decoded = self.form.decode(columns, take(positions, inside))
+        place = place * unit + wanted % unit
+        return take(decoded, place.reshape(slots.shape))
+
+    # -- how it changes ----------------------------------------------------------------------------------------
+
+    def append(self, vectors: Tensor, limit: int) -> None:
+        """Add [B, K, q, D] behind all segments; their storage need not grow beyond `limit` slots."""
+        self.tail.append({self.name: vectors}, self.form.tail(limit))
+
+    def seal(self, slots: Store, positions: str, limit: int) -> bool:
+        """Pack what is due, now that the segments are as long as those of `slots`; False when nothing was.
+
+        Storage grows as if up to `limit` slots.
+        """
+        counts, most = self._due(slots) if self.form.columns else ((), 0)
+        if not most:
+            return False
+        everything = range(slots.layout.rows)
+        vectors = self.tail.padded(self.name, everything)[:, :, :most]
+        places = self._places(slots.padded(positions, everything), most)
+        encoded = self._encoded(vectors, places)
+        self.packed.extend(encoded, self._units(counts), self.form.sealed(limit) // self.form.unit)
+        self.tail.drop_front(counts, self._tail_layout(slots.layout, _less(self.tail.lengths, counts)))
+        return True
+
+    def _due(self, slots: Store) -> tuple[Table, int]:
+        """Entries to be packed per segment, and the most of any."""
+        if slots.even and self.packed.even:
+            count = self.form.sealed(slots.longest) - self.packed.longest * self.form.unit
+            return (slots.layout.with_each(count), count) if count else ((), 0)
+        lengths, sealed = slots.lengths, self.sealed
+        counts = table(
+            slots.layout.rows, slots.layout.heads, lambda b, k: self.form.sealed(lengths[b][k]) - sealed[b][k]
+        )
+        return counts, max((max(row) for row in counts), default=0)
+
+    def _places(self, positions: Tensor, count: int) -> Tensor:
+        """Positions [B, K, count] of the slots behind the packed ones."""
+        if self.packed.even:
+            start = self.packed.longest * self.form.unit
+            return positions[:, :, start : start + count]
+        first = torch.tensor(self.sealed, device=positions.device)[..., None]
+        index = first + torch.arange(count, device=positions.device)
+        return take(positions, index.clamp(max=positions.shape[2] - 1))
+
+    def packing(
+        self, rows: Sequence[int], kept: Tensor, vectors: Tensor, positions: Tensor, changed: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The columns of the entries [rows, K, N, D] that are in the slots `kept` [rows, K, N]; for `replace`.
+
+        Packed units whose entries stay together, none of them `changed`, are moved bit for bit.
+        """
+        most = self._most_sealed((kept >= 0).sum(-1).tolist())
+        if not self.form.columns:
+            return {}
+        columns = self._encoded(vectors[:, :, :most], positions[:, :, :most])
+        if not self.is_plain and most:
+            stay, source = self._staying(rows, kept[:, :, :most], None if changed is None else changed[:, :, :most])
+            columns = {name: self._moved(name, rows, stay, source, new) for name, new in columns.items()}
+        return columns
+
+    def replace(
+        self, rows: Sequence[int], columns: Mapping[str, Tensor], vectors: Tensor, lengths: Table, layout: Layout
+    ) -> None:
+        """Give some rows the entries [rows, K, N, D], of which `lengths` count, packed as `columns`.
+
+        `layout` is that of all slots.
+        """
+        sealed = tuple(tuple(map(self.form.sealed, row)) for row in lengths)
+        self.packed.replace(rows, columns, self._units(sealed), self._packed_layout(layout))
+        left = _less(lengths, sealed)
+        newest = take(vectors, _following(sealed, left, vectors)) if columns else vectors
+        self._replace_tail(rows, newest, left, layout)
+
+    def keep(self, rows: Sequence[int], kept: Tensor, lengths: Table, layout: Layout) -> None:
+        """Reduce some rows to the slots `kept` [rows, K, N], of which `lengths` count; all that is packed stays."""
+        sealed = Rows(rows).table(self.sealed)
+        left = _less(lengths, sealed)
+        places = take(kept, _following(sealed, left, kept)) - torch.tensor(sealed, device=kept.device)[..., None]
+        self._replace_tail(rows, _taken(self.tail.padded(self.name, rows), places), left, layout)
+
+    def _replace_tail(self, rows: Sequence[int], newest: Tensor, left: Table, layout: Layout) -> None:
+        after = list(self.tail.lengths)
+        for place, row in enumerate(rows):
+            after[row] = left[place]
+        self.tail.replace(rows, {self.name: newest}, left, self._tail_layout(layout, tuple(after)))
+
+    def _most_sealed(self, lengths: Iterable[Iterable[int]]) -> int:
+        return max((self.form.sealed(length) for row in lengths for length in row), default=0)
+
+    def _staying(self, rows: Sequence[int], kept: Tensor, changed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Per new unit, whether it is an old one, bool [rows, K or 1, units], and which."""
+        unit = self.form.unit
+        slots = kept.unflatten(2, (-1, unit))
+        sealed = torch.tensor(Rows(rows).table(self.sealed), device=kept.device)[..., None]
+        follow = slots == slots[..., :1] + torch.arange(unit, device=kept.device)
+        stay = follow.all(-1) & (slots[..., 0] % unit == 0) & (slots[..., 0] >= 0) & (slots[..., -1] < sealed)
+        if changed is not None:
+            stay = stay & ~changed.unflatten(2, (-1, unit)).any(-1)
+        if self.form.joint:
+            stay = (stay & (slots[..., 0] == slots[:, :1, :, 0])).all(1, keepdim=True)
+            slots = slots[:, :1]
+        return stay, slots[..., 0].clamp(min=0) // unit
+
+    def _moved(self, name: str, rows: Sequence[int], stay: Tensor, source: Tensor, new: Tensor) -> Tensor:
+        old = self.packed.padded(name, rows)
+        if not old.shape[2]:
+            return new
+        old = take(old, source.clamp(max=old.shape[2] - 1))
+        return torch.where(stay.reshape(*stay.shape, *[1] * (new.ndim - 3)), old, new)
+
+    def truncate(self, count: int) -> None:
+        """Drop the newest `count` slots of every segment, none of which is packed."""
+        self.tail.truncate(count)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep the rows named, in that order."""
+        self.packed.select_rows(rows)
+        self.tail.select_rows(rows)
+
+    def check_integrity(self, lengths: Table) -> None:
+        """Raise CacheError unless both stores together hold `lengths` entries."""
+        found = tuple(
+            tuple(map(sum, zip(*pair, strict=True))) for pair in zip(self.sealed, self.tail.lengths, strict=True)
+        )
+        if found != lengths:
+            raise CacheError(f"{self.name}: {found} entries are held, expected {lengths}")
+
+    # -- storage -----------------------------------------------------------------------------------------------
+
+    def _encoded(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        if not bool(vectors.isfinite().all()):
+            _refuse(self.name)
+        return self.form.encode(vectors, positions)
+
+    def _units(self, entries: Table) -> Table:
+        """Counts of entries as counts of units, one a row where all heads are in one."""
+        heads = 1 if self.form.joint else None
+        return tuple(tuple(count // self.form.unit for count in row[:heads]) for row in entries)
+
+    def _packed_layout(self, layout: Layout) -> Layout:
+        sealed = tuple(tuple(map(self.form.sealed, row)) for row in layout.capacity)
+        return Layout(self._units(sealed))
+
+    def _tail_layout(self, layout: Layout, lengths: Table) -> Layout:
+        """Room for what is not packed; more while a row waits for what a prompt brought to be packed."""
+        if layout.uniform is not None:
+            longest = max((max(row) for row in lengths), default=0)
+            return Layout.even(layout.rows, layout.heads, max(self.form.tail(layout.uniform), longest))
+        room = layout.capacity
+        return Layout(table(layout.rows, layout.heads, lambda b, k: max(self.form.tail(room[b][k]), lengths[b][k])))
+
+
+def _taken(tail: Tensor, places: Tensor) -> Tensor:
+    """[b, k, n, D] at the places that exist; anything finite elsewhere."""
+    tail = tail if tail.shape[2] else tail.new_zeros((*tail.shape[:2], 1, tail.shape[3]))
+    return take(tail, places.clamp(0, tail.shape[2] - 1))
+
+
+def _less(one: Table, other: Table) -> Table:
+    return tuple(tuple(map(sub, *rows)) for rows in zip(one, other, strict=True))
+
+
+def _following(first: Table, counts: Table, among: Tensor) -> Tensor:
+    """Slots [rows, K, n] of `among`, n the largest of `counts`, from `first` on; the last slot when there are fewer."""
+    most = max(max(row) for row in counts)
+    slots = torch.tensor(first, device=among.device)[..., None] + torch.arange(most, device=among.device)
+    return slots.clamp(max=max(0, among.shape[2] - 1))
+
+
+def _distinct(units: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct numbers [b, k, m] among [b, k, n], the last one repeated, and where each of the n is among them."""
+    order = units.sort(-1)
+    new = torch.ones_like(order.values, dtype=torch.bool)
+    new[..., 1:] = order.values[..., 1:] != order.values[..., :-1]
+    rank = new.cumsum(-1) - 1
+    most = int(rank.max()) + 1 if rank.numel() else 0
+    distinct = order.values[..., -1:].expand(*units.shape[:2], most).clone()
+    distinct.scatter_(-1, rank, order.values)
+    return distinct, torch.empty_like(rank).scatter_(-1, order.indices, rank)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise CacheError(f"the {name} of this layer hold NaN or infinity: they cannot be packed")

@@ -1,0 +1,105 @@
+"""All that one layer holds: what a slot carries, and the keys and values that stand in it."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
+from kvpolicy.runtime.access import Rows
+from kvpolicy.runtime.half import Half
+from kvpolicy.runtime.layout import Layout
+from kvpolicy.runtime.pages import Pages
+from kvpolicy.runtime.store import Store
+from kvpolicy.stages import Entries
+from kvpolicy.stages.slots import gather
+
+
+class Holdings:
+    """The store of what every slot carries, the halves of the entries, and the reader's pages; one slot numbering."""
+
+    def __init__(self, plan: Plan, ordinal: int, rows: int, device: torch.device) -> None:
+        geometry, forms = plan.geometry, plan.formats[ordinal]
+        self.slots = Store(plan.columns, rows, geometry.kv_heads, device)
+        self.keys = Half("keys", forms.keys, geometry, plan.dtype, rows, device)
+        self.values = Half("values", forms.values, geometry, plan.dtype, rows, device)
+        self.pages = Pages(plan.page_formats[ordinal], rows, geometry.kv_heads, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages, as allocated."""
+        return self.slots.nbytes + self.keys.nbytes + self.values.nbytes + self.pages.nbytes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether keys and values are all held as the model gave them."""
+        return self.keys.is_plain and self.values.is_plain
+
+    @property
+    def everything(self) -> Rows:
+        """All rows."""
+        return Rows(range(self.slots.layout.rows))
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, K, T, D], without a copy; nothing may be packed yet, and heads must be alike."""
+        return self.keys.tail.dense(self.keys.name), self.values.tail.dense(self.values.name)
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> None:
+        """Add [B, K, q, D] and positions [B, K, q] behind all segments; the other columns get their fill."""
+        self.keys.append(keys, limit)
+        self.values.append(values, limit)
+        self.slots.append({POSITIONS: positions}, limit)
+
+    def seal(self, limit: int) -> bool:
+        """Pack what is due and complete pages; False when there was nothing to do."""
+        paged = self.pages.complete(self.keys, self.slots, limit)
+        keys = self.keys.seal(self.slots, POSITIONS, limit)
+        return self.values.seal(self.slots, POSITIONS, limit) or keys or paged
+
+    def replace(
+        self, rows: Sequence[int], kept: Tensor, entries: Entries, fresh: Mapping[str, Tensor], layout: Layout
+    ) -> None:
+        """Give some rows `entries`, which stood in the slots `kept` [rows, K, N], and pack what is due.
+
+        `fresh` are new values of columns; the others move with their entries.
+        """
+        if entries.log_votes is not None:
+            fresh = {**fresh, LOG_VOTES: entries.log_votes}
+        moved = {name: gather(self.slots.padded(name, rows), kept) for name in self.slots.columns if name not in fresh}
+        columns = {**moved, **fresh}
+        halves = ((self.keys, entries.keys), (self.values, entries.values))
+        keys, values = (
+            half.packing(rows, kept, vectors, columns[POSITIONS], entries.changed) for half, vectors in halves
+        )
+        pages = self.pages.summary(entries.keys, columns[POSITIONS])
+        lengths = tuple(tuple(counts) for counts in (kept >= 0).sum(-1).tolist())
+        self.keys.replace(rows, keys, entries.keys, lengths, layout)
+        self.values.replace(rows, values, entries.values, lengths, layout)
+        self.pages.replace(rows, pages, lengths, layout)
+        self.slots.replace(rows, columns, lengths, layout)
+
+    def keep(self, rows: Sequence[int], kept: Tensor, layout: Layout) -> None:
+        """Reduce some rows to the slots `kept` [rows, K, N], among them all that are packed; nothing else changes."""
+        columns = {name: gather(self.slots.padded(name, rows), kept) for name in self.slots.columns}
+        lengths = tuple(tuple(counts) for counts in (kept >= 0).sum(-1).tolist())
+        for half in (self.keys, self.values):
+            half.keep(rows, kept, lengths, layout)
+        self.slots.replace(rows, columns, lengths, layout)
+
+    def truncate(self, count: int) -> None:
+        """Drop the newest `count` slots of every segment, none of which may be packed."""
+        self.keys.truncate(count)
+        self.values.truncate(count)
+        self.slots.truncate(count)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep the rows named, in that order."""
+        for part in (self.keys, self.values, self.pages, self.slots):
+            part.select_rows(rows)
+
+    def check_integrity(self) -> None:
+        """Raise CacheError unless all parts agree on what is held."""
+        self.slots.check_integrity()
+        self.keys.check_integrity(self.slots.lengths)
+        self.values.check_integrity(self.slots.lengths)
+        self.pages.check_integrity(self.slots.lengths)

@@ -1,0 +1,23 @@
+"""What a reader is told about a decode step."""
+
+from kvpolicy.plan.plan import POSITIONS, Plan
+from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.holdings import Holdings
+from kvpolicy.stages import Question
+
+
+def question_of(plan: Plan, held: Holdings, asked: Asked, ordinal: int) -> Question:
+    """One query a row, and views of what is held; columns of heads that differ are padded."""
+    rows, keys = held.everything, held.keys
+    positions = rows.of(held.slots, POSITIONS)
+    return Question(
+        queries=asked.queries[:, :, -1],
+        query_positions=asked.positions[:, -1],
+        positions=positions,
+        geometry=plan.geometry,
+        layer=ordinal,
+        format=keys.form,
+        sealed=positions.new_tensor(keys.sealed) if not keys.is_plain else None,
+        packed={name: rows.of(keys.packed, name) for name in keys.form.columns},
+        pages={name: rows.of(held.pages.store, name) for name in held.pages.store.columns},
+    )

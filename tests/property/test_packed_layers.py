@@ -1,0 +1,236 @@
+"""Layers whose entries are packed: what attention sees, that rows stay apart, what is held in bytes."""
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvpolicy
+from kvpolicy.plan.calibration import Calibration
+from kvpolicy.plan.plan import POSITIONS, compile_policy
+from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.attend import attend
+from kvpolicy.stages import Geometry, Rotary, Sample
+from tests import driving
+from tests.driving import feed, new_layer
+from tests.holdings import segment, stores
+
+HEADS, GROUP, DIM = 2, 2, 8
+SCALING = driving.DIM**-0.5  # that of `feed`
+GEOMETRY = Geometry((0,), HEADS * GROUP, HEADS, DIM)
+ROTARY = Rotary(100.0 ** (-torch.arange(0, DIM, 2) / DIM))
+STORES = {
+    "plain": "plain",
+    "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "scales": "full"},
+    "kivi wide": {"use": "kivi", "bits": 8, "group": 2, "residual": 4},
+    "tada": {"use": "tada", "bits": 4, "residual": 3, "batch": 2},
+    "rotation": {"use": "rotation", "bits": 4, "residual": 2},
+    "fp8": {"use": "fp8", "residual": 1},
+    "latent": {"use": "latent", "rank": 0.75, "value_bits": 8, "value_group": 8, "residual": 2},
+}
+
+
+def plan_of(store, budget="100%", every=4, *, ragged=False, merge="drop", read="all", recent=2):
+    """One layer under the store named, with window votes and attention mass observed."""
+    policy = kvpolicy.load(
+        "snapkv",
+        budget=budget,
+        compress={"every": every},
+        protect={"recent": recent},
+        score=[{"use": "attention", "queries": 4}, {"use": "accumulated_attention", "weight": 0.1}],
+        allocate={"heads": {"use": "adaptive", "floor": 0.1}} if ragged else {},
+        store=STORES[store],
+        merge=merge,
+        read=read,
+    )
+    return compile_policy(policy.spec, GEOMETRY, "cpu", torch.float32, ROTARY, calibration_of(policy))
+
+
+def calibration_of(policy):
+    if not policy.spec.store.calibrated:
+        return None
+    keys, values, queries = entries(torch.Generator().manual_seed(9), 2, 40)
+    sample = Sample(GEOMETRY, SCALING, ROTARY, queries, keys, values)
+    return Calibration(tuple(policy.spec.store.calibrate([sample])), "", "")
+
+
+def entries(generator, rows, count):
+    """Keys, values and queries of a few tokens."""
+    keys, values = (torch.randn(rows, HEADS, count, DIM, generator=generator) for _ in range(2))
+    return keys, values, 2 * torch.randn(rows, HEADS * GROUP, count, DIM, generator=generator)
+
+
+def expected_entries(plan, keys, values):
+    """One row's keys and values as they must be seen once all are in: the oldest packed in one go, the newest exact."""
+    positions = torch.arange(keys.shape[2]).expand(keys.shape[:3])
+    seen = []
+    for form, vectors in ((plan.formats[0].keys, keys), (plan.formats[0].values, values)):
+        count = form.sealed(vectors.shape[2])
+        old = (
+            form.decode(form.encode(vectors[:, :, :count], positions[:, :, :count]), positions[:, :, :count])
+            if count
+            else vectors[:, :, :0]
+        )
+        seen.append(torch.cat([old, vectors[:, :, count:]], 2))
+    return seen
+
+
+def attention(queries, positions, keys, values):
+    """[1, H, q, D] in float64; query i sees what is at or before `positions[i]`."""
+    keys, values = (one.double().repeat_interleave(GROUP, 1) for one in (keys, values))
+    logits = queries.double() @ keys.transpose(-1, -2) * SCALING
+    hidden = torch.arange(keys.shape[2])[None] > positions[:, None]
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+
+
+@pytest.mark.parametrize("store", STORES)
+@settings(max_examples=15)
+@given(
+    prompt=st.integers(1, 40), later=st.lists(st.sampled_from([1, 1, 1, 1, 5]), max_size=14), seed=st.integers(0, 99)
+)
+def test_attention_is_over_packed_past_exact_recent_and_the_new_tokens(store, prompt, later, seed):
+    plan = plan_of(store)
+    layer, generator = new_layer(plan), torch.Generator().manual_seed(seed)
+    keys, values = torch.empty(1, HEADS, 0, DIM), torch.empty(1, HEADS, 0, DIM)
+    for count in (prompt, *later):
+        new_keys, new_values, queries = entries(generator, 1, count)
+        old = expected_entries(plan, keys, values)
+        seen = [torch.cat(pair, 2) for pair in zip(old, (new_keys, new_values), strict=True)]
+        output = feed(layer, new_keys, new_values, queries)
+        expected = attention(queries, torch.arange(keys.shape[2], keys.shape[2] + count), *seen)
+        assert torch.allclose(output.double(), expected, atol=1e-5)
+        keys, values = torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2)
+        layer.held.check_integrity()
+
+
+MERGES = ("drop", "window_fit", {"use": "keepkv", "window": 4}, "tome")
+
+
+@pytest.mark.parametrize("store", STORES)
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=2, max_size=3),
+    steps=st.integers(0, 14),
+    ragged=st.booleans(),
+    merge=st.sampled_from(MERGES),
+    turn=st.integers(0, 14),
+    seed=st.integers(0, 99),
+)
+def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(store, lengths, steps, ragged, merge, turn, seed):
+    joint = STORES[store] != "plain" and STORES[store]["use"] in ("tada", "latent")
+    plan = plan_of(store, budget=12, merge=merge, ragged=ragged and not joint)
+    longest, generator = max(lengths), torch.Generator().manual_seed(seed)
+    prompt = entries(generator, len(lengths), longest)
+    valid = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    batch, alone = new_layer(plan), [new_layer(plan) for _ in lengths]
+    outputs = [feed(batch, *prompt, valid)]
+    for row, length in enumerate(lengths):
+        own = feed(alone[row], *(one[row : row + 1, :, longest - length :] for one in prompt))
+        assert torch.allclose(outputs[0][row : row + 1, :, longest - length :], own, atol=1e-5)
+    for step in range(steps):
+        real = (
+            torch.ones(len(lengths), 1, dtype=torch.int64) if step != turn else torch.tensor(lengths)[:, None] % 4 + 2
+        )
+        count = int(real.max())  # another turn brings pads again
+        new = entries(generator, len(lengths), count)
+        output = feed(batch, *new, torch.arange(count) >= count - real if count > 1 else None)
+        for row, layer in enumerate(alone):
+            skipped = count - int(real[row])
+            own = feed(layer, *(one[row : row + 1, :, skipped:] for one in new))
+            assert torch.allclose(output[row : row + 1, :, skipped:], own, atol=1e-4)
+        batch.held.check_integrity()
+        for store_ in stores(batch.held):
+            store_.check_integrity()
+    for row, layer in enumerate(alone):
+        for head in range(HEADS):
+            together = segment(batch.held, POSITIONS, row, head)
+            assert torch.equal(together[together >= 0], segment(layer.held, POSITIONS, 0, head))
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_bytes_held_are_those_of_the_formula(store):
+    plan = plan_of(store, budget=24, every=8)
+    layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
+    feed(layer, *entries(generator, 1, 60))
+    for _ in range(40):
+        feed(layer, *entries(generator, 1, 1))
+        assert layer.held.nbytes == plan.footprint.layer_bytes(0, 24 + 8)
+        assert layer.stats.nbytes == layer.held.nbytes
+
+
+@pytest.mark.parametrize("store", [store for store in STORES if store != "plain"])
+def test_what_is_packed_moves_bit_for_bit_when_other_entries_are_evicted(store):
+    plan = plan_of(store, budget=24, every=8, recent=8)
+    layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
+    feed(layer, *entries(generator, 1, 60))
+    before = {
+        int(p): k
+        for p, k in zip(segment(layer.held, POSITIONS, 0, 0), segment(layer.held, "values", 0, 0), strict=True)
+    }
+    sealed = segment(layer.held, POSITIONS, 0, 0)[: layer.held.values.sealed[0][0]].tolist()
+    for _ in range(8):
+        feed(layer, *entries(generator, 1, 1))
+    assert layer.stats.compressions == 2
+    survivors = 0
+    held = zip(segment(layer.held, POSITIONS, 0, 0).tolist(), segment(layer.held, "values", 0, 0), strict=True)
+    for place, (position, value) in enumerate(held):
+        if position in sealed and place < layer.held.values.sealed[0][0]:
+            together = store != "tada" or segment(layer.held, POSITIONS, 0, 1)[place] == position
+            survivors += 1
+            if together:
+                assert torch.equal(value, before[position])
+    assert survivors
+
+
+def test_nan_and_infinity_are_refused_by_name():
+    for wrong in (torch.nan, torch.inf):
+        layer = new_layer(plan_of("fp8"))
+        keys, values, queries = entries(torch.Generator().manual_seed(0), 1, 6)
+        values[0, 0, 2, 3] = wrong
+        with pytest.raises(kvpolicy.errors.CacheError, match="values of this layer hold NaN or infinity"):
+            feed(layer, keys, values, queries)
+
+
+def test_a_reader_with_pages_reads_what_attention_would_find_and_keeps_the_rest():
+    plan = plan_of("plain", read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0})
+    layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
+    feed(layer, *entries(generator, 1, 30))
+    for count in range(31, 50):
+        feed(layer, *entries(generator, 1, 1))
+        assert layer.held.slots.lengths == ((count, count),)
+        assert layer.held.pages.store.lengths == ((count // 4, count // 4),)
+    assert 4 <= layer.stats.read <= 12
+
+
+@pytest.mark.parametrize("store", ["plain", "kivi", "fp8", "tada"])
+def test_pages_are_those_of_the_keys_that_are_held(store):
+    plan = plan_of(store, budget=16, every=8, read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0})
+    layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
+    valid = torch.arange(30) >= torch.tensor([[0], [7]])
+    feed(layer, *entries(generator, 2, 30), valid)
+    for _ in range(20):
+        feed(layer, *entries(generator, 2, 1))
+        for row in range(2):
+            for head in range(HEADS):
+                keys = segment(layer.held, "keys", row, head)
+                pages = keys[: keys.shape[0] // 4 * 4].unflatten(0, (-1, 4))
+                low = layer.held.pages.store.segment("minimum", row, head)
+                # A page is made when it is full, which may be before its keys are packed.
+                assert torch.allclose(low, pages.amin(1), atol=0.3)
+                assert store != "plain" or torch.equal(low, pages.amin(1))
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_choice_of_all_slots_reads_the_same_as_no_choice(store):
+    plan = attrs.evolve(plan_of(store), followers=())
+    layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
+    feed(layer, *entries(generator, 2, 30), torch.arange(30) >= torch.tensor([[0], [7]]))
+    keys, values, queries = entries(generator, 2, 1)
+    layer.update(keys, values)
+    asked = Asked(queries, layer.arrive(None), padded=False, scaling=SCALING)
+    positions = layer.held.everything.of(layer.held.slots, POSITIONS)
+    slots = torch.arange(positions.shape[2]).expand(positions.shape)
+    chosen = slots.where(positions >= 0, -1)
+    whole = attend(layer.held, asked, pads=layer.padded)
+    assert torch.allclose(attend(layer.held, asked, chosen, pads=layer.padded), whole, atol=1e-5)
