@@ -13,7 +13,7 @@ from kvpolicy.plan.plan import Plan, compile_policy
 from kvpolicy.runtime.attachment import Attachment, attached
 from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.calibrate import calibrate, model_digest
-from kvpolicy.runtime.rotation import rotary_of
+from kvpolicy.runtime.rotation import rotary_of, rotary_of_config
 from kvpolicy.runtime.support import check_model, geometry_of
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
@@ -57,11 +57,17 @@ class Policy:
         Raises UnsupportedModelError; CalibrationError; or PolicyError when the policy does not go with the model.
         """
         if isinstance(model, PretrainedConfig):
-            return compile_policy(self.spec, geometry_of(model), device or "cpu", dtype or torch.float32)
+            geometry, measured = geometry_of(model), self._calibration(calibration, None)
+            kind, rotary = dtype or torch.float32, rotary_of_config(model) if self.spec.store.calibrated else None
+            return compile_policy(self.spec, geometry, device or "cpu", kind, rotary, measured)
         check_model(model)
-        geometry, measured = geometry_of(model.config), self._measured(model, calibration)
+        geometry, measured = geometry_of(model.config), self._calibration(calibration, model)
         place, kind = device or model.device, dtype or model.dtype
         return compile_policy(self.spec, geometry, place, kind, rotary_of(model), measured)
+
+    def check(self, config: PretrainedConfig, calibration: CalibrationSource | None = None) -> None:
+        """Raise what `attach` would raise, as far as the configuration of a model tells; no weights are needed."""
+        self.compile(config, calibration=calibration)
 
     def attach(self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None) -> Attachment:
         """Let `model.generate` run under this policy, until the attachment is detached or its `with` block ends.
@@ -87,14 +93,13 @@ class Policy:
             raise AttachError("attach a policy to the model first: without it nothing would be compressed")
         return PolicyCache(self.compile(model, calibration=calibration), model.config)
 
-    def _measured(self, model: PreTrainedModel, calibration: CalibrationSource | None) -> Calibration | None:
-        if calibration is None or not self.spec.store.calibrated:
+    def _calibration(self, given: CalibrationSource | None, model: PreTrainedModel | None) -> Calibration | None:
+        """What was given, if the store needs one; raises CalibrationError unless it is for this policy and model."""
+        if given is None or not self.spec.store.calibrated:
             return None
-        if isinstance(calibration, Calibration):
-            calibration.require(self.spec, model_digest(model))
-            return calibration
-        measured = Calibration.read(calibration)
-        measured.require(self.spec, model_digest(model), os.fspath(calibration))
+        measured = given if isinstance(given, Calibration) else Calibration.read(given)
+        origin = "calibration" if isinstance(given, Calibration) else os.fspath(given)
+        measured.require(self.spec, None if model is None else model_digest(model), origin)
         return measured
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from kvpolicy.cli.calibrate import calibrate
 from kvpolicy.cli.check import check_policies
 from kvpolicy.cli.demo import demo
 from kvpolicy.cli.group import TRACEBACK, KVPolicyGroup
@@ -42,6 +43,7 @@ for command, name in (
     (demo, "demo"),
     (run, "run"),
     (plan, "plan"),
+    (calibrate, "calibrate"),
     (list_policies, "list"),
     (show, "show"),
     (check_policies, "check"),

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,9 @@ Budget = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="What `kvpolicy calibrate` wrote for this policy and model; few policies need it.")
+]
 
 
 def budget_override(text: str | None) -> dict[str, object]:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli.console import out, print_json
-from kvpolicy.cli.options import Budget, Dtype, Json, budget_override
+from kvpolicy.cli.options import Budget, Calibration, Dtype, Json, budget_override
 
 
 def plan(
@@ -15,6 +15,7 @@ def plan(
     budget: Budget = None,
     device: Annotated[str, typer.Option(help="What to plan for: cpu or cuda. Need not be present.")] = "cpu",
     dtype: Dtype = None,
+    calibration: Calibration = None,
     json: Json = False,
 ) -> None:
     """Show budgets, bytes held and bytes moved for a model's shape."""
@@ -27,5 +28,6 @@ def plan(
     loaded, wanted = load(policy, **budget_override(budget)), dtype_of(dtype)
     config = config_of(model)
     own = getattr(config.get_text_config(decoder=True), "dtype", None)
-    explained = explain(loaded.compile(config, device=device, dtype=wanted or own or torch.float32), length)
+    kind = wanted or own or torch.float32
+    explained = explain(loaded.compile(config, device=device, dtype=kind, calibration=calibration), length)
     print_json(explained.to_dict()) if json else out().print(explained.table())

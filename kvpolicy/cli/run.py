@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpolicy.cli.console import err, line, print_json
-from kvpolicy.cli.options import Budget, Device, Dtype, Json, budget_override
+from kvpolicy.cli.options import Budget, Calibration, Device, Dtype, Json, budget_override
 from kvpolicy.cli.prompt import read_prompt
 
 
@@ -18,6 +18,7 @@ def run(
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt; - is stdin, as without it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 256,
+    calibration: Calibration = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     json: Json = False,
@@ -32,14 +33,16 @@ def run(
     loaded = load(policy, **budget_override(budget))
     target, kind = device_of(device), dtype_of(dtype)
     text = read_prompt(prompt, prompt_file)
-    loaded.compile(config_of(model))  # refuses models that cannot carry it before their weights are read
-    result = _generate(*load_model(model, target, kind), loaded, text, max_new_tokens, stream=not json)
+    loaded.check(config_of(model), calibration)  # refuses what cannot go together before weights are read
+    live, tokenizer = load_model(model, target, kind)
+    with loaded.attach(live, calibration=calibration) as attachment:
+        result = _generate(live, tokenizer, attachment, text, max_new_tokens, stream=not json)
     if json:
         print_json({"model": model, "policy": loaded.name, "digest": loaded.digest, **result})
 
 
 def _generate(
-    model: Any, tokenizer: Any, policy: Any, prompt: str, max_new_tokens: int, *, stream: bool
+    model: Any, tokenizer: Any, attachment: Any, prompt: str, max_new_tokens: int, *, stream: bool
 ) -> dict[str, Any]:
     from transformers import TextStreamer
 
@@ -47,8 +50,7 @@ def _generate(
     _check_length(model, inputs["input_ids"].shape[1] + max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     started = time.perf_counter()
-    with policy.attach(model) as attachment:
-        written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     seconds, report = time.perf_counter() - started, attachment.report()
     new = written[0, inputs["input_ids"].shape[1] :]
     if stream:

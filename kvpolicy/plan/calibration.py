@@ -48,14 +48,14 @@ class Calibration:
             raise CalibrationError(f"{name}: cannot be read as safetensors: {error}") from error
         return cls(*_parsed(name, about, tensors))
 
-    def require(self, spec: PolicySpec, model: str, origin: str = "calibration") -> None:
-        """Raise CalibrationError unless it was made for this policy's store and this model."""
+    def require(self, spec: PolicySpec, model: str | None, origin: str = "calibration") -> None:
+        """Raise CalibrationError unless it was made for this policy's store and the model of this digest, if known."""
         if self.store != plugin_digest(spec.store):
             raise CalibrationError(
                 f"{origin}: was made for another store than that of policy {spec.name} ({spec.store.name} with its "
                 "parameters): calibrate again"
             )
-        if self.model != model:
+        if model is not None and self.model != model:
             raise CalibrationError(f"{origin}: was made for another model (digest {self.model}, this one is {model})")
 
 

@@ -69,12 +69,13 @@ def _logits(part: Part, asked: Asked) -> Tensor:
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32)) * asked.scaling
     logits = torch.cat([queries @ part.keys(slots).to(queries.dtype).transpose(-1, -2) for slots in part.blocks()], -1)
     hidden = ~visible(part.positions, asked.positions)[:, :, None]
-    return logits.unflatten(2, (-1, count)).masked_fill(hidden, -torch.inf)
+    grouped: Tensor = logits.unflatten(2, (-1, count))
+    return grouped.masked_fill(hidden, -torch.inf)
 
 
 def _weighted(part: Part, weights: Tensor, slots: slice) -> Tensor:
     """What the slots of one block add to the output, [b, k, G·q, Dv]."""
-    return torch.matmul(weights[..., slots].flatten(2, 3), part.values(slots).to(weights.dtype))
+    return weights[..., slots].flatten(2, 3) @ part.values(slots).to(weights.dtype)
 
 
 def visible(held: Tensor, positions: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kvpolicy.stages import Rotary
 
@@ -17,11 +17,12 @@ _SOME_POSITIONS = (0, 1, 7, 1000)
 
 def rotary_of(model: PreTrainedModel) -> Rotary | None:
     """None when it is not the usual kind: found out by rotating something both ways and comparing."""
-    for module in model.modules():
-        rotary = _read(module)
-        if rotary is not None and _agrees(module, rotary):
-            return rotary
-    return None
+    return next(filter(None, map(_checked, model.modules())), None)
+
+
+def _checked(module: nn.Module) -> Rotary | None:
+    rotary = _read(module)
+    return rotary if rotary is not None and _agrees(module, rotary) else None
 
 
 def _read(module: nn.Module) -> Rotary | None:
@@ -58,3 +59,11 @@ def _arguments(module: nn.Module, vectors: torch.Tensor, positions: torch.Tensor
     if isinstance(getattr(module, "rope_type", None), dict):
         yield vectors, positions, _FULL
     yield vectors, positions
+
+
+def rotary_of_config(config: PretrainedConfig) -> Rotary | None:
+    """The same from a configuration: the model is built without weights, and its embedding alone for real."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    built = (type(one)(one.config) for one in model.modules() if hasattr(one, "rope_type"))
+    return next(filter(None, map(_checked, built)), None)

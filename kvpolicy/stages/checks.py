@@ -17,6 +17,7 @@ _NOUNS = {
     "select": "selector",
     "merge": "merger",
     "store": "codec",
+    "read": "reader",
 }
 
 

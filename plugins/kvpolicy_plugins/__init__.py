@@ -5,9 +5,25 @@ from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
+from kvpolicy_plugins.codecs.fp8 import Fp8
+from kvpolicy_plugins.codecs.kivi import Kivi
+from kvpolicy_plugins.codecs.latent import Latent
 from kvpolicy_plugins.codecs.plain import Plain
+from kvpolicy_plugins.codecs.rotation import Rotation
+from kvpolicy_plugins.codecs.tada import Tada
+from kvpolicy_plugins.mergers.cam import CaM
+from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.mergers.drop import Drop
+from kvpolicy_plugins.mergers.keepkv import KeepKV
+from kvpolicy_plugins.mergers.kvmerger import KVMerger
+from kvpolicy_plugins.mergers.pivot import Pivot
+from kvpolicy_plugins.mergers.tome import ToMe
+from kvpolicy_plugins.mergers.weighted import Weighted
+from kvpolicy_plugins.mergers.weightedkv import WeightedKV
+from kvpolicy_plugins.mergers.window_fit import WindowFit
 from kvpolicy_plugins.readers.everything import Everything
+from kvpolicy_plugins.readers.latent_topk import LatentTopK
+from kvpolicy_plugins.readers.pages import Pages
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
@@ -30,9 +46,25 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Adaptive,
     UniformHeads,
     TopK,
+    CaM,
+    D2O,
     Drop,
+    KeepKV,
+    KVMerger,
+    Pivot,
+    ToMe,
+    Weighted,
+    WeightedKV,
+    WindowFit,
+    Fp8,
+    Kivi,
+    Latent,
     Plain,
+    Rotation,
+    Tada,
     Everything,
+    LatentTopK,
+    Pages,
 )
 
 

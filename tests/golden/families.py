@@ -20,13 +20,17 @@ TESTED = {
         *("pyramidkv_budgets", "pyramidkv_kept", "spec_pyramidkv", "h2o_decode", "h2o_prefill"),
         *("streamingllm", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
+    "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
+    "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
+    "test_latent": ("sals",),
+    "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
 }
 NOT_YET = (
-    *("headkv_budgets", "cake_layers", "cake_adjust", "rpc", "triattention", "merge_kv", "ams"),
+    *("headkv_budgets", "cake_layers", "cake_adjust", "rpc", "triattention", "ams"),
     *("expected_attention", "keydiff", "qfilters", "lagkv", "cur", "compactor", "criticalkv", "finch"),
-    *("tome_merging", "kvzip_scoring", "kvzip_end_to_end", "keepkv_released_code", "keepkv"),
-    *("vote_bias_attention", "fair_eviction", "head_budgets", "mergers_reference", "infinipotv_stream"),
-    *("infinipotv", "kivi_decode", "kivi", "tada", "sals", "rotation_codebook", "effivlm_metrics"),
+    *("kvzip_scoring", "kvzip_end_to_end"),
+    *("fair_eviction", "head_budgets", "infinipotv_stream"),
+    *("infinipotv", "effivlm_metrics"),
 )
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous
 
@@ -63,6 +67,11 @@ class Vectors:
             return default
         self._read.add(f"p_{name}")
         return self._arrays[f"p_{name}"].item()
+
+    def text(self, name: str) -> str:
+        """An array that holds one string."""
+        self._read.add(name)
+        return str(self._arrays[name])
 
     def like(self, pattern: str) -> list[str]:
         """Names of the arrays that match a shell pattern."""

@@ -18,8 +18,6 @@ from tests.holdings import segment, stores
 
 HEADS, GROUP, DIM = 2, 2, 8
 SCALING = driving.DIM**-0.5  # that of `feed`
-GEOMETRY = Geometry((0,), HEADS * GROUP, HEADS, DIM)
-ROTARY = Rotary(100.0 ** (-torch.arange(0, DIM, 2) / DIM))
 STORES = {
     "plain": "plain",
     "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "scales": "full"},
@@ -31,7 +29,7 @@ STORES = {
 }
 
 
-def plan_of(store, budget="100%", every=4, *, ragged=False, merge="drop", read="all", recent=2):
+def plan_of(store, budget="100%", every=4, *, ragged=False, merge="drop", read="all", recent=2, dim=DIM):
     """One layer under the store named, with window votes and attention mass observed."""
     policy = kvpolicy.load(
         "snapkv",
@@ -44,21 +42,21 @@ def plan_of(store, budget="100%", every=4, *, ragged=False, merge="drop", read="
         merge=merge,
         read=read,
     )
-    return compile_policy(policy.spec, GEOMETRY, "cpu", torch.float32, ROTARY, calibration_of(policy))
+    geometry, rotary = Geometry((0,), HEADS * GROUP, HEADS, dim), Rotary(100.0 ** (-torch.arange(0, dim, 2) / dim))
+    calibration = calibration_of(policy, geometry, rotary) if policy.spec.store.calibrated else None
+    return compile_policy(policy.spec, geometry, "cpu", torch.float32, rotary, calibration)
 
 
-def calibration_of(policy):
-    if not policy.spec.store.calibrated:
-        return None
-    keys, values, queries = entries(torch.Generator().manual_seed(9), 2, 40)
-    sample = Sample(GEOMETRY, SCALING, ROTARY, queries, keys, values)
+def calibration_of(policy, geometry, rotary):
+    keys, values, queries = entries(torch.Generator().manual_seed(9), 2, 40, geometry.head_dim)
+    sample = Sample(geometry, SCALING, rotary, queries, keys, values)
     return Calibration(tuple(policy.spec.store.calibrate([sample])), "", "")
 
 
-def entries(generator, rows, count):
+def entries(generator, rows, count, dim=DIM):
     """Keys, values and queries of a few tokens."""
-    keys, values = (torch.randn(rows, HEADS, count, DIM, generator=generator) for _ in range(2))
-    return keys, values, 2 * torch.randn(rows, HEADS * GROUP, count, DIM, generator=generator)
+    keys, values = (torch.randn(rows, HEADS, count, dim, generator=generator) for _ in range(2))
+    return keys, values, 2 * torch.randn(rows, HEADS * GROUP, count, dim, generator=generator)
 
 
 def expected_entries(plan, keys, values):

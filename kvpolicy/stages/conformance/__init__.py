@@ -18,7 +18,7 @@ from typing import Any
 
 from kvpolicy.errors import PluginContractError
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.conformance import allocators, codecs, every, mergers, scorers, selectors
+from kvpolicy.stages.conformance import allocators, codecs, every, mergers, readers, scorers, selectors
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.contracts import Plugin
 
@@ -31,6 +31,7 @@ _CHECKS: dict[str, tuple[Callable[[Any, Promises], None], ...]] = {
     "select": selectors.CHECKS,
     "merge": mergers.CHECKS,
     "store": codecs.CHECKS,
+    "read": readers.CHECKS,
 }
 
 

@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.contracts import Plugin, Scorer
+from kvpolicy.stages.contracts import Glimpse, Merger, Observer, Plugin
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.view import View
 
 KV_HEADS, GROUP, DIM = 2, 2, 16
 LENGTHS = ((23, 23), (14, 14), (23, 9))  # alike, padded, ragged
 SINKS, RECENT = 1, 3
+WINDOW = 4  # queries of whoever reads what others observe
 _JUNK = 997.0  # what an empty slot may hold
 
 
-def sample_view(scorer: Scorer | None = None, *, lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> View:
-    """A layer of `lengths` (entries per row and head), with what `scorer` needs and the state of a new cache."""
+def sample_view(observer: Observer | None = None, *, lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> View:
+    """A layer of `lengths` (entries per row and head), with what `observer` needs and the state of a new cache."""
     random = torch.Generator().manual_seed(1)
     held = torch.tensor(lengths)
     batch, heads, slots = *held.shape, int(held.max())
@@ -36,27 +37,45 @@ def sample_view(scorer: Scorer | None = None, *, lengths: tuple[tuple[int, ...],
         sinks=SINKS,
         recent=RECENT,
     )
-    return view if scorer is None else _observed(scorer, view, normal)
+    return view if observer is None else _observed(observer, view, normal)
 
 
-def _observed(scorer: Scorer, view: View, normal: Callable[..., Tensor]) -> View:
+def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> View:
     batch, heads, slots = view.positions.shape
-    needs = scorer.needs()
-    queries = normal(batch, heads * GROUP, needs.queries, DIM) if needs.queries else None
+    needs = observer.needs()
+    window = max(needs.queries, WINDOW if isinstance(observer, Merger) and observer.reads_window else 0)
+    queries = normal(batch, heads * GROUP, window, DIM) if window else None
     attention = normal(batch, heads, GROUP, slots).abs() if needs.attention else None
-    state = {one.name: torch.full(view.positions.shape, one.fill) for one in scorer.slot_state()}
-    return attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
+    state = {one.name: torch.full(view.positions.shape, one.fill) for one in observer.slot_state()}
+    view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
+    if not isinstance(observer, Merger):
+        return view
+    rows = {one.name: torch.full((batch,), one.fill) for one in observer.row_state()}
+    votes = normal(*view.positions.shape).abs() if observer.votes else None
+    return attrs.evolve(view, row_state=rows, log_votes=votes)
+
+
+def glimpse_of(observer: Observer, view: View) -> Glimpse:
+    """What as many queries as `observer` follows see: the newest of them everything, one before it one entry less."""
+    random = torch.Generator().manual_seed(2)
+    batch, heads, slots = view.positions.shape
+    count = observer.needs().followed
+    logits = torch.randn(batch, heads, GROUP, count, slots, generator=random)
+    back = torch.arange(count - 1, -1, -1)[:, None]
+    seen = view.valid[:, :, None] & (view.age[:, :, None] >= back)
+    return Glimpse(logits.masked_fill(~seen[:, :, None], -torch.inf), view.log_votes)
 
 
 def with_junk(view: View) -> View:
     """The same layer, with other contents in its empty slots."""
     empty = ~view.valid
-    attention = view.attention
+    attention, votes = view.attention, view.log_votes
     return attrs.evolve(
         view,
         keys=view.keys.masked_fill(empty[..., None], _JUNK),
         values=view.values.masked_fill(empty[..., None], _JUNK),
         attention=None if attention is None else attention.masked_fill(empty[:, :, None], _JUNK),
+        log_votes=None if votes is None else votes.masked_fill(empty, _JUNK),
     )
 
 
@@ -77,7 +96,9 @@ def rows_of(view: View, rows: list[int]) -> View:
         positions=cut(view.positions),
         queries=part(view.queries),
         attention=None if view.attention is None else view.attention[rows][..., :slots],
+        log_votes=None if view.log_votes is None else cut(view.log_votes),
         slot_state={name: cut(state) for name, state in view.slot_state.items()},
+        row_state={name: state[rows] for name, state in view.row_state.items()},
     )
 
 
@@ -97,14 +118,17 @@ def heads_swapped(view: View) -> View:
         positions=swapped(view.positions),
         queries=queries,
         attention=None if view.attention is None else swapped(view.attention),
+        log_votes=None if view.log_votes is None else swapped(view.log_votes),
         slot_state={name: swapped(state) for name, state in view.slot_state.items()},
     )
 
 
 def tensors_of(view: View) -> dict[str, Tensor]:
     """Everything in a view that a plugin could write to."""
-    own = {name: getattr(view, name) for name in ("keys", "values", "positions", "queries", "attention")}
+    names = ("keys", "values", "positions", "queries", "attention", "log_votes")
+    own = {name: getattr(view, name) for name in names}
     own.update(view.slot_state)
+    own.update({f"{name} of the row": state for name, state in view.row_state.items()})
     return {name: tensor for name, tensor in own.items() if tensor is not None}
 
 

@@ -1,0 +1,60 @@
+"""`kvpolicy calibrate`: measure on a model what a policy needs to know about it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpolicy.cli.console import line, print_json
+from kvpolicy.cli.options import Device, Dtype, Json
+from kvpolicy.cli.prompt import read_prompt
+
+
+def calibrate(
+    policy: Annotated[str, typer.Argument(help="A policy's name, or a file.")],
+    model: Annotated[str, typer.Option(help="Path or id of a model; `testbed` is the one that comes with kvpolicy.")],
+    text: Annotated[Path, typer.Option(help="A file with text such as the model will see; - is stdin.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; by default POLICY.safetensors.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to cut from the text, at most.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, at most.")] = 1024,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Measure a model on a text, and write what the policy's store needs as a safetensors file."""
+    from kvpolicy.cli.models import device_of, dtype_of, load_model
+    from kvpolicy.errors import CalibrationError, InputError
+    from kvpolicy.policy import load
+
+    if sequences < 1 or length < 2:
+        raise InputError(f"--sequences must be at least 1, --length at least 2: {sequences}, {length}")
+    loaded, target, kind = load(policy), device_of(device), dtype_of(dtype)
+    if not loaded.spec.store.calibrated:
+        raise CalibrationError(f"policy {loaded.name}: store {loaded.spec.store.name} needs no calibration")
+    words = read_prompt(None, text)
+    live, tokenizer = load_model(model, target, kind)
+    tokens = _cut(tokenizer, words, sequences, length)
+    measured = loaded.calibrate(live, tokens)
+    path = out or Path(f"{loaded.name}.safetensors")
+    measured.save(path)
+    about = {"file": str(path), "policy": loaded.name, "store": measured.store, "model": measured.model}
+    numbers = {"sequences": tokens.shape[0], "length": tokens.shape[1], "layers": len(measured.layers)}
+    if json:
+        print_json({**about, **numbers})
+    else:
+        line(f"{path}: {loaded.name} measured on {tokens.numel()} tokens of {model}; give it as calibration")
+
+
+def _cut(tokenizer: Any, text: str, sequences: int, length: int) -> Any:
+    """Token ids [S, T]: the text cut into sequences of one length, what is left over dropped."""
+    from kvpolicy.errors import InputError
+
+    try:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    except Exception as error:  # tokenizers raises this very class, for a word that is not in its vocabulary
+        raise InputError(f"the text has words that the tokenizer does not know: {error}") from error
+    if len(ids) < 2:
+        raise InputError("the text has fewer than 2 tokens")
+    length = min(length, len(ids))
+    count = min(sequences, len(ids) // length)
+    return ids[: count * length].reshape(count, length)

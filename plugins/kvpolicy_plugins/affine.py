@@ -1,0 +1,65 @@
+"""Asymmetric affine quantisation: a group of numbers as codes on an even grid between its minimum and its maximum."""
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.stages import Choice
+
+BITS = Choice((2, 4, 8))
+SCALES = Choice(("half", "full"))
+
+
+def scale_dtype(scales: str, dtype: torch.dtype) -> torch.dtype:
+    """Which dtype scales and minima have: float16 for `half`, the model's own `dtype` for `full`."""
+    return torch.float16 if scales == "half" else dtype
+
+
+def working(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in for vectors of `dtype`: half precision cannot tell 256 codes apart."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def narrowed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in `dtype`; what float16 cannot hold becomes the largest that it can, not infinity."""
+    if dtype == torch.float16 != numbers.dtype:
+        limit = torch.finfo(dtype).max
+        numbers = numbers.clamp(-limit, limit)
+    return numbers.to(dtype)
+
+
+def check_divides(name: str, size: int, head_dim: int) -> None:
+    """Refuses groups that do not divide the vectors of a model.
+
+    Raises:
+        ParameterError: `size` does not divide `head_dim`.
+    """
+    if head_dim % size:
+        raise ParameterError(f"{name}: must divide the head dimension {head_dim} of this model: {size}")
+
+
+def quantise(groups: Tensor, dim: int, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and minima of groups that lie along `dim`; computed in the dtype of `groups`.
+
+    scale = (max - min) / (2^bits - 1), code = round(clamp((x - min) / scale)), half to even, in this order, as KIVI
+    does (arXiv:2402.02750, published code). A constant group has scale 0 and codes 0: it is decoded exactly. Codes
+    are made with scales and minima as they are `stored`, so that rounding these costs next to nothing.
+
+    Returns:
+        Codes, uint8 and shaped as `groups`; scales and minima, `stored`, with size 1 along `dim`.
+    """
+    levels = 2**bits - 1
+    minima = narrowed(groups.amin(dim, keepdim=True), stored)
+    low = minima.to(groups.dtype)
+    # The difference of finite numbers may be infinite; half of the largest leaves room to decode.
+    spread = (groups.amax(dim, keepdim=True) - low).clamp(0, torch.finfo(groups.dtype).max / 2)
+    scales = narrowed(spread / levels, stored)
+    step = scales.to(groups.dtype)
+    codes = (groups - low).div_(step.masked_fill(step == 0, torch.inf)).clamp_(0, levels).round_()
+    return codes.to(torch.uint8), scales, minima
+
+
+def dequantise(codes: Tensor, scales: Tensor, minima: Tensor, dtype: torch.dtype) -> Tensor:
+    """Code · scale + minimum; computed in the working dtype of `dtype`, and rounded to `dtype`."""
+    exact = working(dtype)
+    return narrowed(codes.to(exact).mul_(scales.to(exact)).add_(minima.to(exact)), dtype)

@@ -1,0 +1,160 @@
+"""Keys in a latent basis that all heads of a layer share."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Number, Rotary, Sample, Site, parameter
+from kvpolicy_plugins.affine import BITS, SCALES, check_divides, narrowed, scale_dtype
+from kvpolicy_plugins.codecs.kivi import PerToken
+
+
+@attrs.frozen
+class Latent(Codec):
+    """Keys in a low-rank basis found before rotation, values quantised, as in SALS.
+
+    1. Calibration: the eigenvectors U of KᵀK, where a row of K is one token's keys of all heads, not rotated;
+    2. of a key k the latent Uᵀ k is kept, in the model's dtype: r numbers for all heads of an entry together;
+    3. to be read, a key is U Uᵀ k, rotated to the position of its entry;
+    4. values are quantised in groups along the head dimension, each entry on its own.
+
+    Rotation spreads the variance of keys over more dimensions: this is why it is undone before step 1 and step 2.
+    """
+
+    name: ClassVar[str] = "latent"
+    reference: ClassVar[str] = "arXiv:2510.24273"
+
+    rank: float = parameter(Number(above=0, maximum=1), 0.25, help="size of a latent, as a share of all heads' keys")
+    value_bits: int = parameter(BITS, 4, help="bits per number of a value")
+    value_group: int = parameter(Integer(minimum=1), 32, help="channels of a value that share a scale")
+    scales: str = parameter(SCALES, "half", help="scales and minima in float16, or in the model's own precision")
+    residual: int = parameter(Integer(minimum=0), 0, help="newest entries that are kept exactly")
+
+    @property
+    def joint(self) -> bool:
+        return True
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+    def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        """Per layer `basis` [K·D, r], in float32 or that of the keys if wider, and `energy` [], the share it keeps."""
+        return [self._fitted(sample) for sample in samples]
+
+    def formats(self, site: Site) -> Formats:
+        rotary, heads = _known(site.rotary), site.geometry.kv_heads
+        basis = self._checked(site.calibration.get("basis"), site)
+        arithmetic = torch.promote_types(site.dtype, torch.float32)
+        keys = LatentKeys(rotary, basis.to(arithmetic), heads, site.dtype, self.residual)
+        return Formats(keys, self._values(site))
+
+    def _values(self, site: Site) -> PerToken:
+        check_divides("value_group", self.value_group, site.geometry.head_dim)
+        stored = scale_dtype(self.scales, site.dtype)
+        dim = site.geometry.head_dim
+        return PerToken(dim, site.dtype, stored, self.value_bits, self.value_group, self.residual)
+
+    def _fitted(self, sample: Sample) -> dict[str, Tensor]:
+        eigenvalues, vectors = joint_spectrum(sample)
+        kept = self._rank(len(eigenvalues))
+        energy = eigenvalues[:kept].sum() / eigenvalues.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        dtype = torch.promote_types(sample.keys.dtype, torch.float32)
+        return {"basis": vectors[:, :kept].to(dtype).contiguous(), "energy": energy.to(dtype)}
+
+    def _rank(self, width: int) -> int:
+        """The width of a latent, r of K·D."""
+        return max(1, round(self.rank * width))
+
+    def _checked(self, basis: Tensor | None, site: Site) -> Tensor:
+        """The first r columns of the calibrated basis."""
+        width = site.geometry.kv_heads * site.geometry.head_dim
+        rank = self._rank(width)
+        if basis is None:
+            raise ParameterError(f"rank: must come with a calibration of layer {site.layer} (a basis): none is given")
+        if basis.ndim != 2 or basis.shape[0] != width or basis.shape[1] < rank:
+            expected = f"[{width}, {rank}] or wider"
+            raise ParameterError(
+                f"rank: must come with a basis of shape {expected} for this model: {list(basis.shape)}"
+            )
+        return basis[:, :rank]
+
+
+def joint_spectrum(sample: Sample) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [K·D], descending, and eigenvectors (columns) of KᵀK in float64, K [S·T, K·D] before rotation.
+
+    Not centred. The component of an eigenvector that is largest in magnitude is positive.
+    """
+    rotary, positions = _known(sample.rotary), torch.arange(sample.keys.shape[2], device=sample.keys.device)
+    width = sample.keys.shape[1] * sample.keys.shape[3]
+    products = torch.zeros(width, width, dtype=torch.float64, device=sample.keys.device)
+    for sequence in sample.keys:  # one at a time: all of them in float64 could be too much
+        rows = rotary.unrotate(sequence.double(), positions).transpose(0, 1).flatten(1)
+        products += rows.T @ rows
+    eigenvalues, vectors = torch.linalg.eigh(products)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return eigenvalues.flip(0).clamp(min=0), (vectors * largest.sign()).flip(1)
+
+
+def _known(rotary: Rotary | None) -> Rotary:
+    if rotary is None:
+        raise ParameterError("latent: must know how the model rotates its keys, to undo it: the rotation is not known")
+    return rotary
+
+
+@attrs.frozen(eq=False)
+class LatentKeys(Format):
+    """What SALS keeps of the keys of one entry: k̃ = Uᵀ k, k the keys of all heads before rotation, side by side."""
+
+    rotary: Rotary
+    basis: Tensor  # U, [K·D, r] in the dtype of the arithmetic, orthonormal columns, the most telling first
+    heads: int  # K
+    dtype: torch.dtype  # of the model's keys, and of the latents
+    keep: int = 0
+    joint: bool = True
+    columns: Mapping[str, Column] = attrs.field(init=False)
+    _copies: dict[torch.device, Tensor] = attrs.field(init=False, factory=dict, repr=False)
+
+    @columns.default
+    def _columns(self) -> dict[str, Column]:
+        return {"latent": Column((self.rank,), self.dtype)}
+
+    @property
+    def rank(self) -> int:
+        """The width r of a latent."""
+        return self.basis.shape[1]
+
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        plain = self.unrotate(vectors, positions).masked_fill(positions[..., None] < 0, 0.0)
+        return {"latent": narrowed(self.project(plain.transpose(1, 2).flatten(2))[:, None], self.dtype)}
+
+    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        plain = columns["latent"][:, 0].to(self.basis.dtype) @ self._basis_on(positions.device).T
+        per_head = plain.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return narrowed(self.rotary.rotate(per_head, _common(positions)), self.dtype)
+
+    def unrotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Keys or queries [..., D] at positions [...] as they were before rotation, in the dtype of the basis."""
+        return self.rotary.unrotate(vectors.to(self.basis.dtype), positions)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Latents [..., r] of vectors before rotation, those of all KV heads side by side, [..., K·D]."""
+        return vectors @ self._basis_on(vectors.device)
+
+    def _basis_on(self, device: torch.device) -> Tensor:
+        """The basis where it is needed: calibration need not be on the device of the model."""
+        if device not in self._copies:
+            self._copies[device] = self.basis.to(device)
+        return self._copies[device]
+
+
+def _common(positions: Tensor) -> Tensor:
+    """[B, 1, n] if all heads hold the same positions, which saves most of the rotation's angles; else as they are."""
+    first = positions[:, :1]
+    # Only a host can look without making a device wait.
+    alike = positions.device.type == "cpu" and torch.equal(positions, first.expand_as(positions))
+    return first if alike else positions

@@ -1,0 +1,143 @@
+"""What is common to all heads is held once, and what is left is quantised."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.stages import Choice, Codec, Column, Format, Formats, Integer, Number, Sample, Site, parameter
+from kvpolicy_plugins.affine import (
+    BITS,
+    SCALES,
+    check_divides,
+    dequantise,
+    narrowed,
+    quantise,
+    scale_dtype,
+    working,
+)
+from kvpolicy_plugins.bit_widths import least_error
+from kvpolicy_plugins.packing import pack, packed_size, unpack
+
+_WIDTHS = (2, 4, 8)
+
+
+@attrs.frozen(eq=False)
+class Centred(Format):
+    """The mean over the KV heads of a token, and each head's difference from it, quantised along its channels."""
+
+    heads: int  # K
+    dim: int  # D
+    dtype: torch.dtype  # of the model's own vectors
+    stored: torch.dtype  # of means, scales and minima
+    bits: int
+    group: int  # divides D
+    keep: int = 0
+    step: int = 1
+    joint: bool = True
+    columns: Mapping[str, Column] = attrs.field(init=False)
+
+    @columns.default
+    def _columns(self) -> dict[str, Column]:
+        each = Column((self.heads, self.dim // self.group), self.stored)
+        codes = Column((self.heads, packed_size(self.dim, self.bits)), torch.uint8)
+        return {"mean": Column((self.dim,), self.stored), "codes": codes, "scale": each, "minimum": each}
+
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
+        exact = vectors.to(working(vectors.dtype)).movedim(1, 2)
+        mean = narrowed(exact.mean(2), self.stored)
+        # From the mean as it is held, so that rounding it costs nothing.
+        differences = (mean.to(exact.dtype)[:, :, None] - exact).unflatten(-1, (self.dim // self.group, self.group))
+        codes, scale, minimum = quantise(differences, -1, self.bits, self.stored)
+        columns = {"mean": mean, "codes": pack(codes.flatten(-2), self.bits)}
+        columns |= {"scale": scale.squeeze(-1), "minimum": minimum.squeeze(-1)}
+        return {name: column[:, None] for name, column in columns.items()}
+
+    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
+        codes, scale, minimum = (columns[name][:, 0].movedim(2, 1) for name in ("codes", "scale", "minimum"))
+        groups = unpack(codes.contiguous(), self.bits, self.dim).unflatten(-1, (self.dim // self.group, self.group))
+        exact = working(self.dtype)
+        differences = dequantise(groups, scale[..., None], minimum[..., None], exact).flatten(-2)
+        return narrowed(columns["mean"].to(exact) - differences, self.dtype)
+
+
+@attrs.frozen
+class Tada(Codec):
+    """The mean over the heads is held in 16 bits, the differences from it in few (TaDA).
+
+    Heads of a token share their outliers, so the differences have none. The newest `residual` entries stay as they
+    are, and what exceeds them is compressed `batch` entries at one time. With `bits: auto` a calibration chooses the
+    bits of each layer: those of at most `mean_bits` on average with the least sum of relative errors of the
+    attention's output; the paper searches at random for them, here the search is exact.
+
+    Relative to 16 bits an entry takes bits/16 + 1/K + 2/g: with few KV heads K, or short groups g, the mean and the
+    scales weigh more than the codes.
+    """
+
+    name: ClassVar[str] = "tada"
+    reference: ClassVar[str] = "arXiv:2506.04642"
+
+    bits: int | str = parameter(Choice((*_WIDTHS, "auto")), 4, help="bits per number; auto = calibrated for each layer")
+    group: int = parameter(Integer(minimum=0), 0, help="channels of a group; 0 = all of a head")
+    residual: int = parameter(Integer(minimum=0), 128, help="how many of the newest entries stay as they are")
+    batch: int = parameter(Integer(minimum=1), 32, help="how many entries are compressed at one time")
+    scales: str = parameter(SCALES, "half", help="means, scales and minima in float16, or in the model's own precision")
+    mean_bits: float = parameter(Number(minimum=2, maximum=8), 3.5, help="with bits: auto, their average over layers")
+
+    @property
+    def joint(self) -> bool:
+        return True
+
+    @property
+    def calibrated(self) -> bool:
+        return self.bits == "auto"
+
+    def formats(self, site: Site) -> Formats:
+        one = self._format(site, self._bits(site))
+        return Formats(one, one)
+
+    def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        """Per layer `bits`, an int64 scalar."""
+        if not self.calibrated:
+            return [{} for _ in samples]
+        capacity = int(len(samples) * self.mean_bits + 1e-6)
+        errors = [[self._error(sample, bits) for bits in _WIDTHS] for sample in samples]
+        chosen = least_error(errors, _WIDTHS, capacity)
+        return [{"bits": torch.tensor(_WIDTHS[width])} for width in chosen]
+
+    def _bits(self, site: Site) -> int:
+        if isinstance(self.bits, int):
+            return self.bits
+        if "bits" not in site.calibration:
+            raise ParameterError("bits: needs a calibration: 'auto'")
+        bits = int(site.calibration["bits"])
+        if not BITS.accepts(bits):
+            raise ParameterError(f"bits: must be {BITS} in the calibration: {bits}")
+        return bits
+
+    def _format(self, site: Site, bits: int) -> Centred:
+        heads, dim = site.geometry.kv_heads, site.geometry.head_dim
+        check_divides("group", self.group or dim, dim)
+        stored = scale_dtype(self.scales, site.dtype)
+        return Centred(heads, dim, site.dtype, stored, bits, self.group or dim, self.residual, self.batch)
+
+    def _error(self, sample: Sample, bits: int) -> float:
+        """How far quantised keys and values take the attention's output away, relative to its norm."""
+        exact = _attention(sample, sample.keys, sample.values)
+        form = self._format(Site(sample.geometry, sample.keys.dtype), bits)
+        positions = torch.arange(sample.keys.shape[2], device=sample.keys.device).expand(sample.keys.shape[:3])
+        held = [form.decode(form.encode(one, positions), positions) for one in (sample.keys, sample.values)]
+        away = (_attention(sample, *held) - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
+        return float(away)
+
+
+def _attention(sample: Sample, keys: Tensor, values: Tensor) -> Tensor:
+    """Output [S, H, T, D] of causal attention, in the working dtype."""
+    exact = working(keys.dtype)
+    queries, keys, values = sample.queries.to(exact), keys.to(exact), values.to(exact)
+    return torch.nn.functional.scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, scale=sample.scaling, enable_gqa=True
+    )

@@ -1,0 +1,33 @@
+"""Means of pairwise means."""
+
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.stages import Entries, Flag, Merger, View, parameter
+from kvpolicy_plugins.assignment import Assignment, entries_of
+from kvpolicy_plugins.merging import evicted_of, nearest
+
+
+@attrs.frozen
+class Pivot(Merger):
+    """Evicted entries join the kept entry with the most similar key, each averaged with it first.
+
+    `pivot` of KVCache-Factory, which comes from LOOK-M. x'_j is the mean of x_j and of all (x_j + x_i) / 2, for
+    keys (as cached, after the rotary embedding) and for values: however many join, x_j keeps half the weight.
+    """
+
+    name: ClassVar[str] = "pivot"
+    reference: ClassVar[str] = "arXiv:2406.18139"
+
+    merge_keys: bool = parameter(Flag(), True, help="merge keys too, not only values")
+
+    def merge(self, view: View, kept: Tensor) -> Entries:
+        similarity, target = nearest(view.keys, kept, evicted_of(view, kept))
+        joined = Assignment(kept, similarity > -torch.inf, target)
+        half = torch.full_like(similarity, 0.5)
+        own = 1 + joined.arrivals.to(half.dtype) / 2
+        keys = joined.blend(view.keys, half, own) if self.merge_keys else None
+        return entries_of(view, kept, keys=keys, values=joined.blend(view.values, half, own))

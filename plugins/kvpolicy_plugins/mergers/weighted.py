@@ -1,0 +1,38 @@
+"""Means weighted by likeness."""
+
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.stages import Entries, Flag, Merger, View, parameter
+from kvpolicy_plugins.assignment import Assignment, entries_of
+from kvpolicy_plugins.merging import evicted_of, nearest
+
+_LEAST = 1e-6
+
+
+@attrs.frozen
+class Weighted(Merger):
+    """Evicted entries join the kept entry with the most similar key, in a mean weighted by similarity.
+
+    `weighted` of KVCache-Factory, which comes from LOOK-M. With the cosine similarity u of keys,
+    w_i = max((u_i + 1) / 2, 1e-6) and x'_j = (x_j + Σ w_i·x_i) / (1 + Σ w_i), for keys and for values.
+
+    Keys are merged as cached, after the rotary embedding: the mean of two keys is neither at one's position nor
+    at the other's. And a mean is attended to less than its members were together. `merge_keys: false` avoids the
+    former.
+    """
+
+    name: ClassVar[str] = "weighted"
+    reference: ClassVar[str] = "arXiv:2406.18139"
+
+    merge_keys: bool = parameter(Flag(), True, help="merge keys too, not only values")
+
+    def merge(self, view: View, kept: Tensor) -> Entries:
+        similarity, target = nearest(view.keys, kept, evicted_of(view, kept))
+        joined = Assignment(kept, similarity > -torch.inf, target)
+        weights = ((similarity + 1) / 2).clamp(min=_LEAST)
+        keys = joined.blend(view.keys, weights) if self.merge_keys else None
+        return entries_of(view, kept, keys=keys, values=joined.blend(view.values, weights))

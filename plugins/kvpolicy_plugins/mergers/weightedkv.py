@@ -1,0 +1,49 @@
+"""Values handed on to the next entry."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+
+from kvpolicy.stages import Entries, Merger, Needs, View
+from kvpolicy_plugins.assignment import Assignment, entries_of, following
+from kvpolicy_plugins.merging import evicted_of
+
+
+@attrs.frozen
+class WeightedKV(Merger):
+    """Values of evicted entries go into the next kept one, in a mean weighted by average attention (WeightedKV).
+
+    With a = attention received / queries that saw the entry, averaged over the GQA group,
+    v'_j = (a_j·v_j + Σ a_i·v_i) / (a_j + Σ a_i). "Next" goes by position; what comes after the last kept entry
+    goes into that one. An entry that no query attended to is dropped. Keys stay.
+
+    The kept entry's own attention stays what it is: it does not inherit that of the entries it took in.
+    """
+
+    name: ClassVar[str] = "weightedkv"
+    reference: ClassVar[str] = "arXiv:2503.01330"
+
+    def needs(self) -> Needs:
+        return Needs(attention=True)
+
+    def merge(self, view: View, kept: Tensor) -> Entries:
+        return entries_of(view, kept, values=handed_on(view, kept, average_attention(view)))
+
+
+def average_attention(view: View) -> Tensor:
+    """[B, K, T] float32: mean attention per query that saw the entry, and per query head of the group."""
+    if view.attention is None:
+        raise ValueError("this view has no attention: declare it in the merger's `needs`")
+    newest = view.positions.amax((1, 2), keepdim=True)
+    queries = (newest - view.positions + 1).clamp(min=1)
+    return (view.attention.mean(2) / queries).masked_fill(~view.valid, 0.0)
+
+
+def handed_on(view: View, kept: Tensor, attention: Tensor) -> Tensor:
+    """Values [B, K, N, Dv] of the kept slots, merged by the average attention [B, K, T] (float32 or float64)."""
+    count = (kept >= 0).sum(-1, keepdim=True)
+    target = following(view, kept).minimum(count - 1).clamp(min=0)
+    merged = evicted_of(view, kept) & (count > 0) & (attention > 0)
+    own = attention.gather(-1, kept.clamp(min=0))
+    return Assignment(kept, merged, target).blend(view.values, attention, own)

@@ -1,0 +1,213 @@
+"""Evicted entries are merged so that the observation window sees what it saw."""
+
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.stages import Choice, Entries, Integer, Merger, Needs, Number, View, parameter
+from kvpolicy.stages.slots import gather
+from kvpolicy_plugins.merging import (
+    Groups,
+    evicted_of,
+    groups_of,
+    logsumexp_by_target,
+    nearest,
+    nearest_by,
+    statistics_of,
+    sum_by_target,
+)
+
+_SLACK = 1e-4  # equal attention is not told apart by rounding
+
+
+@attrs.frozen(eq=False)
+class Window:
+    """What the queries of the observation window see."""
+
+    queries: Tensor  # [B, K, G, W, D], times the scaling; zeros for a query that a row never had
+    logits: Tensor  # [B, K, G, W, T], votes included, -inf where a query does not see an entry
+    asked: Tensor  # int [B, W], positions of the queries; -1 = never had
+
+    def probabilities(self) -> Tensor:
+        """[B, K, G, W, T]; zeros for a query that sees nothing."""
+        return (self.logits - self.log_total).exp_()
+
+    @property
+    def log_total(self) -> Tensor:
+        """Log-sum-exp [B, K, G, W, 1] over the entries; 0 for a query that sees nothing."""
+        total = self.logits.logsumexp(-1, keepdim=True)
+        return total.masked_fill(total == -torch.inf, 0.0)
+
+
+@attrs.frozen(eq=False)
+class Fitted:
+    """Merged entries, one a group."""
+
+    keys: Tensor  # [B, K, N, D]
+    values: Tensor  # [B, K, N, Dv]
+    log_votes: Tensor  # [B, K, N]
+
+
+def window_of(view: View, count: int = 0) -> Window:
+    """The last `count` queries of a view, or all of them for 0."""
+    precise, asked = statistics_of(view.keys).dtype, view.window_positions[:, -count:]
+    real = (asked >= 0)[:, None, None, :, None]
+    visible = real & (view.positions[:, :, None, None] <= asked[:, None, None, :, None])
+    queries = view.window[:, :, -count:].to(precise).unflatten(1, (view.keys.shape[1], -1)) * view.scaling
+    logits = view.logits[..., -count:, :].to(precise).masked_fill(~visible, -torch.inf)
+    return Window(queries.masked_fill(~real, 0.0), logits, asked)
+
+
+def fit(keys: Tensor, values: Tensor, log_votes: Tensor, groups: Groups, complete: Tensor, window: Window) -> Fitted:
+    """One entry for each group, in the dtype of the window's logits.
+
+    The mass of a group is log-sum-exp of its members' logits, a convex function of the query; it is replaced by
+    a linear one, q·k_r + b_r, that has the same mean over the queries, weighted by the mass they give the group.
+
+    Args:
+        keys: [B, K, T, D].
+        values: [B, K, T, Dv].
+        log_votes: [B, K, T].
+        groups: of N kept entries.
+        complete: bool [B, K, W, N], queries that count for a group: they see all of it.
+        window: the queries.
+    """
+    target, count = groups.target, groups.merged.shape[-1]
+    total = window.log_total
+    counts = complete.gather(-1, target[:, :, None].expand(-1, -1, complete.shape[2], -1))
+    counts &= groups.member[:, :, None]
+    share = (window.logits - total).masked_fill_(~counts[:, :, None], -torch.inf)
+    votes = log_votes.to(share.dtype).masked_fill(~groups.member, -torch.inf)
+    mass, weights = _weights(share.flatten(2, 3).logsumexp(2), votes, groups)
+    merged = sum_by_target(weights, keys, target, count)
+    part = logsumexp_by_target(share, target, count)  # [B, K, G, W, N]
+    given = (part - mass[:, :, None, None]).exp_()
+    missing = part + total - window.queries @ merged[:, :, None].transpose(-1, -2)
+    bias = (given * missing).masked_fill_(part == -torch.inf, 0.0).flatten(2, 3).sum(2)
+    bias = torch.where(mass == -torch.inf, logsumexp_by_target(votes, target, count), bias)
+    return Fitted(merged, sum_by_target(weights, values, target, count), bias)
+
+
+def _weights(mass: Tensor, votes: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Ln mass of the groups [B, K, N], and the part [B, K, T] that each member has; by votes in a group without."""
+    target, count = groups.target, groups.merged.shape[-1]
+    whole = logsumexp_by_target(mass, target, count)
+    mass = torch.where((whole == -torch.inf).gather(-1, target), votes, mass)
+    parts = mass - logsumexp_by_target(mass, target, count).gather(-1, target)
+    return whole, parts.exp().masked_fill(~groups.member, 0.0)
+
+
+@attrs.frozen
+class WindowFit(Merger):
+    """Merges evicted entries into survivors by a fit to the whole observation window; no publication.
+
+    With a = scaling·q·k and log-votes b, p = softmax(a + b) of each query over the held entries, and P the sum of
+    p over a group:
+
+    1. a survivor takes others in if it gets at least `attended` times the attention of the average evicted entry:
+       one that was kept for another reason would be overwritten by them;
+    2. `assign: cosine`: an evicted entry goes to the survivor with the most similar key, or is dropped below
+       `threshold`; `ward`: to the one where that adds the least to the spread of logits and values within groups,
+       weighted by attention (Ward's criterion);
+    3. weights = Σ p of an entry / Σ P, over the queries and the G heads; k_r, v_r = weighted means;
+    4. b_r = Σ P·(logsumexp of a + b in the group - scaling·q·k_r) / Σ P, the log-vote.
+
+    A query counts for a group if it sees all of it. A group that nobody attends to is averaged by votes. KeepKV is
+    exact for one query and, as log-sum-exp is convex, too small for all others; this is right on average.
+    """
+
+    name: ClassVar[str] = "window_fit"
+    votes: ClassVar[bool] = True
+    reads_window: ClassVar[bool] = True
+
+    assign: str = parameter(Choice(("cosine", "ward")), "cosine", help="how an evicted entry finds its survivor")
+    threshold: float = parameter(
+        Number(minimum=-1), -1.0, help="cosine similarity of keys from which entries merge; -1 = all do"
+    )
+    attended: float = parameter(
+        Number(minimum=0), 1.0, help="attention a survivor needs to take others in, relative to the mean of evicted"
+    )
+    queries: int = parameter(Integer(minimum=0), 0, help="how many of the last queries are fitted; 0 = all observed")
+
+    def __attrs_post_init__(self) -> None:
+        if self.assign == "ward" and self.threshold != -1:
+            raise ParameterError(f"threshold: must be -1 unless entries are assigned by cosine: {self.threshold:g}")
+
+    def needs(self) -> Needs:
+        return Needs(queries=self.queries)
+
+    def merge(self, view: View, kept: Tensor) -> Entries:
+        keys, values = gather(view.keys, kept), gather(view.values, kept)
+        log_votes = torch.zeros(view.positions.shape, device=view.keys.device)
+        log_votes = log_votes if view.log_votes is None else view.log_votes
+        votes = gather(log_votes, kept)
+        if not kept.shape[-1]:
+            return Entries(keys, values, votes)
+        window = window_of(view, self.queries)
+        groups = self._groups(view, kept, window)
+        fitted = fit(view.keys, view.values, log_votes, groups, _complete(view, groups, window), window)
+        merged = groups.merged
+        return Entries(
+            keys=torch.where(merged[..., None], fitted.keys.to(keys.dtype), keys),
+            values=torch.where(merged[..., None], fitted.values.to(values.dtype), values),
+            log_votes=torch.where(merged, fitted.log_votes.to(votes.dtype), votes),
+            changed=merged,
+        )
+
+    def _groups(self, view: View, kept: Tensor, window: Window) -> Groups:
+        evicted, attention = evicted_of(view, kept), mean_attention(window)
+        usual = attention.masked_fill(~evicted, 0.0).sum(-1, keepdim=True) / evicted.sum(-1, keepdim=True).clamp(min=1)
+        seen = gather(attention, kept) >= self.attended * (1 - _SLACK) * usual
+        hosts = kept.masked_fill(~seen, -1)
+        similarity, place = self._nearest(view, hosts, evicted, window, attention)
+        everyone = self.threshold == -1  # rounding may put opposite keys below -1
+        joins = similarity > -torch.inf if everyone else similarity >= self.threshold
+        return groups_of(kept, evicted & joins, place)
+
+    def _nearest(
+        self, view: View, hosts: Tensor, evicted: Tensor, window: Window, attention: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.assign == "cosine":
+            return nearest(view.keys, hosts, evicted)
+        traits = _traits(view, window)
+        survivors, theirs = gather(traits, hosts), gather(attention, hosts)[:, :, None]
+
+        def closeness(part: Tensor) -> Tensor:
+            ours = gather(attention, part)[..., None]
+            weight = ours * theirs / (ours + theirs).clamp(min=torch.finfo(ours.dtype).tiny)
+            return -weight * _square_distance(gather(traits, part), survivors)
+
+        return nearest_by(closeness, hosts, evicted, traits.dtype)
+
+
+def _complete(view: View, groups: Groups, window: Window) -> Tensor:
+    """Queries that see all of a group, bool [B, K, W, N]."""
+    positions = view.positions.masked_fill(~groups.member, -1)
+    newest = positions.new_full(groups.merged.shape, -1).scatter_reduce_(-1, groups.target, positions, "amax")
+    asked = window.asked[:, None, :, None]
+    return (asked >= 0) & (newest[:, :, None] <= asked)
+
+
+def _traits(view: View, window: Window) -> Tensor:
+    """[B, K, T, G·W + Dv]: logits without votes and values, so that distances are those of Ward's criterion."""
+    queries = window.queries.flatten(2, 3)
+    count = (window.asked >= 0).sum(-1).clamp(min=1)[:, None, None, None] * window.queries.shape[2]
+    values = view.values.to(queries.dtype).masked_fill(~view.valid[..., None], 0.0)
+    square = values.square().sum((-2, -1)) / view.lengths.clamp(min=1)
+    size = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()[..., None, None]
+    return torch.cat([view.keys.to(queries.dtype) @ queries.transpose(-1, -2) / count.sqrt(), values / size], -1)
+
+
+def mean_attention(window: Window) -> Tensor:
+    """[B, K, T]: mean over the queries that see an entry."""
+    seen = (window.logits[:, :, 0] > -torch.inf).sum(2).clamp(min=1) * window.logits.shape[2]
+    return window.probabilities().sum((2, 3)) / seen
+
+
+def _square_distance(left: Tensor, right: Tensor) -> Tensor:
+    """[B, K, E, F] and [B, K, N, F] to [B, K, E, N]."""
+    squares = left.square().sum(-1)[..., None] + right.square().sum(-1)[:, :, None]
+    return (squares - 2 * left @ right.transpose(-1, -2)).clamp_(min=0.0)

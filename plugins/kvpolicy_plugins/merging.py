@@ -1,0 +1,135 @@
+"""What mergers share: which kept entry an evicted one goes to, and sums over what goes to each."""
+
+from collections.abc import Callable
+
+import attrs
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from kvpolicy.stages import View
+from kvpolicy.stages.slots import gather, indices_of
+
+_EPS = 1e-6
+
+
+def statistics_of(vectors: Tensor) -> Tensor:
+    """`vectors` in the dtype of statistics: float64 stays, anything else becomes float32."""
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
+
+
+def kept_index(kept: Tensor, slots: int) -> Tensor:
+    """Where each slot stands in `kept` [B, K, N]: int64 [B, K, slots], -1 for a slot that is not kept."""
+    order = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+    index = kept.new_full((*kept.shape[:2], slots + 1), -1)  # the last column takes what pads `kept`
+    return index.scatter(-1, kept.masked_fill(kept < 0, slots), order)[..., :slots]
+
+
+@attrs.frozen(eq=False)
+class Groups:
+    """Who is merged with whom: each kept entry and the evicted ones that go to it."""
+
+    target: Tensor  # int64 [B, K, T], place in `kept` of the entry that a slot goes to; 0 for slots that go nowhere
+    member: Tensor  # bool [B, K, T], kept and what goes to it; the rest is dropped
+    merged: Tensor  # bool [B, K, N], groups of more than one
+
+
+def groups_of(kept: Tensor, joins: Tensor, place: Tensor) -> Groups:
+    """Groups of the kept entries [B, K, N] and those that join them: `joins` bool, `place` int64 [B, K, T]."""
+    own = kept_index(kept, joins.shape[-1])
+    target = torch.where(joins, place, own.clamp(min=0))
+    merged = count_by_target(joins.float(), target, kept.shape[-1]) > 0
+    return Groups(target, joins | (own >= 0), merged)
+
+
+def evicted_of(view: View, kept: Tensor) -> Tensor:
+    """Bool [B, K, T]: the entries of the view that are not in `kept` [B, K, N]."""
+    return view.valid & (kept_index(kept, view.positions.shape[-1]) < 0)
+
+
+def nearest(keys: Tensor, kept: Tensor, evicted: Tensor, *, block: int = 512) -> tuple[Tensor, Tensor]:
+    """The kept slot whose key points most alike, for every evicted slot.
+
+    Args:
+        keys: [B, K, T, D].
+        kept: int64 [B, K, N], -1 behind a head's last one.
+        evicted: bool [B, K, T].
+        block: evicted entries that are compared at a time: no more than `block` x N similarities exist.
+
+    Returns:
+        The largest cosine similarity [B, K, T] (float32; float64 for float64 keys), and its place in `kept`
+        [B, K, T] int64, the lowest one on ties. -inf and 0 for slots that are not evicted, or if none is kept.
+    """
+    survivors = _directions(gather(keys, kept)).transpose(-1, -2)
+    return nearest_by(lambda part: _directions(gather(keys, part)) @ survivors, kept, evicted, survivors.dtype, block)
+
+
+def nearest_by(
+    measure: Callable[[Tensor], Tensor], kept: Tensor, evicted: Tensor, dtype: torch.dtype, block: int = 512
+) -> tuple[Tensor, Tensor]:
+    """As `nearest`, by any similarity of that dtype: `measure` takes slots [B, K, E] (-1 = none) to [B, K, E, N]."""
+    similarity = torch.full(evicted.shape, -torch.inf, dtype=dtype, device=kept.device)
+    place = torch.zeros(evicted.shape, dtype=torch.int64, device=kept.device)
+    if kept.shape[-1] == 0:
+        return similarity, place
+    none = (kept < 0)[:, :, None]
+    for part in indices_of(evicted).split(block, dim=-1):
+        best, at = measure(part).masked_fill(none, -torch.inf).max(-1)  # the first of equals
+        similarity = _spread(similarity, part, best)
+        place = _spread(place, part, at)
+    return similarity, place
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    precise = statistics_of(vectors)
+    norms: Tensor = vector_norm(precise, dim=-1, keepdim=True)
+    return precise / norms.clamp(min=_EPS)
+
+
+def _spread(onto: Tensor, slots: Tensor, found: Tensor) -> Tensor:
+    """`onto` [B, K, T] with `found` [B, K, E] at `slots` [B, K, E]; slots of -1 are left out."""
+    wider = torch.cat([onto, onto[..., :1]], -1)
+    return wider.scatter(-1, slots.masked_fill(slots < 0, onto.shape[-1]), found)[..., :-1]
+
+
+def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) -> Tensor:
+    """Weighted sums of the vectors that have the same target, in the dtype of the weights.
+
+    Args:
+        weights: [B, K, T], zero where nothing is to be added.
+        vectors: [B, K, T, D].
+        target: int64 [B, K, T], from 0 to count - 1.
+        count: how many targets there are.
+
+    Returns:
+        [B, K, count, D].
+    """
+    parts = weights[..., None] * vectors.to(weights.dtype)
+    sums = parts.new_zeros(*parts.shape[:2], max(count, 1), parts.shape[-1])
+    return sums.scatter_add_(2, target[..., None].expand_as(parts), parts)[:, :, :count]
+
+
+def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
+    """Sums of the weights [B, K, T] that have the same target [B, K, T], as [B, K, count]."""
+    sums = weights.new_zeros(*weights.shape[:2], max(count, 1))
+    return sums.scatter_add_(-1, target, weights)[..., :count]
+
+
+def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
+    """Logarithm of the sum of e^values over what has the same target; -inf where nothing has.
+
+    Args:
+        values: [B, K, ..., T] float32 or float64, -inf where nothing is to be added.
+        target: int64 [B, K, T], from 0 to count - 1; the same for all dimensions in between.
+        count: how many targets there are.
+
+    Returns:
+        [B, K, ..., count].
+    """
+    between = [1] * (values.ndim - target.ndim)
+    index = target.reshape(*target.shape[:2], *between, target.shape[-1]).expand_as(values)
+    lowest = values.new_full((*values.shape[:-1], max(count, 1)), -torch.inf)
+    largest = lowest.scatter_reduce_(-1, index, values, "amax")
+    ground = largest.masked_fill(largest == -torch.inf, 0.0)
+    parts = (values - ground.gather(-1, index)).exp_()
+    return (torch.zeros_like(ground).scatter_add_(-1, index, parts).log_() + ground)[..., :count]

@@ -1,0 +1,93 @@
+"""The pages that could hold the keys nearest to the query."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.stages import Column, Format, Integer, Question, Reader, Site, parameter
+from kvpolicy_plugins.grouping import GROUP, reduce_group
+from kvpolicy_plugins.leading import leading
+
+
+@attrs.frozen
+class Pages(Reader):
+    """Whole pages, those with the highest bound on q·k, Quest (section 3.3).
+
+    1. Of each page the minimum and the maximum of its keys is kept, channel by channel;
+    2. no key of the page has a larger q·k than Σ max(q·minimum, q·maximum) over the channels;
+    3. of the query heads of a KV head the largest bound counts (Quest has one query head per KV head);
+    4. read are the newest page, full or not, and as many of the best others as `budget` allows, per KV head.
+    """
+
+    name: ClassVar[str] = "pages"
+    reference: ClassVar[str] = "arXiv:2406.10774"
+
+    page: int = parameter(Integer(minimum=1), 16, help="consecutive entries that are read or left together")
+    budget: int = parameter(Integer(minimum=1), 512, help="entries read, at most; at least one page")
+    group: str = parameter(GROUP, "max", help="how the bounds of a KV head's query heads are reduced to one")
+    dense_first: int = parameter(Integer(minimum=0), 2, help="layers at the start that read everything")
+
+    def __attrs_post_init__(self) -> None:
+        if self.budget < self.page:
+            raise ParameterError(f"budget: must be at least one page of {self.page} entries: {self.budget}")
+
+    def pages(self, site: Site) -> Format:
+        return Bounds(site.geometry.head_dim, site.dtype, self.page, self.page)
+
+    def choose(self, question: Question) -> Tensor | None:
+        if question.layer < self.dense_first or question.positions.shape[2] <= self.budget:
+            return None
+        lengths = (question.positions >= 0).sum(-1, keepdim=True, dtype=torch.int32).long()  # [B, K, 1]
+        newest = (lengths - 1).clamp(min=0) // self.page  # the page of the newest entry
+        wanted = (self.budget - (lengths - newest * self.page)) // self.page
+        chosen = self._best(self.bounds(question), newest, wanted)
+        return self._slots(torch.cat([chosen, newest], -1), lengths)
+
+    def bounds(self, question: Question) -> Tensor:
+        """[B, K, pages] at least as large as q·k of any key of the page, `group` over the query heads."""
+        dtype = torch.promote_types(question.queries.dtype, torch.float32)
+        low, high = (question.pages[name].to(dtype).transpose(-1, -2) for name in ("minimum", "maximum"))
+        queries = question.queries.to(dtype).unflatten(1, (question.geometry.kv_heads, -1))
+        bounds = queries.clamp(min=0) @ high + queries.clamp(max=0) @ low  # [B, K, G, pages]
+        return reduce_group(bounds, self.group)[:, :, 0]
+
+    def _best(self, bounds: Tensor, newest: Tensor, wanted: Tensor) -> Tensor:
+        """Pages [B, K, n] before the newest, the best `wanted` of each head; -1 behind them."""
+        earlier = torch.arange(bounds.shape[-1], device=bounds.device) < newest
+        best = leading(bounds, earlier, self.budget // self.page)
+        rank = torch.arange(best.shape[-1], device=best.device)
+        return best.masked_fill(rank >= torch.minimum(wanted, newest), -1)
+
+    def _slots(self, pages: Tensor, lengths: Tensor) -> Tensor:
+        """Slots of the pages, ascending, -1 behind a head's last one."""
+        behind = torch.iinfo(torch.int64).max
+        slots = pages[..., None] * self.page + torch.arange(self.page, device=pages.device)
+        slots = slots.masked_fill(pages[..., None] < 0, behind).flatten(2)
+        slots = slots.masked_fill(slots >= lengths, behind).sort(-1).values[..., : self.budget]
+        return slots.masked_fill(slots == behind, -1)
+
+
+@attrs.frozen(eq=False)
+class Bounds(Format):
+    """The smallest and the largest number of each channel of a page's keys."""
+
+    dim: int  # D
+    dtype: torch.dtype  # of the model's own keys
+    unit: int
+    step: int
+    columns: Mapping[str, Column] = attrs.field(init=False)
+
+    @columns.default
+    def _columns(self) -> dict[str, Column]:
+        return {name: Column((self.dim,), self.dtype) for name in ("minimum", "maximum")}
+
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 bounds have no position
+        keys = vectors.unflatten(2, (-1, self.unit))
+        return {"minimum": keys.amin(3), "maximum": keys.amax(3)}
+
+    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        raise NotImplementedError("the bounds of a page do not give its keys back")

@@ -1,0 +1,161 @@
+"""Policies that pack their entries or choose what to read, on whole models."""
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy.errors import CalibrationError, PolicyError, UnsupportedCallError
+from tests.models import ARCHITECTURES, build, difference, generate, model, prompt
+from tests.policies import small
+
+STORES = {
+    "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8},
+    "tada": {"use": "tada", "bits": 4, "residual": 4, "batch": 4},
+    "rotation": {"use": "rotation", "bits": 4},
+    "fp8": "fp8",
+    "latent": {"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8},
+}
+READERS = {
+    "pages": {"use": "pages", "page": 4, "budget": 12, "dense_first": 0},
+    "latent_topk": {"use": "latent_topk", "sinks": 2, "critical": 6, "recent": 4, "dense_first": 0, "dense_last": 0},
+}
+LENGTHS = (40, 29, 7)
+
+
+def keeping_all(store="plain", read="all"):
+    return kvpolicy.load("full", store=store, read=read)
+
+
+def attached(one, policy):
+    calibration = policy.calibrate(one, prompt(64, 64)[0]) if policy.spec.store.calibrated else None
+    return policy.attach(one, calibration=calibration)
+
+
+def assert_rows_alone(one, policy):
+    tokens, mask = prompt(*LENGTHS)
+    with attached(one, policy):
+        together = generate(one, tokens, mask)
+        for row, length in enumerate(LENGTHS):
+            alone = generate(one, tokens[row : row + 1, -length:])
+            assert torch.equal(together.sequences[row, -24:], alone.sequences[0, -24:])
+
+
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+def test_rows_are_independent_when_everything_is_kept(store):
+    assert_rows_alone(model(), keeping_all(store))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+def test_every_store_composes_with_eviction_and_merging_in_every_architecture(store, architecture):
+    merge = {"use": "keepkv", "window": 4} if architecture == "llama" else "drop"
+    assert_rows_alone(model(architecture), small("snapkv", store=store, merge=merge))
+
+
+@pytest.mark.parametrize(("store", "read"), [("plain", "pages"), ("kivi", "pages"), ("latent", "latent_topk")])
+def test_readers_give_each_row_what_it_gets_alone(store, read):
+    assert_rows_alone(model(), keeping_all(STORES.get(store, store), READERS[read]))
+
+
+@pytest.mark.parametrize("read", [{"use": "pages", "page": 4, "budget": 400}, "all"])
+def test_a_reader_that_can_read_everything_changes_no_bit(read):
+    one, tokens = model(), prompt(40, 29)
+    expected = generate(one, *tokens)
+    with kvpolicy.load("full", read=read).attach(one):
+        assert difference(generate(one, tokens[0][1:], tokens[1][1:]), generate(one, tokens[0][1:], tokens[1][1:])) == 0
+        alone = generate(one, tokens[0][:1])
+    assert difference(alone, generate(one, tokens[0][:1])) == 0
+    assert torch.equal(alone.sequences, expected.sequences[:1])
+
+
+@pytest.mark.parametrize("store", ["kivi", "tada"])
+def test_until_something_is_packed_no_bit_changes(store):
+    one, (tokens, mask) = model(), prompt(20)
+    wide = {"kivi": {"use": "kivi", "group": 4, "residual": 64}, "tada": {"use": "tada", "residual": 64}}[store]
+    expected = generate(one, tokens, mask)
+    with keeping_all(wide).attach(one):
+        assert difference(generate(one, tokens, mask), expected) == 0
+
+
+def test_the_full_rank_of_latents_and_8_bits_are_nearly_exact():
+    one, (tokens, mask) = build(dtype=torch.float64), prompt(40)
+    expected = generate(one, tokens, mask)
+    policy = keeping_all({"use": "latent", "rank": 1, "value_bits": 8, "value_group": 1, "scales": "full"})
+    with attached(one, policy):
+        assert difference(generate(one, tokens, mask), expected) < 1e-3
+
+
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}])
+def test_ways_to_generate(store, options):
+    one, (tokens, mask) = model(), prompt(40)
+    with attached(one, small("snapkv", store=store)) as attachment:
+        torch.manual_seed(0)
+        assert generate(one, tokens, mask, **options).sequences.shape[1] == 64
+        assert attachment.report().nbytes > 0
+
+
+def test_the_report_says_what_was_read():
+    one, (tokens, mask) = model(), prompt(60)
+    with keeping_all(read=READERS["pages"]).attach(one) as attachment:
+        generate(one, tokens, mask)
+    layers = attachment.report().layers
+    assert all(layer.held == 83 for layer in layers)
+    assert all(8 < layer.read <= 12 + 4 for layer in layers)
+    assert attachment.report().to_dict()["layers"][0]["read"] == layers[0].read
+    assert "read a step" in str(attachment.report())
+
+
+def test_a_mask_that_is_not_causal_is_refused_before_a_packed_past():
+    one = model()
+    with keeping_all(STORES["kivi"]).attach(one) as attachment:
+        cache = attachment.cache()
+        hidden = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+        hidden[..., 0] = False
+        hidden[..., 0, 0] = True
+        with torch.no_grad(), pytest.raises(UnsupportedCallError, match="hides more"):
+            one(prompt(8)[0], attention_mask=hidden, past_key_values=cache)
+
+
+def test_calibration_is_asked_for_and_checked(tmp_path):
+    one, other, tokens = build(), build(seed=1), prompt(64, 64)[0]
+    policy = keeping_all(STORES["latent"])
+    with pytest.raises(PolicyError, match="store: latent needs a calibration for this model: kvpolicy calibrate full"):
+        policy.attach(one)
+    file = tmp_path / "latent.safetensors"
+    policy.calibrate(one, tokens).save(file)
+    policy.attach(one, calibration=file).detach()
+    with pytest.raises(CalibrationError, match=r"latent\.safetensors: was made for another model"):
+        policy.attach(other, calibration=file)
+    with pytest.raises(CalibrationError, match="another store"):
+        keeping_all({**STORES["latent"], "rank": 0.25}).attach(one, calibration=file)
+    with pytest.raises(CalibrationError, match="needs no calibration"):
+        keeping_all().calibrate(one, tokens)
+    with pytest.raises(CalibrationError, match="tokens"):
+        policy.calibrate(one, tokens[0])
+
+
+def test_calibrating_leaves_the_model_as_it_was():
+    one, (tokens, mask) = build(), prompt(40)
+    before = generate(one, tokens, mask)
+    policy = keeping_all(STORES["latent"])
+    first = policy.calibrate(one, prompt(64, 64)[0])
+    again = policy.calibrate(one, prompt(64, 64)[0])
+    assert difference(generate(one, tokens, mask), before) == 0
+    assert all(torch.equal(left["basis"], right["basis"]) for left, right in zip(first.layers, again.layers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        ({"use": "kivi", "group": 16, "residual": 16}, "store: group: must divide the head dimension 8 of this model: 16"),
+        ({"use": "latent", "value_group": 3}, "value_group: must divide the head dimension 8 of this model: 3"),
+    ],
+)
+def test_group_sizes_that_do_not_divide_are_refused_before_anything_changes(store, message):
+    one = build()
+    policy = keeping_all(store)
+    name = one.config._attn_implementation
+    with pytest.raises(PolicyError, match=message):
+        attached(one, policy)
+    assert one.config._attn_implementation == name
