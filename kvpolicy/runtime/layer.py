@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.errors import CacheError, UnsupportedModelError
 from kvpolicy.plan.pipeline import compress
@@ -15,6 +14,7 @@ from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
 from kvpolicy.runtime.holdings import Holdings
+from kvpolicy.runtime.logical import LogicalLayer
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import question_of
 from kvpolicy.runtime.stats import LayerStats
@@ -22,7 +22,7 @@ from kvpolicy.runtime.trigger import entries_allowed
 from kvpolicy.runtime.window import Window
 
 
-class PolicyLayer(CacheLayerMixin):
+class PolicyLayer(LogicalLayer):
     """Storage of one layer. The lengths it reports are logical: tokens seen, whatever is still held.
 
     One forward is `update` (append), then, from the attention function that alone sees the queries, `arrive` (which of
@@ -30,17 +30,15 @@ class PolicyLayer(CacheLayerMixin):
     attribute `kvpolicy_layer`.
     """
 
-    is_sliding = False
-
     def __init__(self, plan: Plan, ordinal: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.plan = plan
         self.ordinal = ordinal
         self.stats = LayerStats(plan.geometry.managed[ordinal])
         self.record_past = False
-        self._clear()
+        self.reset()
 
-    def _clear(self) -> None:
+    def reset(self) -> None:
         self.is_initialized = False
         self._make_room(0, self.plan.device)
         self.window = Window(self.plan.needs.queries)
@@ -221,26 +219,7 @@ class PolicyLayer(CacheLayerMixin):
     def _sample(self) -> None:
         self.stats.sample(self.seen, self.held.slots.average, self.held.nbytes)
 
-    # -- the rest of the cache interface -----------------------------------------------------------------------
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, pads included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the model's own mask: logical, so right until the first eviction.
-
-        Afterwards the mask only tells which new tokens are pads.
-        """
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No bound on the tokens that may be seen."""
-        return -1
-
-    def reset(self) -> None:
-        """Empty the layer."""
-        self._clear()
+    # -- undoing, and moving rows ---------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
         """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back."""
@@ -273,7 +252,7 @@ class PolicyLayer(CacheLayerMixin):
         count = -asked if asked <= 0 else max(0, self.seen - asked)
         if count > self.seen - self._firm:
             raise CacheError(
-                f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted "
+                f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted or packed "
                 f"{self.seen - self._firm} tokens ago; call activate_past_recording() before tokens that may be undone"
             )
         return count
@@ -287,20 +266,7 @@ class PolicyLayer(CacheLayerMixin):
         self._unsettled = _without_newest(self._unsettled, count)
         self.window.forget(torch.tensor(self.real, device=self.device))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes what row `beam_idx[b]` was."""
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, beside each other."""
-        self._select([row for row in range(len(self.real)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows named."""
-        if self.is_initialized:
-            self._select(torch.arange(len(self.real))[indices.cpu()].tolist())
-
-    def _select(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
             self._begin()
             self.held.select_rows(rows)

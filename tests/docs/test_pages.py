@@ -16,7 +16,7 @@ import kvpolicy
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.reference import reference_markdown
 from kvpolicy.stages import Scorer
-from kvpolicy.stages.conformance import check_plugin
+from kvpolicy.stages.conformance import Promises, check_plugin
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -79,6 +79,15 @@ def test_plugin_shown_keeps_its_contract(page, tmp_path, monkeypatch):
 
     assert issubclass(plugin, Scorer)
     check_plugin(plugin(power=2.0))
+
+
+def test_store_shown_keeps_its_contract(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
+    source = next(block for block in blocks("python", page) if "(Codec)" in block)
+    (tmp_path / "shown_store.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    check_plugin(importlib.import_module("shown_store").Float16(recent=3), Promises(error=1e-3))
 
 
 def test_tutorial_runs(capsys):

@@ -1,0 +1,52 @@
+"""What transformers asks of a cache layer that is no tensor: lengths, in tokens seen, and rows."""
+
+import abc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+
+class LogicalLayer(CacheLayerMixin):
+    """Answers for a layer that has seen `seen` tokens of each row, whatever it still holds of them."""
+
+    is_sliding = False
+    seen: int  # pads included
+    real: list[int]  # tokens of each row, pads excluded
+
+    @abc.abstractmethod
+    def reset(self) -> None:
+        """Empty the layer."""
+
+    @abc.abstractmethod
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep the rows named, in that order; a row may be named more than once."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, pads included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the model's own mask: logical, so right until the first eviction.
+
+        Afterwards the mask only tells which new tokens are pads.
+        """
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No bound on the tokens that may be seen."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row `beam_idx[b]` was."""
+        self.select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, beside each other."""
+        self.select_rows([row for row in range(len(self.real)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows named."""
+        if self.real:
+            self.select_rows(torch.arange(len(self.real))[indices.cpu()].tolist())
