@@ -7,6 +7,7 @@ import typer
 from kvpolicy.cli.calibrate import calibrate
 from kvpolicy.cli.check import check_policies
 from kvpolicy.cli.demo import demo
+from kvpolicy.cli.evaluate import evaluate
 from kvpolicy.cli.group import TRACEBACK, KVPolicyGroup
 from kvpolicy.cli.plan import plan
 from kvpolicy.cli.policies import list_policies, show
@@ -41,6 +42,7 @@ def root(version: _Version = False, traceback: _Traceback = False) -> None:
 
 for command, name in (
     (demo, "demo"),
+    (evaluate, "evaluate"),
     (run, "run"),
     (plan, "plan"),
     (calibrate, "calibrate"),

@@ -5,12 +5,14 @@ from typing import Any
 
 import attrs
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.meter import Meter, held_bytes, window_bytes
 from kvpolicy.evaluate.testbed import Item
+from kvpolicy.plan.calibration import Calibration
 from kvpolicy.policy import Policy
 
 
@@ -40,6 +42,7 @@ def answer(
     items: Sequence[Item],
     policy: Policy | None,
     question: str = SEEN,
+    calibration: Calibration | None = None,
 ) -> tuple[Answers, Cache]:
     """Generate greedily for all items at once, left-padded; None stands for the full cache of transformers.
 
@@ -49,7 +52,7 @@ def answer(
     """
     if policy is None:
         return _generate(model, tokenizer, items, question, DynamicCache(config=model.config))
-    with policy.attach(model) as attachment:
+    with policy.attach(model, calibration=calibration) as attachment:
         return _generate(model, tokenizer, items, question, attachment.cache())
 
 
@@ -80,7 +83,8 @@ def _generate(
     both = {name: torch.cat([contexts[name], questions[name]], 1) for name in ("input_ids", "attention_mask")}
     generate: Any = model.generate
     with Meter(model, cache, prompt_forwards=2) as meter:
-        model(**contexts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        places = places_of(contexts["attention_mask"])  # pads not counted: `generate` goes on from there
+        model(**contexts, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1)
         limit = max(item.new_tokens for item in items)
         written = generate(**both, past_key_values=cache, max_new_tokens=limit, do_sample=False)
     written = written[:, both["input_ids"].shape[1] :]
@@ -95,6 +99,11 @@ def _generate(
         window_bytes=window_bytes(cache),
     )
     return answers, cache
+
+
+def places_of(valid: Tensor) -> Tensor:
+    """Where each token [B, T] stands among its row's real ones; 0 for pads on the left."""
+    return (valid.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> Any:

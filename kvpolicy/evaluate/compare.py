@@ -8,6 +8,7 @@ import attrs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.evaluate.answers import Answers, answer, total_tokens
+from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.scoring import before_mistake, is_whole
 from kvpolicy.evaluate.setup import Contender, Setup
@@ -54,9 +55,12 @@ def compare(
     Contenders take turns on each batch, in an order drawn from the seed, so that a machine that gets slower or faster
     meanwhile does so for all. Raises EvaluationError before anything runs when a share leaves no room.
     """
-    planned = [(task, _fitted(model, tokenizer, setup, task)) for task in setup.tasks]
-    _warm_up(model, tokenizer, planned[0][1])
-    return tuple(one for task, fitted in planned for one in _task(model, tokenizer, setup, task, fitted, progress))
+    calibrations = Calibrations(model)
+    planned = [(task, _fitted(tokenizer, setup, task, calibrations)) for task in setup.tasks]
+    _warm_up(tokenizer, planned[0][1], calibrations)
+    return tuple(
+        one for task, fitted in planned for one in _task(tokenizer, setup, task, fitted, calibrations, progress)
+    )
 
 
 def steps(setup: Setup) -> int:
@@ -67,11 +71,15 @@ def steps(setup: Setup) -> int:
 _Fitted = dict[Contender, Policy | None]
 
 
-def _fitted(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: Setup, task: str) -> _Fitted:
+def _fitted(tokenizer: PreTrainedTokenizerBase, setup: Setup, task: str, calibrations: Calibrations) -> _Fitted:
     """Each contender's policy for the shortest of the task's items, so that no item gets more than the share."""
     items = [item for batch in _batches(setup, task) for item in batch]
     length = min(total_tokens(tokenizer, item, setup.question) for item in items)
-    return {one: one.policy and fit(one.policy, model, length=length, share=one.share) for one in setup.contenders}
+    model = calibrations.model
+    return {
+        one: one.policy and fit(one.policy, model, length=length, share=one.share, calibrations=calibrations)
+        for one in setup.contenders
+    }
 
 
 def _batches(setup: Setup, task: str) -> Iterator[Sequence[Item]]:
@@ -80,18 +88,18 @@ def _batches(setup: Setup, task: str) -> Iterator[Sequence[Item]]:
         yield [make_item(task, setup.seed, index, setup.length) for index in indices]
 
 
-def _warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fitted: _Fitted) -> None:
+def _warm_up(tokenizer: PreTrainedTokenizerBase, fitted: _Fitted, calibrations: Calibrations) -> None:
     item = attrs.evolve(make_item("recall", 0, 0, 128), new_tokens=2)
     for policy in fitted.values():
-        answer(model, tokenizer, [item], policy)
+        answer(calibrations.model, tokenizer, [item], policy, calibration=calibrations.of(policy))
 
 
 def _task(
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     setup: Setup,
     task: str,
     fitted: _Fitted,
+    calibrations: Calibrations,
     progress: Progress,
 ) -> Iterator[Outcome]:
     order = random.Random(setup.seed)  # noqa: S311 - the order of a benchmark
@@ -99,7 +107,9 @@ def _task(
     batches = list(_batches(setup, task))
     for batch in batches:
         for one in order.sample(list(fitted), len(fitted)):
-            answers[one].append(answer(model, tokenizer, batch, fitted[one], setup.question)[0])
+            policy = fitted[one]
+            calibration = calibrations.of(policy)
+            answers[one].append(answer(calibrations.model, tokenizer, batch, policy, setup.question, calibration)[0])
             progress(f"{task}, {one.label}")
     items = [item for batch in batches for item in batch]
     full = _per_item([one.held_bytes for one in answers[Contender()]], items)

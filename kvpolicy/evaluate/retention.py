@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.answers import SEEN, answer, total_tokens
+from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.scoring import is_whole
 from kvpolicy.evaluate.testbed import Item, make_item
@@ -59,10 +60,10 @@ def retention(
     items = (make_item(task, seed, index, LENGTH) for index in count())
     item, tokens = next((one, words) for one in items if _stands_early(one, words := _tokens(tokenizer, one)))
     length = total_tokens(tokenizer, item, question)
-    kept = []
+    kept, calibrations = [], Calibrations(model)
     for policy in policies:
-        fitted = fit(policy, model, length=length, share=share)
-        answers, cache = answer(model, tokenizer, [item], fitted, question)
+        fitted = fit(policy, model, length=length, share=share, calibrations=calibrations)
+        answers, cache = answer(model, tokenizer, [item], fitted, question, calibrations.of(fitted))
         if not isinstance(cache, PolicyCache):
             raise EvaluationError("only a policy's cache knows which tokens it holds")
         text = answers.texts[0]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import attrs
+import torch
 from torch import Tensor
 
 
@@ -22,6 +23,15 @@ class Asked:
     def newest(self, count: int) -> "Asked":
         """The newest `count` queries, or all if there are fewer."""
         return attrs.evolve(self, queries=self.queries[:, :, -count:], positions=self.positions[:, -count:])
+
+    def newest_real(self, count: int) -> "Asked":
+        """The newest `count` queries of each row that are no pads; where it has fewer, pads come before them."""
+        if not self.padded:
+            return self.newest(count)
+        order = (self.positions >= 0).to(torch.uint8).sort(dim=1, stable=True).indices[:, -count:]
+        rows = torch.arange(order.shape[0], device=order.device)[:, None]
+        queries = self.queries[rows, :, order].transpose(1, 2)
+        return attrs.evolve(self, queries=queries, positions=self.positions[rows, order])
 
     def select_rows(self, rows: Sequence[int]) -> "Asked":
         """The rows named, in that order."""

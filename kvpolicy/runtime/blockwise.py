@@ -16,11 +16,14 @@ from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.part import Part
 from kvpolicy.stages import Glimpse
 
-_LOGITS = 2**22  # that exist at one time, per row
+_LOGITS = 2**20  # that exist at one time, per row: few enough to stay in a CPU's cache
 
 
 def attend_blockwise(part: Part, asked: Asked, followers: Sequence[Follower], dropout: float = 0.0) -> Tensor:
     """Attention [b, H, q, Dv] of queries [b, H, q, D]; followers see the same logits."""
+    if asked.padded and any(one.count < asked.queries.shape[2] for one in followers):
+        watch(part, asked, followers)  # the newest queries of a row are not the last columns
+        followers = ()
     outputs = []
     for block, after in _query_blocks(part, asked):
         glimpse = Glimpse(_logits(part, block), part.log_votes)
@@ -36,7 +39,7 @@ def watch(part: Part, asked: Asked, followers: Sequence[Follower]) -> None:
     most = max((one.count for one in followers), default=0)
     if not most:
         return
-    for block, after in _query_blocks(part, asked.newest(min(most, asked.queries.shape[2]))):
+    for block, after in _query_blocks(part, asked.newest_real(min(most, asked.queries.shape[2]))):
         _follow(part, Glimpse(_logits(part, block), part.log_votes), after, followers)
 
 
@@ -70,7 +73,7 @@ def _logits(part: Part, asked: Asked) -> Tensor:
     logits = torch.cat([queries @ part.keys(slots).to(queries.dtype).transpose(-1, -2) for slots in part.blocks()], -1)
     hidden = ~visible(part.positions, asked.positions)[:, :, None]
     grouped: Tensor = logits.unflatten(2, (-1, count))
-    return grouped.masked_fill(hidden, -torch.inf)
+    return grouped.masked_fill_(hidden, -torch.inf)  # nobody else has it
 
 
 def _weighted(part: Part, weights: Tensor, slots: slice) -> Tensor:

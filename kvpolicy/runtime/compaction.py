@@ -70,6 +70,12 @@ def _layout(plan: Plan, held: Holdings, rows: Sequence[int], kept: Tensor, limit
     for row, counts in zip(rows, (kept >= 0).sum(-1).tolist(), strict=True):
         lengths[row] = tuple(counts)
     if plan.ragged:
-        return Layout(tuple(tuple(length + slack for length in row) for row in lengths))
+        return Layout(tuple(_with_room(row, slack, limit) for row in lengths))
     longest = max(max(row) for row in lengths)
     return Layout.even(len(lengths), len(lengths[0]), max(longest, min(longest + slack, limit)))
+
+
+def _with_room(lengths: Sequence[int], slack: int, limit: int) -> tuple[int, ...]:
+    """Capacities of a row whose heads differ; one that has not been compressed just now has used some of its slack."""
+    room = min(slack, max(0, limit * len(lengths) - sum(lengths)) // len(lengths))
+    return tuple(length + room for length in lengths)

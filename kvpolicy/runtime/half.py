@@ -59,15 +59,17 @@ class Half:
         if self.is_plain:
             return tail[:, :, start:stop]
         sealed = at.table(self.sealed)
-        longest = max(max(row) for row in sealed)
-        if start >= longest:
-            return tail[:, :, start - longest : stop - longest]
-        packed = self._decoded(at, start, min(stop, longest), positions)
+        longest = max(map(max, sealed))
         if all(count == longest for row in sealed for count in row):
-            return packed if stop <= longest else torch.cat([packed, tail[:, :, : stop - longest]], 2)
+            parts = [self._decoded(at, start, min(stop, longest), positions)] if start < longest else []
+            parts += [tail[:, :, max(0, start - longest) : stop - longest]] if stop > longest else []
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         first = torch.tensor(sealed, device=tail.device)[..., None]
         slots = torch.arange(start, stop, device=tail.device)
         newest = _taken(tail, slots - first)
+        if start >= longest:
+            return newest
+        packed = self._decoded(at, start, min(stop, longest), positions)
         packed = torch.nn.functional.pad(packed, (0, 0, 0, newest.shape[2] - packed.shape[2]))
         return torch.where((slots < first)[..., None], packed, newest)
 
@@ -80,9 +82,10 @@ class Half:
     def pick(self, at: Access, slots: Tensor, positions: Tensor) -> Tensor:
         """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their units only. `positions` [b, k, T]."""
         tail = at.of(self.tail, self.name)
-        if self.is_plain:
+        sealed = at.table(self.sealed)
+        if not any(map(any, sealed)):
             return take(tail, slots)
-        first = torch.tensor(at.table(self.sealed), device=slots.device)[..., None]
+        first = torch.tensor(sealed, device=slots.device)[..., None]
         packed = self._picked(at, slots.minimum(first - 1).clamp(min=0), positions)
         return torch.where((slots < first)[..., None], packed, _taken(tail, slots - first))
 

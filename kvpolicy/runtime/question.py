@@ -1,5 +1,7 @@
 """What a reader is told about a decode step."""
 
+import torch
+
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.holdings import Holdings
@@ -17,7 +19,7 @@ def question_of(plan: Plan, held: Holdings, asked: Asked, ordinal: int) -> Quest
         geometry=plan.geometry,
         layer=ordinal,
         format=keys.form,
-        sealed=positions.new_tensor(keys.sealed) if not keys.is_plain else None,
+        sealed=positions.new_tensor(keys.sealed, dtype=torch.int64) if not keys.is_plain else None,
         packed={name: rows.of(keys.packed, name) for name in keys.form.columns},
         pages={name: rows.of(held.pages.store, name) for name in held.pages.store.columns},
     )

@@ -6,6 +6,7 @@ copy. Slots behind a segment's length have position -1, if positions are among t
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from operator import add
 
 import torch
@@ -79,8 +80,8 @@ class Store:
     def append(self, entries: Mapping[str, Tensor], limit: int) -> None:
         """Add [B, K, q, ...] at the end of every segment; columns that are not given get their fill.
 
-        Capacity at least doubles when it has to grow, but not beyond `limit` slots (on average, where segments differ)
-        unless the entries need it.
+        Capacity grows by at least a quarter when it has to, but not beyond `limit` slots (on average, where segments
+        differ) unless the entries need it; the first entries get what they need.
         """
         count = next(iter(entries.values())).shape[2]
         self._reserve(count, limit)
@@ -199,16 +200,15 @@ class Store:
             most = self._most(counts)
             if most <= self.layout.uniform:
                 return
-            layout = Layout.even(self.layout.rows, self.layout.heads, max(most, min(2 * self.layout.uniform, limit)))
+            room = max(most, min(_grown(most), limit)) if self.layout.uniform else most
+            layout = Layout.even(self.layout.rows, self.layout.heads, room)
         else:
             lengths, capacity = self.lengths, self.layout.capacity
             more = counts if isinstance(counts, tuple) else self._table(lambda _row, _head: counts)
             needed = _plus(lengths, more)
             if all(n <= c for ns, cs in zip(needed, capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
                 return
-            segments = self.layout.rows * self.layout.heads
-            spare = max(0, min(2 * self.layout.slots, limit * segments) - sum(map(sum, needed))) // segments
-            layout = Layout(self._table(lambda b, k: max(needed[b][k] + spare, capacity[b][k])))
+            layout = Layout(tuple(map(partial(_room, limit=limit), needed, capacity)))
         target = self._allocate(layout)
         self._copy_rows(list(range(self.layout.rows)), target, layout)
         self._settle(target, layout, self._base, self._added)
@@ -260,6 +260,11 @@ class Store:
         self._starts = None  # where the next slot of each segment is, computed when it is needed
 
 
+def _grown(needed: int) -> int:
+    """Slots for `needed` entries and some to come: few appends copy, and little is held that is not used."""
+    return needed + max(needed // 4, 16)
+
+
 def _positions_last(names: Iterable[str]) -> list[str]:
     """An entry is there once its position is."""
     return sorted(names, key=lambda name: name == POSITIONS)
@@ -267,6 +272,13 @@ def _positions_last(names: Iterable[str]) -> list[str]:
 
 def _plus(one: Table, other: Table) -> Table:
     return tuple(tuple(map(add, *rows)) for rows in zip(one, other, strict=True))
+
+
+def _room(needed: tuple[int, ...], capacity: tuple[int, ...], *, limit: int) -> tuple[int, ...]:
+    """Capacities of one row, in which heads differ; a head that has room keeps what it has."""
+    average = -(-sum(needed) // len(needed))
+    spare = max(0, min(_grown(average), limit) - average)
+    return tuple(count + spare if count > size else size for count, size in zip(needed, capacity, strict=True))
 
 
 def _spread(flat: Tensor, layout: Layout, capacity: int) -> Tensor:

@@ -53,7 +53,7 @@ class Glimpse:
     def probabilities(self) -> Tensor:
         """[B, K, G, w, T] float32: attention with votes; zeros for a query that sees nothing, such as a pad's."""
         logits = self.logits if self.log_votes is None else self.logits + self.log_votes[:, :, None, None]
-        return logits.softmax(-1).masked_fill(self.logits == -torch.inf, 0.0)
+        return logits.softmax(-1).masked_fill_(self.logits == -torch.inf, 0.0)
 
 
 class Observer(Plugin):

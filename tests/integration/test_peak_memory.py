@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from tests.driving import feed, new_layer
 from tests.property.test_packed_layers import HEADS, entries, plan_of
 
-LENGTH, DIM = 16_000, 64
+LENGTH, DIM = 8_000, 64
 
 
 class Peak(TorchDispatchMode):

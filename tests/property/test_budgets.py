@@ -2,20 +2,29 @@
 
 import attrs
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.plan.budgets import Budgets
+from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.policy import Allocate, Compress, Protect
-from kvpolicy.stages import Geometry
+from kvpolicy.stages import AsIs, Column, Formats, Geometry
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from tests.policies import small
 
 SPEC = small("snapkv").spec
-ENTRY = 12
+ENTRY = 2 * 8 * 4 + 4  # key, value and position
+
+
+def budgets_of(spec, layers):
+    geometry = Geometry(tuple(range(layers)), 4, 2, 8)
+    formats, pages = (Formats(AsIs(), AsIs()),) * layers, (None,) * layers
+    columns = {"positions": Column((), torch.int32)}
+    return Budgets(spec, geometry, Footprint(geometry, torch.float32, columns, formats, pages))
 
 
 @st.composite
@@ -28,7 +37,7 @@ def budgets(draw, kinds=("tokens", "share", "size"), *, decoding=False):
     budget = {
         "tokens": st.integers(protect.total + 1, 3000).map(Budget.parse),
         "share": st.integers(1, 100).map(lambda share: Budget.parse(f"{share}%")),
-        "size": st.integers(200_000, 1_000_000).map(lambda size: Budget.parse(f"{size}B")),
+        "size": st.integers(600_000, 3_000_000).map(lambda size: Budget.parse(f"{size}B")),
     }[kind]
     spec = attrs.evolve(
         SPEC,
@@ -37,7 +46,7 @@ def budgets(draw, kinds=("tokens", "share", "size"), *, decoding=False):
         compress=Compress(every=every),
         allocate=Allocate(layers=allocator, heads=SPEC.allocate.heads),
     )
-    return Budgets(spec, Geometry(tuple(range(layers)), 4, 2, 8), ENTRY)
+    return budgets_of(spec, layers)
 
 
 @given(budgets(), st.integers(1, 5000))
@@ -79,14 +88,13 @@ def test_looking_ahead_gives_at_least_what_is_due_now(given_budgets, seen):
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 50))
 def test_a_size_that_has_no_room_for_an_entry_is_refused_and_one_that_has_is_not(sinks, recent, every):
     assume(sinks + recent)
-    geometry = Geometry((0, 1), 4, 2, 8)
     least = (sinks + recent + 1 + every) * ENTRY * 4
 
     def of(size):
         spec = attrs.evolve(
             SPEC, budget=Budget(size=size), protect=Protect(sinks, recent), compress=Compress(every=every)
         )
-        return Budgets(spec, geometry, ENTRY)
+        return budgets_of(spec, 2)
 
     with pytest.raises(PolicyError, match=f"at least {least} bytes"):
         of(least - 1)

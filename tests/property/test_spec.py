@@ -16,7 +16,7 @@ from kvpolicy.spec.policy import BESIDE, BudgetRule, EveryRule, PolicySpec, Prot
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
-from kvpolicy.stages.parameters import BEYOND, Choice, Flag, Integer, Nested, Number, Plugged, Text, rule_of
+from kvpolicy.stages.parameters import BEYOND, Choice, Flag, Integer, Nested, Number, Plugged, Text, is_required, rule_of
 from kvpolicy.stages.registry import registry
 
 BUDGETS = st.one_of(
@@ -67,7 +67,21 @@ def plugins(stage, depth):
     kinds = [registry().find(stage, name) for name in registry().names(stage)]
     if depth:  # a scorer on a scorer on a scorer says nothing more
         kinds = [kind for kind in kinds if not any(isinstance(rule_of(f), Plugged) for f in attrs.fields(kind))]
-    return st.sampled_from(kinds).flatmap(lambda kind: built(kind, depth + 1))
+    return st.sampled_from(kinds).flatmap(lambda kind: fitting(kind, depth + 1))
+
+
+@st.composite
+def fitting(draw, kind, depth):
+    """A plugin; with its defaults where a rule between its parameters refuses what was drawn."""
+    values = draw(st.fixed_dictionaries({field.name: values_of(field, depth) for field in attrs.fields(kind)}))
+    try:
+        return kind(**values)
+    except ParameterError:
+        return kind(**{name: values[name] for name in values if is_required(getattr(attrs.fields(kind), name))})
+
+
+def values_of(field, depth):
+    return values(rule_of(field), depth)
 
 
 def weighted(scorer):
@@ -77,15 +91,28 @@ def weighted(scorer):
 
 @st.composite
 def specs(draw):
-    try:
-        spec = draw(built(PolicySpec))
-    except ParameterError:  # a rule between the parameters of one plugin
-        assume(False)
+    spec = consistent(draw(built(PolicySpec)))
     tokens = spec.budget.tokens
     if tokens is None or tokens >= spec.protect.total:
         return spec
     sinks = min(spec.protect.sinks, tokens // 2)
     return attrs.evolve(spec, protect=Protect(sinks, min(spec.protect.recent, tokens - sinks)))
+
+
+def consistent(spec):
+    """The policy with defaults for what does not go together."""
+    plain = {stage: registry().find(stage, name)() for stage, name in _PLAIN.items()}
+    observers = [*(one.scorer for one in spec.score), spec.merge]
+    if spec.merge.reads_window and not any(one.needs().queries for one in observers):
+        spec = attrs.evolve(spec, merge=plain["merge"])
+    if spec.store.joint and spec.allocate.heads.ragged:
+        spec = attrs.evolve(spec, store=plain["store"])
+    if spec.read.stores and spec.store.name not in spec.read.stores:
+        spec = attrs.evolve(spec, read=plain["read"])
+    return spec
+
+
+_PLAIN = {"merge": "drop", "store": "plain", "read": "all"}
 
 
 @given(specs())

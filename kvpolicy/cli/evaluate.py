@@ -1,0 +1,142 @@
+"""`kvpolicy evaluate`: every policy's bytes, accuracy, attention error and decode time in one table."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpolicy.cli.console import err, line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from kvpolicy.evaluate.table.setup import TableSetup
+
+_QUICK: dict[str, Any] = {"items": 1, "length": 128, "rows": 1, "error_items": 1, "error_steps": 4}
+_QUICK_DECODE: dict[str, Any] = {
+    "lengths": (128, 256),
+    "pairs": 2,
+    "hidden": 64,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+}
+_QUICK_SHARES = 2
+
+
+def evaluate(
+    policy: Annotated[
+        list[str] | None, typer.Option(help="A policy's name or file; may be repeated. By default all installed ones.")
+    ] = None,
+    items: Annotated[int, typer.Option(help="Questions per task.")] = 48,
+    seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="One short question a task: does it run?")] = False,
+    record: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing: render this record of an earlier run.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the record there as JSON, and pictures beside it.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the page there instead of printing it.")] = None,
+) -> None:
+    """Measure policies on the embedded model: bytes, answers, attention error; and time of decode steps."""
+    _require_places(out, markdown)
+    found = _read(record) if record is not None else _measure(_setup(policy, items, seed, quick=quick))
+    if out is not None:
+        _write_record(out, found)
+    _write_page(markdown, found)
+
+
+def _setup(names: list[str] | None, items: int, seed: int, *, quick: bool) -> "TableSetup":
+    from attrs import evolve
+
+    from kvpolicy.evaluate.table.setup import BASES, TableSetup
+    from kvpolicy.policy import load
+    from kvpolicy.stages.registry import registry
+
+    policies = tuple(map(load, names)) if names else tuple(map(load, registry().policies()))
+    policies = tuple(sorted(policies, key=lambda one: one.name != "full"))
+    bases = tuple(one for base in BASES for one in policies if one.name == base)
+    setup = TableSetup(policies, bases, registry().names("merge"), items=items, seed=seed)
+    if quick:
+        decode = evolve(setup.decode, **_QUICK_DECODE)
+        setup = evolve(setup, **_QUICK, shares=setup.shares[:_QUICK_SHARES], calibration=(3, 64), decode=decode)
+    return setup
+
+
+def _require_places(*files: Path | None) -> None:
+    """Make the folders now: an hour of results must not be lost to a mistyped name."""
+    from kvpolicy.errors import InputError
+
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{file.parent}: cannot be made: {error.strerror}") from error
+        if file.is_dir():
+            raise InputError(f"{file}: is a folder")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import json
+
+    from kvpolicy.errors import InputError
+    from kvpolicy.evaluate.table.record import FORM
+
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--from {file}: cannot be read: {error}") from error
+    if not isinstance(found, dict) or found.get("form") != FORM:
+        raise InputError(f"--from {file}: is not a record of kvpolicy evaluate (form {FORM})")
+    return found
+
+
+def _measure(setup: "TableSetup") -> dict[str, Any]:
+    import torch
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from kvpolicy.cli.models import TESTBED, load_model
+    from kvpolicy.evaluate.table.run import DTYPE
+    from kvpolicy.evaluate.table.run import evaluate as run
+
+    model, tokenizer = load_model(TESTBED, torch.device("cpu"), DTYPE)
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err(), transient=True) as progress:
+        return run(model, tokenizer, setup, _Watcher(progress))
+
+
+class _Watcher:
+    """Shows each part of the evaluation as a bar."""
+
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+
+    def begin(self, what: str, steps: int) -> Callable[[str], None]:
+        """A new bar."""
+        bar = self._progress.add_task(what, total=steps)
+        return lambda text: self._progress.update(bar, advance=1, description=text)
+
+
+def _write_record(file: Path, found: dict[str, Any]) -> None:
+    import json
+
+    from kvpolicy.evaluate.plots import MISSING, can_plot
+
+    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not can_plot():
+        line(MISSING, error=True)
+        return
+    from kvpolicy.evaluate.table.pictures import draw
+
+    draw(found, file.parent)
+
+
+def _write_page(file: Path | None, found: dict[str, Any]) -> None:
+    from kvpolicy.evaluate.table.page import page_of
+
+    page = page_of(found)
+    if file is None:
+        line(page.rstrip())
+    else:
+        file.write_text(page, encoding="utf-8")

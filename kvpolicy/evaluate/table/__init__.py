@@ -1,0 +1,1 @@
+"""The evaluation table: every policy's bytes, accuracy, attention error and decode time, from one run."""

@@ -1,0 +1,172 @@
+"""Packed layers, whatever is asked of them: what is decoded is what came, within the error of the format."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvpolicy.runtime import blockwise, part
+from tests.driving import feed, new_layer
+from tests.property.snapshots import Forward, appended, attention, held_by, nothing
+from tests.property.test_packed_layers import HEADS, STORES, entries, plan_of
+
+ROWS, PROMPT, BUDGET = 4, 24, 14
+PACKED = sorted(set(STORES) - {"plain"})
+JOINT = ("tada", "latent")
+TIMES = 2.5  # the error of one packing, for entries that have been packed again and again
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Layers of a test are short: blocks must be shorter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "_BLOCK", 4)
+        patch.setattr(blockwise, "_LOGITS", 500)
+        yield
+
+
+class PackedMachine(RuleBasedStateMachine):
+    """Keeps what every position was given."""
+
+    readers = ("all",)
+
+    @initialize(rows=st.integers(1, 3), every=st.integers(1, 7), ragged=st.booleans(), data=st.data())
+    def start(self, rows, every, ragged, data):
+        store = data.draw(st.sampled_from(PACKED), "store")
+        self.ragged = ragged and store not in JOINT
+        self.plan = plan_of(store, BUDGET, every, ragged=self.ragged, read=data.draw(st.sampled_from(self.readers)))
+        self.every, self.batch = every, rows
+        self.layer, self.generator = new_layer(self.plan), torch.Generator().manual_seed(rows)
+        self._empty()
+        self._forward(torch.arange(PROMPT) >= torch.randint(PROMPT, (rows, 1), generator=self.generator))
+
+    def _empty(self):
+        self.given = [([], []) for _ in range(self.batch)]  # keys and values [K, D] by position
+        self.pending = []  # which tokens of each recorded column are real
+        self.grown = -1  # compressions when tokens beyond the budget were last recorded: storage shrinks at the next
+
+    def _forward(self, valid):
+        keys, values, queries = entries(self.generator, self.batch, valid.shape[1])
+        real = torch.tensor([len(one) for one, _ in self.given])
+        positions = (real[:, None] + valid.cumsum(1) - 1).where(valid, -1)
+        forward = Forward(queries, positions)
+        before = held_by(self.layer) if self.layer.seen else nothing(self.plan, self.batch)
+        expected = attention(appended(before, self.plan, forward, keys, values), forward)
+        output = feed(self.layer, keys, values, queries, None if valid.all() else valid)
+        if self.plan.spec.read.name == "all" or valid.shape[1] > 1:
+            assert torch.allclose(output.double(), expected, atol=1e-4), (output - expected).abs().max()
+        for row, (own_keys, own_values) in enumerate(self.given):
+            own_keys += list(keys[row][:, valid[row]].unbind(1))
+            own_values += list(values[row][:, valid[row]].unbind(1))
+        if self.layer.record_past:
+            self.pending.append(valid)
+
+    @rule(count=st.integers(1, 9))
+    def tokens(self, count):
+        for _ in range(count):
+            self._forward(torch.ones(self.batch, 1, dtype=torch.bool))
+
+    @rule(count=st.sampled_from([2, 3, 5, 20]), seed=st.integers(0, 99), padded=st.booleans())
+    def chunk(self, count, seed, padded):
+        valid = torch.rand(self.batch, count, generator=torch.Generator().manual_seed(seed)) < 0.7
+        valid[:, seed % count] = True
+        self._forward(valid | torch.tensor(not padded))
+
+    @rule()
+    def record(self):
+        self.layer.activate_past_recording()
+
+    @precondition(lambda self: self.layer.record_past)
+    @rule(data=st.data(), over=st.booleans())
+    def crop(self, data, over):
+        recorded = torch.cat([torch.ones(self.batch, 0, dtype=torch.bool), *self.pending], 1)
+        count = data.draw(st.integers(0, recorded.shape[1]), "undone")
+        before = self.layer.stats.compressions
+        self.layer.crop(-count)
+        self.grown = self.layer.stats.compressions if self.layer.stats.compressions == before else -1
+        self.layer.record_past, self.pending = not over, []
+        gone = recorded[:, recorded.shape[1] - count :].sum(1).tolist()
+        self.given = [
+            tuple(one[: len(one) - less] for one in pair) for pair, less in zip(self.given, gone, strict=True)
+        ]
+
+    @precondition(lambda self: self.layer.seen)
+    @rule(data=st.data(), how=st.sampled_from(["reorder", "repeat", "select"]))
+    def move(self, data, how):
+        before = held_by(self.layer)
+        if how == "repeat" and self.batch <= ROWS // 2:
+            rows = [row for row in range(self.batch) for _ in range(2)]
+            self.layer.batch_repeat_interleave(2)
+        else:
+            size = data.draw(st.integers(1, ROWS), "size") if how == "select" else self.batch
+            rows = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=size, max_size=size), "rows")
+            move = self.layer.batch_select_indices if how == "select" else self.layer.reorder_cache
+            move(torch.tensor(rows))
+        self.batch = len(rows)
+        self.given = [tuple(list(one) for one in self.given[row]) for row in rows]
+        self.pending = [one[rows] for one in self.pending]
+        for found, source in zip(held_by(self.layer), rows, strict=True):
+            for one, old in zip(found, before[source], strict=True):
+                assert all(torch.equal(one[name], old[name]) for name in one)
+
+    @precondition(lambda self: not self.pending)
+    @rule(again=st.sampled_from([False, False, True]))
+    def reset(self, again):
+        if again:
+            self.layer.reset()
+            self._empty()
+
+    @invariant()
+    def holds_what_came(self):
+        if not self.layer.seen:
+            return
+        layer = self.layer
+        layer.held.check_integrity()
+        assert layer.real == [len(keys) for keys, _ in self.given]
+        for row, heads in enumerate(held_by(layer)):
+            for head, one in enumerate(heads):
+                positions = one["positions"].long().tolist()
+                assert positions == sorted(set(positions))
+                assert not positions or positions[-1] == layer.real[row] - 1
+                for name, own in zip(("keys", "values"), self.given[row], strict=True):
+                    self._compare(getattr(layer.held, name), one[name], [own[p] for p in positions], head)
+
+    def _compare(self, half, found, given, head):
+        """Within the error of the format: what is not packed now may have been before others were evicted."""
+        if not given:
+            return
+        exact = torch.stack([one[head] for one in given]).double()
+        assert (found - exact).abs().max() <= TIMES * self._error
+        if half.form.keep or not self.layer.altered:
+            assert torch.equal(found[-1:], exact[-1:])
+
+    @property
+    def _error(self):
+        """Half a step of 4 bits over the range of the entries; latents leave out a quarter of the dimensions."""
+        name = self.plan.spec.store.name
+        return {"fp8": 0.2, "latent": 4.0}.get(name, 0.35)
+
+    @invariant()
+    def stays_within_the_bytes_of_the_plan(self):
+        layer = self.layer
+        if not layer.seen or layer.record_past or layer.stats.compressions in (0, self.grown):
+            return
+        most = layer.plan.footprint.layer_bytes(0, BUDGET + self.every) * self.batch
+        units = 0
+        if self.ragged:  # each head of its own length rounds up its units by itself
+            forms = (self.plan.formats[0].keys, self.plan.formats[0].values)
+            sizes = (form.nbytes(form.keep + form.step, self.plan.geometry, self.plan.dtype) for form in forms)
+            units = HEADS * self.batch * sum(sizes)
+        assert layer.held.nbytes <= most + units
+
+
+class ReadMachine(PackedMachine):
+    """The same with a reader that keeps pages."""
+
+    readers = ({"use": "pages", "page": 4, "budget": 8, "dense_first": 0},)
+
+
+TestPacked, TestRead = PackedMachine.TestCase, ReadMachine.TestCase
+TestPacked.settings = settings(max_examples=60, stateful_step_count=14)
+TestRead.settings = settings(max_examples=30, stateful_step_count=14)
