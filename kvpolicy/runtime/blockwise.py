@@ -26,10 +26,11 @@ def attend_blockwise(part: Part, asked: Asked, followers: Sequence[Follower], dr
         followers = ()
     outputs = []
     for block, after in _query_blocks(part, asked):
-        glimpse = Glimpse(_logits(part, block), part.log_votes)
-        _follow(part, glimpse, after, followers)
+        seen = part.seen_before(after)
+        glimpse = Glimpse(_logits(seen, block), seen.log_votes)
+        _follow(seen, glimpse, after, followers)
         weights = drop(glimpse.probabilities, dropout) if dropout else glimpse.probabilities
-        out = reduce(torch.add, (_weighted(part, weights, slots) for slots in part.blocks()))
+        out = reduce(torch.add, (_weighted(seen, weights, slots) for slots in seen.blocks()))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
     return torch.cat(outputs, 2).to(asked.queries.dtype)
 
@@ -40,19 +41,20 @@ def watch(part: Part, asked: Asked, followers: Sequence[Follower]) -> None:
     if not most:
         return
     for block, after in _query_blocks(part, asked.newest_real(min(most, asked.queries.shape[2]))):
-        _follow(part, Glimpse(_logits(part, block), part.log_votes), after, followers)
+        seen = part.seen_before(after)
+        _follow(seen, Glimpse(_logits(seen, block), seen.log_votes), after, followers)
 
 
-def _follow(part: Part, seen: Glimpse, after: int, followers: Sequence[Follower]) -> None:
+def _follow(part: Part, glimpse: Glimpse, after: int, followers: Sequence[Follower]) -> None:
     """Update the columns of each follower; `after` is how many queries of the forward are newer than these."""
     for one in followers:
-        count = min(one.count - after, seen.logits.shape[3])
+        count = min(one.count - after, glimpse.logits.shape[3])
         if count < 1:
             continue
-        whole = part.slots is None and count == seen.logits.shape[3]
-        glimpse = seen if whole else Glimpse(part.spread(seen.logits[..., -count:, :]), part.all_votes)
-        state = {name: part.at.of(part.held.slots, column) for name, column in one.columns.items()}
-        for name, new in one.update(glimpse, state).items():
+        whole = part.slots is None and count == glimpse.logits.shape[3]
+        shown = glimpse if whole else Glimpse(part.spread(glimpse.logits[..., -count:, :]), part.all_votes)
+        state = {name: part.column(column) for name, column in one.columns.items()}
+        for name, new in one.update(shown, state).items():
             state[name].copy_(new)
 
 

@@ -114,7 +114,7 @@ class PolicyLayer(LogicalLayer):
 
     def _chosen(self, asked: Asked) -> Tensor | None:
         """The slots [B, K, n] that the reader picks for a decode step; None = all."""
-        if asked.queries.shape[2] > 1 or not self.plan.selective:
+        if asked.queries.shape[2] > 1 or not self.plan.selective or self._unsettled:  # pages of those are not made yet
             return None
         return self.plan.spec.read.choose(question_of(self.plan, self.held, asked, self.ordinal))
 

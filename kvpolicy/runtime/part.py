@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
-from kvpolicy.runtime.access import Access
+from kvpolicy.runtime.access import Access, Segment
 from kvpolicy.runtime.half import Half
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.stages.slots import gather
@@ -23,6 +23,12 @@ class Part:
     held: Holdings
     at: Access
     slots: Tensor | None = None  # [b, k, T] chosen slots, ascending, -1 behind; None = all
+    unseen: int = 0  # newest slots of every segment that are left out
+
+    def seen_before(self, newest: int) -> "Part":
+        """What a query sees that has `newest` tokens of its own forward behind it; all, where that saves nothing."""
+        alike = self.slots is None and (self.held.slots.even or isinstance(self.at, Segment))
+        return attrs.evolve(self, unseen=newest) if alike else self
 
     @property
     def length(self) -> int:
@@ -31,7 +37,7 @@ class Part:
 
     @property
     def _everywhere(self) -> Tensor:
-        return self.at.of(self.held.slots, POSITIONS)
+        return self.column(POSITIONS)
 
     @property
     def positions(self) -> Tensor:
@@ -43,7 +49,7 @@ class Part:
     @property
     def all_votes(self) -> Tensor | None:
         """Log-votes [b, k, all] float32 of all held slots."""
-        return self.at.of(self.held.slots, LOG_VOTES) if LOG_VOTES in self.held.slots.columns else None
+        return self.column(LOG_VOTES) if LOG_VOTES in self.held.slots.columns else None
 
     @property
     def log_votes(self) -> Tensor | None:
@@ -73,6 +79,11 @@ class Part:
         if self.slots is None:
             return half.read(self.at, block.start, block.stop, self._everywhere[:, :, block])
         return half.pick(self.at, self.slots[:, :, block].clamp(min=0), self._everywhere)
+
+    def column(self, name: str) -> Tensor:
+        """A column of all held slots as [b, k, all, ...], to be written to where nothing had to be copied."""
+        column = self.at.of(self.held.slots, name)
+        return column[:, :, : column.shape[2] - self.unseen]
 
     def spread(self, logits: Tensor) -> Tensor:
         """Logits [b, k, ..., T] over all held slots, -inf in those that were not read."""
