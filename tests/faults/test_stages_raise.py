@@ -7,7 +7,6 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.budgets import _allocated
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
-from kvpolicy_plugins.codecs.plain import Plain
 from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.selectors.topk import TopK
@@ -21,8 +20,6 @@ STAGES = {
     "head allocator": (Adaptive, "allocate"),
     "selector": (TopK, "select"),
     "merger": (Drop, "merge"),
-    "encoding": (Plain, "encode"),
-    "decoding": (Plain, "decode"),
 }
 ERRORS = (ValueError, KeyboardInterrupt, torch.OutOfMemoryError)
 WHEN = {"prefill, first layer": 0, "prefill, second layer": 1, "decode": 3}

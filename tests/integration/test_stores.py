@@ -142,13 +142,14 @@ def test_calibrating_leaves_the_model_as_it_was():
     first = policy.calibrate(one, prompt(64, 64)[0])
     again = policy.calibrate(one, prompt(64, 64)[0])
     assert difference(generate(one, tokens, mask), before) == 0
-    assert all(torch.equal(left["basis"], right["basis"]) for left, right in zip(first.layers, again.layers, strict=True))
+    for left, right in zip(first.layers, again.layers, strict=True):
+        assert torch.equal(left["basis"], right["basis"])
 
 
 @pytest.mark.parametrize(
     ("store", "message"),
     [
-        ({"use": "kivi", "group": 16, "residual": 16}, "store: group: must divide the head dimension 8 of this model: 16"),
+        ({"use": "kivi", "group": 16, "residual": 16}, "store: group: must divide the head dimension 8 of .*: 16"),
         ({"use": "latent", "value_group": 3}, "value_group: must divide the head dimension 8 of this model: 3"),
     ],
 )

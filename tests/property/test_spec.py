@@ -5,7 +5,7 @@ import math
 import attrs
 import jsonschema
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpolicy.errors import ParameterError, PolicyError
@@ -16,7 +16,18 @@ from kvpolicy.spec.policy import BESIDE, BudgetRule, EveryRule, PolicySpec, Prot
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
-from kvpolicy.stages.parameters import BEYOND, Choice, Flag, Integer, Nested, Number, Plugged, Text, is_required, rule_of
+from kvpolicy.stages.parameters import (
+    BEYOND,
+    Choice,
+    Flag,
+    Integer,
+    Nested,
+    Number,
+    Plugged,
+    Text,
+    is_required,
+    rule_of,
+)
 from kvpolicy.stages.registry import registry
 
 BUDGETS = st.one_of(
