@@ -7,7 +7,15 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.stages import Glimpse
+import kvpolicy
+from kvpolicy.plan.followers import Follower
+from kvpolicy.plan.plan import compile_policy
+from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.attend import attend as attend_held
+from kvpolicy.runtime.holdings import Holdings
+from kvpolicy.runtime.layout import Layout
+from kvpolicy.stages import Entries, Geometry, Glimpse
+from kvpolicy.stages.formats import ALL
 from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
 from kvpolicy_plugins.merging import evicted_of, groups_of, nearest
@@ -55,6 +63,26 @@ def check_attention(v):
     close(logits.logsumexp(-1), v["lse"], atol=1e-5)
     seen = values.float().repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     close(logits.softmax(-1) @ seen, v["out"], atol=1e-5)
+    for followers in ((), (Follower(ALL, {}, lambda _glimpse, _state: {}),)):  # at once, and block by block
+        found = of_a_layer(v["q"], v["k"], v["v"], v["votes"].log(), v["lengths"], followers)
+        close(found, v["out"], atol=1e-5)
+
+
+def of_a_layer(queries, keys, values, log_votes, lengths, followers):
+    """What the runtime's attention gives over ragged heads with votes."""
+    rows, heads, slots, dim = keys.shape
+    geometry = Geometry((0,), queries.shape[1], heads, dim)
+    spec = kvpolicy.load("snapkv", merge="window_fit", allocate={"heads": "adaptive"}).spec
+    held = Holdings(compile_policy(spec, geometry, "cpu", torch.float32), 0, rows, torch.device("cpu"))
+    places = torch.arange(slots).expand(rows, heads, slots)
+    kept = places.where(places < lengths[..., None], -1)
+    layout = Layout(tuple(map(tuple, lengths.tolist())))
+    entries = Entries(keys.float(), values.float(), log_votes.float())
+    held.replace(range(rows), kept, entries, {"positions": places.int()}, layout)
+    asked = torch.full((rows, queries.shape[2]), slots)
+    return attend_held(
+        held, Asked(queries.float(), asked, padded=False, scaling=dim**-0.5), followers=followers, pads=False
+    )
 
 
 def check_reference(v):

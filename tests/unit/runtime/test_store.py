@@ -65,3 +65,21 @@ def test_a_contradiction_is_found():
     store._added = 3
     with pytest.raises(CacheError, match="row 0 head 0: 8 entries in 7 slots"):
         store.check_integrity()
+
+
+def test_a_short_row_beside_a_long_one_does_not_grow_beyond_the_limit():
+    store = filled(90, 3)
+    store.append({POSITIONS: torch.full((2, 1, 1), 95, dtype=torch.int32)}, 12)
+    assert store.layout.capacity == ((91,), (12,))
+    store.append({POSITIONS: torch.full((2, 1, 1), 96, dtype=torch.int32)}, 200)
+    assert store.layout.capacity == ((92 + 23,), (12,))
+    store.check_integrity()
+
+
+def test_only_the_oldest_leave_at_the_front():
+    store = filled(5, 2, 4)
+    store.drop_front(((2,), (0,), (4,)), layout(3, 2, 0, slack=1))
+    assert positions(store) == [[2, 3, 4], [10, 11], []]
+    store.extend(entries(7, 8, 9, count=2), ((1,), (0,), (2,)), 9)
+    assert positions(store) == [[2, 3, 4, 70], [10, 11], [90, 91]]
+    store.check_integrity()
