@@ -1,7 +1,7 @@
 """Where the slots of one layer lie: a segment per (row, KV head) in a flat storage."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import attrs
 import torch
@@ -71,3 +71,28 @@ class Layout:
     def with_each(self, number: int) -> Table:
         """A table with the same number for every segment."""
         return table(self.rows, self.heads, lambda _row, _head: number)
+
+    def with_room(self, needed: Table, limit: int) -> "Layout":
+        """A layout in which `needed` entries have room; this one, if they have.
+
+        What grows gets a quarter more than it needs, but not beyond `limit` slots (on average over the heads of a row,
+        where they differ); the first entries get what they need.
+        """
+        if self.uniform is None:
+            return Layout(tuple(map(partial(_room, limit=limit), needed, self.capacity)))
+        most = max((max(row) for row in needed), default=0)
+        if most <= self.uniform:
+            return self
+        return Layout.even(self.rows, self.heads, max(most, min(_grown(most), limit)) if self.uniform else most)
+
+
+def _room(needed: tuple[int, ...], capacity: tuple[int, ...], *, limit: int) -> tuple[int, ...]:
+    """Capacities of one row, in which heads differ; a head that has room keeps what it has."""
+    average = -(-sum(needed) // len(needed))
+    spare = max(0, min(_grown(average), limit) - average)
+    return tuple(count + spare if count > size else size for count, size in zip(needed, capacity, strict=True))
+
+
+def _grown(needed: int) -> int:
+    """Slots for `needed` entries and some to come: few appends copy, and little is held that is not used."""
+    return needed + max(needed // 4, 16)

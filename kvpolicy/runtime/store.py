@@ -5,8 +5,7 @@ memory. When they are all alike the storage is an ordinary [B, K, capacity, ...]
 copy. Slots behind a segment's length have position -1, if positions are among the columns.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from operator import add
 
 import torch
@@ -196,19 +195,12 @@ class Store:
         return tensor[start : start + sum(self.layout.capacity[row])]
 
     def _reserve(self, counts: int | Table, limit: int) -> None:
-        if self.layout.uniform is not None:
-            most = self._most(counts)
-            if most <= self.layout.uniform:
-                return
-            room = max(most, min(_grown(most), limit)) if self.layout.uniform else most
-            layout = Layout.even(self.layout.rows, self.layout.heads, room)
-        else:
-            lengths, capacity = self.lengths, self.layout.capacity
-            more = counts if isinstance(counts, tuple) else self._table(lambda _row, _head: counts)
-            needed = _plus(lengths, more)
-            if all(n <= c for ns, cs in zip(needed, capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
-                return
-            layout = Layout(tuple(map(partial(_room, limit=limit), needed, capacity)))
+        if self.layout.uniform is not None and self._most(counts) <= self.layout.uniform:
+            return
+        needed = _plus(self.lengths, counts if isinstance(counts, tuple) else self.layout.with_each(counts))
+        layout = self.layout.with_room(needed, limit)
+        if layout == self.layout:
+            return
         target = self._allocate(layout)
         self._copy_rows(list(range(self.layout.rows)), target, layout)
         self._settle(target, layout, self._base, self._added)
@@ -218,9 +210,6 @@ class Store:
         if isinstance(counts, int):
             return self.longest + counts
         return max((max(row) for row in _plus(self.lengths, counts)), default=0)
-
-    def _table(self, value: Callable[[int, int], int]) -> Table:
-        return table(self.layout.rows, self.layout.heads, value)
 
     def _copy_rows(self, rows: Sequence[int], target: Mapping[str, Tensor], layout: Layout) -> None:
         if not rows or not self.longest:
@@ -260,11 +249,6 @@ class Store:
         self._starts = None  # where the next slot of each segment is, computed when it is needed
 
 
-def _grown(needed: int) -> int:
-    """Slots for `needed` entries and some to come: few appends copy, and little is held that is not used."""
-    return needed + max(needed // 4, 16)
-
-
 def _positions_last(names: Iterable[str]) -> list[str]:
     """An entry is there once its position is."""
     return sorted(names, key=lambda name: name == POSITIONS)
@@ -272,13 +256,6 @@ def _positions_last(names: Iterable[str]) -> list[str]:
 
 def _plus(one: Table, other: Table) -> Table:
     return tuple(tuple(map(add, *rows)) for rows in zip(one, other, strict=True))
-
-
-def _room(needed: tuple[int, ...], capacity: tuple[int, ...], *, limit: int) -> tuple[int, ...]:
-    """Capacities of one row, in which heads differ; a head that has room keeps what it has."""
-    average = -(-sum(needed) // len(needed))
-    spare = max(0, min(_grown(average), limit) - average)
-    return tuple(count + spare if count > size else size for count, size in zip(needed, capacity, strict=True))
 
 
 def _spread(flat: Tensor, layout: Layout, capacity: int) -> Tensor:

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import CacheError
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.rotary import Rotary
 
@@ -103,10 +104,10 @@ class AsIs(Format):
     keep: int = ALL
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError("nothing is ever packed")
+        raise CacheError("entries that are held as they are have no columns")
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        raise NotImplementedError("nothing is ever packed")
+        raise CacheError("entries that are held as they are have no columns")
 
 
 @attrs.frozen(eq=False)
