@@ -11,89 +11,27 @@ from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold, newest_queries
-from kvpolicy_plugins.mergers.window_fit import WindowFit
 from kvpolicy_plugins.merging import (
-    evicted_of,
     groups_of,
-    kept_index,
     logsumexp_by_target,
-    nearest,
-    statistics_of,
     sum_by_target,
 )
-from tests.property.layers import generators, layers
-from tests.views import fresh_state, view_of
-
-CONTENTS = ("normal", "clustered", "one hot", "all equal", "zero")
-KEYS = ("scale", "additive", "bias")
-views = layers(CONTENTS, most=40)
-keepkvs = st.builds(
-    KeepKV,
-    st.sampled_from((-1.0, 0.0, 0.8)),
-    alpha=st.sampled_from((0.0, 0.9)),
-    window=st.integers(1, 5),
-    key=st.sampled_from((*KEYS, "mean")),
-    fallback=st.sampled_from(KEYS[1:]),
-    estimate=st.sampled_from(("ema", "window")),
+from tests.property.layers import generators
+from tests.property.votes import (
+    KEYS,
+    attend,
+    followed,
+    hidden,
+    keepkvs,
+    layer_queries,
+    members_of,
+    raw_logits,
+    some_kept,
+    views,
+    window_fits,
+    with_votes,
 )
-window_fits = st.one_of(
-    st.builds(
-        WindowFit, st.just("cosine"), st.sampled_from((-1.0, 0.3)), st.sampled_from((0.0, 1.0)), st.integers(0, 3)
-    ),
-    st.builds(WindowFit, st.just("ward"), attended=st.sampled_from((0.0, 1.0))),
-)
-
-
-def some_kept(view, random, share=0.4):
-    """Keep indices of at least one entry of each head that has any."""
-    mask = torch.rand(view.positions.shape, generator=random) < share
-    return indices_of(view.valid & (mask | (view.positions == 0)))
-
-
-def with_votes(view, random, precise=torch.float64):
-    """The view in another dtype, with random votes, and junk where nothing is held."""
-    votes = 1 + torch.randint(5, view.positions.shape, generator=random).to(precise)
-    empty = ~view.valid
-
-    def dirty(entries):
-        return entries.to(precise).masked_fill(empty[..., None], 1e3)
-
-    return attrs.evolve(
-        view,
-        keys=dirty(view.keys),
-        values=dirty(view.values),
-        queries=view.queries.to(precise),
-        log_votes=votes.log().masked_fill(empty, 50.0),
-    )
-
-
-def raw_logits(view, queries):
-    """[B, K, G, W, T] of queries [B, K, G, W, D], -inf where nothing is held."""
-    logits = queries.to(view.keys.dtype) @ view.keys[:, :, None].transpose(-1, -2) * view.scaling
-    return logits.masked_fill(~view.valid[:, :, None, None], -torch.inf)
-
-
-def followed(merger, view, queries):
-    """The view after a forward of `queries` [B, K, G, W, D] that see everything."""
-    logits = statistics_of(raw_logits(view, queries))
-    state = {name: one.to(logits.dtype) for name, one in fresh_state(merger, view).items()}
-    return attrs.evolve(view, slot_state={**state, **merger.follow(Glimpse(logits), state)})
-
-
-def attend(queries, keys, values, log_votes):
-    """Output [B, K, G, D] of queries [B, K, G, D], and the log-sum-exp; entries with a log-vote of -inf are hidden."""
-    logits = queries @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5 + log_votes[:, :, None]
-    return logits.softmax(-1).nan_to_num() @ values, logits.logsumexp(-1)
-
-
-def members_of(view, kept, threshold):
-    evicted = evicted_of(view, kept)
-    similarity, place = nearest(view.keys, kept, evicted)
-    return groups_of(kept, evicted & ((similarity >= threshold) | (threshold == -1)), place)
-
-
-def hidden(log_votes, shown):
-    return log_votes.masked_fill(~shown, -torch.inf)
+from tests.views import view_of
 
 
 @settings(max_examples=100)
@@ -177,10 +115,6 @@ def test_what_is_not_merged_is_bit_for_bit_what_it_was(view, random, merger, dty
         assert torch.equal(entries.changed, members_of(layer, kept, merger.threshold).merged)
     everything = merger.merge(layer, indices_of(view.valid))
     assert not everything.changed.any()
-
-
-def layer_queries(view):
-    return view.queries.unflatten(1, (view.keys.shape[1], -1))
 
 
 @settings(max_examples=100)
@@ -286,135 +220,3 @@ def test_a_moving_average_does_not_mind_how_many_queries_come_at_a_time(random, 
         plain = torch.where(seen, alpha * plain + (1 - alpha) * logits[..., step, :].exp().mean(2), plain)
     assert_close(state["log_estimate"].exp(), plain)
     assert torch.equal(state["samples"], (logits[:, :, 0] > -torch.inf).sum(-2).double())
-
-
-@settings(max_examples=60)
-@given(layers(("normal", "clustered", "one hot"), most=16), generators, window_fits)
-def test_a_window_fit_is_what_a_plain_form_gives(view, random, merger):
-    layer = attrs.evolve(with_votes(view, random, torch.float32))
-    kept = some_kept(view, random)
-    entries = merger.merge(layer, kept)
-    for row, head in torch.cartesian_prod(*map(torch.arange, kept.shape[:2])).reshape(-1, 2).tolist():
-        slots = kept[row, head][kept[row, head] >= 0].tolist()
-        members = {n: [slot] for n, slot in enumerate(slots)}
-        for slot, onto in plain_assignment(layer, merger, row, head, slots).items():
-            members[onto].append(slot)
-        for n, group in members.items():
-            assert bool(entries.changed[row, head, n]) == (len(group) > 1)
-            if len(group) > 1:
-                key, value, votes = plain_fit(layer, merger, row, head, group)
-                assert_close(entries.keys[row, head, n].double(), key, atol=1e-4, rtol=1e-3)
-                assert_close(entries.values[row, head, n].double(), value, atol=1e-4, rtol=1e-3)
-                assert_close(entries.log_votes[row, head, n].double(), votes, atol=1e-3, rtol=1e-3)
-
-
-def plain_window(view, merger, row, head):
-    """Queries [n, D] of one KV head that were ever asked, scaled, and their positions."""
-    asked = view.window_positions[row][-merger.queries :]
-    queries = layer_queries(view)[row, head, :, -merger.queries :].double() * view.scaling
-    real = [
-        (query, at)
-        for head_queries in queries
-        for query, at in zip(head_queries, asked.tolist(), strict=True)
-        if at >= 0
-    ]
-    return [query for query, _ in real], [at for _, at in real]
-
-
-def plain_probabilities(view, merger, row, head):
-    """[n, T], and the logits, -inf for what comes later."""
-    queries, asked = plain_window(view, merger, row, head)
-    positions = view.positions[row, head]
-    logits = torch.stack(queries) @ view.keys[row, head].double().T + view.log_votes[row, head].double()
-    seen = (positions >= 0) & (positions <= torch.tensor(asked)[:, None])
-    logits = logits.masked_fill(~seen, -torch.inf)
-    return logits.softmax(-1), logits, torch.tensor(asked)
-
-
-def plain_assignment(view, merger, row, head, slots):
-    """The place of the survivor that each evicted slot goes to; what rounding decides is not tried."""
-    probabilities, logits, _ = plain_probabilities(view, merger, row, head)
-    attention = probabilities.sum(0) / (logits > -torch.inf).sum(0).clamp(min=1)
-    evicted = [slot for slot in range(int(view.lengths[row, head])) if slot not in slots]
-    if not evicted:
-        return {}
-    usual = merger.attended * attention[evicted].mean()
-    assume(not ((attention[slots] / usual - 1).abs() < 2e-4).any())
-    hosts = [n for n, slot in enumerate(slots) if attention[slot] >= usual]
-    keys, values = view.keys[row, head].double(), view.values[row, head].double()
-    goes = {}
-    for slot in evicted if hosts else ():
-        if merger.assign == "cosine":
-            worth = torch.nn.functional.cosine_similarity(keys[slot], keys[slots][hosts], dim=-1, eps=1e-6)
-            assume(((worth - merger.threshold).abs() > 1e-5).all())
-        else:
-            apart = torch.stack(plain_window(view, merger, row, head)[0]) @ (keys[slots][hosts] - keys[slot]).T
-            size = values[: int(view.lengths[row, head])].square().sum(-1).mean()
-            distance = apart.square().mean(0) + (values[slots][hosts] - values[slot]).square().sum(-1) / size
-            mine, theirs = attention[slot], attention[slots][hosts]
-            worth = -distance * mine * theirs / (mine + theirs)
-        best = worth.sort(descending=True).values[:2]
-        assume(len(best) < 2 or best[0] - best[1] > 1e-5 * best.abs().max())
-        if merger.threshold == -1 or worth.max() >= merger.threshold:
-            goes[slot] = hosts[worth.argmax()]
-    return goes
-
-
-def plain_fit(view, merger, row, head, group):
-    probabilities, logits, asked = plain_probabilities(view, merger, row, head)
-    counts = asked >= view.positions[row, head, group].max()
-    queries = torch.stack(plain_window(view, merger, row, head)[0])[counts]
-    mine, given = probabilities[counts][:, group], probabilities[counts][:, group].sum(-1)
-    votes = view.log_votes[row, head, group].double().exp()
-    weights = mine.sum(0) / given.sum() if given.sum() > 0 else votes / votes.sum()
-    key = weights @ view.keys[row, head, group].double()
-    missing = logits[counts][:, group].logsumexp(-1) - queries @ key
-    bias = (given * missing).sum() / given.sum() if given.sum() > 0 else votes.sum().log()
-    return key, weights @ view.values[row, head, group].double(), bias
-
-
-@given(views, generators, st.sampled_from(("cosine", "ward")))
-def test_equal_keys_fit_every_query(view, random, assign):
-    """Votes of equal keys add up; if their values are equal too nothing is lost for any query."""
-    layer = with_votes(view, random)
-    kept = some_kept(view, random)
-    onto = torch.randint(int(kept.shape[-1]), view.positions.shape, generator=random)
-    onto = onto.where(gather_places(kept, onto), 0)
-    own = kept_index(kept, view.positions.shape[-1])
-    source = kept.gather(-1, torch.where(own >= 0, own, onto)).clamp(min=0)
-    layer = attrs.evolve(layer, keys=gather(view.keys, source), values=gather(view.values, source))
-    entries = WindowFit(assign, attended=0).merge(layer, kept)
-    queries = torch.randn(*newest_queries(layer).shape, generator=random)
-    before = attend(queries, layer.keys, layer.values, hidden(layer.log_votes.float(), view.valid))
-    after = attend(queries, entries.keys, entries.values, hidden(entries.log_votes.float(), kept >= 0))
-    some = view.valid.any(-1)
-    for found, expected in zip(after, before, strict=True):
-        assert_close(found[some], expected[some], atol=2e-4, rtol=1e-3)
-
-
-def gather_places(kept, places):
-    """Whether a place in `kept` [B, K, N] holds a slot, for places [B, K, T]."""
-    return kept.gather(-1, places) >= 0
-
-
-@settings(max_examples=40)
-@given(generators, st.sampled_from(("cosine", "ward")), st.sampled_from((1, 4)), st.sampled_from((0.25, 0.5, 0.8)))
-def test_merging_is_better_than_dropping_for_the_window(random, assign, group, spread):
-    """Clusters of keys, as attention sees them; also for later queries of the same kind."""
-    batch, slots, dim, clusters, budget = 4, 128, 32, 24, 32
-    centres = torch.randn(batch, 1, clusters, dim, generator=random)
-    chosen = torch.randint(clusters, (batch, 1, slots), generator=random)
-    keys = gather(centres, chosen) + spread * torch.randn(batch, 1, slots, dim, generator=random)
-    values = torch.randn(batch, 1, slots, dim, generator=random)
-    queries = 1.5 * torch.randn(batch, group, 2 * 16, dim, generator=random)
-    after = torch.arange(slots, slots + 16).expand(batch, -1)
-    view = view_of(keys, values=values, queries=queries[:, :, :16], query_positions=after)
-    kept = view.logits.softmax(-1).sum((2, 3)).topk(budget).indices.sort(-1).values
-    entries, dropped = WindowFit(assign).merge(view, kept), Drop().merge(view, kept)
-    for asked in (queries[:, None, :, :16], queries[:, None, :, 16:]):
-        asked = asked.flatten(2, 3)  # noqa: PLW2901
-        full, _ = attend(asked, keys, values, torch.zeros(batch, 1, slots))
-        none = torch.zeros(batch, 1, budget)
-        merged_error = (attend(asked, entries.keys, entries.values, entries.log_votes)[0] - full).norm()
-        dropped_error = (attend(asked, dropped.keys, dropped.values, none)[0] - full).norm()
-        assert merged_error < 0.9 * dropped_error
