@@ -103,11 +103,11 @@ class AsIs(Format):
     columns: Mapping[str, Column] = attrs.field(factory=dict)
     keep: int = ALL
 
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        raise CacheError("entries that are held as they are have no columns")
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 nothing is packed
+        return {}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        raise CacheError("entries that are held as they are have no columns")
+        raise CacheError(f"no columns hold the {positions.numel()} entries asked for: {sorted(columns)}")
 
 
 @attrs.frozen(eq=False)
