@@ -1,9 +1,17 @@
-"""Profiles of the property tests: `ci` is repeatable; `nightly` searches for longer, with fresh randomness."""
+"""Profiles of the property tests: `ci` is repeatable; `nightly` searches for longer, with fresh randomness.
+
+Without a GPU, kernels run in Triton's interpreter; it must be chosen before Triton is imported.
+"""
 
 import os
 
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # unset it is a warning, and warnings are errors
+
 
 _quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None, suppress_health_check=_quiet)

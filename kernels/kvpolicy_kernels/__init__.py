@@ -1,0 +1,11 @@
+"""Fused stages for a GPU: one Triton kernel a file, with its launcher and its guard. Knows nothing of kvpolicy.
+
+This module and those it names import no Triton, so that plans can be explained where there is none.
+"""
+
+from kvpolicy_kernels.segments import Column, Segments
+from kvpolicy_kernels.support import UnsupportedInputError, obstacle
+from kvpolicy_kernels.tile import Finish, Tile, WindowUse
+from kvpolicy_kernels.traffic import Traffic
+
+__all__ = ["Column", "Finish", "Segments", "Tile", "Traffic", "UnsupportedInputError", "WindowUse", "obstacle"]

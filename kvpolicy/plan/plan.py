@@ -14,6 +14,7 @@ from kvpolicy.plan.followers import ATTENTION, Follower, followers_of, observers
 from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Column, Format, Formats, Geometry, Needs, Rotary, Site
+from kvpolicy_kernels import obstacle
 
 POSITIONS = "positions"
 LOG_VOTES = "log_votes"
@@ -35,6 +36,7 @@ class Plan:
     page_formats: tuple[Format | None, ...]  # what the reader keeps per page, for each managed layer
     followers: tuple[Follower, ...]
     budgets: Budgets
+    kernels: bool  # whether Triton kernels run where they can; else torch does
 
     @cached_property
     def ragged(self) -> bool:
@@ -75,8 +77,13 @@ def compile_policy(
     dtype: torch.dtype,
     rotary: Rotary | None = None,
     calibration: Calibration | None = None,
+    *,
+    kernels: bool | None = None,
 ) -> Plan:
-    """Fit a policy to a model. Raises PolicyError or UnsupportedModelError when the two do not go together."""
+    """Fit a policy to a model. Raises PolicyError or UnsupportedModelError when the two do not go together.
+
+    `kernels` says whether Triton kernels are used; by default where there is a GPU for them.
+    """
     device, dtype = _device(device), _floating(dtype)
     sites = _sites(spec, geometry, dtype, rotary, calibration)
     formats = tuple(_formats(spec, site) for site in sites)
@@ -94,6 +101,7 @@ def compile_policy(
         page_formats=pages,
         followers=followers_of(spec),
         budgets=Budgets(spec, geometry, Footprint(geometry, dtype, columns, formats, pages)),
+        kernels=not obstacle(device) if kernels is None else kernels,
     )
 
 

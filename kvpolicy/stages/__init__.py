@@ -34,6 +34,7 @@ from kvpolicy.stages.parameters import (
 )
 from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.view import View
+from kvpolicy_kernels import Finish, Tile, WindowUse
 
 __all__ = [
     "STAGES",
@@ -42,6 +43,7 @@ __all__ = [
     "Codec",
     "Column",
     "Entries",
+    "Finish",
     "Flag",
     "Format",
     "Formats",
@@ -68,7 +70,9 @@ __all__ = [
     "Site",
     "State",
     "Text",
+    "Tile",
     "View",
+    "WindowUse",
     "hookimpl",
     "parameter",
 ]

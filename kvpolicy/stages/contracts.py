@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpolicy.stages.formats import AsIs, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.view import View
+from kvpolicy_kernels import Tile
 
 
 class Plugin(abc.ABC):
@@ -85,6 +86,10 @@ class Scorer(Observer):
     def score(self, view: View) -> Tensor:
         """Float32 [B, K, T], larger = keep. Only candidates are compared; other slots may hold any number."""
 
+    def tile(self) -> "Tile | str":
+        """How a GPU computes `score` tile by tile, so that the plan can fuse it; or why it cannot, in a few words."""
+        return "has no tile function"
+
 
 @attrs.frozen
 class LayerRequest:
@@ -150,6 +155,7 @@ class Merger(Observer):
     """Decides what becomes of evicted entries."""
 
     stage = "merge"
+    moves_only: ClassVar[bool] = False  # whether kept entries stay bit for bit as they are: `merge` is then not needed
     votes: ClassVar[bool] = False  # whether entries carry a log-vote, added to their logits in every attention
     reads_window: ClassVar[bool] = False  # whether it reads `view.logits`: some plugin must then observe queries
 
