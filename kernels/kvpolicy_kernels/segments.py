@@ -45,7 +45,7 @@ class Segments:
         rows, heads = layers[0].shape[:2]
         require(all(layer.shape[:2] == (rows, heads) for layer in layers), "layers differ in rows or KV heads")
         place = torch.arange(rows * heads, device=lengths.device)
-        starts = torch.cat([place * _pitch(layer) for layer in layers])
+        starts = torch.cat([place * pitch(layer) for layer in layers])
         longest = max(layer.shape[2] for layer in layers)
         return cls(starts, lengths.flatten().to(torch.int32), len(layers), rows, heads, longest)
 
@@ -69,18 +69,18 @@ class Column:
         width = first[0, 0, 0].numel() if first.numel() else max(1, first.shape[3:].numel())
         for layer in layers:
             require(layer.dtype == first.dtype and layer.device == first.device, "layers differ in dtype or device")
-            _pitch(layer)
+            pitch(layer)
             require(layer.data_ptr() % _ALIGNMENT == 0, f"storage is not aligned to {_ALIGNMENT} bytes")
         addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64, device=first.device)
         return cls(addresses, first.dtype, width, tuple(layers))
 
 
-def _pitch(layer: Tensor) -> int:
-    """Slots from one segment to the next. Raises UnsupportedInputError when the tensor is not made of segments."""
+def pitch(layer: Tensor) -> int:
+    """Slots from one segment of [B, K, T, ...] to the next; UnsupportedInputError when it is not made of segments."""
     heads, width = layer.shape[1], max(1, layer.shape[3:].numel())
     inner = torch.empty(layer.shape[2:], device="meta").stride()
     require(layer.stride()[2:] == inner or layer.numel() == 0, "the elements of a segment are not contiguous")
-    pitch, rest = divmod(layer.stride(1) if heads > 1 else layer.stride(0), width)
+    distance, rest = divmod(layer.stride(1) if heads > 1 else layer.stride(0), width)
     even = heads == 1 or layer.shape[0] == 1 or layer.stride(0) == heads * layer.stride(1)
     require(rest == 0 and even, "segments do not lie at equal distances")
-    return pitch
+    return distance

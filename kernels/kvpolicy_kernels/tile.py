@@ -32,14 +32,14 @@ class Finish:
     `pool` is a window of odd `size` over neighbouring candidates: `max` sees -inf and `average` sees zeros, which its
     divisor counts, where there is no candidate. `softmax` is over the held entries of a head (0 elsewhere), `shared`
     the mean over the KV heads of a row. `normalise`: `max` divides by the largest finite magnitude among candidates,
-    `zscore` subtracts their mean and divides by their standard deviation. `weight` comes last.
+    `standard` subtracts their mean and divides by their standard deviation. `weight` comes last.
     """
 
     softmax: bool = False
     pool: str = "none"  # or "max", "average"
     size: int = 1
     shared: bool = False
-    normalise: str = "none"  # or "max", "zscore"
+    normalise: str = "none"  # or "max", "standard"
     weight: float = 1.0
 
 

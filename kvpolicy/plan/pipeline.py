@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvpolicy.errors import NonFiniteScoreWarning
 from kvpolicy.plan.followers import MERGE_STATE, state_name
-from kvpolicy.spec.policy import PolicySpec, Weighted
-from kvpolicy.stages import Entries, View
+from kvpolicy.spec.policy import PolicySpec
+from kvpolicy.stages import Entries, Scorer, View
 from kvpolicy.stages.checks import check_scores, check_tensor, seen_shape
 from kvpolicy.stages.slots import gather, indices_of
 
@@ -25,34 +25,58 @@ class Compressed:
     row_state: dict[str, Tensor]  # [B] float32, the merger's
 
 
+@attrs.frozen(eq=False)
+class Chosen:
+    """Which entries of a layer stay, and what scorers have noted about all of them."""
+
+    kept: Tensor  # [B, K, N] int64, as in `Compressed`
+    observed: dict[str, Tensor]  # [B, K, T] float32, new slot state, named as in the store
+
+
 def compress(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
     """Reduce each row to `budget[b]` entries per KV head on average, protected ones included.
 
     A row that holds no more than that keeps everything. Rows never influence each other.
     """
+    return reduce_to(spec, view, choose(spec, view, budget))
+
+
+def choose(spec: PolicySpec, view: View, budget: Sequence[int]) -> Chosen:
+    """Score, allocate, select."""
     scores, observed = score(spec, view)
     counts = allocate(spec, view, scores, budget)
-    kept = indices_of(select(spec, view, scores, counts) | view.protected)
-    entries = merge(spec, view, kept)
-    state = {name: gather(values, kept) for name, values in observed.items()}
+    return Chosen(indices_of(select(spec, view, scores, counts) | view.protected), observed)
+
+
+def reduce_to(spec: PolicySpec, view: View, chosen: Chosen) -> Compressed:
+    """What remains of a layer of which the `chosen` entries stay."""
+    entries = merge(spec, view, chosen.kept)
+    state = {name: gather(values, chosen.kept) for name, values in chosen.observed.items()}
     state.update({MERGE_STATE + name: values for name, values in entries.slot_state.items()})
-    return Compressed(kept, entries, state, dict(entries.row_state))
+    return Compressed(chosen.kept, entries, state, dict(entries.row_state))
 
 
 def score(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum [B, K, T] over the scorers, -inf outside the candidates; and their new slot state."""
     total = torch.zeros(view.positions.shape, dtype=torch.float32, device=view.keys.device)
-    slot_state: dict[str, Tensor] = {}
+    observed: dict[str, Tensor] = {}
     for term, weighted in enumerate(spec.score):
-        prefix = state_name(term, "")
-        own = _own_state(view, prefix)
-        seen = view.with_state(own)
-        fresh = weighted.scorer.observe(seen) if own else {}
-        if fresh:
-            seen = seen.with_state({**own, **fresh})
-            slot_state.update({prefix + name: values for name, values in fresh.items()})
-        total = total + weighted.weight * _normalised(weighted, seen)
-    return _without_nan(total, view.candidates), slot_state
+        scores, fresh = scored(weighted.scorer, state_name(term, ""), view)
+        observed.update(fresh)
+        total = total + weighted.weight * _normalised(scores, view, weighted.normalise)
+    return _without_nan(total, view.candidates), observed
+
+
+def scored(scorer: Scorer, prefix: str, view: View) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scores [B, K, T] of one scorer, and its new slot state, whose names begin with `prefix` in the store."""
+    own = _own_state(view, prefix)
+    seen = view.with_state(own)
+    fresh = scorer.observe(seen) if own else {}
+    if fresh:
+        seen = seen.with_state({**own, **fresh})
+    scores = scorer.score(seen)
+    check_scores(scorer, scores, view)
+    return scores, {prefix + name: values for name, values in fresh.items()}
 
 
 def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int]) -> Tensor:
@@ -90,14 +114,12 @@ def _own_state(view: View, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in view.slot_state.items() if name.startswith(prefix)}
 
 
-def _normalised(weighted: Weighted, view: View) -> Tensor:
-    scores = weighted.scorer.score(view)
-    check_scores(weighted.scorer, scores, view)
-    if weighted.normalise == "none":
+def _normalised(scores: Tensor, view: View, how: str) -> Tensor:
+    if how == "none":
         return scores
     inside = scores.masked_fill(~view.candidates, 0)
     count = view.candidates.sum(-1, keepdim=True).clamp(min=1)
-    if weighted.normalise == "max":
+    if how == "max":
         magnitude = inside.abs().masked_fill(~inside.isfinite(), 0).amax(-1, keepdim=True)
         return scores / magnitude.clamp(min=torch.finfo(torch.float32).tiny)
     mean = inside.sum(-1, keepdim=True) / count

@@ -1,7 +1,7 @@
 """One contract per stage. A plugin is a frozen attrs class that keeps one of them and holds no run state."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -125,11 +125,20 @@ class HeadAllocator(Plugin):
         of a row together. Each row sums to min(budget, its candidates), no head above its own candidates.
         """
 
+    def divide(self, room: Tensor, won: Callable[[Tensor], Tensor], budget: Tensor) -> "Tensor | str":  # noqa: ARG002
+        """`allocate` without a look at single scores, so that the plan can fuse it; or why that cannot be.
+
+        `room` [B, K] int64 are the candidates of each head; `won(n)`, for int64 [B], is how many of a row's best n
+        candidates each head owns (ties: lower head, then earlier position), int64 [B, K].
+        """
+        return "looks at single scores"
+
 
 class Selector(Plugin):
     """Chooses which candidates stay."""
 
     stage = "select"
+    best: ClassVar[bool] = False  # whether it keeps each head's highest scores, nothing else: the plan can fuse that
 
     @abc.abstractmethod
     def select(self, scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:

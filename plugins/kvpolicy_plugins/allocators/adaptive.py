@@ -1,5 +1,6 @@
 """More for the heads that need it."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import attrs
@@ -32,15 +33,22 @@ class Adaptive(HeadAllocator):
 
     def allocate(self, scores: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:
         room = candidates.sum(-1)
-        total = budget.minimum(room.sum(-1))
-        equal = fill_evenly(room, total)
         if self.normalise == "mass":
-            scores = _weigh(scores, candidates, equal)
-        won = _wins(scores, candidates, total).double()
+            scores = _weigh(scores, candidates, fill_evenly(room, budget.minimum(room.sum(-1))))
+        return self._divide(room, lambda total: _wins(scores, candidates, total), budget)
+
+    def divide(self, room: Tensor, won: Callable[[Tensor], Tensor], budget: Tensor) -> Tensor | str:
+        if self.normalise == "mass":
+            return "weighs single scores"
+        return self._divide(room, won, budget)
+
+    def _divide(self, room: Tensor, won: Callable[[Tensor], Tensor], budget: Tensor) -> Tensor:
+        total = budget.minimum(room.sum(-1))
+        equal, owned = fill_evenly(room, total), won(total).double()
         if self.rounding == "official":
             guaranteed = (equal.floor() * self.floor).floor()
-            return (won * (1 - self.floor) + guaranteed).round().long().minimum(room)
-        return apportion((1 - self.floor) * won + self.floor * equal, total)
+            return (owned * (1 - self.floor) + guaranteed).round().long().minimum(room)
+        return apportion((1 - self.floor) * owned + self.floor * equal, total)
 
 
 def _wins(scores: Tensor, candidates: Tensor, total: Tensor) -> Tensor:

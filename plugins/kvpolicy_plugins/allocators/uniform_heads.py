@@ -17,6 +17,8 @@ class UniformHeads(HeadAllocator):
     ragged: ClassVar[bool] = False
 
     def allocate(self, scores: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:  # noqa: ARG002
-        room = candidates.sum(-1)
+        return self.divide(candidates.sum(-1), None, budget)
+
+    def divide(self, room: Tensor, won: object, budget: Tensor) -> Tensor:  # noqa: ARG002
         total = budget.minimum(room.sum(-1))
         return apportion(fill_evenly(room, total), total)

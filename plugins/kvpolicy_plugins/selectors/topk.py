@@ -15,6 +15,7 @@ class TopK(Selector):
     """Each head keeps its highest scores. NaN ranks last, -0.0 equals 0.0, ties go to the earlier one."""
 
     name: ClassVar[str] = "topk"
+    best: ClassVar[bool] = True
 
     def select(self, scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
         order = best_first(scores, candidates)

@@ -1,0 +1,64 @@
+"""What of a policy runs in fused kernels, and why the rest does not."""
+
+import attrs
+import torch
+from kvpolicy_kernels import Finish, Tile
+
+from kvpolicy.spec.policy import PolicySpec, Weighted
+from kvpolicy.stages import HeadAllocator, Scorer
+
+
+@attrs.frozen(eq=False)
+class Term:
+    """One term of the score: the tile function that the score kernel calls, or why it has none."""
+
+    weighted: Weighted
+    tile: Tile | None
+    reason: str = ""
+
+    @property
+    def finish(self) -> Finish:
+        """What follows the tile function; the scores of a reference are finished but for scale and weight."""
+        own = self.tile.finish if self.tile is not None else Finish()
+        return attrs.evolve(own, normalise=self.weighted.normalise, weight=self.weighted.weight)
+
+
+@attrs.frozen(eq=False)
+class Fusion:
+    """The parts of a policy that kernels can do. A reason is empty where nothing stands against it."""
+
+    terms: tuple[Term, ...]
+    allocate: str
+    select: str
+    merge: str
+
+
+def fusion_of(spec: PolicySpec) -> Fusion:
+    """What the plugins of a policy offer to a plan that fuses."""
+    return Fusion(
+        terms=tuple(_term(weighted) for weighted in spec.score),
+        allocate=_against_dividing(spec.allocate.heads),
+        select="" if spec.select.best else "keeps other entries than the highest scores",
+        merge="" if spec.merge.moves_only else "changes the entries that it keeps",
+    )
+
+
+def _term(weighted: Weighted) -> Term:
+    offered = _offered(weighted.scorer)
+    return Term(weighted, None, offered) if isinstance(offered, str) else Term(weighted, offered)
+
+
+def _offered(scorer: Scorer) -> Tile | str:
+    try:
+        return scorer.tile()
+    except Exception as error:  # noqa: BLE001 - a third party's code: its reference runs instead, and the plan says why
+        return f"its tile function failed: {type(error).__name__}: {error}"
+
+
+def _against_dividing(allocator: HeadAllocator) -> str:
+    one = torch.ones(1, 1, dtype=torch.int64)
+    try:
+        divided = allocator.divide(one, lambda total: total[:, None], one[0])
+    except Exception as error:  # noqa: BLE001 - as above
+        return f"dividing failed: {type(error).__name__}: {error}"
+    return divided if isinstance(divided, str) else ""
