@@ -14,6 +14,7 @@ from kvpolicy.runtime.attachment import Attachment, attached
 from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.calibrate import calibrate, model_digest
 from kvpolicy.runtime.rotation import rotary_of, rotary_of_config
+from kvpolicy.runtime.static.runners import mode_of
 from kvpolicy.runtime.support import check_model, geometry_of
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
@@ -69,13 +70,18 @@ class Policy:
         """Raise what `attach` would raise, as far as the configuration of a model tells; no weights are needed."""
         self.compile(config, calibration=calibration)
 
-    def attach(self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None) -> Attachment:
+    def attach(
+        self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None, graph: bool | str = False
+    ) -> Attachment:
         """Let `model.generate` run under this policy, until the attachment is detached or its `with` block ends.
 
-        `calibration` is what `calibrate` gave for this model, or the file it was saved to; few stores need one. Raises
-        UnsupportedModelError, PolicyError, CalibrationError or AttachError before anything has changed.
+        `calibration` is what `calibrate` gave for this model, or the file it was saved to; few stores need one. With
+        `graph` decode steps have fixed shapes in storages that never move, and on a GPU become CUDA graphs; "compile"
+        has `torch.compile` do them. Raises UnsupportedModelError, PolicyError, CalibrationError or AttachError before
+        anything has changed, or ParameterError for another `graph`.
         """
-        return Attachment(self.compile(model, calibration=calibration), model)
+        mode = mode_of(graph)
+        return Attachment(self.compile(model, calibration=calibration), model, mode)
 
     def calibrate(self, model: PreTrainedModel, tokens: Tensor) -> Calibration:
         """Measure on token ids [S, T] what the store of this policy needs; no pads among them.

@@ -1,12 +1,13 @@
 """How a scorer's score is computed on a GPU: a tile function, and what happens to its numbers afterwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 from torch import Tensor
 
 from kvpolicy_kernels.segments import Column, Segments
+from kvpolicy_kernels.traffic import Traffic
 
 
 @attrs.frozen
@@ -61,11 +62,12 @@ class Tile:
     program ids, whose module imports `triton.language as tl`; it returns [BLOCK] scores (anything, for slots that hold
     nothing). What it does not use is given as None:
 
-        function(keys,           # [BLOCK, D], zeros behind the head dim and in slots that hold nothing
+        function(keys,           # [BLOCK, D], zeros behind the head dim and in slots that hold nothing, if `keys`
                  values,         # [BLOCK, Dv] likewise, if `values`
                  positions,      # [BLOCK] int32
+                 newest,         # int32 scalar, if `newest`: the largest position that any head of the row holds
                  probabilities,  # [BLOCK, G, W], if `window`; G and W rounded up to powers of two, zeros there
-                 voters,         # float32 scalar, if `window`: how many of the last W queries exist
+                 voters,         # float32 scalar, if `window`: how many of the last W queries exist; they come last
                  group,          # float32 scalar: query heads per KV head, or 1 if `window.group` reduced them
                  attention,      # [BLOCK, G], if `attention`: mass received, G rounded up, zeros there
                  statistic,      # [D], if `statistic`: its sum over the held entries
@@ -76,15 +78,19 @@ class Tile:
 
     `statistic` is a `@triton.jit` function from keys [BLOCK, D] to [BLOCK, D], summed over all held entries of a head
     before any score is computed. `column` is called on the host before the score kernel, with the tensors of
-    `ColumnRequest`, and returns [P, T] float32: for what needs a kernel of its own.
+    `ColumnRequest`, and returns [P, T] float32: for what needs a kernel of its own. `column_traffic` says the most
+    bytes that it moves for heads that hold so many entries each, for `kvpolicy plan`; tensors are on the meta device.
     """
 
     function: Any
     options: tuple[int, ...] = ()
     arguments: tuple[float, ...] = ()
     window: WindowUse | None = None
+    keys: bool = True
     values: bool = False
+    newest: bool = False
     attention: bool = False
     statistic: Any = None
     column: Callable[[ColumnRequest], Tensor] | None = None
+    column_traffic: Callable[[ColumnRequest, Sequence[int]], Traffic] | None = None
     finish: Finish = Finish()

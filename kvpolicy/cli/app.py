@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from kvpolicy.cli.bench import bench
 from kvpolicy.cli.calibrate import calibrate
 from kvpolicy.cli.check import check_policies
 from kvpolicy.cli.demo import demo
@@ -53,3 +54,4 @@ for command, name in (
     (schema, "schema"),
 ):
     app.command(name)(command)
+app.add_typer(bench, name="bench")

@@ -1,16 +1,14 @@
 """`kvpolicy evaluate`: every policy's bytes, accuracy, attention error and decode time in one table."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import err, line
+from kvpolicy.cli.console import line
+from kvpolicy.cli.progress import bars
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from kvpolicy.evaluate.table.setup import TableSetup
 
 _QUICK: dict[str, Any] = {"items": 1, "length": 128, "rows": 1, "error_items": 1, "error_steps": 4}
@@ -95,27 +93,14 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _measure(setup: "TableSetup") -> dict[str, Any]:
     import torch
-    from rich.progress import Progress, TimeElapsedColumn
 
     from kvpolicy.cli.models import TESTBED, load_model
     from kvpolicy.evaluate.table.run import DTYPE
     from kvpolicy.evaluate.table.run import evaluate as run
 
     model, tokenizer = load_model(TESTBED, torch.device("cpu"), DTYPE)
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err(), transient=True) as progress:
-        return run(model, tokenizer, setup, _Watcher(progress))
-
-
-class _Watcher:
-    """Shows each part of the evaluation as a bar."""
-
-    def __init__(self, progress: "Progress") -> None:
-        self._progress = progress
-
-    def begin(self, what: str, steps: int) -> Callable[[str], None]:
-        """A new bar."""
-        bar = self._progress.add_task(what, total=steps)
-        return lambda text: self._progress.update(bar, advance=1, description=text)
+    with bars() as watcher:
+        return run(model, tokenizer, setup, watcher)
 
 
 def _write_record(file: Path, found: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ def plan(
     model: Annotated[str, typer.Option(help="Path or id of a model; only its configuration is read.")] = "testbed",
     length: Annotated[int, typer.Option(help="Tokens that the sequence grows to.")] = 8192,
     budget: Budget = None,
-    device: Annotated[str, typer.Option(help="What to plan for: cpu or cuda. Need not be present.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or a GPU by name: h200. Need not be present.")] = "cpu",
     dtype: Dtype = None,
     calibration: Calibration = None,
     json: Json = False,
@@ -22,6 +22,7 @@ def plan(
     import torch
 
     from kvpolicy.cli.models import config_of, dtype_of
+    from kvpolicy.plan.devices import device_named
     from kvpolicy.plan.explain import explain
     from kvpolicy.policy import load
 
@@ -29,5 +30,7 @@ def plan(
     config = config_of(model)
     own = getattr(config.get_text_config(decoder=True), "dtype", None)
     kind = wanted or own or torch.float32
-    explained = explain(loaded.compile(config, device=device, dtype=kind, calibration=calibration), length)
+    rates = None if device.split(":")[0] in ("cpu", "cuda") else device_named(device)
+    plan = loaded.compile(config, device="cuda" if rates else device, dtype=kind, calibration=calibration)
+    explained = explain(plan, length, rates)
     print_json(explained.to_dict()) if json else out().print(explained.table())

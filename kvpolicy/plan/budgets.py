@@ -11,7 +11,7 @@ from kvpolicy.stages import Geometry, LayerRequest
 from kvpolicy.stages.checks import contract_error
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)  # it is looked up many times a token
 class Budgets:
     """Answers, for one geometry, how many entries each layer may hold. Counts are per KV head and sequence."""
 

@@ -6,9 +6,11 @@ import attrs
 from rich.console import Console, Group
 
 from kvpolicy.errors import InputError
+from kvpolicy.plan.devices import Device
 from kvpolicy.plan.explain_tables import tables_of
 from kvpolicy.plan.plan import Plan
-from kvpolicy.plan.traffic import Shapes, Step, steps_of
+from kvpolicy.plan.steps import Shapes, Step
+from kvpolicy.plan.traffic import steps_of
 from kvpolicy.spec.dump import digest
 from kvpolicy.stages import Geometry
 
@@ -38,6 +40,8 @@ class Explanation:
     evicts: bool  # whether anything is evicted up to that length
     layers: tuple[LayerShare, ...]
     columns: dict[str, float]  # bytes that one more entry of one KV head takes, averaged over layers, by column
+    unfused: str  # why no kernels run at all; empty when they do
+    rates: Device | None  # of the device that floors are for
     steps: tuple[Step, ...]  # of one compression of one layer
     held_bytes: int  # entries of all managed layers, at capacity
     window_bytes: int  # queries that the observation windows of all layers hold
@@ -53,9 +57,14 @@ class Explanation:
         """Bytes that one compression of one layer reads and writes."""
         return sum(step.read + step.written for step in self.steps)
 
+    def floor(self, step: Step) -> float | None:
+        """Microseconds below which the device cannot move the bytes of a step; None when no device was named."""
+        return None if self.rates is None else 1e6 * self.rates.floor(step.read + step.written)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        sums = {"entry_bytes": self.entry_bytes, "moved_bytes": self.moved_bytes}
+        floors = [self.floor(step) for step in self.steps]
+        sums = {"entry_bytes": self.entry_bytes, "moved_bytes": self.moved_bytes, "floors_us": floors}
         return {**attrs.asdict(self), **sums, "share_of_full": self.held_bytes / self.full_bytes}
 
     def table(self) -> Group:
@@ -69,11 +78,11 @@ class Explanation:
         return capture.get()
 
 
-def explain(plan: Plan, length: int = LENGTH) -> Explanation:
+def explain(plan: Plan, length: int = LENGTH, rates: Device | None = None) -> Explanation:
     """What `plan` does to one sequence that grows to `length` tokens.
 
     The steps are those of a compression while decoding; for a policy that compresses prompts only, of a prompt of that
-    length. Raises InputError when `length` is not at least 1.
+    length. `rates` are those of the device that floors are stated for. Raises InputError when `length` is below 1.
     """
     if length < 1:
         raise InputError(f"length must be at least 1 token: {length}")
@@ -89,6 +98,8 @@ def explain(plan: Plan, length: int = LENGTH) -> Explanation:
         evicts=any(layer.capacity < length for layer in layers),
         layers=layers,
         columns=plan.footprint.per_entry(),
+        unfused=plan.fusion.off,
+        rates=rates,
         steps=steps_of(plan, _shapes(plan, length)),
         held_bytes=round(sum(plan.footprint.layer_bytes(place, one.capacity) for place, one in enumerate(layers))),
         window_bytes=geometry.layers * window_bytes(plan),

@@ -1,5 +1,6 @@
 """An explanation as rich tables: memory, budgets, steps."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def tables_of(one: "Explanation") -> tuple[Text | Table, ...]:
     """What is held, what each layer gets, what a compression moves."""
-    where = f"one sequence of {one.length} tokens, {one.dtype} on {one.device}"
+    where = f"one sequence of {one.length} tokens, {one.dtype} on {one.rates.name if one.rates else one.device}"
     return Text(f"policy {one.policy} ({one.digest}): {where}"), _memory(one), _budgets(one), _steps(one)
 
 
@@ -46,8 +47,26 @@ def _budgets(one: "Explanation") -> Table:
 def _steps(one: "Explanation") -> Table:
     title = f"One compression of one layer: {human_bytes(one.moved_bytes)} moved"
     table = Table("step", "plugin", "runs as", "reads", "bytes read", "bytes written", title=title)
+    if not one.unfused:
+        table.add_column("launches")
+    if one.rates is not None:
+        table.add_column(f"floor on {one.rates.name}")
     for step in one.steps:
-        how = f"{step.implementation} ({step.reason})" if step.reason else step.implementation
-        numbers = (human_bytes(step.read), human_bytes(step.written))
-        table.add_row(step.stage, step.plugin, how, ", ".join(step.columns), *numbers)
+        numbers = [human_bytes(step.read), human_bytes(step.written)]
+        numbers += [] if one.unfused else [str(step.launches)]
+        floor = one.floor(step)
+        numbers += [] if floor is None else [f"{floor:.2f} µs"]
+        table.add_row(step.stage, step.plugin, step.implementation, ", ".join(step.columns), *numbers)
+    table.caption = "\n".join(_remarks(one))
     return table
+
+
+def _remarks(one: "Explanation") -> Iterator[str]:
+    """Why what is not fused is not, and what else a table has no room for."""
+    if one.unfused:
+        yield f"runs in torch: {one.unfused}"
+    else:
+        yield "one launch serves all layers of a decode step"
+    for step in one.steps:
+        if step.reason:
+            yield f"{step.stage} {step.plugin}: {step.reason}"

@@ -2,10 +2,10 @@
 
 import attrs
 import torch
-from kvpolicy_kernels import Finish, Tile
 
 from kvpolicy.spec.policy import PolicySpec, Weighted
 from kvpolicy.stages import HeadAllocator, Scorer
+from kvpolicy_kernels import Finish, Tile
 
 
 @attrs.frozen(eq=False)
@@ -31,11 +31,13 @@ class Fusion:
     allocate: str
     select: str
     merge: str
+    off: str  # against all kernels: there is no GPU, or a first trial failed
 
 
-def fusion_of(spec: PolicySpec) -> Fusion:
-    """What the plugins of a policy offer to a plan that fuses."""
+def fusion_of(spec: PolicySpec, off: str) -> Fusion:
+    """What the plugins of a policy offer to a plan that fuses; `off` says why nothing is."""
     return Fusion(
+        off=off,
         terms=tuple(_term(weighted) for weighted in spec.score),
         allocate=_against_dividing(spec.allocate.heads),
         select="" if spec.select.best else "keeps other entries than the highest scores",

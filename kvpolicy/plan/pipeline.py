@@ -20,7 +20,7 @@ class Compressed:
     """What remains of a layer. N is the largest number of entries that a head keeps."""
 
     kept: Tensor  # [B, K, N] int64, slots of the view, ascending, -1 behind a head's last one
-    entries: Entries  # [B, K, N, D] and [B, K, N, Dv]
+    entries: Entries | None  # [B, K, N, D] and [B, K, N, Dv]; None = those of the kept slots, as they are
     slot_state: dict[str, Tensor]  # [B, K, N] float32, named as in the store; new values only
     row_state: dict[str, Tensor]  # [B] float32, the merger's
 
@@ -50,21 +50,29 @@ def choose(spec: PolicySpec, view: View, budget: Sequence[int]) -> Chosen:
 
 def reduce_to(spec: PolicySpec, view: View, chosen: Chosen) -> Compressed:
     """What remains of a layer of which the `chosen` entries stay."""
-    entries = merge(spec, view, chosen.kept)
     state = {name: gather(values, chosen.kept) for name, values in chosen.observed.items()}
+    if spec.merge.moves_only:
+        return Compressed(chosen.kept, None, state, {})
+    entries = merge(spec, view, chosen.kept)
     state.update({MERGE_STATE + name: values for name, values in entries.slot_state.items()})
     return Compressed(chosen.kept, entries, state, dict(entries.row_state))
 
 
 def score(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum [B, K, T] over the scorers, -inf outside the candidates; and their new slot state."""
+    total, observed = weighted_sum(spec, view)
+    return _without_nan(total, view.candidates), observed
+
+
+def weighted_sum(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
+    """`score` as it comes: any number outside the candidates, and NaN where scorers give it."""
     total = torch.zeros(view.positions.shape, dtype=torch.float32, device=view.keys.device)
     observed: dict[str, Tensor] = {}
     for term, weighted in enumerate(spec.score):
         scores, fresh = scored(weighted.scorer, state_name(term, ""), view)
         observed.update(fresh)
         total = total + weighted.weight * _normalised(scores, view, weighted.normalise)
-    return _without_nan(total, view.candidates), observed
+    return total, observed
 
 
 def scored(scorer: Scorer, prefix: str, view: View) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,10 +87,10 @@ def scored(scorer: Scorer, prefix: str, view: View) -> tuple[Tensor, dict[str, T
     return scores, {prefix + name: values for name, values in fresh.items()}
 
 
-def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int]) -> Tensor:
+def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int] | Tensor) -> Tensor:
     """Candidates to keep per head [B, K]: the row's budget over all heads, less what is protected anyway."""
     heads = view.positions.shape[1]
-    total = torch.tensor([entries * heads for entries in budget], device=view.positions.device)
+    total = torch.as_tensor(budget, dtype=torch.int64, device=view.positions.device) * heads
     free = (total - view.protected.sum((1, 2))).clamp(min=0)
     counts = spec.allocate.heads.allocate(scores, view.candidates, free)
     rows = {"batch": scores.shape[0], "kv_heads": heads}
@@ -130,9 +138,12 @@ def _normalised(scores: Tensor, view: View, how: str) -> Tensor:
 def _without_nan(scores: Tensor, candidates: Tensor) -> Tensor:
     wrong = scores.isnan() & candidates
     if bool(wrong.any()):
-        warnings.warn(
-            f"{int(wrong.sum())} of {int(candidates.sum())} scores are NaN; they rank last",
-            NonFiniteScoreWarning,
-            stacklevel=2,
-        )
+        warn_of_nan(int(wrong.sum()), int(candidates.sum()))
     return scores.masked_fill(wrong | ~candidates, -torch.inf)
+
+
+def warn_of_nan(wrong: int, candidates: int) -> None:
+    """NaN is never kept and never silent."""
+    if wrong:
+        message = f"{wrong} of {candidates} scores are NaN; they rank last"
+        warnings.warn(message, NonFiniteScoreWarning, stacklevel=2)

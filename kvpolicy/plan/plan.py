@@ -12,6 +12,8 @@ from kvpolicy.plan.budgets import Budgets
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.followers import ATTENTION, Follower, followers_of, observers
 from kvpolicy.plan.footprint import Footprint
+from kvpolicy.plan.fusion import Fusion, fusion_of
+from kvpolicy.plan.trial import tried
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Column, Format, Formats, Geometry, Needs, Rotary, Site
 from kvpolicy_kernels import obstacle
@@ -36,7 +38,7 @@ class Plan:
     page_formats: tuple[Format | None, ...]  # what the reader keeps per page, for each managed layer
     followers: tuple[Follower, ...]
     budgets: Budgets
-    kernels: bool  # whether Triton kernels run where they can; else torch does
+    fusion: Fusion  # which stages run in kernels, and why others do not
 
     @cached_property
     def ragged(self) -> bool:
@@ -52,6 +54,17 @@ class Plan:
         """Whether pads must not stand between entries once a forward is over: they would leave a mark on a group."""
         forms = self.formats[ordinal]
         return self.selective or bool(forms.keys.columns or forms.values.columns)
+
+    @property
+    def kernels(self) -> bool:
+        """Whether Triton kernels run where they can; else torch does."""
+        return not self.fusion.off
+
+    @cached_property
+    def compresses_together(self) -> bool:
+        """Whether decode steps compress all layers in one go: kernels serve them, and their views are no copies."""
+        plain = not any(forms.keys.columns or forms.values.columns for forms in self.formats)
+        return self.kernels and plain and not self.ragged and not self.selective
 
     @property
     def footprint(self) -> Footprint:
@@ -101,8 +114,17 @@ def compile_policy(
         page_formats=pages,
         followers=followers_of(spec),
         budgets=Budgets(spec, geometry, Footprint(geometry, dtype, columns, formats, pages)),
-        kernels=not obstacle(device) if kernels is None else kernels,
+        fusion=_fusion(spec, geometry, device, dtype, kernels),
     )
+
+
+def _fusion(
+    spec: PolicySpec, geometry: Geometry, device: torch.device, dtype: torch.dtype, kernels: bool | None
+) -> Fusion:
+    off = obstacle(device) if kernels is None else "" if kernels else "kernels are switched off"
+    fusion = fusion_of(spec, off)
+    here = device.type == "cpu" or torch.cuda.is_available()  # a plan may be for a device that is elsewhere
+    return tried(spec, fusion, geometry, device, dtype) if here and not off else fusion
 
 
 def _sites(

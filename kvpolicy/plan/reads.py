@@ -24,7 +24,7 @@ class Reads:
 
 def reads_of(scorer: Scorer, geometry: Geometry) -> Reads:
     """Run `scorer` on a view of few slots with the given geometry, on the CPU, and note what its operations touch."""
-    view = _small_view(scorer, geometry)
+    view = small_view({"": scorer}, geometry)
     watch = _Watch(_tensors_by_column(view))
     try:
         with watch, torch.no_grad():
@@ -70,20 +70,30 @@ def _tensors_by_column(view: View) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in (named | dict(view.slot_state)).items() if tensor is not None}
 
 
-def _small_view(scorer: Scorer, geometry: Geometry) -> View:
-    needs, heads, dim = scorer.needs(), geometry.kv_heads, geometry.head_dim
-    slots = _SLOTS + needs.queries
+def small_view(
+    scorers: Mapping[str, Scorer],
+    geometry: Geometry,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> View:
+    """One row of few random entries, with all that these scorers need; the names of slot state begin with the keys."""
+    needs = [scorer.needs() for scorer in scorers.values()]
+    window = max(need.queries for need in needs)
+    heads, dim, slots = geometry.kv_heads, geometry.head_dim, _SLOTS + window
     random = torch.Generator().manual_seed(0)
-    queries = torch.randn(1, geometry.query_heads, needs.queries, dim, generator=random)
-    attention = torch.rand(1, heads, geometry.group, slots, generator=random)
-    states = scorer.slot_state()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype)
+
+    mass = torch.rand(1, heads, slots, geometry.group, generator=random).to(device).transpose(-1, -2)
+    fills = {prefix + one.name: one.fill for prefix, scorer in scorers.items() for one in scorer.slot_state()}
     return View(
-        keys=torch.randn(1, heads, slots, dim, generator=random),
-        values=torch.randn(1, heads, slots, dim, generator=random),
-        positions=torch.arange(slots).repeat(1, heads, 1),
+        keys=normal(1, heads, slots, dim),
+        values=normal(1, heads, slots, dim),
+        positions=torch.arange(slots, dtype=torch.int32, device=device).repeat(1, heads, 1),
         geometry=geometry,
         scaling=dim**-0.5,
-        queries=queries if needs.queries else None,
-        attention=attention if needs.attention else None,
-        slot_state={state.name: torch.full((1, heads, slots), state.fill) for state in states},
+        queries=normal(1, geometry.query_heads, window, dim) if window else None,
+        attention=mass if any(need.attention for need in needs) else None,
+        slot_state={name: torch.full((1, heads, slots), fill, device=device) for name, fill in fills.items()},
     )

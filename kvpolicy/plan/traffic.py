@@ -4,49 +4,53 @@ Every input and every output of a step is counted once: the least that any imple
 apart. T entries per KV head are held when it starts, N are left; K KV heads, H query heads, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 
 from kvpolicy.plan.followers import ATTENTION
+from kvpolicy.plan.fused_traffic import allocate_step, compact_step, finish_step, score_steps, select_step
+from kvpolicy.plan.fusion import Term
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.plan.reads import reads_of
-from kvpolicy.spec.policy import Weighted
+from kvpolicy.plan.steps import Shapes, Step
 from kvpolicy.stages.registry import registry
 
-REFERENCE = "reference"
 _FLOAT, _MASK, _COUNT = 4, 1, 8  # bytes of a score, a mask element, an int64 count
 _DROP = "drop"
 
 
-@attrs.frozen
-class Step:
-    """One step of a compression. `read` and `written` are bytes for one layer and one sequence."""
-
-    stage: str
-    plugin: str
-    read: int
-    written: int
-    columns: tuple[str, ...] = ()  # what is read
-    implementation: str = REFERENCE  # or "fused"
-    reason: str = ""  # why it is not fused, or what could not be found out
-
-
-@attrs.frozen
-class Shapes:
-    """The lengths that the bytes follow from, in entries per KV head."""
-
-    held: int  # T
-    kept: int  # N
-    new: int  # tokens since the last compression
-    forwards: tuple[int, ...]  # entries held at each forward since then: one a token, or one for a prompt
-
-
 def steps_of(plan: Plan, shapes: Shapes) -> tuple[Step, ...]:
     """Observe, each term of the score, allocate, select, merge, store: in the order in which they run."""
-    terms = (_score(plan, weighted, shapes) for weighted in plan.spec.score)
+    if plan.kernels:
+        return (*_observe(plan, shapes), *_fused(plan, shapes))
+    terms = (_score(plan, term, shapes, "") for term in plan.fusion.terms)
     last = (_allocate(plan, shapes), _select(plan, shapes), _merge(plan, shapes), _store(plan, shapes))
     return (*_observe(plan, shapes), *terms, *last)
+
+
+def _fused(plan: Plan, shapes: Shapes) -> Iterator[Step]:
+    """The steps of a plan with kernels; what none of them does is a reference between them."""
+    fusion = plan.fusion
+    tiled = [term for term in fusion.terms if term.tile is not None]
+    yield from score_steps(plan, shapes, tiled)
+    yield from (_score(plan, term, shapes, term.reason) for term in fusion.terms if term.tile is None)
+    yield finish_step(plan, shapes)
+    allocated = _allocate(plan, shapes)
+    yield attrs.evolve(allocated, reason=fusion.allocate) if fusion.allocate else allocate_step(plan, shapes)
+    yield attrs.evolve(_select(plan, shapes), reason=fusion.select) if fusion.select else select_step(plan, shapes)
+    against = fusion.merge or _against_moving(plan)
+    if against:
+        yield attrs.evolve(_merge(plan, shapes), reason=against)
+        yield attrs.evolve(_store(plan, shapes), reason=against)
+    else:
+        yield compact_step(plan, shapes)
+
+
+def _against_moving(plan: Plan) -> str:
+    if plan.compresses_together:
+        return ""
+    return "heads of different lengths are laid out anew" if plan.ragged else "packs what it keeps"
 
 
 def _observe(plan: Plan, shapes: Shapes) -> Sequence[Step]:
@@ -66,13 +70,14 @@ def _observe(plan: Plan, shapes: Shapes) -> Sequence[Step]:
     return steps
 
 
-def _score(plan: Plan, weighted: Weighted, shapes: Shapes) -> Step:
-    scorer, slots = weighted.scorer, shapes.held * plan.geometry.kv_heads
+def _score(plan: Plan, term: Term, shapes: Shapes, unfused: str) -> Step:
+    weighted, slots = term.weighted, shapes.held * plan.geometry.kv_heads
+    scorer = weighted.scorer
     reads = reads_of(scorer, plan.geometry)
     sizes = _column_sizes(plan, scorer.needs().queries, slots)
     read = sum(sizes.get(name, slots * _FLOAT) for name in reads.columns)
     written = slots * _FLOAT * (1 + len(scorer.slot_state()))
-    reason = f"what it reads is unknown ({reads.error})" if reads.error else ""
+    reason = f"what it reads is unknown ({reads.error})" if reads.error else unfused
     name = f"{weighted.weight:+g} {registry().reference(type(scorer))}"
     return Step("score", name, read, written, reads.columns, reason=reason)
 

@@ -12,6 +12,9 @@ from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.attention import NAME, managed_modules, register
 from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.report import Report
+from kvpolicy.runtime.static.decode import FORWARD, DecodeForward
+from kvpolicy.runtime.static.limits import require_static
+from kvpolicy.runtime.static.runners import Mode
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.support import check_model
 
@@ -23,12 +26,14 @@ class Attachment:
     """While attached, `generate` runs in the memory that the policy allows. A context manager; or call `detach`.
 
     Two things change, both on this instance: the name of its attention function, and where `generate` gets its cache
-    from. No weight, class or global function is touched.
+    from; with `mode` a third, its `forward`. No weight, class or global function is touched.
     """
 
-    def __init__(self, plan: Plan, model: PreTrainedModel) -> None:
+    def __init__(self, plan: Plan, model: PreTrainedModel, mode: Mode | None = None) -> None:
         check_model(model)
         _require_free(model)
+        if mode is not None:
+            require_static(plan, model)
         self.plan = plan
         self.model = model
         self._stats: list[LayerStats] = []
@@ -43,6 +48,9 @@ class Attachment:
         self._modules = [m for m in model.modules() if getattr(m, "layer_idx", None) in plan.geometry.managed]
         managed_modules.update(self._modules)
         model.__dict__[_PROVIDER] = CacheProvider(self)
+        self._decode = None if mode is None else DecodeForward(plan, model, mode)
+        if self._decode is not None:
+            model.__dict__[FORWARD] = self._decode
 
     def cache(self) -> PolicyCache:
         """A new cache for one batch, to be passed as `past_key_values`; `generate` makes its own without asking."""
@@ -53,6 +61,8 @@ class Attachment:
 
     def report(self) -> Report:
         """What each managed layer saw and holds, for the cache that was made last."""
+        if self._decode is not None:
+            self._decode.flush()
         return Report.of(self.plan, self._stats)
 
     def detach(self) -> None:
@@ -62,6 +72,8 @@ class Attachment:
         for module in self._modules:
             managed_modules.discard(module)
         self._restore()
+        if self._decode is not None:
+            self._decode.detach()
 
     def __enter__(self) -> Self:
         return self

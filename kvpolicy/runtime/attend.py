@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvpolicy.plan.fallback import note_once
 from kvpolicy.plan.followers import Follower
+from kvpolicy.plan.plan import LOG_VOTES
+from kvpolicy.plan.refusals import refusals
 from kvpolicy.runtime.access import Segment
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.blockwise import attend_blockwise, visible, watch
 from kvpolicy.runtime.holdings import Holdings
+from kvpolicy.runtime.kernel import attend_in_kernel
 from kvpolicy.runtime.part import Part
 
 
@@ -23,20 +27,44 @@ def attend(
     *,
     pads: bool,
     dropout: float = 0.0,
+    kernels: bool = False,
 ) -> Tensor:
     """Attention of the queries over held entries at positions up to their own, [B, H, q, Dv].
 
     `slots` [B, K, n] are those that a reader chose, ascending, -1 behind; None = all. `pads` says that there may be
-    pads among the held slots. `followers` see the logits of this call.
+    pads among the held slots. `followers` see the logits of this call. `kernels` says whether a kernel may do it.
     """
+    if kernels and asked.queries.shape[2] == 1 and not dropout:
+        try:
+            return attend_in_kernel(held, asked, slots, followers, pads=pads)
+        except refusals() as error:
+            note_once(f"attention over held entries runs without a kernel: {error}")
     if held.slots.layout.uniform is not None:
         part = Part(held, held.everything, slots)
         return _attend(part, asked, followers, full=held.slots.even and not pads and slots is None, dropout=dropout)
+    if asked.queries.shape[2] == 1 and held.is_plain and slots is None and not followers and not pads:
+        return _one_by_one(held, asked, dropout)
     heads = [
         _attend(part, own, followers, full=not pads, dropout=dropout) for part, own in _segments(held, asked, slots)
     ]
     starts = range(0, len(heads), held.slots.layout.heads)
     return torch.cat([torch.cat(heads[start : start + held.slots.layout.heads], 1) for start in starts])
+
+
+def _one_by_one(held: Holdings, asked: Asked, dropout: float) -> Tensor:
+    """One query a row, over heads of different length that hold no pads: the calls below, and nothing around them."""
+    layout = held.slots.layout
+    queries = asked.queries.reshape(layout.rows, layout.heads, 1, 1, -1, asked.queries.shape[3])
+    options: dict[str, Any] = {"scale": asked.scaling, "dropout_p": dropout}
+    outputs = []
+    for row in range(layout.rows):
+        for head in range(layout.heads):
+            keys, values = (half.tail.segment(half.name, row, head) for half in (held.keys, held.values))
+            if LOG_VOTES in held.slots.columns:
+                options["attn_mask"] = held.slots.segment(LOG_VOTES, row, head).to(queries.dtype)[None, None, None]
+            given = queries[row, head], keys[None, None], values[None, None]
+            outputs.append(scaled_dot_product_attention(*given, **options))
+    return torch.cat(outputs, 1).view(*asked.queries.shape[:3], -1)
 
 
 def follow_only(held: Holdings, asked: Asked, followers: Sequence[Follower]) -> None:

@@ -13,6 +13,8 @@ from kvpolicy.errors import UncompressedWarning, UnsupportedCallError
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.padding import arrival_of, is_foreign, policy_mask
+from kvpolicy.runtime.static.attend import attend_static
+from kvpolicy.runtime.static.layer import StaticLayer
 
 NAME = "kvpolicy"
 
@@ -38,7 +40,10 @@ def policy_attention(
     Until entries are evicted or packed the stock call is made with the stock mask, so that the bits are those of the
     plain model.
     """
-    layer: PolicyLayer | None = getattr(key, "kvpolicy_layer", None)
+    layer: PolicyLayer | StaticLayer | None = getattr(key, "kvpolicy_layer", None)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(layer, StaticLayer):
+        return attend_static(layer, query, factor), None
     if layer is None:
         _warn_if_uncompressed(module, call)
         return sdpa_attention_forward(
@@ -47,7 +52,6 @@ def policy_attention(
     _refuse_unknown(layer, attention_mask, call)
     arrival = arrival_of(attention_mask)
     positions = layer.arrive(arrival)
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     asked = Asked(query, positions, padded=arrival is not None and arrival.padded, scaling=factor)
     attended = layer.attend(asked, dropout)
     if attended is not None:

@@ -28,7 +28,7 @@ def attend_blockwise(part: Part, asked: Asked, followers: Sequence[Follower], dr
     for block, after in _query_blocks(part, asked):
         seen = part.seen_before(after)
         glimpse = Glimpse(_logits(seen, block), seen.log_votes)
-        _follow(seen, glimpse, after, followers)
+        follow(seen, glimpse, after, followers)
         weights = drop(glimpse.probabilities, dropout) if dropout else glimpse.probabilities
         out = reduce(torch.add, (_weighted(seen, weights, slots) for slots in seen.blocks()))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
@@ -42,10 +42,10 @@ def watch(part: Part, asked: Asked, followers: Sequence[Follower]) -> None:
         return
     for block, after in _query_blocks(part, asked.newest_real(min(most, asked.queries.shape[2]))):
         seen = part.seen_before(after)
-        _follow(seen, Glimpse(_logits(seen, block), seen.log_votes), after, followers)
+        follow(seen, Glimpse(_logits(seen, block), seen.log_votes), after, followers)
 
 
-def _follow(part: Part, glimpse: Glimpse, after: int, followers: Sequence[Follower]) -> None:
+def follow(part: Part, glimpse: Glimpse, after: int, followers: Sequence[Follower]) -> None:
     """Update the columns of each follower; `after` is how many queries of the forward are newer than these."""
     for one in followers:
         count = min(one.count - after, glimpse.logits.shape[3])

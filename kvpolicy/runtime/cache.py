@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.rounds import Round
 from kvpolicy.runtime.stats import LayerStats
 
 
@@ -19,8 +20,9 @@ class PolicyCache(DynamicCache):
     def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
         super().__init__(config=config)
         self.plan = plan
+        together = Round(plan, waits=plan.compresses_together)
         for ordinal, layer in enumerate(plan.geometry.managed):
-            self.layers[layer] = PolicyLayer(plan, ordinal)
+            self.layers[layer] = PolicyLayer(plan, ordinal, together)
 
     @property
     def managed(self) -> list[PolicyLayer]:

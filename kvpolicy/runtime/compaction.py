@@ -8,6 +8,7 @@ from kvpolicy.plan.followers import ATTENTION
 from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.runtime.access import Rows
+from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.layout import Layout
 from kvpolicy.runtime.window import Window
@@ -55,20 +56,26 @@ def view_of(
 
 def lay_down(plan: Plan, held: Holdings, rows: Sequence[int], result: Compressed, limit: int) -> None:
     """Replace the contents of the rows by what a compression left of them."""
-    held.replace(rows, result.kept, result.entries, result.slot_state, _layout(plan, held, rows, result.kept, limit))
+    move = Move(rows, result.kept)
+    layout = layout_after(plan, held, move, limit)
+    if result.entries is None:
+        held.evict(move, result.slot_state, layout)
+    else:
+        held.replace(rows, result.kept, result.entries, result.slot_state, layout)
 
 
 def drop_pads(plan: Plan, held: Holdings, limit: int) -> None:
     """Close the gaps that pads have left in every row."""
     rows = range(held.slots.layout.rows)
-    kept = indices_of(held.slots.padded(POSITIONS, rows) >= 0)
-    held.keep(rows, kept, _layout(plan, held, rows, kept, limit))
+    move = Move(rows, indices_of(held.slots.padded(POSITIONS, rows) >= 0))
+    held.keep(move, layout_after(plan, held, move, limit))
 
 
-def _layout(plan: Plan, held: Holdings, rows: Sequence[int], kept: Tensor, limit: int) -> Layout:
+def layout_after(plan: Plan, held: Holdings, move: Move, limit: int) -> Layout:
+    """How all segments of a layer are laid out once some rows have been reduced."""
     slack, lengths = plan.budgets.slack, list(held.slots.lengths)
-    for row, counts in zip(rows, (kept >= 0).sum(-1).tolist(), strict=True):
-        lengths[row] = tuple(counts)
+    for row, counts in zip(move.rows, move.lengths, strict=True):
+        lengths[row] = counts
     if plan.ragged:
         return Layout(tuple(_with_room(row, slack, limit) for row in lengths))
     longest = max(max(row) for row in lengths)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.runtime.access import Access, Rows
+from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.layout import Layout, Table, table
 from kvpolicy.runtime.store import Store
 from kvpolicy.stages import Column, Format, Geometry
@@ -171,18 +172,26 @@ class Half:
         newest = take(vectors, _following(sealed, left, vectors)) if columns else vectors
         self._replace_tail(rows, newest, left, layout)
 
-    def keep(self, rows: Sequence[int], kept: Tensor, lengths: Table, layout: Layout) -> None:
-        """Reduce some rows to the slots `kept` [rows, K, N], of which `lengths` count; all that is packed stays."""
-        sealed = Rows(rows).table(self.sealed)
-        left = _less(lengths, sealed)
-        places = take(kept, _following(sealed, left, kept)) - torch.tensor(sealed, device=kept.device)[..., None]
-        self._replace_tail(rows, _taken(self.tail.padded(self.name, rows), places), left, layout)
+    def keep(self, move: Move, layout: Layout) -> None:
+        """Reduce some rows to the slots that a move keeps, among them all that are packed."""
+        if self.is_plain:
+            self.tail.keep(move, self._tail_layout(layout, self._tail_lengths(move.rows, move.lengths)))
+            return
+        sealed = Rows(move.rows).table(self.sealed)
+        left = _less(move.lengths, sealed)
+        first = torch.tensor(sealed, device=move.kept.device)[..., None]
+        places = take(move.kept, _following(sealed, left, move.kept)) - first
+        self._replace_tail(move.rows, _taken(self.tail.padded(self.name, move.rows), places), left, layout)
 
     def _replace_tail(self, rows: Sequence[int], newest: Tensor, left: Table, layout: Layout) -> None:
+        self.tail.replace(rows, {self.name: newest}, left, self._tail_layout(layout, self._tail_lengths(rows, left)))
+
+    def _tail_lengths(self, rows: Sequence[int], left: Table) -> Table:
+        """Lengths of the tail once some rows have `left`."""
         after = list(self.tail.lengths)
-        for place, row in enumerate(rows):
-            after[row] = left[place]
-        self.tail.replace(rows, {self.name: newest}, left, self._tail_layout(layout, tuple(after)))
+        for row, counts in zip(rows, left, strict=True):
+            after[row] = counts
+        return tuple(after)
 
     def _most_sealed(self, lengths: Iterable[Iterable[int]]) -> int:
         return max((self.form.sealed(length) for row in lengths for length in row), default=0)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.runtime.access import Rows
+from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.half import Half
 from kvpolicy.runtime.layout import Layout
 from kvpolicy.runtime.pages import Pages
@@ -78,13 +79,28 @@ class Holdings:
         self.pages.replace(rows, pages, lengths, layout)
         self.slots.replace(rows, columns, lengths, layout)
 
-    def keep(self, rows: Sequence[int], kept: Tensor, layout: Layout) -> None:
-        """Reduce some rows to the slots `kept` [rows, K, N], among them all that are packed; nothing else changes."""
-        columns = {name: gather(self.slots.padded(name, rows), kept) for name in self.slots.columns}
-        lengths = tuple(tuple(counts) for counts in (kept >= 0).sum(-1).tolist())
-        for half in (self.keys, self.values):
-            half.keep(rows, kept, lengths, layout)
-        self.slots.replace(rows, columns, lengths, layout)
+    def evict(self, move: Move, fresh: Mapping[str, Tensor], layout: Layout) -> None:
+        """Reduce some rows to the slots that a move keeps, entries as they are; `fresh` as in `replace`."""
+        if not self._packs:
+            self.keep(move, layout, fresh)
+            return
+        positions = self.slots.padded(POSITIONS, move.rows)
+        at, gone = Rows(move.rows), (move.kept < 0)[..., None]
+        keys, values = (
+            half.pick(at, move.kept.clamp(min=0), positions).masked_fill(gone, 0) for half in (self.keys, self.values)
+        )
+        self.replace(move.rows, move.kept, Entries(keys, values), fresh, layout)
+
+    @property
+    def _packs(self) -> bool:
+        """Whether anything is ever held that is made of several entries."""
+        return bool(self.keys.form.columns or self.values.form.columns or self.pages.form)
+
+    def keep(self, move: Move, layout: Layout, fresh: Mapping[str, Tensor] | None = None) -> None:
+        """Reduce some rows to the slots that a move keeps, among them all that are packed; nothing else changes."""
+        self.keys.keep(move, layout)
+        self.values.keep(move, layout)
+        self.slots.keep(move, layout, fresh)
 
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment, none of which may be packed."""

@@ -1,6 +1,5 @@
 """The cache layer: what `generate` sees as one layer's cache, bounded by a plan."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,21 +7,23 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, UnsupportedModelError
-from kvpolicy.plan.pipeline import compress
+from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
 from kvpolicy.runtime.holdings import Holdings
-from kvpolicy.runtime.logical import LogicalLayer
+from kvpolicy.runtime.lending import LendingLayer
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import question_of
+from kvpolicy.runtime.rounds import Round
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.trigger import entries_allowed
 from kvpolicy.runtime.window import Window
+from kvpolicy.stages import View
 
 
-class PolicyLayer(LogicalLayer):
+class PolicyLayer(LendingLayer):
     """Storage of one layer. The lengths it reports are logical: tokens seen, whatever is still held.
 
     One forward is `update` (append), then, from the attention function that alone sees the queries, `arrive` (which of
@@ -30,15 +31,17 @@ class PolicyLayer(LogicalLayer):
     attribute `kvpolicy_layer`.
     """
 
-    def __init__(self, plan: Plan, ordinal: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, plan: Plan, ordinal: int, together: Round | None = None) -> None:
+        super().__init__()
         self.plan = plan
         self.ordinal = ordinal
+        self.round = together or Round(plan, waits=False)
         self.stats = LayerStats(plan.geometry.managed[ordinal])
         self.record_past = False
         self.reset()
 
     def reset(self) -> None:
+        self.reclaim()
         self.is_initialized = False
         self._make_room(0, self.plan.device)
         self.window = Window(self.plan.needs.queries)
@@ -52,10 +55,10 @@ class PolicyLayer(LogicalLayer):
         self._unsettled: list[Asked] = []  # queries that a rollback may still undo
         self._prompting = True  # whether these, if any, are those of a prompt
         self._followed = False  # whether followers have seen the queries of this forward
-        self._intact = True  # False from the start of a change to its end, and for good when it fails
+        self._intact = True
 
     def _make_room(self, rows: int, device: torch.device) -> None:
-        self.held = Holdings(self.plan, self.ordinal, rows, device)
+        self._held = Holdings(self.plan, self.ordinal, rows, device)
         self.real = [0] * rows  # tokens of each row, pads excluded
         states = self.plan.spec.merge.row_state()
         self.row_state = {state.name: torch.full((rows,), state.fill, device=device) for state in states}
@@ -85,7 +88,7 @@ class PolicyLayer(LogicalLayer):
         self._arriving = key_states.shape[2]
         self.seen += self._arriving
         self._places = self._positions(torch.arange(self._arriving, device=self.device))
-        self.held.append(key_states, value_states, self._spread(self._places), self._limit)
+        self.held.append(key_states, value_states, self._spread(self._places), self.limit)
         keys, values = (key_states, value_states) if self.altered else self.held.stored()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
@@ -110,7 +113,8 @@ class PolicyLayer(LogicalLayer):
             return None
         followers = () if self.record_past else self.plan.followers
         self._followed = not self.record_past
-        return attend(self.held, asked, slots, followers, pads=self.padded, dropout=dropout)
+        kernels = self.plan.kernels
+        return attend(self.held, asked, slots, followers, pads=self.padded, dropout=dropout, kernels=kernels)
 
     def _chosen(self, asked: Asked) -> Tensor | None:
         """The slots [B, K, n] that the reader picks for a decode step; None = all."""
@@ -142,14 +146,11 @@ class PolicyLayer(LogicalLayer):
         self._followed = False
         self._sample()
         self._intact = True
+        self._end_step()
 
-    def _begin(self) -> None:
-        if not self._intact:
-            raise CacheError(
-                f"layer {self.stats.layer}: the last forward did not reach kvpolicy's attention, or failed; "
-                "attach the policy to the model, and start with a new cache"
-            )
-        self._intact = False
+    def _end_step(self) -> None:
+        if self.ordinal == self.plan.geometry.layers - 1:
+            self.round.end()
 
     def would_alter(self) -> bool:
         """Whether attention may be over less than all tokens: entries are packed, chosen, or about to be evicted."""
@@ -171,21 +172,18 @@ class PolicyLayer(LogicalLayer):
         rows = self._due(self.real, decoding=decoding)
         if rows:
             self._close_gaps()
-            started = time.perf_counter()
-            self._compress(rows)
-            self.stats.compressions += 1
-            self.stats.seconds += time.perf_counter() - started
+            self.round.due(self, rows, decoding=decoding)
 
     def _close_gaps(self) -> None:
         if self.padded:
-            drop_pads(self.plan, self.held, self._limit)
+            drop_pads(self.plan, self.held, self.limit)
             self.padded, self.altered, self._firm = False, True, self.seen
 
     def _seal(self) -> None:
         """Pack what the formats say, pads left out: they would leave their mark on a group."""
         if self.padded and self.plan.wants_order(self.ordinal):
             self._close_gaps()
-        if self.held.seal(self._limit):
+        if self.held.seal(self.limit):
             self.altered, self._firm = self.altered or not self.held.is_plain, self.seen
 
     def _due(self, real: Sequence[int], *, decoding: bool) -> list[int]:
@@ -195,8 +193,9 @@ class PolicyLayer(LogicalLayer):
         allowed = [entries_allowed(self.plan, self.ordinal, tokens, decoding=decoding) for tokens in real]
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
-    def _compress(self, rows: Sequence[int]) -> None:
-        view = view_of(
+    def shown(self, rows: Sequence[int]) -> View:
+        """The rows as plugins see them."""
+        return view_of(
             self.plan,
             self.held,
             self.window,
@@ -205,15 +204,23 @@ class PolicyLayer(LogicalLayer):
             scaling=self.scaling,
             row_state=self.row_state,
         )
-        budget = [self.plan.budgets.per_layer(self.real[row])[self.ordinal] for row in rows]
-        result = compress(self.plan.spec, view, budget)
-        lay_down(self.plan, self.held, rows, result, self._limit)
+
+    def budget(self, rows: Sequence[int]) -> list[int]:
+        """Entries per KV head that each of the rows may keep."""
+        return [self.plan.budgets.per_layer(self.real[row])[self.ordinal] for row in rows]
+
+    def take(self, rows: Sequence[int], result: Compressed, *, moved: bool = False) -> None:
+        """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
+        if not moved:
+            lay_down(self.plan, self.held, rows, result, self.limit)
         for name, values in result.row_state.items():
             self.row_state[name][list(rows)] = values
         self.altered, self._firm = True, self.seen
+        self._sample()
 
     @property
-    def _limit(self) -> int:
+    def limit(self) -> int:
+        """Slots per KV head beyond which storage does not grow."""
         return self.plan.capacity(self.ordinal, max(self.seen, 1))
 
     def _sample(self) -> None:
@@ -223,6 +230,7 @@ class PolicyLayer(LogicalLayer):
 
     def activate_past_recording(self) -> None:
         """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back."""
+        self.reclaim()
         self.record_past = self._prompting = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -245,6 +253,7 @@ class PolicyLayer(LogicalLayer):
         if self.is_initialized:
             self._sample()
         self._intact = True
+        self._end_step()
 
     def undone_by(self, tokens_to_remove: int) -> int:
         """How many tokens `crop` would undo. Raises CacheError when it could not."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.runtime.copying import Move, clear_behind, spread, write
 from kvpolicy.runtime.layout import Layout, Table, table
 from kvpolicy.stages import Column
 from kvpolicy.stages.slots import take
@@ -26,8 +27,10 @@ class Store:
         self.device = device
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
-        layout = Layout.even(rows, heads, 0)
-        self._settle(self._allocate(layout), layout, layout.capacity)
+        self._tables: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # what kernels are told of segments
+        self._tabled: tuple[Layout, Table] | None = None  # and of which layout and base lengths
+        self.layout = Layout.even(rows, heads, 0)
+        self._settle(self._allocate(self.layout), self.layout, self.layout.capacity)
 
     # -- what is held ------------------------------------------------------------------------------------------
 
@@ -42,6 +45,16 @@ class Store:
         return self._longest_base + self._added
 
     @property
+    def starts(self) -> Tensor:
+        """First slots of the segments, int64 [B·K] on the device."""
+        return self._on_device()[0]
+
+    @property
+    def lengths_on_device(self) -> Tensor:
+        """Slots in use, int32 [B·K]."""
+        return self._on_device()[1] + self._added
+
+    @property
     def average(self) -> float:
         """Slots in use per (row, KV head)."""
         return self._average_base + self._added
@@ -49,7 +62,7 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes of all storages, as allocated."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+        return self._nbytes
 
     def dense(self, name: str) -> Tensor:
         """[B, K, T, ...] without a copy, T the longest length; needs a common capacity."""
@@ -66,9 +79,10 @@ class Store:
         Unused slots hold any finite number, except for positions, which are -1 there.
         """
         if self.layout.uniform is not None:
+            if len(rows) == self.layout.rows and list(rows) == list(range(len(rows))):
+                return self.dense(name)
             longest = max(max(self._base[row]) for row in rows) + self._added
-            dense = self._capacity_view(name)[:, :, :longest]
-            return dense if list(rows) == list(range(self.layout.rows)) else dense[list(rows)]
+            return self._capacity_view(name)[list(rows), :, :longest]
         segments = [self.segment(name, row, head) for row in rows for head in range(self.layout.heads)]
         fill = self.columns[name].fill
         padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=fill)
@@ -125,21 +139,52 @@ class Store:
 
         Storage of the right size is reused in place; otherwise the new one is filled before the old one is dropped.
         """
-        after = list(self.lengths)
-        for row, counts in zip(rows, lengths, strict=True):
-            after[row] = counts
-        if any(n > c for ns, cs in zip(after, layout.capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
-            raise CacheError(f"{after} entries do not fit into {layout.capacity} slots")
-        kept_rows = [row for row in range(self.layout.rows) if row not in set(rows)]
+        after = self._after(rows, lengths, layout)
+        kept_rows = self._others(rows)
         in_place = layout == self.layout or (layout.slots == self.layout.slots and not kept_rows)
         target = self.tensors if in_place else self._allocate(layout)
         if layout != self.layout:
             self._copy_rows(kept_rows, target, layout)
         for name, tensor in entries.items():
-            _write(target[name], layout, rows, tensor, lengths)
+            write(target[name], layout, rows, tensor, lengths)
         if POSITIONS in self.columns:
-            _clear_behind(target[POSITIONS], layout, rows, lengths)
-        self._settle(target, layout, tuple(after))
+            clear_behind(target[POSITIONS], layout, rows, lengths, -1)
+        self._settle(target, layout, after)
+
+    def keep(self, move: Move, layout: Layout, fresh: Mapping[str, Tensor] | None = None) -> None:
+        """Reduce some rows to the slots that a move keeps, and lay all segments out anew; in place if the layout stays.
+
+        `fresh` [rows, K, N, ...] are new values of columns; the others move with their entries.
+        """
+        after = self._after(move.rows, move.lengths, layout)
+        in_place = layout == self.layout
+        target = self.tensors if in_place else _unfilled(self.tensors, layout)
+        if not in_place:
+            self._copy_rows(self._others(move.rows), target, layout)
+        fresh = fresh or {}
+        moved = [name for name in self.columns if name not in fresh]
+        move.copy([self.tensors[name] for name in moved], self.layout, [target[name] for name in moved], layout)
+        for name, tensor in fresh.items():
+            write(target[name], layout, move.rows, tensor, move.lengths)
+        for name in {POSITIONS} & target.keys() if in_place else target:
+            clear_behind(target[name], layout, range(layout.rows), after, -1 if name == POSITIONS else 0)
+        self._settle(target, layout, after)
+
+    def _after(self, rows: Sequence[int], lengths: Table, layout: Layout) -> Table:
+        """Lengths of all rows once some have new ones."""
+        after = list(self.lengths)
+        for row, counts in zip(rows, lengths, strict=True):
+            after[row] = counts
+        if any(n > c for ns, cs in zip(after, layout.capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
+            raise CacheError(f"{after} entries do not fit into {layout.capacity} slots")
+        return tuple(after)
+
+    def _others(self, rows: Sequence[int]) -> list[int]:
+        return [row for row in range(self.layout.rows) if row not in rows]
+
+    def adopt(self, tensors: Mapping[str, Tensor], layout: Layout, lengths: Table) -> None:
+        """Take over flat storages, one a column, in which `lengths` entries stand already; drop the present ones."""
+        self._settle(dict(tensors), layout, lengths)
 
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment."""
@@ -188,11 +233,19 @@ class Store:
     def _capacity_view(self, name: str) -> Tensor:
         if self.layout.uniform is None:
             raise CacheError("heads with different budgets have no common capacity")
-        return _spread(self.tensors[name], self.layout, self.layout.uniform)
+        return spread(self.tensors[name], self.layout, self.layout.uniform)
 
     def _row(self, tensor: Tensor, row: int) -> Tensor:
         start = self.layout.offsets[row][0]
         return tensor[start : start + sum(self.layout.capacity[row])]
+
+    def _on_device(self) -> tuple[Tensor, Tensor]:
+        """Starts and base lengths, [B·K]; nothing is copied to the device while tokens only arrive."""
+        if self._tabled != (self.layout, self._base):
+            starts, base = self.layout.offsets_on(self.device), self.layout.on(self._base, self.device)
+            self._tables = starts.flatten(), base.flatten().to(torch.int32)
+            self._tabled = (self.layout, self._base)
+        return self._tables
 
     def _reserve(self, counts: int | Table, limit: int) -> None:
         if self.layout.uniform is not None and self._most(counts) <= self.layout.uniform:
@@ -216,7 +269,7 @@ class Store:
             return
         lengths = tuple(self.lengths[row] for row in rows)
         for name in self.columns:
-            _write(target[name], layout, rows, self.padded(name, rows), lengths)
+            write(target[name], layout, rows, self.padded(name, rows), lengths)
 
     def _write_tail(self, name: str, added: int, count: int, entries: Tensor | float) -> None:
         """Write `count` slots of every segment, from `added` behind its base length on."""
@@ -237,7 +290,9 @@ class Store:
 
     def _settle(self, tensors: dict[str, Tensor], layout: Layout, base: Table, added: int = 0) -> None:
         """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
-        self.tensors, self.layout = tensors, layout
+        known = self.layout is not layout and self.layout == layout
+        self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
+        self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
         self._base, self._added = base, added
         self._measure()
 
@@ -258,24 +313,6 @@ def _plus(one: Table, other: Table) -> Table:
     return tuple(tuple(map(add, *rows)) for rows in zip(one, other, strict=True))
 
 
-def _spread(flat: Tensor, layout: Layout, capacity: int) -> Tensor:
-    return flat.view(layout.rows, layout.heads, capacity, *flat.shape[1:])
-
-
-def _write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: Table) -> None:
-    counts = {length for row in lengths for length in row}
-    if layout.uniform is not None and len(counts) == 1 and len(rows) == layout.rows:
-        length = counts.pop()
-        _spread(target, layout, layout.uniform)[:, :, :length] = entries[:, :, :length]
-        return
-    for place, row in enumerate(rows):
-        for head, length in enumerate(lengths[place]):
-            start = layout.offsets[row][head]
-            target[start : start + length] = entries[place, head, :length]
-
-
-def _clear_behind(positions: Tensor, layout: Layout, rows: Sequence[int], lengths: Table) -> None:
-    for place, row in enumerate(rows):
-        for head, length in enumerate(lengths[place]):
-            start, size = layout.offsets[row][head], layout.capacity[row][head]
-            positions[start + length : start + size] = -1
+def _unfilled(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """New storage for the same columns."""
+    return {name: tensor.new_empty((layout.slots, *tensor.shape[1:])) for name, tensor in tensors.items()}

@@ -35,6 +35,7 @@ from kvpolicy.stages.parameters import (
 from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.view import View
 from kvpolicy_kernels import Finish, Tile, WindowUse
+from kvpolicy_kernels.held import PackedColumn, Unpacking
 
 __all__ = [
     "STAGES",
@@ -58,6 +59,7 @@ __all__ = [
     "Nested",
     "Number",
     "Observer",
+    "PackedColumn",
     "Plugged",
     "Plugin",
     "Question",
@@ -71,6 +73,7 @@ __all__ = [
     "State",
     "Text",
     "Tile",
+    "Unpacking",
     "View",
     "WindowUse",
     "hookimpl",

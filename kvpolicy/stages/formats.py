@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.rotary import Rotary
+from kvpolicy_kernels.held import Unpacking
 
 ALL = sys.maxsize
 
@@ -80,6 +81,10 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         """Columns back to vectors [B, K, n, D] in the model's dtype; `positions` [B, K, n] of the same slots."""
+
+    def unpacking(self) -> "Unpacking | str":
+        """How a GPU decodes entries while it attends to them; or why it cannot, in a few words."""
+        return "has no tile function"
 
     def sealed(self, length: int) -> int:
         """How many of the oldest of `length` entries are packed."""

@@ -9,11 +9,11 @@ def indices_of(mask: Tensor) -> Tensor:
 
     N is the largest count of any head.
     """
-    slots = torch.arange(mask.shape[-1], device=mask.device)
     width = int(mask.sum(-1).max()) if mask.numel() else 0
-    behind = mask.shape[-1]
-    indices = torch.where(mask, slots, behind).sort(dim=-1).values[..., :width]
-    return indices.masked_fill(indices == behind, -1)
+    slots = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
+    places = (mask.cumsum(-1) - 1).where(mask, width)  # the last column takes what is not kept
+    indices = slots.new_full((*mask.shape[:-1], width + 1), -1)
+    return indices.scatter_(-1, places, slots)[..., :width]
 
 
 def gather(entries: Tensor, kept: Tensor) -> Tensor:

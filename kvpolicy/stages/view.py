@@ -1,6 +1,6 @@
 """What a plugin sees of one layer when the cache is compressed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import attrs
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages.geometry import Geometry
+from kvpolicy.stages.products import products
 from kvpolicy.stages.rotary import Rotary
+
+_LOGITS = 2**20  # that exist at one time: few enough to stay in a CPU's cache
 
 
 @attrs.frozen(eq=False)
@@ -81,13 +84,35 @@ class View:
         return self._computed["logits"]
 
     def _logits(self) -> Tensor:
-        batch, kv_heads, slots, dim = self.keys.shape
-        queries = self.window.float().reshape(batch, kv_heads, -1, dim)  # [B, K, G·W, D]
-        logits = (queries * self.scaling) @ self.keys.float().transpose(-1, -2)
+        logits = products(*self._segments(self.window), self.scaling, torch.float32)
+        logits = logits.unflatten(0, self.keys.shape[:2])  # [B, K, G·W, T]
         if self.log_votes is not None:
-            logits = logits + self.log_votes[:, :, None]
-        logits = logits.masked_fill(~self.valid[:, :, None], -torch.inf)
-        return logits.reshape(batch, kv_heads, -1, self.window.shape[2], slots)
+            logits += self.log_votes[:, :, None]
+        logits.masked_fill_(~self.valid[:, :, None], -torch.inf)
+        grouped: Tensor = logits.unflatten(2, (-1, self.window.shape[2]))
+        return grouped
+
+    def logits_by_head(self, newest: int) -> Iterator[tuple[slice, Tensor]]:
+        """The logits of the newest w queries, a few heads at a time: less memory than `logits`, and in a CPU's cache.
+
+        Gives slices of the B·K heads of all rows, and their logits [1, S, G, w, T] float32, which nobody else holds.
+        They differ from `logits` in that empty slots are not hidden, and in that products are rounded to the dtype of
+        the keys where that is faster (bfloat16).
+        """
+        newest = min(newest, self.window.shape[2])
+        queries, keys = self._segments(self.window[:, :, -newest:])
+        size = max(1, _LOGITS // max(1, queries.shape[1] * keys.shape[1]))
+        for start in range(0, len(keys), size):
+            heads = slice(start, start + size)
+            logits = products(queries[heads], keys[heads], self.scaling)
+            if self.log_votes is not None:
+                logits += self.log_votes.flatten(0, 1)[heads, None]
+            yield heads, logits.unflatten(1, (-1, newest))[None]
+
+    def _segments(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries [B·K, G·w, D] and the keys [B·K, T, D] of each KV head; keys are not repeated."""
+        grouped = queries.unflatten(1, (self.keys.shape[1], -1))
+        return grouped.flatten(2, 3).flatten(0, 1), self.keys.flatten(0, 1)
 
     @property
     def window(self) -> Tensor:

@@ -1,10 +1,15 @@
 """Asymmetric affine quantisation: a group of numbers as codes on an even grid between its minimum and its maximum."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice
+from kvpolicy_kernels import UnsupportedInputError, obstacle
+from kvpolicy_plugins import affine_kernels
+from kvpolicy_plugins.packing import pack, unpack
 
 BITS = Choice((2, 4, 8))
 SCALES = Choice(("half", "full"))
@@ -63,3 +68,49 @@ def dequantise(codes: Tensor, scales: Tensor, minima: Tensor, dtype: torch.dtype
     """Code · scale + minimum; computed in the working dtype of `dtype`, and rounded to `dtype`."""
     exact = working(dtype)
     return narrowed(codes.to(exact).mul_(scales.to(exact)).add_(minima.to(exact)), dtype)
+
+
+def quantise_channels(vectors: Tensor, unit: int, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantises each channel of `unit` consecutive tokens of [B, K, n, D].
+
+    Returns:
+        Packed codes, uint8 [B, K, n / unit, unit, bytes]; scales and minima, `stored` [B, K, n / unit, D].
+    """
+    if not obstacle(vectors.device):
+        with suppress(UnsupportedInputError):
+            return affine_kernels.quantise_channels(vectors, unit, bits, stored)
+    groups = vectors.to(working(vectors.dtype)).unflatten(2, (vectors.shape[2] // unit, unit))
+    codes, scales, minima = quantise(groups, -2, bits, stored)
+    return pack(codes, bits), scales.squeeze(-2), minima.squeeze(-2)
+
+
+def quantise_tokens(vectors: Tensor, group: int, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantises each `group` of neighbouring channels of the tokens of [B, K, n, D].
+
+    Returns:
+        Packed codes, uint8 [B, K, n, bytes]; scales and minima, `stored` [B, K, n, D / group].
+    """
+    if not obstacle(vectors.device):
+        with suppress(UnsupportedInputError):
+            return affine_kernels.quantise_tokens(vectors, group, bits, stored)
+    groups = vectors.to(working(vectors.dtype)).unflatten(-1, (vectors.shape[-1] // group, group))
+    codes, scales, minima = quantise(groups, -1, bits, stored)
+    return pack(codes.flatten(-2), bits), scales.squeeze(-1), minima.squeeze(-1)
+
+
+def dequantise_channels(codes: Tensor, scales: Tensor, minima: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantise_channels`: [B, K, n, D]."""
+    if not obstacle(codes.device):
+        with suppress(UnsupportedInputError):
+            return affine_kernels.dequantise_channels(codes, scales, minima, bits, dtype)
+    groups = unpack(codes, bits, scales.shape[-1])
+    return dequantise(groups, scales.unsqueeze(-2), minima.unsqueeze(-2), dtype).flatten(2, 3)
+
+
+def dequantise_tokens(codes: Tensor, scales: Tensor, minima: Tensor, dim: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantise_tokens`: [B, K, n, D]."""
+    if not obstacle(codes.device):
+        with suppress(UnsupportedInputError):
+            return affine_kernels.dequantise_tokens(codes, scales, minima, dim, bits, dtype)
+    groups = unpack(codes, bits, dim).unflatten(-1, (scales.shape[-1], dim // max(scales.shape[-1], 1)))
+    return dequantise(groups, scales.unsqueeze(-1), minima.unsqueeze(-1), dtype).flatten(-2)

@@ -1,6 +1,7 @@
 """What mergers share: which kept entry an evicted one goes to, and sums over what goes to each."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import attrs
 import torch
@@ -9,6 +10,8 @@ from torch.linalg import vector_norm
 
 from kvpolicy.stages import View
 from kvpolicy.stages.slots import gather, indices_of
+from kvpolicy_kernels import UnsupportedInputError, obstacle
+from kvpolicy_plugins import merging_kernels
 
 _EPS = 1e-6
 
@@ -60,6 +63,9 @@ def nearest(keys: Tensor, kept: Tensor, evicted: Tensor, *, block: int = 512) ->
         The largest cosine similarity [B, K, T] (float32; float64 for float64 keys), and its place in `kept`
         [B, K, T] int64, the lowest one on ties. -inf and 0 for slots that are not evicted, or if none is kept.
     """
+    if not obstacle(keys.device):
+        with suppress(UnsupportedInputError):
+            return merging_kernels.nearest(keys, kept, evicted)
     survivors = _directions(gather(keys, kept)).transpose(-1, -2)
     return nearest_by(lambda part: _directions(gather(keys, part)) @ survivors, kept, evicted, survivors.dtype, block)
 
@@ -104,6 +110,9 @@ def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) 
     Returns:
         [B, K, count, D].
     """
+    if not obstacle(vectors.device):
+        with suppress(UnsupportedInputError):
+            return merging_kernels.sum_by_target(weights, vectors, target, count)
     parts = weights[..., None] * vectors.to(weights.dtype)
     sums = parts.new_zeros(*parts.shape[:2], max(count, 1), parts.shape[-1])
     return sums.scatter_add_(2, target[..., None].expand_as(parts), parts)[:, :, :count]
@@ -111,6 +120,9 @@ def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) 
 
 def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
     """Sums of the weights [B, K, T] that have the same target [B, K, T], as [B, K, count]."""
+    if not obstacle(weights.device):
+        with suppress(UnsupportedInputError):
+            return merging_kernels.count_by_target(weights, target, count)
     sums = weights.new_zeros(*weights.shape[:2], max(count, 1))
     return sums.scatter_add_(-1, target, weights)[..., :count]
 
@@ -126,6 +138,9 @@ def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
     Returns:
         [B, K, ..., count].
     """
+    if not obstacle(values.device):
+        with suppress(UnsupportedInputError):
+            return merging_kernels.logsumexp_by_target(values, target, count)
     between = [1] * (values.ndim - target.ndim)
     index = target.reshape(*target.shape[:2], *between, target.shape[-1]).expand_as(values)
     lowest = values.new_full((*values.shape[:-1], max(count, 1)), -torch.inf)

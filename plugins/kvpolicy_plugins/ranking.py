@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 _SMALLEST = torch.iinfo(torch.int32).min
+_LARGEST = torch.iinfo(torch.int32).max
 
 
 def sort_keys(scores: Tensor, candidates: Tensor) -> Tensor:
@@ -20,3 +21,29 @@ def sort_keys(scores: Tensor, candidates: Tensor) -> Tensor:
 def best_first(scores: Tensor, candidates: Tensor) -> Tensor:
     """Int64 slots along the last dimension, best first, ties by the lower slot, no candidates at the end."""
     return sort_keys(scores, candidates).argsort(dim=-1, descending=True, stable=True)
+
+
+def highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
+    """Bool like `candidates` [..., T]: the first `counts` [...] of each row in the order of `best_first`.
+
+    They are those above the last one's score, and of those that equal it the ones in the lowest slots.
+    """
+    keys = sort_keys(scores, candidates)
+    last = _last_kept(keys, candidates, counts[..., None])
+    above, equal = candidates & (keys > last), candidates & (keys == last)
+    missing = counts[..., None] - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= missing))
+
+
+def _last_kept(keys: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
+    """The key at place `counts` [..., 1] from above among the candidates; any that none exceeds, where that is 0."""
+    evicted = (candidates.sum(-1, keepdim=True) - counts).clamp(min=0)
+    place = (counts - 1).clamp(0, keys.shape[-1] - 1)
+    if keys.device.type != "cpu":  # only a host can look how many there are without making a device wait
+        return keys.sort(dim=-1, descending=True).values.gather(-1, place)
+    most_kept, most_evicted = int(place.max()) + 1, int(evicted.max())
+    if most_kept <= most_evicted:
+        return keys.topk(most_kept, dim=-1).values.gather(-1, place)
+    least = min(most_evicted + 1, keys.shape[-1])
+    lowest = keys.masked_fill(~candidates, _LARGEST).topk(least, dim=-1, largest=False).values
+    return lowest.gather(-1, evicted.clamp(max=least - 1))

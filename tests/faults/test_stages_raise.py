@@ -7,7 +7,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.budgets import _allocated
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
-from kvpolicy_plugins.mergers.drop import Drop
+from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.selectors.topk import TopK
 from tests import fingerprint
@@ -19,7 +19,7 @@ STAGES = {
     "layer allocator": (UniformLayers, "allocate"),
     "head allocator": (Adaptive, "allocate"),
     "selector": (TopK, "select"),
-    "merger": (Drop, "merge"),
+    "merger": (D2O, "merge"),
 }
 ERRORS = (ValueError, KeyboardInterrupt, torch.OutOfMemoryError)
 WHEN = {"prefill, first layer": 0, "prefill, second layer": 1, "decode": 3}
@@ -54,7 +54,7 @@ def test_after_a_stage_has_raised_all_is_well(stage, method, call, monkeypatch):
     one = build()
     tokens = prompt(40, 29)
     plain = fingerprint.of_model(one)
-    policy = small("adakv", budget="30%")  # whose budget is asked for anew as tokens come
+    policy = small("adakv", budget="30%", merge={"use": "d2o"})  # whose budget is asked for anew as tokens come
     with policy.attach(one) as attachment:
         expected, attached = generate(one, *tokens), fingerprint.of_model(one)
         for error in ERRORS:

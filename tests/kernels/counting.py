@@ -15,7 +15,7 @@ from kvpolicy_kernels import Traffic
 def counted(tensors: Mapping[str, Tensor | tuple[Tensor, ...]]) -> Iterator[Traffic]:
     """Traffic of the launches inside the block, by name; loads and stores that touch no named tensor are left out.
 
-    Elements under a false mask are not counted.
+    Elements under a false mask are not counted, nor are atomic operations. Only interpreted launches can be counted.
     """
     read: dict[str, int] = {}
     written: dict[str, int] = {}

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.layout import Layout
 from kvpolicy.runtime.store import Store
 from kvpolicy.stages import Column
@@ -13,6 +14,7 @@ from kvpolicy.stages import Column
 COLUMNS = {
     POSITIONS: Column((), torch.int32, -1),
     "keys": Column((2,), torch.float32),
+    "values": Column((32,), torch.float32),  # wide enough to be moved segment by segment
     "votes": Column((), torch.float32, 3.0),
 }
 
@@ -27,10 +29,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.segments = [[[] for _ in range(heads)] for _ in range(rows)]
 
     def _fresh(self, rows, count):
-        """Entries that no other has: positions, keys and votes, [rows, K, count, ...]."""
+        """Entries that no other has: positions, keys, values and votes, [rows, K, count, ...]."""
         names = self.next + torch.arange(rows * self.heads * count).reshape(rows, self.heads, count)
         self.next += names.numel()
-        return {POSITIONS: names.int(), "keys": torch.stack([names, -names], -1).float(), "votes": names / 2}
+        keys = torch.stack([names, -names], -1).float()
+        return {POSITIONS: names.int(), "keys": keys, "values": keys.repeat(1, 1, 1, 16), "votes": names / 2}
 
     @rule(count=st.integers(0, 5), limit=st.integers(0, 12), voted=st.booleans())
     def append(self, count, limit, voted):
@@ -52,7 +55,9 @@ class StoreMachine(RuleBasedStateMachine):
         count = data.draw(st.integers(1, self._shortest()), "newest")
         fresh = self._fresh(len(self.segments), count)[POSITIONS]
         self.store.overwrite_tail(POSITIONS, fresh)
-        self.store.overwrite_tail("keys", torch.stack([fresh, -fresh], -1).float())
+        keys = torch.stack([fresh, -fresh], -1).float()
+        self.store.overwrite_tail("keys", keys)
+        self.store.overwrite_tail("values", keys.repeat(1, 1, 1, 16))
         self.store.overwrite_tail("votes", fresh / 2)
         for row, heads in enumerate(self.segments):
             for head, held in enumerate(heads):
@@ -85,6 +90,40 @@ class StoreMachine(RuleBasedStateMachine):
         before = {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
         unchanged = layout == self.store.layout
         self.store.replace(rows, fresh, lengths, layout)
+        if unchanged:
+            assert before == {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
+
+    @rule(
+        data=st.data(),
+        slack=st.integers(0, 3),
+        form=st.sampled_from(("even", "ragged", "as it is")),
+        fresh=st.booleans(),
+    )
+    def keep(self, data, slack, form, fresh):
+        rows = data.draw(st.lists(st.integers(0, len(self.segments) - 1), unique=True, min_size=1), "rows")
+        stay = [
+            [data.draw(st.lists(st.booleans(), min_size=len(h), max_size=len(h)), "stay") for h in self.segments[row]]
+            for row in rows
+        ]
+        slots = [[[slot for slot, one in enumerate(head) if one] for head in row] for row in stay]
+        most = max(len(head) for row in slots for head in row)
+        kept = torch.tensor([[head + [-1] * (most - len(head)) for head in row] for row in slots], dtype=torch.int64)
+        for row, heads in zip(rows, slots, strict=True):
+            self.segments[row] = [
+                [held[slot] for slot in head] for held, head in zip(self.segments[row], heads, strict=True)
+            ]
+        after = [tuple(map(len, heads)) for heads in self.segments]
+        layout = {
+            "even": Layout.even(len(after), self.heads, max(map(max, after)) + slack),
+            "ragged": Layout(tuple(tuple(length + slack for length in row) for row in after)),
+            "as it is": self.store.layout,
+        }[form]
+        new = {"votes": self.store.padded("votes", rows).new_zeros(kept.shape)} if fresh else None
+        for row in rows if fresh else ():
+            self.segments[row] = [[(name, 0.0) for name, _ in held] for held in self.segments[row]]
+        before = {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
+        unchanged = layout == self.store.layout
+        self.store.keep(Move(rows, kept.reshape(len(rows), self.heads, most)), layout, new)
         if unchanged:
             assert before == {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
 
@@ -123,12 +162,17 @@ class StoreMachine(RuleBasedStateMachine):
             assert torch.equal(store.dense(POSITIONS), store.padded(POSITIONS, rows))
 
     @invariant()
+    def holds_numbers_behind_the_lengths_too(self):
+        assert all(tensor.isfinite().all() for tensor in self.store.tensors.values())
+
+    @invariant()
     def counts_its_bytes(self):
-        assert self.store.nbytes == self.store.layout.slots * (4 + 8 + 4)
+        assert self.store.nbytes == self.store.layout.slots * (4 + 8 + 128 + 4)
 
     def _compare(self, columns, held):
         assert columns[POSITIONS].tolist() == [name for name, _ in held]
         assert columns["keys"].tolist() == [[name, -name] for name, _ in held]
+        assert columns["values"].tolist() == [[name, -name] * 16 for name, _ in held]
         assert columns["votes"].tolist() == [votes for _, votes in held]
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvpolicy.evaluate.filling import feed
 from kvpolicy.evaluate.table.setup import DecodeSetup
 from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attachment import Attachment
 from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.layer import PolicyLayer
@@ -125,10 +125,8 @@ def _chunks(model: PreTrainedModel, length: int) -> Any:
 
 
 def _fill(layers: Sequence[PolicyLayer], keys: Tensor, values: Tensor, queries: Tensor) -> None:
-    for layer, k, v, q in zip(layers, keys, values, queries, strict=True):
-        layer.update(k, v)
-        positions = layer.arrive(None)
-        layer.settle(Asked(q, positions, padded=False, scaling=k.shape[-1] ** -0.5))
+    for layer, *entries in zip(layers, keys, values, queries, strict=True):
+        feed(layer, *entries)
 
 
 def _step(model: PreTrainedModel, cache: Cache) -> float:

@@ -1,6 +1,7 @@
 """Allocators: every budget is spent exactly, and on entries that exist."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,6 +76,29 @@ def keeps_rows_apart(allocator: HeadAllocator, _promises: Promises) -> None:
                 )
 
 
+def divides_as_it_allocates(allocator: HeadAllocator, _promises: Promises) -> None:
+    """`divide`, if offered, gives what `allocate` gives: a plan that fuses calls the one for the other."""
+    for scores, candidates, budget in _head_samples():
+        found = allocator.divide(candidates.sum(-1), _ownership(scores, candidates), budget)
+        if isinstance(found, str):
+            return
+        expected = allocator.allocate(scores, candidates, budget)
+        if not torch.equal(found, expected):
+            raise contract_error(allocator, f"divided into {found.tolist()}, but allocates {expected.tolist()}")
+
+
+def _ownership(scores: Tensor, candidates: Tensor) -> Callable[[Tensor], Tensor]:
+    """How many of a row's best candidates each head owns: NaN last, ties by head, then slot."""
+    worth = scores.double().nan_to_num(nan=-1e301, posinf=1e300, neginf=-1e300).masked_fill(~candidates, -1e302)
+    order = worth.flatten(1).argsort(dim=-1, descending=True, stable=True) // scores.shape[-1]
+
+    def won(best: Tensor) -> Tensor:
+        owners = [order[row, :count] for row, count in enumerate(best.tolist())]
+        return torch.stack([torch.bincount(one, minlength=scores.shape[1]) for one in owners])
+
+    return won
+
+
 def leaves_its_input_alone(allocator: HeadAllocator, _promises: Promises) -> None:
     for scores, candidates, budget in _head_samples():
         inputs = {"scores": scores, "candidates": candidates, "budget": budget}
@@ -103,5 +127,6 @@ HEAD_CHECKS = (
     gives_heads_what_they_can_hold,
     keeps_heads_even,
     keeps_rows_apart,
+    divides_as_it_allocates,
     leaves_its_input_alone,
 )

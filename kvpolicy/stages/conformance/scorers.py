@@ -17,6 +17,7 @@ from kvpolicy.stages.conformance.samples import (
 )
 from kvpolicy.stages.contracts import Scorer
 from kvpolicy.stages.view import View
+from kvpolicy_kernels import Tile
 
 
 def returns_float32_per_slot(scorer: Scorer, _promises: Promises) -> None:
@@ -99,6 +100,12 @@ def copes_with_nothing_to_score(scorer: Scorer, _promises: Promises) -> None:
         raise contract_error(scorer, "gave scores that are not finite beside rows that hold nothing")
 
 
+def offers_a_tile_or_a_reason(scorer: Scorer, _promises: Promises) -> None:
+    found = scorer.tile()
+    if not isinstance(found, (Tile, str)) or found == "":
+        raise contract_error(scorer, f"offered {found!r} as its tile, expected a Tile or why there is none")
+
+
 def _scored(scorer: Scorer, view: View) -> Tensor:
     """What the runtime does: observe, then score with the new state in view."""
     state = {**view.slot_state, **scorer.observe(view)}
@@ -119,4 +126,5 @@ CHECKS = (
     keeps_heads_apart,
     ignores_empty_slots,
     copes_with_nothing_to_score,
+    offers_a_tile_or_a_reason,
 )

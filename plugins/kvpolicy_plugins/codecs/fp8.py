@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Site, parameter
+from kvpolicy.stages import Codec, Column, Format, Formats, Integer, PackedColumn, Site, Unpacking, parameter
 from kvpolicy_plugins.affine import narrowed, working
 
 _E4M3 = torch.float8_e4m3fn
@@ -41,6 +41,11 @@ class Scaled(Format):
         exact = working(self.dtype)
         scale = columns["peak"].to(exact) * (256 / _LARGEST)
         return narrowed(_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
+
+    def unpacking(self) -> Unpacking | str:
+        from kvpolicy_kernels.unpack import scaled_fp8
+
+        return Unpacking(scaled_fp8, (PackedColumn(self.dim, torch.uint8), PackedColumn(1, torch.float16)))
 
 
 @attrs.frozen

@@ -8,9 +8,29 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Choice, Codec, Column, Format, Formats, Integer, Site, parameter
-from kvpolicy_plugins.affine import BITS, SCALES, check_divides, dequantise, quantise, scale_dtype, working
-from kvpolicy_plugins.packing import pack, packed_size, unpack
+from kvpolicy.stages import (
+    Choice,
+    Codec,
+    Column,
+    Format,
+    Formats,
+    Integer,
+    PackedColumn,
+    Site,
+    Unpacking,
+    parameter,
+)
+from kvpolicy_plugins.affine import (
+    BITS,
+    SCALES,
+    check_divides,
+    dequantise_channels,
+    dequantise_tokens,
+    quantise_channels,
+    quantise_tokens,
+    scale_dtype,
+)
+from kvpolicy_plugins.packing import packed_size
 
 
 @attrs.frozen(eq=False)
@@ -33,14 +53,18 @@ class PerChannel(Format):
         return {"codes": codes, "scale": each, "minimum": each}
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
-        groups = vectors.to(working(vectors.dtype)).unflatten(2, (vectors.shape[2] // self.unit, self.unit))
-        codes, scale, minimum = quantise(groups, -2, self.bits, self.stored)
-        return {"codes": pack(codes, self.bits), "scale": scale.squeeze(-2), "minimum": minimum.squeeze(-2)}
+        codes, scale, minimum = quantise_channels(vectors, self.unit, self.bits, self.stored)
+        return {"codes": codes, "scale": scale, "minimum": minimum}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        codes = unpack(columns["codes"], self.bits, self.dim)
-        scale, minimum = (columns[name].unsqueeze(-2) for name in ("scale", "minimum"))
-        return dequantise(codes, scale, minimum, self.dtype).flatten(2, 3)
+        return dequantise_channels(columns["codes"], columns["scale"], columns["minimum"], self.bits, self.dtype)
+
+    def unpacking(self) -> Unpacking | str:
+        from kvpolicy_kernels.unpack import per_channel
+
+        codes = PackedColumn(self.unit * packed_size(self.dim, self.bits), torch.uint8)
+        each = PackedColumn(self.dim, self.stored, shared=True)
+        return Unpacking(per_channel, (codes, each, each), self.unit, (self.bits, self.unit))
 
 
 @attrs.frozen(eq=False)
@@ -63,16 +87,21 @@ class PerToken(Format):
         return {"codes": codes, "scale": each, "minimum": each}
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
-        groups = vectors.to(working(vectors.dtype)).unflatten(-1, (self.dim // self.group, self.group))
-        codes, scale, minimum = quantise(groups, -1, self.bits, self.stored)
-        packed = pack(codes.flatten(-2), self.bits)
-        return {"codes": packed, "scale": scale.squeeze(-1), "minimum": minimum.squeeze(-1)}
+        codes, scale, minimum = quantise_tokens(vectors, self.group, self.bits, self.stored)
+        return {"codes": codes, "scale": scale, "minimum": minimum}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        codes = unpack(columns["codes"], self.bits, self.dim)
-        scale, minimum = (columns[name].unsqueeze(-1) for name in ("scale", "minimum"))
-        groups = codes.unflatten(-1, (self.dim // self.group, self.group))
-        return dequantise(groups, scale, minimum, self.dtype).flatten(-2)
+        codes, scale, minimum = (columns[name] for name in ("codes", "scale", "minimum"))
+        return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, self.dtype)
+
+    def unpacking(self) -> Unpacking | str:
+        from kvpolicy_kernels.unpack import per_token
+
+        if self.group.bit_count() != 1:
+            return f"has groups of {self.group} channels, not a power of two"
+        codes = PackedColumn(packed_size(self.dim, self.bits), torch.uint8)
+        each = PackedColumn(self.dim // self.group, self.stored)
+        return Unpacking(per_token, (codes, each, each), options=(self.bits, self.group))
 
 
 @attrs.frozen

@@ -13,14 +13,14 @@ from kvpolicy_plugins.affine import (
     BITS,
     SCALES,
     check_divides,
-    dequantise,
+    dequantise_tokens,
     narrowed,
-    quantise,
+    quantise_tokens,
     scale_dtype,
     working,
 )
 from kvpolicy_plugins.bit_widths import least_error
-from kvpolicy_plugins.packing import pack, packed_size, unpack
+from kvpolicy_plugins.packing import packed_size
 
 _WIDTHS = (2, 4, 8)
 
@@ -50,17 +50,16 @@ class Centred(Format):
         exact = vectors.to(working(vectors.dtype)).movedim(1, 2)
         mean = narrowed(exact.mean(2), self.stored)
         # From the mean as it is held, so that rounding it costs nothing.
-        differences = (mean.to(exact.dtype)[:, :, None] - exact).unflatten(-1, (self.dim // self.group, self.group))
-        codes, scale, minimum = quantise(differences, -1, self.bits, self.stored)
-        columns = {"mean": mean, "codes": pack(codes.flatten(-2), self.bits)}
-        columns |= {"scale": scale.squeeze(-1), "minimum": minimum.squeeze(-1)}
+        differences = mean.to(exact.dtype)[:, :, None] - exact
+        codes, scale, minimum = quantise_tokens(differences, self.group, self.bits, self.stored)
+        columns = {"mean": mean, "codes": codes, "scale": scale, "minimum": minimum}
         return {name: column[:, None] for name, column in columns.items()}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        codes, scale, minimum = (columns[name][:, 0].movedim(2, 1) for name in ("codes", "scale", "minimum"))
-        groups = unpack(codes.contiguous(), self.bits, self.dim).unflatten(-1, (self.dim // self.group, self.group))
+        names = ("codes", "scale", "minimum")
+        codes, scale, minimum = (columns[name][:, 0].movedim(2, 1).contiguous() for name in names)
         exact = working(self.dtype)
-        differences = dequantise(groups, scale[..., None], minimum[..., None], exact).flatten(-2)
+        differences = dequantise_tokens(codes, scale, minimum, self.dim, self.bits, exact)
         return narrowed(columns["mean"].to(exact) - differences, self.dtype)
 
 

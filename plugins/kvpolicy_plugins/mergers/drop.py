@@ -14,6 +14,7 @@ class Drop(Merger):
     """Keeps the entries of the kept slots as they are, bit for bit; padding slots are zero."""
 
     name: ClassVar[str] = "drop"
+    moves_only: ClassVar[bool] = True
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         votes = None if view.log_votes is None else gather(view.log_votes, kept)

@@ -5,7 +5,7 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvpolicy.stages import Needs, Scorer, View, parameter
+from kvpolicy.stages import Needs, Scorer, Tile, View, parameter
 from kvpolicy_plugins.grouping import GROUP, reduce_group
 
 
@@ -24,6 +24,12 @@ class AccumulatedAttention(Scorer):
 
     def needs(self) -> Needs:
         return Needs(attention=True)
+
+    def tile(self) -> Tile:
+        from kvpolicy_kernels.tiles.accumulated_attention import accumulated_attention
+        from kvpolicy_kernels.tiles.grouping import HOW
+
+        return Tile(accumulated_attention, (HOW[self.group],), keys=False, attention=True)
 
     def score(self, view: View) -> Tensor:
         if view.attention is None:

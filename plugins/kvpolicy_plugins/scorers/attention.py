@@ -6,7 +6,20 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Choice, Flag, Integer, Needs, Nested, Number, Scorer, View, parameter
+from kvpolicy.stages import (
+    Choice,
+    Finish,
+    Flag,
+    Integer,
+    Needs,
+    Nested,
+    Number,
+    Scorer,
+    Tile,
+    View,
+    WindowUse,
+    parameter,
+)
 from kvpolicy_plugins.grouping import GROUP, reduce_group
 from kvpolicy_plugins.pooling import Pool
 
@@ -45,11 +58,29 @@ class Attention(Scorer):
     def needs(self) -> Needs:
         return Needs(queries=self.queries)
 
+    def tile(self) -> Tile | str:
+        from kvpolicy_kernels.tiles.attention import NOWHERE, PROBABILITIES, SCORES, attention_votes
+        from kvpolicy_kernels.tiles.grouping import HOW
+
+        commutes = self.pool.kind in ("none", "max" if self.group == "max" else "average")
+        if self.group_at == "pooled" and not commutes:
+            return "pools each query head apart"
+        grouped = {"logits": NOWHERE, "probabilities": PROBABILITIES}.get(self.group_at, SCORES)
+        use = WindowUse(self.queries, self.softmax, self.causal, self.group if grouped == NOWHERE else "none")
+        options = (grouped, HOW[self.group], int(self.reduce == "sum"), int(self.deviation > 0))
+        finish = Finish(pool=self.pool.kind, size=self.pool.size, shared=self.shared)
+        return Tile(attention_votes, options, (self.deviation,), window=use, keys=False, finish=finish)
+
     def score(self, view: View) -> Tensor:
         voters = self._voters(view)
-        logits = self._group(view.logits[..., -self.queries :, :], "logits")
-        probabilities = self._softmax(logits, view, voters)
-        scores = self._over_queries(self._group(probabilities, "probabilities"), voters)
+        hidden, slots = self._hidden(view, voters)
+        asked = (voters >= 0).repeat_interleave(view.keys.shape[1], 0)[None, :, None, :, None]
+        parts = []
+        for heads, logits in view.logits_by_head(self.queries):
+            probabilities = _softmax(self._group(logits, "logits"), hidden[heads], slots)
+            probabilities = self._group(probabilities, "probabilities")
+            parts.append(self._over_queries(probabilities, asked[:, heads]))
+        scores = torch.cat(parts, 1).view(*view.keys.shape[:2], *parts[0].shape[2:])
         scores = self.pool(self._group(scores, "scores"), view.candidates[:, :, None])
         scores = self._group(scores, "pooled").squeeze(2)
         return scores.mean(1, keepdim=True).expand_as(scores) if self.shared else scores
@@ -61,18 +92,26 @@ class Attention(Scorer):
     def _group(self, grouped: Tensor, at: str) -> Tensor:
         return reduce_group(grouped, self.group) if at == self.group_at else grouped
 
-    def _softmax(self, logits: Tensor, view: View, voters: Tensor) -> Tensor:
-        """Probabilities [B, K, G, W, T]; a query that sees nothing gives zeros, not NaN."""
-        region = view.valid if self.softmax == "all" else view.candidates
-        asked = voters[:, None, None, :, None]
-        visible = region[:, :, None, None] & (asked >= 0)
-        if self.causal:
-            visible = visible & (view.positions[:, :, None, None] <= asked)
-        return logits.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
+    def _hidden(self, view: View, voters: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What which query does not see, bool [B·K, 1, W, S], and the slots [S] it is about; None = all slots.
 
-    def _over_queries(self, probabilities: Tensor, voters: Tensor) -> Tensor:
-        """[B, K, G, W, T] to [B, K, G, T]; queries that a row never had are not counted."""
-        asked = (voters >= 0)[:, None, None, :, None]
+        Every query sees what is older than the window, so a host looks which slots are worth a mask.
+        """
+        region = view.valid if self.softmax == "all" else view.candidates
+        positions, slots = view.positions, None
+        if positions.device.type == "cpu":
+            oldest = voters.amin()
+            seen = region & (positions <= oldest) if self.causal else region & (oldest >= 0)
+            slots = (~seen).any(0).any(0).nonzero()[:, 0]
+            region, positions = region[..., slots], positions[..., slots]
+        asked = voters[:, None, :, None]
+        visible = region[:, :, None] & (asked >= 0)
+        if self.causal:
+            visible = visible & (positions[:, :, None] <= asked)
+        return ~visible.flatten(0, 1)[:, None], slots
+
+    def _over_queries(self, probabilities: Tensor, asked: Tensor) -> Tensor:
+        """[1, S, G, W, T] to [1, S, G, T]; `asked` says which queries a row has had: others are not counted."""
         count = asked.sum(-2).clamp(min=1)
         total = probabilities.sum(-2)
         scores = total / count if self.reduce == "mean" else total
@@ -81,3 +120,11 @@ class Attention(Scorer):
         spread = (probabilities - (total / count).unsqueeze(-2)).masked_fill(~asked, 0.0)
         variance = spread.square().sum(-2) / (count - 1).clamp(min=1)
         return scores + self.deviation * variance.sqrt()
+
+
+def _softmax(logits: Tensor, hidden: Tensor, slots: Tensor | None) -> Tensor:
+    """Probabilities [1, S, G, W, T]; a query that sees nothing gives zeros, not NaN. Overwrites the logits."""
+    if slots is None or len(slots) == logits.shape[-1]:
+        return logits.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)
+    logits[..., slots] = logits[..., slots].masked_fill_(hidden, -torch.inf)
+    return logits.softmax(-1)

@@ -53,6 +53,9 @@ class History(Scorer):
         joined = torch.where(old == _NONE_YET, new, self._join(old, new))
         return {**inner, _STATE: joined.masked_fill(~view.candidates, _NONE_YET)}
 
+    def tile(self) -> str:
+        return "joins what it finds with what it remembers"
+
     def score(self, view: View) -> Tensor:
         return self.pool(view.slot_state[_STATE], view.candidates).masked_fill(~view.candidates, 0.0)
 

@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvpolicy.stages import Scorer, View
+from kvpolicy.stages import Scorer, Tile, View
 
 
 @attrs.frozen
@@ -18,6 +18,11 @@ class KeyNorm(Scorer):
 
     name: ClassVar[str] = "key_norm"
     reference: ClassVar[str] = "arXiv:2406.11430"
+
+    def tile(self) -> Tile:
+        from kvpolicy_kernels.tiles.key_norm import key_norm
+
+        return Tile(key_norm)
 
     def score(self, view: View) -> Tensor:
         norms: Tensor = vector_norm(view.keys.float(), dim=-1)

@@ -5,7 +5,7 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvpolicy.stages import Scorer, View
+from kvpolicy.stages import Scorer, Tile, View
 
 
 @attrs.frozen
@@ -17,6 +17,11 @@ class Recency(Scorer):
 
     name: ClassVar[str] = "recency"
     reference: ClassVar[str] = "arXiv:2309.17453"
+
+    def tile(self) -> Tile:
+        from kvpolicy_kernels.tiles.recency import recency
+
+        return Tile(recency, keys=False, newest=True)
 
     def score(self, view: View) -> Tensor:
         newest = view.positions.amax(dim=(1, 2), keepdim=True)

@@ -1,6 +1,6 @@
 """Entries that say what newer ones say again."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvpolicy.stages import Choice, Integer, Number, Scorer, View, parameter
-
-_ROWS = 512
-_COLUMNS = 128
+from kvpolicy.stages import Choice, Finish, Integer, Number, Scorer, Tile, View, parameter
+from kvpolicy_kernels import Traffic
+from kvpolicy_kernels.tile import ColumnRequest
+from kvpolicy_plugins.lookalikes import forgiven
 
 
 @attrs.frozen
@@ -41,52 +41,53 @@ class Redundancy(Scorer):
         help="whom an entry forgives that has forgiven nobody: the first slot, as published, or no one",
     )
 
+    def tile(self) -> Tile:
+        from kvpolicy_kernels.tiles.redundancy import directions, mean_similarity
+
+        forgives = self.forgive > 0 or self.empty_row == "slot0"
+        column, traffic = (self._column, self._traffic) if forgives else (None, None)
+        finish = Finish(softmax=True)
+        return Tile(mean_similarity, statistic=directions, column=column, column_traffic=traffic, finish=finish)
+
+    def _column(self, request: ColumnRequest) -> Tensor:
+        from kvpolicy_kernels.redundancy import forgiven
+
+        return forgiven(
+            request.segments,
+            request.keys,
+            threshold=self.threshold,
+            forgive=self.forgive,
+            end=self.forgive_end,
+            empty_row=self.empty_row,
+        )
+
+    def _traffic(self, request: ColumnRequest, lengths: Sequence[int]) -> Traffic:
+        """Where no key looks like another the search goes through all pairs of blocks."""
+        from kvpolicy_kernels.redundancy import traffic
+
+        return traffic(request.segments, lengths, request.keys, forgive=self.forgive)
+
     def score(self, view: View) -> Tensor:
-        keys = view.keys.float().masked_fill(~view.valid[..., None], 0.0)
-        norms: Tensor = vector_norm(keys, dim=-1, keepdim=True)
-        directions = keys / (norms + 1e-8)
-        total = directions.sum(-2, keepdim=True)
-        similarity = (directions * (total - directions)).sum(-1) - self._forgiven(directions, view.valid)
-        mean = similarity / view.lengths[..., None].clamp(min=1)
+        keys, valid = view.keys.flatten(0, 1), view.valid.flatten(0, 1)
+        together = 1 if keys.device.type == "cpu" else len(keys)  # a head's keys stay in a CPU's cache
+        parts = [self._similarity(*part) for part in zip(keys.split(together), valid.split(together), strict=True)]
+        mean = torch.cat(parts).view(view.valid.shape) / view.lengths[..., None].clamp(min=1)
         return mean.masked_fill(~view.valid, -torch.inf).softmax(-1).masked_fill(~view.valid, 0.0)
 
+    def _similarity(self, keys: Tensor, valid: Tensor) -> Tensor:
+        """Keys [S, T, D] to [S, T]: similarities to all others, less those that others forgive."""
+        keys = keys.float().masked_fill(~valid[..., None], 0.0)
+        norms: Tensor = vector_norm(keys, dim=-1, keepdim=True)
+        directions = keys.div_(norms + 1e-8)
+        own = norms.div_(norms + 1e-8).square_()
+        total = directions.sum(1)[..., None]
+        return (directions @ total - own).squeeze(-1) - self._forgiven(directions, valid)
+
     def _forgiven(self, directions: Tensor, valid: Tensor) -> Tensor:
-        """[B, K, T]: per column, the similarities of the rows that forgive it."""
-        forgiven = torch.zeros_like(valid, dtype=torch.float32)
-        for start in range(0, directions.shape[2], _ROWS):
-            rows = slice(start, min(start + _ROWS, directions.shape[2]))
-            found = self._search(directions, rows, valid, forgiven)
-            if self.empty_row == "slot0":
-                alone = directions[:, :, rows].masked_fill(found[..., None] > 0, 0.0).sum(-2)
-                if start == 0:  # the diagonal is 0: the first slot has nothing to forgive itself
-                    alone = alone - directions[:, :, 0].masked_fill(found[..., :1] > 0, 0.0)
-                forgiven[..., 0] += (alone * directions[:, :, 0]).sum(-1)
-        return forgiven
-
-    def _search(self, directions: Tensor, rows: slice, valid: Tensor, forgiven: Tensor) -> Tensor:
-        """Adds what `rows` forgive to `forgiven`; how many look-alikes each has met, [B, K, rows]."""
-        ours = directions[:, :, rows]
-        found = torch.zeros(ours.shape[:3], dtype=torch.int32, device=ours.device)
-        for columns in self._columns(directions.shape[2]):
-            # Entries that are done need no further search. Only a host can look without making a device wait.
-            if ours.device.type == "cpu" and bool(((found >= self.forgive) | ~valid[:, :, rows]).all()):
-                break
-            similarity = ours @ directions[:, :, columns].transpose(-1, -2)
-            similarity.diagonal(rows.start - columns.start, -2, -1).zero_()
-            alike = similarity > self.threshold
-            pardoned = alike & (self._rank(alike) + found[..., None] <= self.forgive)
-            forgiven[..., columns] += similarity.masked_fill_(~pardoned, 0.0).sum(-2)
-            found += alike.sum(-1, dtype=torch.int32)
-        return found
-
-    def _columns(self, slots: int) -> Iterator[slice]:
-        """Blocks of columns in the order of the search."""
-        starts = range(0, slots, _COLUMNS)
-        for start in reversed(starts) if self.forgive_end == "last" else starts:
-            yield slice(start, min(start + _COLUMNS, slots))
-
-    def _rank(self, alike: Tensor) -> Tensor:
-        """1 for the look-alike of a row that the search meets first, 2 for the next, and so on."""
-        if self.forgive_end == "first":
-            return alike.cumsum(-1, dtype=torch.int32)
-        return alike.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+        """[S, T]: per column, the similarities of the rows that forgive it."""
+        sums, met = forgiven(directions, valid, self.threshold, self.forgive, last=self.forgive_end == "last")
+        if self.empty_row == "slot0":
+            alone = (~met).to(directions.dtype)
+            alone[:, 0] = 0  # the diagonal is 0: the first slot has nothing to forgive itself
+            sums[:, 0] += (alone[:, None] @ (directions @ directions[:, :1].transpose(1, 2))).flatten()
+        return sums

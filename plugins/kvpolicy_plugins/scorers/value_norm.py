@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvpolicy.stages import Number, Scorer, View, parameter
+from kvpolicy.stages import Number, Scorer, Tile, View, parameter
 
 
 @attrs.frozen
@@ -17,6 +17,12 @@ class ValueNorm(Scorer):
     reference: ClassVar[str] = "arXiv:2406.12335"
 
     order: float = parameter(Number(above=0), 2, help="p of the p-norm")
+
+    def tile(self) -> Tile:
+        from kvpolicy_kernels.tiles.value_norm import value_norm
+
+        known = int(self.order) if self.order in (1, 2) else 0
+        return Tile(value_norm, (known,), (self.order,), keys=False, values=True)
 
     def score(self, view: View) -> Tensor:
         norms: Tensor = vector_norm(view.values.float(), ord=self.order, dim=-1)

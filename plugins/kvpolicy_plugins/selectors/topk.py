@@ -3,11 +3,10 @@
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from kvpolicy.stages import Selector
-from kvpolicy_plugins.ranking import best_first
+from kvpolicy_plugins.ranking import highest
 
 
 @attrs.frozen
@@ -18,6 +17,4 @@ class TopK(Selector):
     best: ClassVar[bool] = True
 
     def select(self, scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
-        order = best_first(scores, candidates)
-        chosen = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
-        return torch.zeros_like(candidates).scatter_(-1, order, chosen) & candidates
+        return highest(scores, candidates, counts)

@@ -154,7 +154,11 @@ def replaced(stage, **functions):
         ("heads", {"allocate": lambda _, scores, candidates, budget: candidates.sum(-1).float()}, "torch.float32"),
         ("select", {"select": lambda _, scores, candidates, counts: candidates.long()}, "torch.int64"),
         ("select", {"select": lambda _, scores, candidates, counts: candidates[:, :1]}, "returned shape"),
-        ("merge", {"merge": lambda _, view, kept: Entries(view.keys, view.values)}, "returned shape"),
+        (
+            "merge",
+            {"merge": lambda _, view, kept: Entries(view.keys, view.values), "moves_only": False},
+            "returned shape",
+        ),
     ],
 )
 def test_a_plugin_that_answers_wrongly_is_named(stage, functions, message):

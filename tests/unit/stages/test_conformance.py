@@ -16,6 +16,7 @@ from kvpolicy.stages import (
 )
 from kvpolicy.stages.checks import check_scores
 from kvpolicy.stages.conformance import Promises, check_plugin, conformance_cases
+from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from tests.views import view_of
 
 
@@ -138,3 +139,25 @@ def test_the_check_of_an_attachment_names_the_plugin():
         check_scores(Loose(), torch.zeros(1, 8, 512), view)
     expected = "scorer 'loose' returned shape (1, 8, 512), expected (batch=1, kv_heads=8, seq=511)"
     assert str(caught.value).endswith(expected)
+
+
+def test_a_tile_is_a_tile_or_a_reason():
+    """An empty reason would make a plan fuse nothing and say nothing."""
+    with pytest.raises(PluginContractError, match="offered '' as its tile, expected a Tile or why there is none"):
+        check_plugin(broken(lambda view: norms(view).float(), tile=lambda self: ""))
+
+
+@attrs.frozen
+class TwoFaced(UniformHeads):
+    """Divides otherwise than it allocates."""
+
+    def allocate(self, scores, candidates, budget):
+        return UniformHeads().allocate(scores, candidates, budget)
+
+    def divide(self, room, won, budget):
+        return super().divide(room, won, budget).flip(1)
+
+
+def test_dividing_must_give_what_allocating_gives():
+    with pytest.raises(PluginContractError, match=r"divided into .* but allocates"):
+        check_plugin(TwoFaced())

@@ -1,0 +1,24 @@
+"""Small keys first: the tile function of `key_norm`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def key_norm(
+    keys,
+    values,
+    positions,
+    newest,
+    probabilities,
+    voters,
+    group,
+    attention,
+    statistic,
+    column,
+    length,
+    arguments,
+    OPTIONS: tl.constexpr,
+):
+    """[BLOCK], the negative L2 norm."""
+    return -tl.sqrt(tl.sum(keys * keys, 1))

@@ -1,0 +1,61 @@
+"""Time of moving the entries that stay: the product's layers against a gather with expanded indices."""
+
+import attrs
+import torch
+
+from kvpolicy.bench.case import AGAIN, OURS, Case
+from kvpolicy.bench.clock import Call, Clock
+from kvpolicy.bench.interleave import Protocol, Variant, interleave
+from kvpolicy.bench.layers import due, plan_at, random_layers
+from kvpolicy.bench.naive.held import Held, gathered
+from kvpolicy.bench.shape import ModelShape
+from kvpolicy.plan.pipeline import choose, reduce_to
+from kvpolicy.plan.plan import Plan
+from kvpolicy.policy import Policy
+
+GATHER = "expanded gather"
+
+
+@attrs.frozen
+class Compaction:
+    """A policy whose merger drops, at one length."""
+
+    policy: Policy
+    shape: ModelShape
+    length: int
+    device: torch.device
+    dtype: torch.dtype
+    protocol: Protocol = Protocol(rounds=15, warm_up=2)
+
+    @torch.inference_mode()
+    def measure(self, clock: Clock) -> Case:
+        """Both move the entries that the policy chose."""
+        plan = plan_at(self.policy.spec, self.shape, self.length, self.dtype, self.device)
+        queries = max(plan.needs.queries, 1)
+        layers = random_layers(self.shape, 1, self.length, queries, self.dtype, self.device, "shared")
+        kept = self._kept(plan, layers)
+        variants = [
+            Variant(OURS, lambda: self._ours(plan, layers)),
+            Variant(AGAIN, lambda: self._ours(plan, layers)),
+            Variant(GATHER, lambda: lambda: [gathered(held, one, 0) for held, one in zip(layers, kept, strict=True)]),
+        ]
+        samples = interleave(variants, clock, self.protocol)
+        shape = {**attrs.asdict(self.shape), "kept": kept[0].shape[-1], "dtype": str(self.dtype)}
+        return Case(self.policy.name, self.length, samples, parts=self.shape.layers, shape=shape)
+
+    def _ours(self, plan: Plan, layers: list[Held]) -> Call:
+        cache, _ = due(plan, self.shape, layers)
+        chosen = []
+        for layer in cache.managed:
+            view = layer.shown((0,))
+            chosen.append((layer, view, choose(plan.spec, view, layer.budget((0,)))))
+
+        def move() -> None:
+            for layer, view, one in chosen:
+                layer.take((0,), reduce_to(plan.spec, view, one))
+
+        return move
+
+    def _kept(self, plan: Plan, layers: list[Held]) -> list[torch.Tensor]:
+        cache, _ = due(plan, self.shape, layers)
+        return [choose(plan.spec, layer.shown((0,)), layer.budget((0,))).kept for layer in cache.managed]

@@ -1,0 +1,66 @@
+"""Finds what there is to compile: every kernel module's builds, and the fused kernels of every installed policy."""
+
+import importlib
+import pkgutil
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import attrs
+
+import kvpolicy_kernels
+from kvpolicy.errors import InputError
+from kvpolicy.policy import load
+from kvpolicy.spec.policy import PolicySpec
+from kvpolicy.stages.registry import registry
+from kvpolicy_kernels import Finish, Tile
+from kvpolicy_kernels.builds import Build
+
+_GEOMETRY: dict[str, Any] = {"head_dim": 128, "group": 4}  # Llama 3.1 8B: 32 query heads, 8 KV heads
+
+
+def all_builds() -> tuple[Build, ...]:
+    """Every build, each under a name of its own. Raises InputError when two that differ have one name."""
+    found: dict[str, Build] = {}
+    for build in (*_of_kernels(), *_of_policies()):
+        if _essence(found.setdefault(build.name, build)) != _essence(build):
+            raise InputError(f"two builds have one name: {build.name}")
+    return tuple(found.values())
+
+
+def _essence(build: Build) -> Hashable:
+    """What is compiled: modules may pass on the builds of others, and policies may score alike."""
+    return repr(sorted(build.types.items())), repr(sorted(build.constants.items())), build.kernel, build.warps
+
+
+def _of_kernels() -> Iterator[Build]:
+    for about in pkgutil.walk_packages(kvpolicy_kernels.__path__, "kvpolicy_kernels."):
+        module = importlib.import_module(about.name)
+        if hasattr(module, "builds"):
+            yield from module.builds()
+
+
+def _of_policies() -> Iterator[Build]:
+    """The fused score kernels of every installed policy; those that are compiled alike bear the names of all."""
+    found: dict[Hashable, list[Build]] = {}
+    for name in registry().policies():
+        for build in _of_policy(load(name).spec):
+            found.setdefault(_essence(build), []).append(build)
+    for same in found.values():
+        first, *others = (build.name.rpartition(" ") for build in same)
+        name = ", ".join(["".join(first), *(policy for _, _, policy in others)])
+        yield attrs.evolve(same[0], name=name)
+
+
+def _of_policy(spec: PolicySpec) -> Iterator[Build]:
+    from kvpolicy_kernels import finish, score  # noqa: PLC0415 - they import Triton
+
+    offered = [weighted.scorer.tile() for weighted in spec.score]
+    tiles = [tile for tile in offered if isinstance(tile, Tile)]
+    queries = max(weighted.scorer.needs().queries for weighted in spec.score)
+    if tiles:
+        yield from score.builds_for(spec.name, tiles, **_GEOMETRY, window=queries, votes=spec.merge.votes)
+    finishes = [tile.finish if isinstance(tile, Tile) else Finish() for tile in offered]
+    normalised = [
+        attrs.evolve(own, normalise=weighted.normalise) for own, weighted in zip(finishes, spec.score, strict=True)
+    ]
+    yield from finish.builds_for(spec.name, normalised, sinks=spec.protect.sinks)

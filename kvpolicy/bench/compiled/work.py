@@ -1,0 +1,73 @@
+"""Compiles everything, on several processes, and judges it."""
+
+import functools
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import attrs
+
+from kvpolicy.bench.compiled.discover import all_builds
+from kvpolicy.bench.compiled.gates import faults_of
+from kvpolicy.bench.compiled.target import CAPABILITIES, BuildError, Compiled, compile_build, require_compiler
+from kvpolicy_kernels.builds import Build
+
+
+@attrs.frozen
+class Outcome:
+    """Everything that compiled, in the order of the builds, and everything that is wrong."""
+
+    compiled: tuple[Compiled, ...]
+    faults: tuple[str, ...]
+
+
+def compile_all(jobs: int, progress: Callable[[int, str], None], names: Sequence[str] = ()) -> Outcome:
+    """Compile every build, or those whose name starts with one of `names`, for every capability.
+
+    `progress` is told how many there are, and what was done last ("" at the start). The compiler's cache is not used:
+    it knows a tuple of functions by their names only. Raises InputError when nothing can be compiled here.
+    """
+    require_compiler()
+    builds = all_builds()
+    chosen = [place for place, one in enumerate(builds) if not names or one.name.startswith(tuple(names))]
+    tasks = [(place, capability) for place in chosen for capability in CAPABILITIES]
+    progress(len(tasks), "")
+    with tempfile.TemporaryDirectory(prefix="kvpolicy-compiled-") as cache:
+        spawn = multiprocessing.get_context("spawn")  # a child of a process with threads must not be a fork
+        with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_use_cache, initargs=(cache,)) as pool:
+            futures = {pool.submit(_compile, *task): task for task in tasks}
+            found: dict[tuple[int, int], Compiled | str] = {}
+            for future in as_completed(futures):
+                place, capability = futures[future]
+                found[place, capability] = future.result()
+                progress(len(tasks), f"{builds[place].name}, sm_{capability}")
+    return _outcome(builds, [(place, found[place, capability]) for place, capability in tasks])
+
+
+def _use_cache(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+def _compile(place: int, capability: int) -> Compiled | str:
+    try:
+        return compile_build(_builds()[place], capability)
+    except BuildError as error:
+        return str(error)
+
+
+@functools.cache
+def _builds() -> tuple[Build, ...]:
+    return all_builds()
+
+
+def _outcome(builds: Sequence[Build], found: Sequence[tuple[int, Compiled | str]]) -> Outcome:
+    compiled, faults = [], []
+    for place, one in found:
+        if isinstance(one, str):
+            faults.append(one)
+        else:
+            compiled.append(one)
+            faults.extend(faults_of(builds[place], one))
+    return Outcome(tuple(compiled), tuple(faults))

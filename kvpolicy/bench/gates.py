@@ -1,0 +1,190 @@
+"""The CPU gates: ratios within one run, each with its threshold."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from transformers import LlamaForCausalLM
+
+from kvpolicy.bench.case import OURS, Case
+from kvpolicy.bench.clock import Clock
+from kvpolicy.bench.compaction import GATHER, Compaction
+from kvpolicy.bench.compress import NAIVE, CompressSetup, measure_one
+from kvpolicy.bench.contenders import DYNAMIC, PREALLOCATED, STATIC
+from kvpolicy.bench.deadline import Deadline
+from kvpolicy.bench.decode import DecodeSetup
+from kvpolicy.bench.decode import measure_one as measure_decode
+from kvpolicy.bench.interleave import Protocol
+from kvpolicy.bench.overhead import Age, Overhead
+from kvpolicy.bench.samples import noise
+from kvpolicy.bench.shape import ModelShape, attention_shape, model_shape, random_model
+from kvpolicy.errors import InputError
+from kvpolicy.policy import load
+
+_CPU = torch.device("cpu")
+_DRAFT = {"compress": {"prefill": True, "every": 128}}
+
+
+@attrs.frozen
+class Verdict:
+    """One gate: a number and the threshold that it must not be below (or above)."""
+
+    gate: str
+    claim: str
+    value: float
+    threshold: float
+    at_most: bool = False
+    noise: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """NaN fails."""
+        return self.value <= self.threshold if self.at_most else self.value >= self.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**attrs.asdict(self), "passed": self.passed}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Verdict":
+        """What `to_dict` gave."""
+        return cls(**{name: value for name, value in found.items() if name != "passed"})
+
+
+@attrs.frozen
+class Scale:
+    """How large the gates are: as the claims say, or small enough to see that everything runs."""
+
+    attention: ModelShape = attention_shape(1, 32, 8, 128)
+    model: ModelShape = model_shape("267m")
+    small: ModelShape = model_shape("small")
+    snapkv: int = 8192
+    rkv: int = 4096
+    moved: tuple[int, ...] = (1152, 8192)
+    decode: int = 16_384
+    budget: int = 1024
+    short: int = 1024  # tokens of context for attaching without evicting
+    old: int = 51_200
+    rounds: int = 7
+
+
+QUICK = Scale(
+    attention=attention_shape(1, 4, 2, 16),
+    model=model_shape("tiny"),
+    small=model_shape("tiny"),
+    snapkv=128,
+    rkv=128,
+    moved=(128,),
+    decode=256,
+    budget=64,
+    short=64,
+    old=512,
+    rounds=3,
+)
+Result = tuple[list[Verdict], list[Case]]
+Gate = Callable[[Scale, Clock], Result]
+
+
+def _snapkv(dtype: torch.dtype, threshold: float, scale: Scale, clock: Clock) -> Result:
+    case = _compressed("snapkv", scale.snapkv, dtype, scale, clock)
+    name = str(dtype).removeprefix("torch.")
+    claim = (
+        f"SnapKV compression, {scale.snapkv} to {scale.budget} entries, {name}: times faster than with repeated keys"
+    )
+    return [Verdict(f"snapkv-{name}", claim, case.ratio(NAIVE), threshold, noise=case.noise)], [case]
+
+
+def _rkv(scale: Scale, clock: Clock) -> Result:
+    case = _compressed("rkv", scale.rkv, torch.float32, scale, clock)
+    peaks: Mapping[str, float] = case.facts["peak_bytes"]
+    claim = f"R-KV compression of {scale.rkv} entries: times faster than with all pairs in memory"
+    memory = f"R-KV compression of {scale.rkv} entries: its temporaries as a share of those"
+    return [
+        Verdict("rkv", claim, case.ratio(NAIVE), 20.0, noise=case.noise),
+        Verdict("rkv-memory", memory, peaks[OURS] / peaks[NAIVE], 0.1, at_most=True),
+    ], [case]
+
+
+def _compaction(scale: Scale, clock: Clock) -> Result:
+    verdicts, cases = [], []
+    for length in scale.moved:
+        policy = load("snapkv", budget=scale.budget)
+        case = Compaction(policy, scale.attention, length, _CPU, torch.float32).measure(clock)
+        claim = f"compaction, {length} to {scale.budget} entries: times faster than an expanded gather"
+        verdicts.append(Verdict(f"compaction-{length}", claim, case.ratio(GATHER), 4.0, noise=case.noise))
+        cases.append(case)
+    return verdicts, cases
+
+
+def _decode(scale: Scale, clock: Clock) -> Result:
+    policy = load("snapkv", budget=scale.budget, **_DRAFT)
+    protocol = Protocol(scale.rounds, warm_up=2)
+    full = (DYNAMIC, PREALLOCATED, STATIC)
+    setup = DecodeSetup((policy,), scale.model, (scale.decode,), _CPU, torch.float32, full=full, protocol=protocol)
+    (case,) = measure_decode(setup, _model(scale.model, scale.decode), scale.decode, clock, Deadline(), _fail)
+    place = f"decode at {scale.decode} tokens cut to {scale.budget}: times faster than"
+    strong = min((PREALLOCATED, STATIC), key=case.seconds)
+    return [
+        Verdict("decode", f"{place} with {DYNAMIC}", case.ratio(DYNAMIC), 8.0, noise=case.noise),
+        Verdict("decode-preallocated", f"{place} with the better preallocated cache", case.ratio(strong), 2.5),
+        Verdict(
+            "compression-share",
+            "compressing every 128 tokens: share of decode time",
+            case.facts["compression_share"],
+            0.05,
+            at_most=True,
+        ),
+    ], [case]
+
+
+def _attach(scale: Scale, clock: Clock) -> Result:
+    policy = load("rkv", budget=scale.short + 100_000)
+    protocol = Protocol(6 * scale.rounds, warm_up=3)
+    case = Overhead(policy, scale.short, protocol).measure(_model(scale.model, scale.short), clock)
+    claim = "attached with a budget above the length: decode time as a multiple of the plain model's"
+    return [Verdict("attach", claim, 1 / case.ratio(DYNAMIC), 1.03, at_most=True, noise=case.noise)], [case]
+
+
+def _age(scale: Scale, clock: Clock) -> Result:
+    policy = load("rkv", budget=scale.budget, **_DRAFT)
+    age = Age(policy, 2 * scale.budget, scale.old)
+    case = age.measure(_model(scale.small, scale.old), clock)
+    between = noise(case.samples["young"], case.samples["young again"])
+    claim = f"step time after {scale.old} tokens as a multiple of that after {age.young}; at most 1 and the noise"
+    return [Verdict("age", claim, 1 / case.ratio("young"), 1 + between, at_most=True, noise=between)], [case]
+
+
+GATES: dict[str, Gate] = {
+    "snapkv-bfloat16": partial(_snapkv, torch.bfloat16, 3.0),
+    "snapkv-float32": partial(_snapkv, torch.float32, 2.5),
+    "rkv": _rkv,
+    "compaction": _compaction,
+    "decode": _decode,
+    "attach": _attach,
+    "age": _age,
+}
+
+
+def judge(names: tuple[str, ...], scale: Scale, clock: Clock) -> Iterator[tuple[str, Result]]:
+    """The gates of these names, one after the other."""
+    for name in names:
+        yield name, GATES[name](scale, clock)
+
+
+def _compressed(name: str, length: int, dtype: torch.dtype, scale: Scale, clock: Clock) -> Case:
+    policy = load(name, budget=scale.budget)
+    setup = CompressSetup((policy,), scale.attention, (length,), _CPU, dtype, protocol=Protocol(scale.rounds))
+    case = measure_one(setup, policy, length, clock, Deadline(), _fail)
+    if NAIVE not in case.samples:
+        raise InputError(f"the gate {name} needs the naive form, which was left out")
+    return case
+
+
+def _model(shape: ModelShape, length: int) -> LlamaForCausalLM:
+    return random_model(shape, length, _CPU, torch.float32)
+
+
+def _fail(what: str, why: str) -> None:
+    raise InputError(f"{what}: {why}")

@@ -1,0 +1,47 @@
+"""The most memory of a batch."""
+
+import gc
+import resource
+from typing import Self
+
+import torch
+
+
+class Memory:
+    """The most bytes at one time: of all that is allocated on a GPU, of what is noted on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._noted = 0
+
+    def __enter__(self) -> Self:
+        tidy(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._device.type == "cuda":
+            self._noted = torch.cuda.max_memory_allocated(self._device)
+
+    def note(self, nbytes: int) -> None:
+        """Bytes held right now."""
+        self._noted = max(self._noted, nbytes)
+
+    @property
+    def peak(self) -> int:
+        """Known when the block has ended."""
+        return self._noted
+
+    def more(self) -> dict[str, int]:
+        """What else is known of the process."""
+        if self._device.type == "cuda":
+            return {"reserved_bytes": torch.cuda.max_memory_reserved(self._device)}
+        return {"largest_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def tidy(device: torch.device) -> None:
+    """Give what nobody holds back to a GPU, so that the next batch finds it."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,177 @@
+"""Everything that a GPU can show, within minutes: compression, attention, decoding, generation, and correctness.
+
+The time is shared out over the parts; what does not fit is left out by name, and all that was found is written at once.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from transformers import LlamaForCausalLM
+
+from kvpolicy.bench import attention, compress, decode, generation
+from kvpolicy.bench.case import OURS, Case
+from kvpolicy.bench.clock import Clock
+from kvpolicy.bench.compress import NAIVE
+from kvpolicy.bench.contenders import COMPILED, DYNAMIC, STATIC
+from kvpolicy.bench.correctness import kernel_tests
+from kvpolicy.bench.deadline import Deadline
+from kvpolicy.bench.gates import Verdict
+from kvpolicy.bench.generation.memory import tidy
+from kvpolicy.bench.interleave import Protocol
+from kvpolicy.bench.result import Result
+from kvpolicy.bench.shape import model_shape, random_model
+from kvpolicy.bench.sizes import DECODED, Sizes
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.policy import load
+from kvpolicy.spec.budget import Budget
+
+SECONDS = 540.0
+_LEAST = 48  # entries that a policy keeps in generation; a tenth of the tokens, where that is more
+COMPRESSED = ("snapkv", "rkv", "adakv")
+# Of what remains when a part begins. The tests of the kernels come first: wrong kernels need no timing.
+_SHARES = {"correctness": 0.2, "compress": 0.3, "attention": 0.12, "decode": 0.45, "generate": 0.95}
+_RESERVE = 30.0  # seconds for writing and for the part that is late
+
+
+@attrs.frozen
+class GpuSetup:
+    """The parts, as they would be measured alone."""
+
+    compress: compress.CompressSetup
+    attention: attention.AttentionSetup
+    decode: decode.DecodeSetup
+    generate: generation.GenerateSetup
+    tests: Callable[[float], dict[str, Any]] = kernel_tests
+
+    @property
+    def steps(self) -> int:
+        """How much `measure` yields, at most."""
+        contenders = len(self.generate.policies) + len(self.generate.full) + 1
+        compressed = len(self.compress.policies) * len(self.compress.lengths)
+        return 1 + compressed + len(self.attention.held) + len(self.decode.lengths) + contenders
+
+
+def setup_for(sizes: Sizes, budget: int, device: torch.device, dtype: torch.dtype, *, graph: bool) -> GpuSetup:
+    """All parts at these sizes; attention heads are those of the 8B model unless the sizes are tiny."""
+    shape = attrs.evolve(model_shape(sizes.model), layers=sizes.layers)
+    policies = tuple(load(name, budget=budget) for name in COMPRESSED)
+    decoded = tuple(load(name, budget=budget, **sizes.overrides) for name in DECODED)
+    tenth = tuple(load(name, budget=max(_LEAST, sizes.new // 10), **sizes.overrides) for name in DECODED)
+    memory = Budget.parse(sizes.memory)
+    protocol = Protocol(sizes.rounds, warm_up=2)
+    common: dict[str, Any] = {"device": device, "dtype": dtype}
+    return GpuSetup(
+        compress.CompressSetup(policies, shape, sizes.lengths, protocol=protocol, **common),
+        attention.AttentionSetup(policies[0], shape, sizes.held, sizes.attention_rows, protocol=protocol, **common),
+        decode.DecodeSetup(
+            decoded,
+            model_shape(sizes.model),
+            sizes.contexts,
+            rows=sizes.rows,
+            full=sizes.full,
+            graph=graph,
+            protocol=protocol,
+            **common,
+        ),
+        generation.GenerateSetup(
+            tenth,
+            model_shape(sizes.model),
+            sizes.prompt,
+            sizes.new,
+            (memory and memory.size) or 1,
+            full=(DYNAMIC, COMPILED if COMPILED in sizes.full else STATIC),
+            graph=graph,
+            points=sizes.points,
+            **common,
+        ),
+    )
+
+
+def measure(setup: GpuSetup, clock: Clock, deadline: Deadline, result: Result) -> Iterator[str]:
+    """Run all parts into `result`; yields what was done last."""
+    parts: dict[str, Callable[[Deadline], Iterator[str]]] = {
+        "correctness": partial(_correctness, setup, result),
+        "compress": partial(_compress, setup, clock, result),
+        "attention": partial(_attention, setup, clock, result),
+        "decode": partial(_decode, setup, clock, result),
+        "generate": partial(_generate, setup, clock, result),
+    }
+    until = Deadline(deadline.at if deadline.at is None else deadline.at - _RESERVE, deadline.now)
+    for name, part in parts.items():
+        if until.expired():
+            result.leave_out(name, "no time was left")
+            continue
+        try:
+            yield from part(until.share(_SHARES[name]))
+        except (KVPolicyError, RuntimeError) as error:  # one part that fails must not cost what the others found
+            result.leave_out(name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            yield f"{name} failed"
+    result.note("goals", [verdict.to_dict() for verdict in goals(result)])
+
+
+def goals(result: Result) -> Iterator[Verdict]:
+    """What is claimed of an H200, as far as this result tells."""
+    for case in result.parts.get("compress", ()):
+        share = case.of_floor()
+        if case.what == "snapkv" and case.length >= 8192 and share is not None:
+            yield Verdict("floor", f"SnapKV compression of {case.length} entries: share of the floor", share, 0.6)
+        if case.what == "rkv" and case.length == 4096 and NAIVE in case.samples:
+            yield Verdict("rkv", "R-KV, 4096 entries: times faster than with all pairs", case.ratio(NAIVE), 20.0)
+    for case in result.parts.get("attention", ()):
+        share = case.of_floor()
+        if share is not None:
+            yield Verdict("attention", f"attention over {case.length} entries: share of the copy's rate", share, 0.8)
+    for case in result.parts.get("generate", ()):
+        yield from _generation_goals(case)
+
+
+def _generation_goals(case: Case) -> Iterator[Verdict]:
+    """Never the weak baseline without the strong one."""
+    if {OURS, DYNAMIC, COMPILED} <= set(case.samples):
+        for name, least in ((DYNAMIC, 6.6), (COMPILED, 5.0)):
+            claim = f"{case.what}, {case.length} tokens: times the tokens/s of {name}, each at its largest batch"
+            yield Verdict("generate", claim, case.ratio(name), least)
+
+
+def _correctness(setup: GpuSetup, result: Result, deadline: Deadline) -> Iterator[str]:
+    result.note("kernel tests", setup.tests(min(deadline.left, SECONDS)))
+    yield "kernel tests"
+
+
+def _compress(setup: GpuSetup, clock: Clock, result: Result, deadline: Deadline) -> Iterator[str]:
+    for what, case in compress.measure(setup.compress, clock, deadline, result.leave_out):
+        if case is not None:
+            result.add("compress", case)
+        yield what
+
+
+def _attention(setup: GpuSetup, clock: Clock, result: Result, deadline: Deadline) -> Iterator[str]:
+    for what, case in attention.measure(setup.attention, clock, deadline):
+        result.add("attention", case)
+        yield what
+
+
+def _decode(setup: GpuSetup, clock: Clock, result: Result, deadline: Deadline) -> Iterator[str]:
+    model = _model(setup.decode, max(setup.decode.lengths))
+    for what, cases in decode.measure(setup.decode, model, clock, deadline, result.leave_out):
+        for case in cases:
+            result.add("decode", case)
+        yield what
+
+
+def _generate(setup: GpuSetup, clock: Clock, result: Result, deadline: Deadline) -> Iterator[str]:
+    model = _model(setup.generate, setup.generate.length)
+    for what, cases in generation.measure(setup.generate, model, clock, deadline, result.leave_out):
+        for case in cases:
+            result.add("generate", case)
+        yield what
+
+
+def _model(setup: decode.DecodeSetup | generation.GenerateSetup, positions: int) -> LlamaForCausalLM:
+    if setup.device.type == "cuda":
+        torch.compiler.reset()  # compiled steps keep the memory of their graphs
+        tidy(setup.device)
+    return random_model(setup.shape, positions, setup.device, setup.dtype)

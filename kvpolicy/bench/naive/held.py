@@ -1,0 +1,38 @@
+"""What a method is given, and what it gives back."""
+
+from collections.abc import Callable
+
+import attrs
+import torch
+from torch import Tensor
+
+Entries = tuple[Tensor, Tensor]  # keys and values [B, K, N, D]
+
+
+@attrs.frozen(eq=False)
+class Held:
+    """One layer before a compression."""
+
+    keys: Tensor  # [B, K, T, D]
+    values: Tensor  # [B, K, T, D]
+    queries: Tensor  # [B, H, W, D], the newest
+    scaling: float
+
+    @property
+    def group(self) -> int:
+        """G."""
+        return self.queries.shape[1] // self.keys.shape[1]
+
+
+Naive = Callable[[Held, int], object]  # of what is held and the budget N
+
+
+def gathered(held: Held, chosen: Tensor, recent: int) -> Entries:
+    """Chosen slots [B, K, n] of what is not recent, then what is: a gather with indices expanded over D, and a cat."""
+    index = chosen[..., None].expand(-1, -1, -1, held.keys.shape[-1])
+    past = held.keys.shape[2] - recent
+    return _joined(held.keys, index, past), _joined(held.values, index, past)
+
+
+def _joined(entries: Tensor, index: Tensor, past: int) -> Tensor:
+    return torch.cat([entries[:, :, :past].gather(2, index), entries[:, :, past:]], 2)

@@ -1,0 +1,18 @@
+"""Cache layers filled without a model: what a forward would do to them, its attention left out."""
+
+from torch import Tensor
+
+from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.layer import PolicyLayer
+
+
+def feed(layer: PolicyLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:
+    """One forward of a layer: keys and values [B, K, q, D], and the newest of its queries, [B, H, at most q, D]."""
+    layer.settle(appended(layer, keys, values, queries))
+
+
+def appended(layer: PolicyLayer, keys: Tensor, values: Tensor, queries: Tensor) -> Asked:
+    """The same up to where the layer observes and compresses; give the result to `settle` for that."""
+    layer.update(keys, values)
+    positions = layer.arrive(None)[:, -queries.shape[2] :]
+    return Asked(queries, positions, padded=False, scaling=keys.shape[-1] ** -0.5)

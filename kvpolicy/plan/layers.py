@@ -1,0 +1,89 @@
+"""The views of layers that are compressed together, and where kernels find their entries."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.stages import View
+from kvpolicy_kernels import Column, Segments
+from kvpolicy_kernels.segments import pitch
+
+if TYPE_CHECKING:
+    from kvpolicy_kernels.window import Window
+
+
+@attrs.frozen(eq=False)
+class Layers:
+    """L views of the same B rows and K heads; P = L·B·K segments, those of a layer after those of another."""
+
+    views: tuple[View, ...]
+    segments: Segments
+    columns: Mapping[str, Column]  # keys, values, positions; log_votes and attention [slots, G] where views have them
+
+    @classmethod
+    def of(cls, views: Sequence[View]) -> "Layers":
+        """Raises UnsupportedInputError for entries that kernels cannot address."""
+        tensors = [_side_by_side(view) for view in views]
+        lengths = torch.stack([view.lengths for view in views])
+        columns = {name: Column.of([one[name] for one in tensors]) for name in tensors[0]}
+        return cls(tuple(views), Segments.of([one["keys"] for one in tensors], lengths), columns)
+
+    @property
+    def protect(self) -> dict[str, Any]:
+        """What is protected, as launchers are told."""
+        return {"sinks": self.views[0].sinks, "recent": self.views[0].recent}
+
+    @cached_property
+    def protected(self) -> Tensor:
+        """Protected entries of each head, int64 [L·B, K]: the recent ones, and sinks, which come first."""
+        held = self.segments.lengths.view(-1, self.segments.heads).long()
+        first = [view.positions[..., : view.sinks] for view in self.views]
+        sinks = torch.cat(
+            [((one >= 0) & (one < view.sinks)).sum(-1) for one, view in zip(first, self.views, strict=True)]
+        )
+        return held.minimum(sinks + self.views[0].recent)
+
+    @cached_property
+    def room(self) -> Tensor:
+        """Candidates of each head, int64 [L·B, K]."""
+        return self.segments.lengths.view(-1, self.segments.heads).long() - self.protected
+
+    def window(self) -> "Window":
+        """The queries that vote, packed for the kernels."""
+        from kvpolicy_kernels.window import Window
+
+        queries = [view.window for view in self.views]
+        positions = [view.window_positions for view in self.views]
+        return Window.of(queries, positions, self.segments, self.views[0].scaling)
+
+    def empty(self, count: int) -> Tensor:
+        """[count, P, T] float32, not filled."""
+        shape = (count, self.segments.count, self.segments.longest)
+        return torch.empty(shape, dtype=torch.float32, device=self.segments.starts.device)
+
+    def per_layer(self, flat: Tensor) -> list[Tensor]:
+        """[P, ...] or [L·B, K, ...] as one [B, K, ...] a layer."""
+        segments = self.segments
+        rest = flat.shape[1:] if flat.shape[0] == segments.count else flat.shape[2:]
+        return list(flat.view(segments.layers, segments.rows, segments.heads, *rest))
+
+    def per_view(self, flat: Tensor) -> list[Tensor]:
+        """[P, T] as one [B, K, T] a layer, T that of its view."""
+        layers = zip(self.per_layer(flat), self.views, strict=True)
+        return [layer[..., : view.positions.shape[2]] for layer, view in layers]
+
+
+def _side_by_side(view: View) -> dict[str, Tensor]:
+    """The columns of a view [B, K, T, ...], all with the same distance between segments: then one start serves all."""
+    held = {"keys": view.keys, "values": view.values, "positions": view.positions.to(torch.int32)}
+    if view.log_votes is not None:
+        held["log_votes"] = view.log_votes
+    if view.attention is not None:
+        held["attention"] = view.attention.transpose(-1, -2)
+    if len({pitch(tensor) for tensor in held.values()}) == 1:
+        return held
+    return {name: tensor.contiguous() for name, tensor in held.items()}

@@ -1,0 +1,41 @@
+"""Whether the kernels of a policy run at all: tried once, on a few entries, when the plan is made."""
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from kvpolicy.plan.followers import state_name
+from kvpolicy.plan.fused import choose_together
+from kvpolicy.plan.fusion import Fusion, Term
+from kvpolicy.plan.reads import small_view
+from kvpolicy.spec.policy import PolicySpec
+from kvpolicy.stages import Geometry, View
+
+
+def tried(spec: PolicySpec, fusion: Fusion, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> Fusion:
+    """The fusion without what does not compile or run; this also is the warm-up of what does."""
+    scorers = {state_name(place, ""): weighted.scorer for place, weighted in enumerate(spec.score)}
+    view = small_view(scorers, geometry, device, dtype)
+    if not _problem(spec, fusion, view):
+        return fusion
+    terms = [_alone(spec, fusion, place, view) for place in range(len(fusion.terms))]
+    left = attrs.evolve(fusion, terms=tuple(terms))
+    return attrs.evolve(left, off=_problem(spec, left, view))
+
+
+def _alone(spec: PolicySpec, fusion: Fusion, place: int, view: View) -> Term:
+    """The term, without its tile function if that does not run even with references beside it."""
+    term = fusion.terms[place]
+    beside = [one if one is term else Term(one.weighted, None) for one in fusion.terms]
+    problem = "" if term.tile is None else _problem(spec, attrs.evolve(fusion, terms=tuple(beside)), view)
+    return Term(term.weighted, None, f"its tile function does not run: {problem}") if problem else term
+
+
+def _problem(spec: PolicySpec, fusion: Fusion, view: View) -> str:
+    budget: Sequence[int] = [view.positions.shape[2] // 2]
+    try:
+        choose_together(spec, fusion, [view], [budget])
+    except Exception as error:  # noqa: BLE001 - a third party's function, or Triton's compiler: the plan says what
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return ""

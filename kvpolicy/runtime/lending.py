@@ -1,0 +1,97 @@
+"""A layer whose entries are lent, for decode steps that are served elsewhere."""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kvpolicy.errors import CacheError
+from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.holdings import Holdings
+from kvpolicy.runtime.logical import LogicalLayer
+from kvpolicy.runtime.stats import LayerStats
+from kvpolicy.runtime.window import Window
+
+
+class LendingLayer(LogicalLayer):
+    """Gives its entries away and has them back before anything else is done with them."""
+
+    stats: LayerStats
+    window: Window
+    altered: bool
+    record_past: bool
+    _held: Holdings
+    _firm: int
+    _unsettled: list[Asked]
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.changes = 0  # forwards, rollbacks and moves of rows that this layer itself has done
+        self._intact = True  # False from the start of a change to its end, and for good when it fails
+        self._reclaim: Callable[[], None] | None = None  # while the entries are lent: how they are had back
+
+    @abc.abstractmethod
+    def _close_gaps(self) -> None:
+        """Drop the pads."""
+
+    @property
+    def held(self) -> Holdings:
+        """All that the layer holds; had back first, if it is lent."""
+        self.reclaim()
+        return self._held
+
+    @property
+    def lendable(self) -> bool:
+        """Whether a decode step may be served elsewhere: nothing is pending that would have to be known there."""
+        return self.is_initialized and self._intact and not self.record_past and not self._unsettled
+
+    def lend(self, reclaim: Callable[[], None]) -> Holdings:
+        """The entries, without pads; until `reclaim` is called, decode steps are served elsewhere."""
+        held = self.held
+        self._close_gaps()
+        self._reclaim = reclaim
+        return held
+
+    def reclaim(self) -> None:
+        """Have the entries back."""
+        reclaim, self._reclaim = self._reclaim, None
+        if reclaim is not None:
+            reclaim()
+
+    def served(self, entries: float, left: float | None) -> None:
+        """Note a decode step that was served elsewhere; `left` is what a compression left of the entries, if any."""
+        self.seen += 1
+        self.stats.read_by_step(entries)
+        self.stats.sample(self.seen, entries if left is None else left, self.stats.nbytes)
+        if left is not None:
+            self.altered, self._firm = True, self.seen
+            self.stats.compressions += 1
+
+    def take_back(self, real: Sequence[int], window: tuple[Tensor, Tensor] | None) -> None:
+        """Go on with rows of `real` tokens; `window` are the last queries [B, H, w, D] and their positions [B, w]."""
+        self._reclaim = None
+        self.real = list(real)
+        if window is not None:
+            self.window = Window(self.window.size)
+            self.window.add(*window, padded=False)
+
+    def spoil(self) -> None:
+        """Refuse to go on: a step that was served elsewhere has failed."""
+        self._reclaim, self._intact = None, False
+
+    def _begin(self) -> None:
+        """Start a change; it is over when `_intact` is set. Raises CacheError when the last one never was."""
+        if not self._intact:
+            raise CacheError(
+                f"layer {self.stats.layer}: the last forward did not reach kvpolicy's attention, or failed; "
+                "attach the policy to the model, and start with a new cache"
+            )
+        self.reclaim()
+        self.changes += 1
+        self._intact = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has its entries to itself."""
+        self.reclaim()
+        return self.__dict__

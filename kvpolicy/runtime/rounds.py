@@ -1,0 +1,74 @@
+"""When layers are compressed: each as soon as its attention is done, or all of them at the end of a decode step."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvpolicy.plan.execute import compress_layers
+from kvpolicy.plan.pipeline import Compressed
+from kvpolicy.plan.plan import Plan
+from kvpolicy.runtime.stats import LayerStats
+from kvpolicy.runtime.together import Holder, close_up
+from kvpolicy.stages import View
+
+Rows = tuple[int, ...]
+
+
+class Compressible(Holder, Protocol):
+    """What a round does with a layer."""
+
+    scaling: float
+
+    @property
+    def stats(self) -> LayerStats:
+        """What happened in the layer so far."""
+
+    def shown(self, rows: Sequence[int]) -> View:
+        """The rows as plugins see them."""
+
+    def budget(self, rows: Sequence[int]) -> list[int]:
+        """Entries per KV head that each of the rows may keep."""
+
+    def take(self, rows: Sequence[int], result: Compressed, *, moved: bool = False) -> None:
+        """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
+
+
+class Round:
+    """Collects the layers of one cache that are due in a decode step.
+
+    The slack of `every` slots lets them wait, so that one launch of each kernel serves all. Layers whose views are
+    copies do not wait: all copies at once would cost what the policy saves.
+    """
+
+    def __init__(self, plan: Plan, *, waits: bool) -> None:
+        self.plan = plan
+        self.waits = waits  # whether somebody says when a step ends
+        self._waiting: dict[Compressible, Rows] = {}
+
+    def due(self, layer: Compressible, rows: Sequence[int], *, decoding: bool) -> None:
+        """Compress the rows of a layer, now or when the step ends."""
+        if decoding and self.waits:
+            self._waiting[layer] = tuple(rows)
+        else:
+            _compress(self.plan, [layer], rows)
+
+    def end(self) -> None:
+        """The step is over for all layers."""
+        waiting, self._waiting = self._waiting, {}
+        kinds = sorted({(rows, layer.scaling) for layer, rows in waiting.items()})
+        for kind in kinds:
+            alike = [layer for layer, rows in waiting.items() if (rows, layer.scaling) == kind]
+            _compress(self.plan, alike, kind[0])
+
+
+def _compress(plan: Plan, layers: Sequence[Compressible], rows: Sequence[int]) -> None:
+    started = time.perf_counter()
+    views = [layer.shown(rows) for layer in layers]
+    results = compress_layers(plan, views, [layer.budget(rows) for layer in layers])
+    moved = plan.kernels and close_up(plan, layers, rows, results)
+    for layer, result in zip(layers, results, strict=True):
+        layer.take(rows, result, moved=moved)
+    spent = (time.perf_counter() - started) / len(layers)
+    for layer in layers:
+        layer.stats.compressions += 1
+        layer.stats.seconds += spent

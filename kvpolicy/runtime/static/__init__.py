@@ -1,0 +1,1 @@
+"""Decode steps of fixed shapes in storages that never move: what CUDA graphs and `torch.compile` can take over."""

@@ -1,0 +1,98 @@
+"""What the host knows of the rows in static storage: it decides from this, and never asks the device."""
+
+from collections.abc import Sequence
+
+import attrs
+
+from kvpolicy.plan.plan import Plan
+from kvpolicy.runtime.trigger import entries_allowed
+
+Table = list[list[int]]  # one number per (layer, row)
+
+
+@attrs.define
+class _Cohort:
+    """Rows that have as many tokens and entries as each other: they stay alike."""
+
+    rows: list[int]
+    real: int
+    lengths: list[int]  # entries per KV head in each layer
+    due: list[bool]  # which layers are to be compressed in this step
+
+
+class Counts:
+    """Tokens of each row and entries per KV head of each (layer, row)."""
+
+    def __init__(self, plan: Plan, real: Sequence[int], lengths: Sequence[Sequence[int]]) -> None:
+        """`real` [B] tokens that are no pads; `lengths` [L][B]."""
+        self.plan, self.rows = plan, len(real)
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        for row, tokens in enumerate(real):
+            kinds.setdefault((tokens, *(layer[row] for layer in lengths)), []).append(row)
+        nothing = [False] * len(lengths)
+        self._cohorts = [_Cohort(rows, kind[0], list(kind[1:]), nothing) for kind, rows in kinds.items()]
+
+    def append(self) -> bool:
+        """Count one more token of each row; whether any row of any layer is then due."""
+        for one in self._cohorts:
+            one.real += 1
+            one.lengths = [length + 1 for length in one.lengths]
+            one.due = [length > self._allowed(layer, one.real) for layer, length in enumerate(one.lengths)]
+        return any(any(one.due) for one in self._cohorts)
+
+    def compress(self) -> None:
+        """Count what is left of the rows that were due."""
+        for one in self._cohorts:
+            budgets = self.plan.budgets.per_layer(one.real)
+            pairs = zip(one.lengths, budgets, one.due, strict=True)
+            one.lengths = [min(length, budget) if due else length for length, budget, due in pairs]
+
+    def fit(self, capacities: Sequence[int]) -> bool:
+        """Whether there is room for one more token in every row."""
+        return all(n < size for one in self._cohorts for n, size in zip(one.lengths, capacities, strict=True))
+
+    @property
+    def real(self) -> list[int]:
+        """Tokens of each row, pads excluded."""
+        real = [0] * self.rows
+        for one in self._cohorts:
+            for row in one.rows:
+                real[row] = one.real
+        return real
+
+    @property
+    def lengths(self) -> Table:
+        """Entries per KV head, [L][B]."""
+        return self._table([one.lengths for one in self._cohorts])
+
+    @property
+    def budgets(self) -> Table:
+        """Entries per KV head that may be kept, [L][B]."""
+        return self._table([self.plan.budgets.per_layer(one.real) for one in self._cohorts])
+
+    @property
+    def due(self) -> list[list[bool]]:
+        """Which rows are to be compressed in this step, [L][B]."""
+        return [[bool(number) for number in layer] for layer in self._table([one.due for one in self._cohorts])]
+
+    @property
+    def layers_due(self) -> list[bool]:
+        """In which layers there are such rows."""
+        return [any(layer) for layer in zip(*(one.due for one in self._cohorts), strict=True)]
+
+    @property
+    def averages(self) -> list[float]:
+        """Entries per KV head of each layer, averaged over rows."""
+        sums = zip(*([n * len(one.rows) for n in one.lengths] for one in self._cohorts), strict=True)
+        return [sum(layer) / self.rows for layer in sums]
+
+    def _allowed(self, layer: int, real: int) -> float:
+        return entries_allowed(self.plan, layer, real, decoding=True)
+
+    def _table(self, per_cohort: Sequence[Sequence[int]]) -> Table:
+        layers = len(per_cohort[0])
+        table = [[0] * self.rows for _ in range(layers)]
+        for one, numbers in zip(self._cohorts, per_cohort, strict=True):
+            for layer, row in ((layer, row) for layer in range(layers) for row in one.rows):
+                table[layer][row] = numbers[layer]
+        return table

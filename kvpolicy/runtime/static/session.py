@@ -1,0 +1,133 @@
+"""Static storage for one batch at a time, and the steps that run on it."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CacheError
+from kvpolicy.plan.plan import Plan
+from kvpolicy.runtime.cache import PolicyCache
+from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.static.counts import Counts
+from kvpolicy.runtime.static.layer import StaticLayer
+from kvpolicy.runtime.static.runners import Mode, runner
+from kvpolicy.runtime.static.step import Forward, Inputs, Step
+from kvpolicy.runtime.static.tally import Tally
+from kvpolicy.runtime.static.tenancy import move_in, move_out, settle
+
+
+class Session:
+    """Lends its storage to one cache after the other; captured steps keep it for all of them.
+
+    While a cache is in, its layers' stores are this storage, and the host counts what the steps do. Whatever else is
+    asked of the cache ends that: `leave` tells the layers what has happened, and the storage stays theirs until
+    another cache comes in.
+    """
+
+    def __init__(self, plan: Plan, forward: Forward, mode: Mode, rows: int, capacities: Sequence[int]) -> None:
+        self.plan, self.rows, self.capacities = plan, rows, tuple(capacities)
+        with torch.inference_mode(mode=False):  # such tensors could not be written to outside of that mode
+            self.tally = Tally(plan.device)
+            self.inputs = Inputs(len(capacities), rows, self.tally)
+            self.layers = [
+                StaticLayer(plan, ordinal, rows, capacity, self.inputs.clock)
+                for ordinal, capacity in enumerate(capacities)
+            ]
+        pool = torch.cuda.graph_pool_handle() if plan.device.type == "cuda" else None
+        steps = (Step(forward, self.layers, self.inputs, compresses=compresses) for compresses in (False, True))
+        self._step, self._step_and_compress = (runner(step, mode, pool) for step in steps)
+        self._tenant: list[weakref.ref[PolicyLayer]] = []
+        self._counts: Counts | None = None  # None = no cache is in
+        self._written: tuple[object, object] | None = None  # what the device has been told
+
+    def holds(self, cache: PolicyCache) -> bool:
+        """Whether a cache is in."""
+        return self._counts is not None and self._tenants() == cache.managed
+
+    def enter(self, cache: PolicyCache) -> None:
+        """Let a cache in; the one before, if it is still there, goes on with storage of its own."""
+        layers = cache.managed
+        self.vacate(unless=layers)
+        pairs = zip(self.layers, layers, strict=True)
+        lengths = [move_in(static, layer, self.leave) for static, layer in pairs]
+        self._tenant = [weakref.ref(layer) for layer in layers]
+        self._counts = Counts(self.plan, layers[0].real, lengths)
+        self.inputs.clock.copy_(torch.tensor(layers[0].real, dtype=torch.int32))
+
+    def has_room(self) -> bool:
+        """Whether the entries of the next step fit."""
+        return self._counts is not None and self._counts.fit(self.capacities)
+
+    def run(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """One step of the cache that is in: logits [B, 1, vocabulary] of tokens [B, 1] at positions [B, 1]."""
+        counts, layers = self._counts, self._tenants()
+        if counts is None:
+            raise CacheError("no cache is in static storage")
+        self._counts = None  # until the step has gone well
+        with _spoiling(layers):
+            self.inputs.tokens.copy_(tokens)
+            self.inputs.places.copy_(places)
+            due = counts.append()
+            if due:
+                self._write(counts)
+            logits = self._step_and_compress() if due else self._step()
+            self.tally.poll()
+        _note(layers, counts, due=due)
+        self._counts = counts
+        return logits
+
+    def leave(self) -> None:
+        """Let the cache go on without static steps; it takes the storage along until another one comes in."""
+        counts, self._counts = self._counts, None
+        if counts is None:
+            return
+        layers = self._tenants()
+        with _spoiling(layers):
+            self.tally.flush()
+            for static, layer, lengths in zip(self.layers, layers, counts.lengths, strict=False):
+                settle(static, layer, counts.real, lengths)
+
+    def vacate(self, unless: Sequence[PolicyLayer] = ()) -> None:
+        """Give the storage of the cache that was in last back to this session alone."""
+        self.leave()
+        present = self._tenants()
+        if present and present != list(unless):
+            for static, layer in zip(self.layers, present, strict=True):
+                move_out(static, layer)
+            self._tenant = []
+
+    def _tenants(self) -> list[PolicyLayer]:
+        """The layers that are in, or were last; none once one of them is gone."""
+        present = [layer for layer in (one() for one in self._tenant) if layer is not None]
+        return present if len(present) == len(self._tenant) else []
+
+    def _write(self, counts: Counts) -> None:
+        """Tell the device what is due; what it knows already is not written again."""
+        known = (counts.due, counts.budgets)
+        if known != self._written:
+            self.inputs.due.copy_(torch.tensor(counts.due))
+            self.inputs.budgets.copy_(torch.tensor(counts.budgets))
+            self._written = known
+
+
+def _note(layers: Sequence[PolicyLayer], counts: Counts, *, due: bool) -> None:
+    """Tell the layers what a step has done, as far as somebody may ask between steps."""
+    entries, compressed = counts.averages, counts.layers_due
+    if due:
+        counts.compress()
+    for layer, before, after, changed in zip(layers, entries, counts.averages, compressed, strict=True):
+        layer.served(before, after if changed else None)
+
+
+@contextlib.contextmanager
+def _spoiling(layers: Sequence[PolicyLayer]) -> Iterator[None]:
+    """What fails halfway leaves layers that nobody can go on with."""
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            layer.spoil()
+        raise

@@ -1,0 +1,51 @@
+"""Decoding with kernels gives what decoding without gives."""
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy.plan.plan import compile_policy
+from kvpolicy.runtime import attend as attention
+from kvpolicy.runtime.attachment import Attachment
+from kvpolicy.runtime.rotation import rotary_of
+from kvpolicy.runtime.support import geometry_of
+from tests.models import build, difference, generate, prompt
+from tests.policies import small
+
+LAYERS, STEPS = 2, 6
+KIVI = {"use": "kivi", "bits": 4, "group": 8, "residual": 8}
+POLICIES = {
+    "rkv": small("rkv", 20, 4, protect={"recent": 8}),
+    "adakv": small("adakv", 20, 4, protect={"recent": 8}),
+    "keepkv": small("keepkv", 16, 2, protect={"sinks": 2, "recent": 6}),
+    "h2o": small("h2o", 16, 2, protect={"recent": 6}),
+    "kivi4": kvpolicy.load("kivi4", store=KIVI),
+    "rkv_int4": small("rkv", 24, 4, protect={"recent": 8}, store=KIVI),
+    "fp8": kvpolicy.load("kivi4", store={"use": "fp8", "residual": 3}),
+    "quest": kvpolicy.load("quest", read={"use": "pages", "page": 4, "budget": 12, "dense_first": 1}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [*((name, (28,)) for name in POLICIES), *((name, (25, 14)) for name in ("adakv", "h2o", "kivi4"))]
+)
+def test_decoding_with_kernels(name, rows, monkeypatch):
+    model = build("llama", num_hidden_layers=LAYERS)
+    tokens, mask = prompt(*rows)
+    expected = _generate(model, name, tokens, mask, kernels=False)
+    served = []
+    inner = attention.attend_in_kernel
+    monkeypatch.setattr(attention, "attend_in_kernel", lambda *a, **k: served.append(1) or inner(*a, **k))
+    found = _generate(model, name, tokens, mask, kernels=True)
+    # Of the tokens, the first comes from the prompt; in quest's first layer everything is read by the stock attention.
+    assert len(served) == (STEPS - 1) * (LAYERS - (name == "quest"))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert difference(found, expected) < 1e-4
+
+
+def _generate(model, name, tokens, mask, *, kernels):
+    geometry, rotary = geometry_of(model.config), rotary_of(model)
+    plan = compile_policy(POLICIES[name].spec, geometry, "cpu", torch.float32, rotary, kernels=kernels)
+    assert plan.kernels is kernels
+    with Attachment(plan, model):
+        return generate(model, tokens, mask, count=STEPS)

@@ -1,0 +1,78 @@
+"""Compression in kernels, on a model: the same tokens, and all layers of a decode step in one go."""
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy.plan import execute
+from kvpolicy.plan.plan import compile_policy
+from kvpolicy.runtime import rounds
+from kvpolicy.runtime.attachment import Attachment
+from kvpolicy.runtime.support import geometry_of
+from tests.models import build, generate, prompt
+from tests.policies import small
+
+LAYERS, STEPS = 3, 9
+POLICIES = {
+    "snapkv": small("snapkv", 20, 4, protect={"recent": 8}),
+    "rkv": small("rkv", 20, 4, protect={"recent": 8}),
+    "gkv": small("gkv", 20, 4, protect={"recent": 8}),
+    "pyramidkv": small("pyramidkv", 20, 4, protect={"recent": 4}),
+    "blend": small("blend", 20, 4, protect={"recent": 8}),
+}
+
+
+@pytest.mark.parametrize("rows", [(28,), (25, 14)])
+@pytest.mark.parametrize("name", POLICIES)
+def test_kernels_choose_what_the_references_choose(name, rows):
+    """Token by token, in a batch with a shorter row, over several compressions."""
+    model = build("llama", num_hidden_layers=LAYERS)
+    tokens, mask = prompt(*rows)
+    expected, plain = _generate(model, POLICIES[name], tokens, mask, kernels=False)
+    found, fused = _generate(model, POLICIES[name], tokens, mask, kernels=True)
+
+    assert torch.equal(found.sequences, expected.sequences)
+    assert [one.held for one in fused.layers] == [one.held for one in plain.layers]
+    assert min(one.compressions for one in fused.layers) >= 2
+
+
+def test_layers_wait_for_the_end_of_a_decode_step(monkeypatch):
+    """The prompt is compressed layer by layer, decode steps all layers at once, in place and by one launch each."""
+    views, closed = [], []
+    inner, close_up = execute.choose_together, rounds.close_up
+
+    def choose_together(spec, fusion, shown, budgets):
+        views.append(len(shown))
+        return inner(spec, fusion, shown, budgets)
+
+    monkeypatch.setattr(execute, "choose_together", choose_together)
+    monkeypatch.setattr(rounds, "close_up", lambda *given: closed.append(close_up(*given)) or closed[-1])
+    model = build("llama", num_hidden_layers=LAYERS)
+    _generate(model, POLICIES["rkv"], *prompt(28), kernels=True)
+
+    assert views == [1] * LAYERS + [LAYERS] * 2
+    assert closed == [False] * LAYERS + [True] * 2  # after the prompt, storage shrinks
+
+
+def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog):
+    """The references run instead, with the same tokens."""
+    model = build("llama", num_hidden_layers=LAYERS)
+    expected, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=False)
+
+    def refuse(*_args):
+        raise kvpolicy_kernels_error("no such luck")
+
+    from kvpolicy_kernels import UnsupportedInputError as kvpolicy_kernels_error
+
+    monkeypatch.setattr(execute, "choose_together", refuse)
+    found, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=True)
+
+    assert torch.equal(found.sequences, expected.sequences)
+    assert [one.message for one in caplog.records].count(caplog.records[0].message) == 1
+    assert "no such luck" in caplog.text
+
+
+def _generate(model, policy: kvpolicy.Policy, tokens, mask, *, kernels):
+    plan = compile_policy(policy.spec, geometry_of(model.config), "cpu", torch.float32, kernels=kernels)
+    with Attachment(plan, model) as attachment:
+        return generate(model, tokens, mask, count=STEPS), attachment.report()

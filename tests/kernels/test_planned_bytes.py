@@ -1,0 +1,101 @@
+"""`kvpolicy plan` states the bytes that kernels address; those of the entries are counted in the interpreter."""
+
+import pytest
+import torch
+
+from kvpolicy.plan.explain import explain
+from kvpolicy.plan.fused import choose_together
+from kvpolicy.plan.plan import compile_policy
+from kvpolicy.plan.steps import Step
+from kvpolicy.stages import Geometry, View
+from kvpolicy_kernels import Column, Segments, Traffic
+from kvpolicy_kernels.compact import compact
+from tests.kernels.counting import counted
+from tests.policies import small
+
+BUDGET, EVERY, LENGTH = 96, 32, 500
+GEOMETRY = Geometry((0,), 8, 2, 32)
+# No two keys look alike at a threshold of 1: the search goes through everything, which is what the plan states.
+NEVER_ALIKE = {"use": "redundancy", "threshold": 1, "forgive": 1, "empty_row": "slot0", "weight": -0.9}
+ATTENTION = {"use": "attention", "queries": 8, "pool": {"kind": "max", "size": 7}, "normalise": "max"}
+POLICIES = {
+    "snapkv": small("snapkv", BUDGET, EVERY, protect={"recent": 8}),
+    "rkv": small("rkv", BUDGET, EVERY, protect={"recent": 8}, score=[ATTENTION, NEVER_ALIKE]),
+    "adakv": small("adakv", BUDGET, EVERY, protect={"recent": 8}),
+    "sinks": small("snapkv", BUDGET, EVERY, protect={"sinks": 4, "recent": 8}),
+    "streaming_llm": small("streaming_llm", BUDGET, EVERY, protect={"sinks": 4, "recent": 8}),
+    "h2o": small("h2o", BUDGET, EVERY, protect={"recent": 8}),
+    "values": small("snapkv", BUDGET, EVERY, protect={"recent": 8}, score=[ATTENTION, {"use": "value_norm"}]),
+}
+NAMES = ("keys", "values", "positions", "attention")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", POLICIES)
+def test_planned_bytes_are_those_that_kernels_address(name, dtype, monkeypatch):
+    plan = compile_policy(POLICIES[name].spec, GEOMETRY, "cpu", dtype, kernels=True)
+    planned = _planned(plan, monkeypatch)
+    view = _view(plan, BUDGET + EVERY)
+    tensors = {one: getattr(view, one) for one in NAMES if getattr(view, one) is not None}
+
+    with counted(tensors) as choosing:
+        choose_together(plan.spec, plan.fusion, [view], [[BUDGET]])
+
+    compacted = [planned.pop("compact")] if "compact" in planned else []
+    expected = Traffic.total(planned.values())
+    if name == "rkv":  # of all pairs that may forgive one is missing in each head: the first entry has no other
+        pair = GEOMETRY.kv_heads * GEOMETRY.head_dim * dtype.itemsize
+        expected = Traffic({**expected.read, "keys": expected.read["keys"] - pair}, expected.written)
+    assert _named(choosing) == _named(expected)
+    for traffic in compacted:
+        with counted(tensors) as moving:
+            _compact(view)
+        assert _named(moving) == _named(traffic)
+
+
+def _planned(plan, monkeypatch):
+    """The traffic of every fused step of the explanation, by stage; scores together."""
+    found = {}
+    inner = Step.fused
+
+    def note(stage, plugin, traffic, reason=""):
+        found[stage] = Traffic.total([found[stage], traffic]) if stage in found else traffic
+        return inner(stage, plugin, traffic, reason)
+
+    monkeypatch.setattr(Step, "fused", note)
+    explanation = explain(plan, LENGTH)
+    assert not explanation.unfused
+    return found
+
+
+def _named(traffic):
+    """Reads and writes of the entries; what a kernel keeps in between is counted in its own test."""
+    return [{one: counts[one] for one in NAMES if counts.get(one)} for counts in (traffic.read, traffic.written)]
+
+
+def _view(plan, slots):
+    numbers = torch.Generator().manual_seed(1)
+    shape = (1, GEOMETRY.kv_heads, slots)
+    window, dim = plan.needs.queries, GEOMETRY.head_dim
+    mass = torch.rand(*shape, GEOMETRY.group, generator=numbers) if plan.needs.attention else None
+    return View(
+        keys=torch.randn(*shape, dim, generator=numbers).to(plan.dtype),
+        values=torch.randn(*shape, dim, generator=numbers).to(plan.dtype),
+        positions=torch.arange(slots, dtype=torch.int32).expand(shape).contiguous(),
+        geometry=GEOMETRY,
+        scaling=dim**-0.5,
+        sinks=plan.spec.protect.sinks,
+        recent=plan.spec.protect.recent,
+        queries=torch.randn(1, GEOMETRY.query_heads, window, dim, generator=numbers).to(plan.dtype) if window else None,
+        attention=None if mass is None else mass.transpose(-1, -2),
+    )
+
+
+def _compact(view):
+    """The first entry leaves, so that all that stay move: the most that can be."""
+    kept = torch.arange(1, BUDGET + 1, dtype=torch.int32).expand(GEOMETRY.kv_heads, -1).contiguous()
+    columns = [Column.of([one]) for one in (view.keys, view.values)]
+    if view.attention is not None:
+        columns.append(Column.of([view.attention.transpose(-1, -2)]))
+    segments = Segments.of([view.keys], view.lengths[None])
+    compact(segments, kept, columns, ordered=True, positions=Column.of([view.positions]))

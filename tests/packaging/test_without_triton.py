@@ -1,0 +1,86 @@
+"""Triton is optional: without it everything works in torch, and a plan says why nothing is fused."""
+
+import json
+import sys
+
+import pytest
+
+from tests.building import ROOT, run
+
+HIDE = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] == "triton" else self.finder.find_spec(name, *rest)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+import importlib.util
+assert importlib.util.find_spec("triton") is None
+"""
+GENERATE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import kvpolicy
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8)).eval()
+policy = kvpolicy.load("rkv", budget=24)
+with policy.attach(model) as attachment:
+    model.generate(torch.arange(40)[None], attention_mask=torch.ones(1, 40), max_new_tokens=4, pad_token_id=0)
+print(max(layer.held for layer in attachment.report().layers))
+"""
+PLAN = """
+from kvpolicy.cli import main
+sys.argv = ["kvpolicy", "plan", "rkv", *ARGUMENTS]
+main()
+"""
+TILES = """
+import json
+import kvpolicy
+from kvpolicy.plan.fusion import fusion_of
+from kvpolicy.stages.registry import registry
+terms = [term for name in registry().policies() for term in fusion_of(kvpolicy.load(name).spec, "").terms]
+print(json.dumps({term.weighted.scorer.name: term.reason for term in terms}))
+"""
+IMPORT = """
+import kvpolicy, kvpolicy_kernels, kvpolicy_plugins
+print([name for name in sys.modules if name.partition(".")[0] == "triton"])
+"""
+
+
+def without_triton(program, cwd):
+    """Standard output of a program that cannot import Triton; a warning is an error."""
+    return run(sys.executable, "-W", "error", "-c", HIDE + program, cwd=cwd, path=ROOT)
+
+
+def test_packages_import_without_it(tmp_path):
+    assert without_triton(IMPORT, tmp_path).strip() == "[]"
+
+
+def test_policy_compresses_without_it(tmp_path):
+    held = int(float(without_triton(GENERATE, tmp_path)))
+
+    assert 24 <= held < 24 + 128
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plan_is_explained_without_it(device, tmp_path):
+    arguments = repr(["--device", device, "--json"])
+
+    explained = json.loads(without_triton(PLAN.replace("ARGUMENTS", arguments), tmp_path))
+
+    assert explained["policy"] == "rkv"
+    assert {step["implementation"] for step in explained["steps"]} == {"reference"}
+
+
+def test_every_scorer_says_why_it_is_not_fused(tmp_path):
+    reasons = json.loads(without_triton(TILES, tmp_path))
+
+    assert {"attention", "redundancy", "key_norm"} & set(reasons)
+    assert {name for name, reason in reasons.items() if not reason} == set()
+    assert all("failed" not in reason for reason in reasons.values())

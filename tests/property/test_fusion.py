@@ -1,0 +1,207 @@
+"""A plan with fused stages does what the references do: random policies, shapes and dtypes, through the interpreter."""
+
+import attrs
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import kvpolicy
+from kvpolicy.plan.followers import state_name
+from kvpolicy.plan.fused import choose_together, score_together
+from kvpolicy.plan.fusion import fusion_of
+from kvpolicy.plan.layers import Layers
+from kvpolicy.plan.pipeline import allocate, choose, score, select
+from kvpolicy.stages import Geometry, View
+from kvpolicy.stages.slots import indices_of
+from kvpolicy_kernels import UnsupportedInputError
+
+NONE = {"kind": "none"}
+WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)  # a seed does not shrink, and the interpreter is slow
+
+
+def attention(pick):
+    """Any of the variants."""
+    return {
+        "use": "attention",
+        "queries": pick([1, 3, 8]),
+        "softmax": pick(["all", "candidates"]),
+        "group": pick(["mean", "max", "sum"]),
+        "group_at": pick(["logits", "probabilities", "scores", "pooled"]),
+        "reduce": pick(["mean", "sum"]),
+        "pool": pick([NONE, {"kind": "max", "size": 5}, {"kind": "average", "size": 3}]),
+        "deviation": pick([0, 0.5]),
+        "shared": pick([True, False]),
+    }
+
+
+def redundancy(pick):
+    """Any of the variants."""
+    return {
+        "use": "redundancy",
+        "threshold": pick([0.1, 0.5]),
+        "forgive": pick([0, 1, 2]),
+        "forgive_end": pick(["last", "first"]),
+        "empty_row": pick(["slot0", "none"]),
+    }
+
+
+def simple(pick):
+    """What has no or few parameters; the last one has no tile function."""
+    return pick(
+        [
+            {"use": "key_norm"},
+            {"use": "value_norm", "order": 1},
+            {"use": "value_norm", "order": 3},
+            {"use": "recency"},
+            {"use": "accumulated_attention", "group": "max"},
+            {"use": "accumulated_attention", "group": "mean"},
+            {"use": "history", "of": {"use": "value_norm"}},
+        ]
+    )
+
+
+def term(pick):
+    """A weighted scorer."""
+    beside = {"weight": pick([1, 0.3, -0.7]), "normalise": pick(["none", "max", "standard"])}
+    return {**pick([attention, redundancy, simple])(pick), **beside}
+
+
+def scene(seed):
+    """A random policy, and views of one or two layers whose heads hold different numbers of entries."""
+    numbers = torch.Generator().manual_seed(seed)
+
+    def pick(options):
+        return options[int(torch.randint(len(options), (), generator=numbers))]
+
+    heads = pick(["uniform", {"use": "adaptive", "floor": 0.3}, {"use": "adaptive", "normalise": "mass"}])
+    spec = kvpolicy.load(
+        "snapkv",
+        budget=pick(range(8, 41)),
+        protect={"sinks": pick(range(4)), "recent": pick(range(5))},
+        score=[term(pick) for _ in range(pick([1, 2, 3]))],
+        allocate={"heads": heads},
+    ).spec
+    kv_heads, group = pick([1, 2]), pick([1, 2, 3])
+    geometry = Geometry((0, 1), kv_heads * group, kv_heads, pick([16, 24]))
+    dtype, rows, layers = pick([torch.float32, torch.bfloat16]), pick([1, 2]), pick([1, 2])
+    return spec, [view_of(spec, geometry, dtype, rows, numbers) for _ in range(layers)]
+
+
+def view_of(spec, geometry, dtype, rows, numbers):
+    """Random entries in a storage with room behind them, as a layer's own."""
+    slots, capacity = int(torch.randint(12, 50, (), generator=numbers)), 64
+    shape = (rows, geometry.kv_heads, capacity, geometry.head_dim)
+    lengths = torch.randint(1, slots + 1, shape[:2], generator=numbers)
+    lengths[0, 0] = slots
+    positions = torch.arange(capacity, dtype=torch.int32).expand(shape[:3]).contiguous()
+    positions[torch.arange(capacity) >= lengths[..., None]] = -1
+    shared = torch.randn(*shape[:2], 1, shape[3], generator=numbers)
+    scorers = [weighted.scorer for weighted in spec.score]
+    window = max(scorer.needs().queries for scorer in scorers)
+    queries = torch.randn(rows, geometry.query_heads, window, shape[3], generator=numbers).to(dtype)
+    mass = torch.rand(*shape[:3], geometry.group, generator=numbers)
+    states = {
+        state_name(place, state.name): torch.rand(shape[:3], generator=numbers)[:, :, :slots]
+        for place, scorer in enumerate(scorers)
+        for state in scorer.slot_state()
+    }
+    return View(
+        keys=(torch.randn(shape, generator=numbers) + shared).to(dtype)[:, :, :slots],
+        values=torch.randn(shape, generator=numbers).to(dtype)[:, :, :slots],
+        positions=positions[:, :, :slots],
+        geometry=geometry,
+        scaling=geometry.head_dim**-0.5,
+        sinks=spec.protect.sinks,
+        recent=spec.protect.recent,
+        queries=queries if window else None,
+        attention=mass[:, :, :slots].transpose(-1, -2),
+        slot_state=states,
+    )
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=40, phases=WITHOUT_SHRINKING)
+def test_fused_scores_are_those_of_the_references(seed):
+    """Up to rounding, on every candidate; new slot state is the same."""
+    spec, views = scene(seed)
+    layers = Layers.of(views)
+    total, nan, observed = score_together(fusion_of(spec, ""), layers)
+
+    assert nan.sum() == 0
+    for found, noted, view in zip(layers.per_view(total), observed, views, strict=True):
+        expected, fresh = score(spec, view)
+        scale = expected[view.candidates].abs().max() if view.candidates.any() else 1.0
+        tolerance = 1e-4 if view.keys.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(
+            found[view.candidates] / scale, expected[view.candidates] / scale, atol=tolerance, rtol=0
+        )
+        assert (found[~view.candidates & view.valid] == -torch.inf).all()
+        assert noted.keys() == fresh.keys()
+        assert all(torch.equal(noted[name], fresh[name]) for name in fresh)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=40, phases=WITHOUT_SHRINKING)
+def test_fused_choice_follows_from_the_fused_scores(seed):
+    """Budgets and slots are exactly those that the references give for the scores that the kernels found."""
+    spec, views = scene(seed)
+    fusion, budgets = fusion_of(spec, ""), [[spec.budget.tokens] * len(view.positions) for view in views]
+    layers = Layers.of(views)
+    total, _, _ = score_together(fusion, layers)
+
+    chosen = choose_together(spec, fusion, views, budgets)
+
+    for one, scores, view, budget in zip(chosen, layers.per_view(total), views, budgets, strict=True):
+        counts = allocate(spec, view, scores, budget)
+        expected = indices_of(select(spec, view, scores, counts) | view.protected)
+        assert torch.equal(one.kept, expected)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, phases=WITHOUT_SHRINKING)
+def test_fused_choice_keeps_as_much_score(seed):
+    """Where rounding makes another choice, it is one between equals."""
+    spec, views = scene(seed)
+    budgets = [[spec.budget.tokens] * len(view.positions) for view in views]
+    chosen = choose_together(spec, fusion_of(spec, ""), views, budgets)
+    for one, view, budget in zip(chosen, views, budgets, strict=True):
+        if spec.allocate.heads.ragged:
+            continue
+        expected = choose(spec, view, budget)
+        scores, _ = score(spec, view)
+        finite = scores.masked_fill(~view.candidates, 0.0)
+        kept = [finite.gather(-1, each.kept.clamp(min=0)).masked_fill(each.kept < 0, 0.0) for each in (one, expected)]
+        scale = float(finite.abs().max()) or 1.0
+        tolerance = 1e-4 if view.keys.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(kept[0].sum(-1) / scale, kept[1].sum(-1) / scale, atol=tolerance * 40, rtol=0)
+
+
+def test_layers_do_not_influence_each_other():
+    """A layer compressed with another one keeps what it keeps alone."""
+    spec = kvpolicy.load("rkv", budget=12, protect={"recent": 2}).spec
+    numbers = torch.Generator().manual_seed(3)
+    geometry = Geometry((0, 1), 4, 2, 16)
+    views = [view_of(spec, geometry, torch.float32, 1, numbers) for _ in range(2)]
+    fusion = fusion_of(spec, "")
+    together = choose_together(spec, fusion, views, [[12], [12]])
+    for view, one in zip(views, together, strict=True):
+        (alone,) = choose_together(spec, fusion, [view], [[12]])
+        assert torch.equal(alone.kept, one.kept)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "rkv", "adakv", "pyramidkv", "tova", "streaming_llm", "h2o", "blend"])
+def test_shipped_policies_are_fused(name):
+    """Every term, the budgets and the selection of the shipped eviction policies have kernels."""
+    fusion = fusion_of(kvpolicy.load(name).spec, "")
+    assert [term.reason for term in fusion.terms] == [""] * len(fusion.terms)
+    assert (fusion.allocate, fusion.select) == ("", "")
+
+
+def test_views_that_kernels_cannot_address_are_refused():
+    """Entries with gaps between their elements: an error that the caller turns into the reference."""
+    spec = kvpolicy.load("snapkv", budget=12, protect={"recent": 2}).spec
+    view = view_of(spec, Geometry((0, 1), 4, 2, 16), torch.float32, 1, torch.Generator().manual_seed(3))
+    spread = torch.stack([view.keys, view.keys], -1).flatten(-2)[..., ::2]
+    with pytest.raises(UnsupportedInputError, match="contiguous"):
+        choose_together(spec, fusion_of(spec, ""), [attrs.evolve(view, keys=spread)], [[12]])

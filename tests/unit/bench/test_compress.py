@@ -1,0 +1,127 @@
+"""Time of a compression: what stands in a case, and what is left out and why."""
+
+import attrs
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy.bench import attention, compaction, compress
+from kvpolicy.bench.attention import LIBRARY, AttentionSetup
+from kvpolicy.bench.case import AGAIN, OURS
+from kvpolicy.bench.compaction import GATHER, Compaction
+from kvpolicy.bench.compress import NAIVE, CompressSetup
+from kvpolicy.bench.deadline import Deadline
+from kvpolicy.bench.floors import LARGE
+from kvpolicy.bench.interleave import Protocol
+from kvpolicy.bench.shape import attention_shape
+from kvpolicy.errors import InputError
+
+CPU = torch.device("cpu")
+SHAPE = attention_shape(2, 4, 2, 16)
+
+
+def setup(*policies, **rest):
+    given = policies or (kvpolicy.load("rkv", budget=24),)
+    options = {"lengths": (64,), "protocol": Protocol(3), **rest}
+    return CompressSetup(given, SHAPE, device=CPU, dtype=torch.float32, **options)
+
+
+def all_of(setup, clock, left_out, deadline=None):
+    return dict(compress.measure(setup, clock, deadline or Deadline(), left_out))
+
+
+def test_a_case_has_ours_twice_the_baseline_and_the_floors(scripted, left_out):
+    case = all_of(setup(), scripted(2.0), left_out)["rkv at 64 entries"]
+
+    assert set(case.samples) == {OURS, AGAIN, NAIVE}
+    assert case.ratio(NAIVE) == 1.0
+    assert case.seconds(OURS) == 1.0  # of two layers
+    assert case.floors["gemm"] == 2.0
+    assert case.floors["bytes"] == case.facts["moved_bytes"] * 2.0 / (2 * LARGE["cpu"])
+    assert case.facts["peak_bytes"][NAIVE] > case.facts["peak_bytes"][OURS] > 0
+    assert case.facts["digest"] == kvpolicy.load("rkv", budget=24).digest
+    assert {"rows": 1, "kv_heads": 2, "budget": 24, "window": 8, "keys": "shared"}.items() <= case.shape.items()
+    assert left_out == []
+
+
+def test_every_policy_at_every_length_the_short_ones_first(scripted, left_out):
+    policies = kvpolicy.load("rkv", budget=24), kvpolicy.load("gkv", budget=24)
+    found = all_of(setup(*policies, lengths=(64, 40), peaks=False), scripted(), left_out)
+
+    assert list(found) == [f"{name} at {length} entries" for length in (40, 64) for name in ("rkv", "gkv")]
+    assert NAIVE not in found["gkv at 64 entries"].samples
+
+
+def test_what_evicts_nothing_is_left_out_and_the_rest_goes_on(scripted, left_out):
+    found = all_of(setup(kvpolicy.load("full"), kvpolicy.load("rkv", budget=24)), scripted(), left_out)
+
+    assert found["full at 64 entries"] is None
+    assert found["rkv at 64 entries"] is not None
+    assert left_out == [("full at 64", "policy full evicts nothing at 64 entries")]
+
+
+def test_all_pairs_that_would_not_fit_are_left_out(scripted, left_out, monkeypatch):
+    needed = 24 * 2 * 64**2
+    monkeypatch.setattr(compress, "free_bytes", lambda _device: 2 * needed - 1)
+    case = all_of(setup(), scripted(), left_out)["rkv at 64 entries"]
+
+    assert NAIVE not in case.samples
+    assert left_out[0][0] == f"{NAIVE} of rkv at 64"
+    monkeypatch.setattr(compress, "free_bytes", lambda _device: 2 * needed)
+    assert NAIVE in all_of(setup(), scripted(), left_out)["rkv at 64 entries"].samples
+
+
+def test_without_time_nothing_begins(scripted, left_out):
+    clock = scripted()
+    assert all_of(setup(), clock, left_out, Deadline(0.0)) == {"rkv at 64 entries": None}
+    assert clock.calls == 0
+    assert left_out == [("rkv at 64", "no time was left")]
+
+
+@pytest.mark.parametrize("wrong", [{"policies": ()}, {"lengths": ()}, {"rows": 0}, {"lengths": (1,)}])
+def test_bad_setups_are_refused(wrong):
+    with pytest.raises(InputError):
+        attrs.evolve(setup(), **wrong)
+
+
+def test_compaction_moves_what_the_policy_chose(scripted, monkeypatch):
+    moved = []
+    take = compaction.due
+
+    def watched(plan, shape, layers):
+        cache, settle = take(plan, shape, layers)
+        moved.append(cache)
+        return cache, settle
+
+    monkeypatch.setattr(compaction, "due", watched)
+    case = Compaction(kvpolicy.load("snapkv", budget=40), SHAPE, 64, CPU, torch.float32, Protocol(3, 0)).measure(
+        scripted(1.0)
+    )
+
+    assert set(case.samples) == {OURS, AGAIN, GATHER}
+    assert case.shape["kept"] == 40
+    assert [one.managed[0].held.slots.average for one in moved] == [64.0] + [40.0] * 6  # the first is the one shown
+
+
+def test_attention_is_over_what_is_left_and_compared_with_the_library(scripted, monkeypatch):
+    outputs = {}
+    both = attention.interleave
+
+    def watched(variants, clock, protocol, **rest):
+        outputs.update((one.name, one.fresh()) for one in variants)
+        return both(variants, clock, protocol, **rest)
+
+    monkeypatch.setattr(attention, "interleave", watched)
+    only = AttentionSetup(kvpolicy.load("snapkv", budget=40), SHAPE, (50,), 2, CPU, torch.float32, Protocol(3))
+    ((what, case),) = attention.measure(only, scripted(1.0), Deadline())
+
+    assert what == "attention over 50 entries"
+    assert set(case.samples) == {OURS, AGAIN, LIBRARY}
+    assert case.facts["read_bytes"] == 2 * 2 * 2 * 51 * 2 * 16 * 4
+    assert case.floors["bytes"] == case.facts["read_bytes"] / (2 * LARGE["cpu"])
+    assert list(attention.measure(only, scripted(), Deadline(0.0))) == []
+
+
+def test_attention_over_fewer_entries_than_are_protected_is_refused():
+    with pytest.raises(InputError, match="attention needs more entries"):
+        AttentionSetup(kvpolicy.load("snapkv"), SHAPE, (32,), 1, CPU, torch.float32)

@@ -1,0 +1,122 @@
+"""Gates: which number is held against which threshold."""
+
+import math
+
+import pytest
+import torch
+
+from kvpolicy.bench import gates
+from kvpolicy.bench.case import AGAIN, OURS, Case
+from kvpolicy.bench.compaction import GATHER
+from kvpolicy.bench.compress import NAIVE
+from kvpolicy.bench.contenders import DYNAMIC, PREALLOCATED, STATIC
+from kvpolicy.bench.gates import GATES, QUICK, Scale, Verdict, judge
+from kvpolicy.errors import InputError
+
+
+def case(facts=None, **seconds):
+    names = {"naive": NAIVE, "gather": GATHER, "dynamic": DYNAMIC, "preallocated": PREALLOCATED, "static": STATIC}
+    samples = {OURS: (1.0,) * 3, AGAIN: (1.0,) * 3}
+    samples.update({names.get(name, name.replace("_", " ")): (float(one),) * 3 for name, one in seconds.items()})
+    return Case("policy", 100, samples, facts=facts or {})
+
+
+def verdicts(name, monkeypatch, target, found):
+    """The verdicts of one gate when measuring finds that case."""
+    kind, _, method = target.partition(".")
+    if method:
+        monkeypatch.setattr(getattr(gates, kind), method, lambda *_: found)
+    else:
+        monkeypatch.setattr(gates, kind, lambda *_: [found] if kind == "measure_decode" else found)
+    return {one.gate: one for one in GATES[name](QUICK, None)[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("snapkv-bfloat16", 3.0), ("snapkv-float32", 2.5), ("rkv", 20.0), ("compaction", 4.0)]
+)
+def test_times_faster_must_not_be_below_the_threshold(monkeypatch, name, least):
+    target = "Compaction.measure" if name == "compaction" else "measure_one"
+    for ratio in (least, least - 0.01):
+        peaks = {"peak_bytes": {OURS: 1, NAIVE: 100}}
+        found = verdicts(name, monkeypatch, target, case(peaks, naive=ratio, gather=ratio))
+        gate = "compaction-128" if name == "compaction" else name
+        assert found[gate].value == ratio
+        assert found[gate].passed == (ratio >= least)
+
+
+@pytest.mark.parametrize(("bytes_", "passes"), [(10, True), (11, False)])
+def test_redundancy_must_take_a_tenth_of_the_memory(monkeypatch, bytes_, passes):
+    found = verdicts("rkv", monkeypatch, "measure_one", case({"peak_bytes": {OURS: bytes_, NAIVE: 100}}, naive=99))
+    assert found["rkv-memory"].passed == passes
+
+
+def test_decode_is_held_against_the_better_of_the_preallocated_caches(monkeypatch):
+    found = case({"compression_share": 0.05}, dynamic=8.0, preallocated=2.4, static=3.0)
+    gate = verdicts("decode", monkeypatch, "measure_decode", found)
+
+    assert {name: one.passed for name, one in gate.items()} == {
+        "decode": True,
+        "decode-preallocated": False,
+        "compression-share": True,
+    }
+    slower = case({"compression_share": 0.051}, dynamic=7.9, preallocated=3.0, static=2.6)
+    gate = verdicts("decode", monkeypatch, "measure_decode", slower)
+    assert [one.passed for one in gate.values()] == [False, True, False]
+
+
+@pytest.mark.parametrize(("plain", "passes"), [(1 / 1.03, True), (1 / 1.031, False)])
+def test_attaching_may_cost_three_percent(monkeypatch, plain, passes):
+    found = verdicts("attach", monkeypatch, "Overhead.measure", case(dynamic=plain))
+    assert found["attach"].passed == passes
+
+
+@pytest.mark.parametrize(("again", "passes"), [(1.0, False), (0.8, True)])
+def test_old_sequences_may_be_slower_by_the_noise(monkeypatch, again, passes):
+    """Old steps take 1, young ones 0.85: only noise of as much excuses that."""
+    found = verdicts("age", monkeypatch, "Age.measure", case(young=0.85, young_again=again * 0.85))
+    assert found["age"].passed == passes
+
+
+def test_all_gates_run_at_tiny_sizes(scripted):
+    """The whole way with real layers and models; every sample is one second."""
+    results = dict(judge(tuple(GATES), QUICK, scripted(1.0)))
+    found = {one.gate: one for ours, _ in results.values() for one in ours}
+
+    assert set(found) == {*GATES, "rkv-memory", "decode-preallocated", "compression-share", "compaction-128"} - {
+        "compaction"
+    }
+    ratios = {name: one.value for name, one in found.items() if name not in {"rkv-memory", "compression-share"}}
+    assert set(ratios.values()) == {1.0}
+    assert 0 < found["rkv-memory"].value < 1
+    assert not found["snapkv-float32"].passed
+    assert found["attach"].passed
+
+
+def test_sizes_are_those_of_the_claims():
+    scale = Scale()
+    assert (scale.snapkv, scale.rkv, scale.decode, scale.old, scale.budget) == (8192, 4096, 16_384, 51_200, 1024)
+    shape = scale.attention
+    assert (shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim) == (1, 32, 8, 128)
+
+
+def test_a_gate_without_its_baseline_is_an_error(monkeypatch):
+    monkeypatch.setattr(gates, "measure_one", lambda *_: case())
+    with pytest.raises(InputError, match="the gate rkv needs the naive form"):
+        GATES["rkv"](QUICK, None)
+
+
+@pytest.mark.parametrize("at_most", [False, True])
+def test_what_is_not_a_number_fails(at_most):
+    assert not Verdict("x", "y", math.nan, 1.0, at_most=at_most).passed
+
+
+def test_a_verdict_read_again_is_the_same():
+    one = Verdict("x", "y", 2.0, 1.0, noise=0.1)
+    assert Verdict.from_dict(one.to_dict()) == one
+    assert one.to_dict()["passed"] is True
+
+
+def test_measuring_leaves_threads_alone(scripted):
+    before = torch.get_num_threads()
+    GATES["snapkv-float32"](QUICK, scripted())
+    assert torch.get_num_threads() == before

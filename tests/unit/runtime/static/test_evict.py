@@ -1,0 +1,126 @@
+"""On fixed shapes a compression keeps what it keeps on any shape; rows that are not due keep everything."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpolicy.plan.pipeline import choose
+from kvpolicy.runtime.static import attend, evict
+from kvpolicy.runtime.static.layer import StaticLayer
+from kvpolicy.stages import View
+from tests.driving import DIM, GROUP, HEADS, plan_of
+from tests.policies import EVEN, small
+
+CAPACITY = 15
+
+
+def filled(plan, lengths, seed=0):
+    """A static layer whose rows hold `lengths` random entries, at random ascending positions."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(lengths)
+    layer = StaticLayer(plan, 0, rows, CAPACITY, torch.full((rows,), 60, dtype=torch.int32))
+    layer.scaling = DIM**-0.5
+    held = layer.slots
+    for tensor in (held.keys, held.values):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for name, column in held.columns.items():
+        if name != "positions":
+            column.copy_(torch.rand(column.shape, generator=generator))
+    order = torch.rand(rows, HEADS, 58, generator=generator).argsort(-1)[..., : CAPACITY - 2].sort(-1).values + 2
+    sinks = torch.arange(2).expand(rows, HEADS, 2)
+    order = torch.cat([sinks, order], -1)
+    behind = torch.arange(CAPACITY) >= torch.tensor(lengths)[:, None, None]
+    held.columns["positions"].copy_(order.masked_fill(behind, -1))
+    held.lengths.copy_(torch.tensor(lengths))
+    if held.ring is not None:
+        for at in range(60 - held.ring.positions.shape[1], 60):
+            queries = torch.randn(rows, HEADS * GROUP, 1, DIM, generator=generator)
+            held.ring.push(queries, torch.full((rows,), at, dtype=torch.int32))
+    return layer
+
+
+def copy_of(view, row, length):
+    """One row of a view without its empty slots, as other layers show it."""
+    cut = {name: getattr(view, name)[row : row + 1, :, :length].clone() for name in ("keys", "values", "positions")}
+    if view.attention is not None:
+        cut["attention"] = view.attention[row : row + 1, :, :, :length].clone()
+    if view.queries is not None:
+        cut["queries"], cut["query_positions"] = view.queries[row : row + 1], view.query_positions[row : row + 1]
+    state = {name: values[row : row + 1, :, :length].clone() for name, values in view.slot_state.items()}
+    same = {name: getattr(view, name) for name in ("geometry", "scaling", "layer", "sinks", "recent", "rotary")}
+    return View(**cut, **same, slot_state=state)
+
+
+@pytest.mark.parametrize("name", EVEN)
+@given(
+    lengths=st.lists(st.integers(9, CAPACITY), min_size=1, max_size=3),
+    due=st.lists(st.booleans(), min_size=3, max_size=3),
+    budget=st.integers(7, 9),
+    seed=st.integers(0, 2**20),
+)
+def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget, seed):
+    plan = plan_of(small(name, budget))
+    layer = filled(plan, lengths, seed)
+    held = layer.slots
+    view = held.view(plan, 0, layer.scaling)
+    before = [copy_of(view, row, length) for row, length in enumerate(lengths)]
+    expected = [choose(plan.spec, one, [budget]) for one in before]
+    due, nan = torch.tensor(due[: len(lengths)]), torch.zeros(2, dtype=torch.int64)
+    evict.evict(layer, due, torch.full((len(lengths),), budget), nan)
+    for row, (one, result) in enumerate(zip(before, expected, strict=True)):
+        kept = result.kept[0] if due[row] else torch.arange(lengths[row]).expand(HEADS, -1)
+        count = kept.shape[1]
+        assert held.lengths[row] == count
+        for head in range(HEADS):
+            for found, source in ((held.keys, one.keys), (held.values, one.values)):
+                assert torch.equal(found[row, head, :count], source[0, head, kept[head]])
+            positions = held.columns["positions"][row, head]
+            assert torch.equal(positions[:count], one.positions[0, head, kept[head]].int())
+            assert (positions[count:] == -1).all()
+            for state, values in one.slot_state.items():
+                fresh = result.observed.get(state, values) if due[row] else values
+                found = held.columns[state][row, head, :count]
+                assert torch.allclose(found, fresh[0, head, kept[head]], rtol=1e-5 if due[row] else 0, atol=0)
+            if one.attention is not None:
+                moved = one.attention[0, head][:, kept[head]].transpose(0, 1)
+                assert torch.equal(held.columns["attention"][row, head, :count], moved)
+    candidates = sum(int(one.candidates.sum()) for one, here in zip(before, due.tolist(), strict=True) if here)
+    assert nan.tolist() == [0, candidates]
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_an_evicted_entry_leaves_nothing_behind_that_could_spread(wrong):
+    plan = plan_of(small("streaming_llm", 7, protect={"sinks": 2, "recent": 4}))
+    layer = filled(plan, [CAPACITY, CAPACITY])
+    layer.slots.values[0, :, 4] = wrong
+    evict.evict(layer, torch.tensor([True, True]), torch.tensor([7, 7]), torch.zeros(2, dtype=torch.int64))
+    assert layer.slots.values.isfinite().all()
+    out = attend.attend_static(layer, torch.randn(2, HEADS * GROUP, 1, DIM), 1.0)
+    assert out.isfinite().all()
+
+
+def test_scores_that_are_nan_are_counted_in_rows_that_are_due():
+    plan = plan_of(small("snapkv", 7))
+    layer = filled(plan, [CAPACITY, CAPACITY, 12])
+    layer.slots.keys[:, 1, 5] = torch.nan
+    nan = torch.zeros(2, dtype=torch.int64)
+    due = torch.tensor([True, False, True])
+    evict.evict(layer, due, torch.tensor([7, 7, 7]), nan)
+    candidates = CAPACITY + 12 - 2 * (2 + 4)
+    assert nan.tolist() == [candidates, candidates * HEADS]  # a softmax spreads it over one of the heads
+    assert layer.slots.lengths.tolist() == [7, CAPACITY, 7]
+
+
+@pytest.mark.parametrize("name", ["gkv", "h2o"])
+def test_the_operators_say_what_they_change(name):
+    plan = plan_of(small(name, 7))
+    layer = filled(plan, [CAPACITY, 12])
+    held, due, budget = layer.slots, torch.tensor([True, False]), torch.tensor([7, 7])
+    tensors = [*held.tensors, torch.zeros(2, dtype=torch.int64)]
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(evict._evict_op, (layer.name, tensors, held.window, due, budget), test_utils=tests)
+    packed = torch.randn(2, HEADS, GROUP, DIM)
+    columns = list(held.columns.values())
+    arguments = (layer.name, packed, columns, [held.keys, held.values], 0.4)
+    torch.library.opcheck(attend._follow_op, arguments, test_utils=tests)
