@@ -128,7 +128,7 @@ def _common(queries: Tensor, held: Held) -> dict[str, Any]:
 
 def _padded(count: int) -> int:
     """What a dot product takes: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(count))
+    return max(16, 1 << (count - 1).bit_length())
 
 
 def _addresses(column: Column | None) -> Tensor | None:

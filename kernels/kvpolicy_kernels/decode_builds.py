@@ -59,7 +59,7 @@ def builds() -> Iterator[Build]:
 
 def _attend(name: str, dim: int, *given: str, keys: Unpacking | None = None, values: Unpacking | None = None) -> Build:
     shape = {"HEADS": 8, "D": dim, "DP": dim, "BLOCK": 64 if keys is None else 32, "TRIPS": None}
-    types = dict(_TYPES)
+    types: dict[str, Any] = dict(_TYPES)
     for half, how in (("KEY", keys), ("VALUE", values)):
         if how is not None:
             types |= {f"{half}_COLUMNS": ("*i64",) * len(how.columns), f"{half}_UNITS": ("*i64", "*i32")}

@@ -98,8 +98,8 @@ def check_attention(queries: Tensor, held: Held, seen: Tensor | None, slots: Ten
     _check_column(held.votes, torch.float32, 1, "log-votes")
     _check_column(export.mass, torch.float32, group, "attention mass")
     if held.positions is not None:
-        good = seen is not None and seen.dtype in (torch.int32, torch.int64) and seen.shape == (segments.rows,)
-        require(good and seen.is_contiguous(), "no position of the query for each row")
+        good = seen is not None and seen.dtype in (torch.int32, torch.int64) and seen.is_contiguous()
+        require(good and seen is not None and seen.shape == (segments.rows,), "no position of the query for each row")
     if slots is not None:
         good = slots.dtype in (torch.int32, torch.int64) and slots.ndim == 2 and slots.shape[0] == count
         require(good and slots.is_contiguous(), "chosen slots are not contiguous [P, n] integers")

@@ -11,6 +11,7 @@ from triton import next_power_of_2
 from kvpolicy_kernels.addressing import check_tensor
 from kvpolicy_kernels.builds import Build
 from kvpolicy_kernels.radix import (
+    DIGITS,
     NUMBERS,
     TABLES,
     Job,
@@ -106,11 +107,10 @@ def traffic(
     """
     splits, candidates = Splits.of(segments), sum(max(0, length - recent) for length in lengths)
     each = positions.dtype.itemsize if positions else 0
-    written = Traffic({"scores": candidates * 4, "positions": candidates * each}, {"kept": segments.count * width * 4})
+    last, kept = {"scores": candidates * 4, "positions": candidates * each}, {"kept": segments.count * width * 4}
     if splits.alone:
-        read = {name: 5 * count for name, count in written.read.items()}
-        return Traffic(read, written.written)
-    return Traffic.total((passes_traffic(splits, segments, candidates, each), written))
+        return Traffic({name: (DIGITS + 1) * size for name, size in last.items()}, kept)
+    return Traffic.total((passes_traffic(splits, segments, candidates, each), Traffic(last, kept)))
 
 
 def counts_traffic(

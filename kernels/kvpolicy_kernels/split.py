@@ -31,7 +31,7 @@ def _half(
         sealed = tl.load(UNITS[1] + segment) * FORMAT[2]
         for i in tl.static_range(len(COLUMNS)):
             one = _column(COLUMNS[i], layer, FORMAT[0][i]) + first * FORMAT[1][i]
-            columns = columns + (one,)  # noqa: RUF005 Triton has no starred tuples
+            columns = columns + (one,)  # type: ignore[assignment]
     return plain, columns, sealed
 
 

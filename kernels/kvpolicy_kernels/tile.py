@@ -68,7 +68,8 @@ class Tile:
                  newest,         # int32 scalar, if `newest`: the largest position that any head of the row holds
                  probabilities,  # [BLOCK, G, W], if `window`; G and W rounded up to powers of two, zeros there
                  voters,         # float32 scalar, if `window`: how many of the last W queries exist; they come last
-                 group,          # float32 scalar: query heads per KV head, or 1 if `window.group` reduced them
+                 group,          # float32 scalar: query heads per KV head, or 1 if `window.group` reduced them; if
+                                 # `window` or `attention`
                  attention,      # [BLOCK, G], if `attention`: mass received, G rounded up, zeros there
                  statistic,      # [D], if `statistic`: its sum over the held entries
                  column,         # [BLOCK], if `column`

@@ -77,8 +77,8 @@ def compress(
         protocol=protocol_of(rounds or sizes.rounds, seed),
     )
     options = {"budget": budget, "rows": rows, "heads": heads, "keys": keys, **options_of(kind, target, setup.protocol)}
-    result = opened("compress", out, options)
     with run(target, threads, seconds) as (clock, deadline, watcher):
+        result = opened("compress", out, options)
         done = watcher.begin("compress", len(setup.lengths) * len(setup.policies))
         for what, case in measure(setup, clock, deadline, result.leave_out):
             if case is not None:
@@ -139,8 +139,8 @@ def decode(
         "rows": rows,
         **options_of(kind, target, setup.protocol),
     }
-    result = opened("decode", out, {**options, "graph": graph})
     with run(target, threads, seconds) as (clock, deadline, watcher):
+        result = opened("decode", out, {**options, "graph": graph})
         live = random_model(setup.shape, max(*setup.lengths, old), target, kind)
         done = watcher.begin("decode", len(setup.lengths) + 1 + long)
         for what, cases in measure(setup, live, clock, deadline, result.leave_out):
@@ -197,8 +197,9 @@ def generate(
         seed=seed,
     )
     options = {"budget": budget, "memory": memory or sizes.memory, "prompt": setup.prompt, "new": setup.new}
-    result = opened("generate", out, {**options, **options_of(kind, target, protocol_of(rounds, seed)), "graph": graph})
+    options = {**options, **options_of(kind, target, protocol_of(rounds, seed)), "graph": graph}
     with run(target, threads, seconds) as (clock, deadline, watcher):
+        result = opened("generate", out, options)
         live = random_model(setup.shape, setup.length, target, kind)
         done = watcher.begin("generate", len(setup.policies) + len(setup.full) + 1)
         for what, cases in measure(setup, live, clock, deadline, result.leave_out):

@@ -30,8 +30,8 @@ def gates(
     for name in names:
         if name not in GATES:
             raise InputError(f"--gate {name!r} is unknown{did_you_mean(name, GATES, 'gates')}")
-    result, verdicts = opened("gates", out, {"gates": list(names), "quick": quick}), []
     with run(torch.device("cpu"), threads, None) as (clock, _, watcher):
+        result, verdicts = opened("gates", out, {"gates": list(names), "quick": quick}), []
         done = watcher.begin("gates", len(names))
         for name, (found, cases) in judge(names, QUICK if quick else Scale(), clock):
             verdicts += found
@@ -66,8 +66,8 @@ def gpu(
     setup = setup_for(sizes, budget, target, kind, graph=graph)
     label = name or (_gpu_name(target) if target.type == "cuda" else "cpu")
     options = {"budget": budget, "seconds": seconds, "graph": graph, "quick": quick, "device": str(target)}
-    result = opened("gpu", out, options, file=f"gpu-{datetime.now(UTC).date().isoformat()}-{label}")
     with run(target, None, seconds) as (clock, deadline, watcher):
+        result = opened("gpu", out, options, file=f"gpu-{datetime.now(UTC).date().isoformat()}-{label}")
         done = watcher.begin("gpu", setup.steps)
         for what in measure(setup, clock, deadline, result):
             done(what)

@@ -5,6 +5,7 @@ They are what the launchers say of themselves; a test counts them in the interpr
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Any
 
 import attrs
 import torch
@@ -118,6 +119,6 @@ def compact_step(plan: Plan, shapes: Shapes) -> Step:
     return Step.fused("compact", registry().reference(type(plan.spec.merge)), moved, "at most")
 
 
-def _protected(imagined: Imagined) -> dict[str, object]:
+def _protected(imagined: Imagined) -> dict[str, Any]:
     protect = imagined.plan.spec.protect
     return {"recent": protect.recent, "positions": imagined.columns[POSITIONS] if protect.sinks else None}

@@ -1,5 +1,7 @@
 """What of a policy runs in fused kernels, and why the rest does not."""
 
+from typing import Any
+
 import attrs
 import torch
 
@@ -15,6 +17,10 @@ class Term:
     weighted: Weighted
     tile: Tile | None
     reason: str = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without its Triton functions, which the scorer is asked for again."""
+        return _again, (self.weighted, self.tile is not None, self.reason)
 
     @property
     def finish(self) -> Finish:
@@ -38,7 +44,7 @@ def fusion_of(spec: PolicySpec, off: str) -> Fusion:
     """What the plugins of a policy offer to a plan that fuses; `off` says why nothing is."""
     return Fusion(
         off=off,
-        terms=tuple(_term(weighted) for weighted in spec.score),
+        terms=tuple(Term(weighted, None, off) if off else _term(weighted) for weighted in spec.score),
         allocate=_against_dividing(spec.allocate.heads),
         select="" if spec.select.best else "keeps other entries than the highest scores",
         merge="" if spec.merge.moves_only else "changes the entries that it keeps",
@@ -50,9 +56,15 @@ def _term(weighted: Weighted) -> Term:
     return Term(weighted, None, offered) if isinstance(offered, str) else Term(weighted, offered)
 
 
+def _again(weighted: Weighted, tiled: bool, reason: str) -> Term:
+    return _term(weighted) if tiled else Term(weighted, None, reason)
+
+
 def _offered(scorer: Scorer) -> Tile | str:
     try:
         return scorer.tile()
+    except ModuleNotFoundError as error:  # most tile functions are imported where they are asked for
+        return "Triton is not installed" if error.name == "triton" else f"its tile function needs {error.name}"
     except Exception as error:  # noqa: BLE001 - a third party's code: its reference runs instead, and the plan says why
         return f"its tile function failed: {type(error).__name__}: {error}"
 

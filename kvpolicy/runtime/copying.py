@@ -34,7 +34,7 @@ class Move:
 
         Within themselves (each target is its source, and the layouts are equal) what does not move is not touched.
         """
-        slots = self._starts(before) + self.kept.clamp(min=0)
+        slots = (self._starts(before) + self.kept.clamp(min=0)).clamp(max=before.slots - 1)  # a segment may have none
         for source, target in zip(sources, targets, strict=True):
             if slots.device.type == "cpu" and source.stride(0) * source.itemsize >= _WIDE:
                 self._copy_segments(source, slots, target, after)

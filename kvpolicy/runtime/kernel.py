@@ -35,8 +35,7 @@ def attend_in_kernel(
     others = [one for one in followers if ATTENTION not in one.columns.values()]
     _require_shown(holdings, slots, others)
     longest = holdings.slots.longest if slots is None else slots.shape[2]
-    numbers = {"dtype": torch.float32, "device": queries.device}
-    logits = torch.empty((count, group, longest), **numbers) if others else None
+    logits = queries.new_empty((count, group, longest), dtype=torch.float32) if others else None
     mass = _column(holdings.slots, ATTENTION) if len(others) < len(followers) else None
     out = decode(
         queries,

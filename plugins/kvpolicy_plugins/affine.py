@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice
-from kvpolicy_kernels import UnsupportedInputError, obstacle
+from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_plugins import affine_kernels
+from kvpolicy_plugins.gpu import runs_kernels
 from kvpolicy_plugins.packing import pack, unpack
 
 BITS = Choice((2, 4, 8))
@@ -76,7 +77,7 @@ def quantise_channels(vectors: Tensor, unit: int, bits: int, stored: torch.dtype
     Returns:
         Packed codes, uint8 [B, K, n / unit, unit, bytes]; scales and minima, `stored` [B, K, n / unit, D].
     """
-    if not obstacle(vectors.device):
+    if runs_kernels(vectors.device):
         with suppress(UnsupportedInputError):
             return affine_kernels.quantise_channels(vectors, unit, bits, stored)
     groups = vectors.to(working(vectors.dtype)).unflatten(2, (vectors.shape[2] // unit, unit))
@@ -90,7 +91,7 @@ def quantise_tokens(vectors: Tensor, group: int, bits: int, stored: torch.dtype)
     Returns:
         Packed codes, uint8 [B, K, n, bytes]; scales and minima, `stored` [B, K, n, D / group].
     """
-    if not obstacle(vectors.device):
+    if runs_kernels(vectors.device):
         with suppress(UnsupportedInputError):
             return affine_kernels.quantise_tokens(vectors, group, bits, stored)
     groups = vectors.to(working(vectors.dtype)).unflatten(-1, (vectors.shape[-1] // group, group))
@@ -100,7 +101,7 @@ def quantise_tokens(vectors: Tensor, group: int, bits: int, stored: torch.dtype)
 
 def dequantise_channels(codes: Tensor, scales: Tensor, minima: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `quantise_channels`: [B, K, n, D]."""
-    if not obstacle(codes.device):
+    if runs_kernels(codes.device):
         with suppress(UnsupportedInputError):
             return affine_kernels.dequantise_channels(codes, scales, minima, bits, dtype)
     groups = unpack(codes, bits, scales.shape[-1])
@@ -109,7 +110,7 @@ def dequantise_channels(codes: Tensor, scales: Tensor, minima: Tensor, bits: int
 
 def dequantise_tokens(codes: Tensor, scales: Tensor, minima: Tensor, dim: int, bits: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `quantise_tokens`: [B, K, n, D]."""
-    if not obstacle(codes.device):
+    if runs_kernels(codes.device):
         with suppress(UnsupportedInputError):
             return affine_kernels.dequantise_tokens(codes, scales, minima, dim, bits, dtype)
     groups = unpack(codes, bits, dim).unflatten(-1, (scales.shape[-1], dim // max(scales.shape[-1], 1)))

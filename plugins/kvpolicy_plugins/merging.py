@@ -10,8 +10,9 @@ from torch.linalg import vector_norm
 
 from kvpolicy.stages import View
 from kvpolicy.stages.slots import gather, indices_of
-from kvpolicy_kernels import UnsupportedInputError, obstacle
+from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_plugins import merging_kernels
+from kvpolicy_plugins.gpu import runs_kernels
 
 _EPS = 1e-6
 
@@ -63,7 +64,7 @@ def nearest(keys: Tensor, kept: Tensor, evicted: Tensor, *, block: int = 512) ->
         The largest cosine similarity [B, K, T] (float32; float64 for float64 keys), and its place in `kept`
         [B, K, T] int64, the lowest one on ties. -inf and 0 for slots that are not evicted, or if none is kept.
     """
-    if not obstacle(keys.device):
+    if runs_kernels(keys.device):
         with suppress(UnsupportedInputError):
             return merging_kernels.nearest(keys, kept, evicted)
     survivors = _directions(gather(keys, kept)).transpose(-1, -2)
@@ -110,7 +111,7 @@ def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) 
     Returns:
         [B, K, count, D].
     """
-    if not obstacle(vectors.device):
+    if runs_kernels(vectors.device):
         with suppress(UnsupportedInputError):
             return merging_kernels.sum_by_target(weights, vectors, target, count)
     parts = weights[..., None] * vectors.to(weights.dtype)
@@ -120,7 +121,7 @@ def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) 
 
 def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
     """Sums of the weights [B, K, T] that have the same target [B, K, T], as [B, K, count]."""
-    if not obstacle(weights.device):
+    if runs_kernels(weights.device):
         with suppress(UnsupportedInputError):
             return merging_kernels.count_by_target(weights, target, count)
     sums = weights.new_zeros(*weights.shape[:2], max(count, 1))
@@ -138,7 +139,7 @@ def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
     Returns:
         [B, K, ..., count].
     """
-    if not obstacle(values.device):
+    if runs_kernels(values.device):
         with suppress(UnsupportedInputError):
             return merging_kernels.logsumexp_by_target(values, target, count)
     between = [1] * (values.ndim - target.ndim)

@@ -1,5 +1,7 @@
 """Functions of `merging` as Triton kernels compute them; UnsupportedInputError is for torch to take over."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
     from kvpolicy_kernels.group_sums import Groups, sum_numbers
 
     require(values.dtype == torch.float32, f"logarithms of {values.dtype}")
-    numbers = values.reshape(values.shape[0] * values.shape[1], -1, values.shape[-1])
+    numbers = values.reshape(math.prod(values.shape[:2]), math.prod(values.shape[2:-1]), values.shape[-1])
     nothing = (numbers == -torch.inf).all(1)
     groups = Groups.of(target.flatten(0, 1).masked_fill(nothing, -1), count)
     return sum_numbers(numbers.contiguous(), groups, logarithms=True).view(*values.shape[:-1], count)

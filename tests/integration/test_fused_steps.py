@@ -9,6 +9,7 @@ from kvpolicy.plan.plan import compile_policy
 from kvpolicy.runtime import rounds
 from kvpolicy.runtime.attachment import Attachment
 from kvpolicy.runtime.support import geometry_of
+from kvpolicy_kernels import UnsupportedInputError
 from tests.models import build, generate, prompt
 from tests.policies import small
 
@@ -60,9 +61,7 @@ def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog):
     expected, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=False)
 
     def refuse(*_args):
-        raise kvpolicy_kernels_error("no such luck")
-
-    from kvpolicy_kernels import UnsupportedInputError as kvpolicy_kernels_error
+        raise UnsupportedInputError("no such luck")
 
     monkeypatch.setattr(execute, "choose_together", refuse)
     found, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=True)

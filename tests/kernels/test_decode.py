@@ -72,14 +72,25 @@ def test_float8_entries(dim, listed, dtype):
     assert_right(one, logits=True, mass=True)
 
 
-@given(st.data())
-@settings(max_examples=70)
-def test_any_call(data):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", [fp8(64), channels(4, 64)], ids=["fp8", "quantised"])
+def test_packed_keys_are_rounded_to_the_dtype_of_the_model(how, dtype):
+    one = call(MIXED, 64, dtype, keys=how, seed=11)
+    _, logits, _ = run(one, SMALL, logits=True)
+    for queries, keys, found in zip(one.queries, one.keys, logits, strict=True):
+        expected = one.scaling * (queries.double() @ keys.double().T)
+        assert torch.allclose(found[:, : len(keys)].double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_any_call(dtype, data):
     draw = data.draw
     layers, rows, heads = (draw(st.integers(1, 2)) for _ in range(3))
     count = layers * rows * heads
     lengths = draw(st.lists(st.integers(0, 50), min_size=count, max_size=count))
-    dim, dtype = draw(st.sampled_from([8, 20, 32])), draw(st.sampled_from(DTYPES))
+    dim = draw(st.sampled_from([8, 20, 32]))
     half = st.sampled_from(["plain", "fp8", "quantised"])
     keys, values = (draw(half) for _ in range(2))
     bits = draw(st.sampled_from([2, 4, 8]))
@@ -261,8 +272,8 @@ def test_a_division_covers_every_entry(longest, count, row_bytes, packed, filled
     assert found.item % found.block == 0
     assert (found.splits - 1) * found.item < longest <= found.splits * found.item
     assert found.splits <= 64
-    if entries > 2 * 132 * 8 * found.block and found.splits < 64:
-        assert found.splits == 1 or found.item <= 2 * (entries // 264 + found.block)
+    share = max(entries / 264, longest / 64, 4 * found.block)  # two programs for each of 132 processors
+    assert found.item <= share + found.block
 
 
 def refused(one, message, **changes):

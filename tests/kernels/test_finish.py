@@ -40,9 +40,7 @@ def run(lengths, finishes, terms=None, *, sinks=2, recent=3, seed=0, capacity=No
         terms = torch.randn(len(finishes), segments.count, longest, generator=torch.Generator().manual_seed(seed))
     out = Guarded((segments.count, longest), torch.float32, DEVICE)
     positions = made.columns["positions"]
-    total, nan = finish(
-        segments, positions, terms.to(DEVICE), finishes, sinks=sinks, recent=recent, out=out.tensor
-    )
+    total, nan = finish(segments, positions, terms.to(DEVICE), finishes, sinks=sinks, recent=recent, out=out.tensor)
     out.check()
     candidates = torch.zeros(segments.count, longest, dtype=torch.bool)
     for row, places in zip(candidates, made.lists("positions"), strict=True):
@@ -96,7 +94,9 @@ def test_equal_scores(normalise, value):
     check([[[40, 3]]], [Finish(pool="max", size=7, normalise=normalise)], torch.full((1, 2, 40), value))
 
 
-@pytest.mark.parametrize("protect", [{"sinks": 0, "recent": 0}, {"sinks": 500, "recent": 0}, {"sinks": 0, "recent": 99}])
+@pytest.mark.parametrize(
+    "protect", [{"sinks": 0, "recent": 0}, {"sinks": 500, "recent": 0}, {"sinks": 0, "recent": 99}]
+)
 def test_everything_or_nothing_is_protected(protect):
     check([[[40, 3]]], [Finish(pool="max", size=7, normalise="zscore"), Finish(softmax=True)], **protect)
 

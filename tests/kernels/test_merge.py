@@ -298,7 +298,7 @@ def launched(monkeypatch):
 
     for name in ("nearest", "sum_by_target", "count_by_target", "logsumexp_by_target"):
         monkeypatch.setattr(merging_kernels, name, noting(name))
-    monkeypatch.setattr(merging, "obstacle", lambda device: "no kernels for meta" if device.type == "meta" else "")
+    monkeypatch.setattr(merging, "runs_kernels", lambda _device: True)
     return names
 
 
@@ -329,7 +329,7 @@ def test_functions_of_merging_give_the_same_by_kernels(dtype, launched, monkeypa
     ]
     by_kernels = [call() for call in calls]
     assert launched == ["nearest", "sum_by_target", "count_by_target", "logsumexp_by_target"]
-    monkeypatch.setattr(merging, "obstacle", lambda _device: "asked not to")
+    monkeypatch.setattr(merging, "runs_kernels", lambda _device: False)
     for found, call in zip(by_kernels, calls, strict=True):
         torch.testing.assert_close(found, call(), atol=2e-6, rtol=2e-6)
 
@@ -348,7 +348,7 @@ def test_mergers_give_the_same_by_kernels(merger, launched, monkeypatch):
     )
     found = merger.merge(view, kept)
     assert launched
-    monkeypatch.setattr(merging, "obstacle", lambda _device: "asked not to")
+    monkeypatch.setattr(merging, "runs_kernels", lambda _device: False)
     exact = merger.merge(view, kept)
     assert found.changed.any()
     assert torch.equal(found.changed, exact.changed)
@@ -369,3 +369,25 @@ def test_what_kernels_cannot_do_torch_does(launched):
     assert merging.sum_by_target(weights, view.keys, kept.new_zeros(evicted.shape), 3).dtype == torch.float64
     assert merging.logsumexp_by_target(weights, kept.new_zeros(evicted.shape), 3).dtype == torch.float64
     assert not launched
+
+
+@pytest.mark.parametrize(("slots", "count"), [(0, 3), (3, 0), (0, 0)])
+def test_nobody_and_nowhere_to_go(slots, count, launched, monkeypatch):
+    weights, vectors = torch.rand(1, 2, slots, device=DEVICE), torch.rand(1, 2, slots, 5, device=DEVICE)
+    target = torch.zeros(1, 2, slots, dtype=torch.int64, device=DEVICE)
+    nobody, kept = (
+        torch.zeros(1, 2, slots, dtype=torch.bool, device=DEVICE),
+        target.new_full((1, 2, min(slots, count)), -1),
+    )
+
+    def run():
+        sums = merging.sum_by_target(weights, vectors, target, count), merging.count_by_target(weights, target, count)
+        logarithms = merging.logsumexp_by_target(weights[:, :, None], target, count)
+        return *sums, logarithms, *merging.nearest(vectors, kept, nobody)
+
+    found = run()
+    assert len(launched) == 4
+    monkeypatch.setattr(merging, "runs_kernels", lambda _device: False)
+    for one, other in zip(found, run(), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

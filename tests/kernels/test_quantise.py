@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvpolicy_kernels import UnsupportedInputError, quantise_channels, quantise_tokens
 from kvpolicy_plugins import affine, affine_kernels
+from kvpolicy_plugins.gpu import runs_kernels
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.counting import counted
 from tests.kernels.outputs import Guarded
@@ -27,6 +28,8 @@ def vectors_of(shape, dtype, seed=0, kind="normal"):
         numbers[..., 1::7] = 3.25
     if kind == "grid":  # many numbers half way between two codes
         numbers = torch.randint(0, 31, numbers.shape, generator=random) / 2.0
+    if kind == "offset":  # rounding the minimum takes it further than a step
+        numbers = 100.0 + numbers / 100
     if kind == "tiny":
         numbers *= 1e-41
     if kind == "large":
@@ -109,7 +112,7 @@ def check(axis, vectors, group, bits, stored):
 @pytest.mark.parametrize("unit", [1, 2, 31, 32, 128])
 @pytest.mark.parametrize("dim", [59, 64, 80])
 def test_channels(dim, unit, dtype, bits):
-    kind = ["normal", "outliers", "grid"][(dim + unit + bits) % 3]
+    kind = ["normal", "outliers", "grid", "offset"][(dim + unit + bits // 2) % 4]
     vectors = vectors_of((2, 2 * unit, dim), dtype, seed=unit, kind=kind)[0]
     check(CHANNELS, vectors, unit, bits, DTYPES[(dim + unit) % 3])
 
@@ -119,7 +122,7 @@ def test_channels(dim, unit, dtype, bits):
 @pytest.mark.parametrize(("dim", "group"), [(64, 32), (128, 32), (128, 8), (80, 20), (80, 80), (59, 59), (1, 1)])
 @pytest.mark.parametrize("tokens", [1, 2, 65])
 def test_tokens(tokens, dim, group, dtype, bits):
-    kind = ["normal", "outliers", "grid"][(dim + group + bits) % 3]
+    kind = ["normal", "outliers", "grid", "offset"][(dim + group + tokens + bits // 2) % 4]
     vectors = vectors_of((2, tokens, dim), dtype, seed=tokens, kind=kind)[0]
     check(TOKENS, vectors, group, bits, DTYPES[(dim + tokens) % 3])
 
@@ -134,7 +137,7 @@ def test_tokens(tokens, dim, group, dtype, bits):
     bits=st.sampled_from([2, 4, 8]),
     dtype=st.sampled_from(DTYPES),
     stored=st.sampled_from(DTYPES),
-    kind=st.sampled_from(["normal", "outliers", "grid", "tiny", "large"]),
+    kind=st.sampled_from(["normal", "outliers", "grid", "offset", "tiny", "large"]),
     seed=st.integers(0, 2**20),
 )
 def test_any_groups(axis, sets, group, others, slabs, bits, dtype, stored, kind, seed):
@@ -270,12 +273,12 @@ def test_plugins_use_the_kernels_where_they_can(group, dtype, monkeypatch):
         back = affine.dequantise_channels(*found["quantise_channels"], 4, dtype)
         return found, back, affine.dequantise_tokens(*found["quantise_tokens"], 48, 4, dtype)
 
-    monkeypatch.setattr(affine, "obstacle", lambda _device: "")
+    monkeypatch.setattr(affine, "runs_kernels", lambda _device: True)
     by_kernels = run()
     able = [] if dtype == torch.float64 else ["quantise_channels", "dequantise_channels"]
     both = [*able, "quantise_tokens", "dequantise_tokens"] if able and group == 16 else able
     assert sorted(launched) == sorted(both)
-    monkeypatch.setattr(affine, "obstacle", lambda _device: "asked not to")
+    monkeypatch.setattr(affine, "runs_kernels", lambda _device: False)
     exact = run()
     for name, parts in by_kernels[0].items():
         for one, other in zip(parts, exact[0][name], strict=True):
@@ -293,3 +296,9 @@ def _noting(function, name, names):
         return result
 
     return call
+
+
+def test_kernels_run_on_the_current_gpu_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    names = ("cpu", "cuda", "cuda:0", "cuda:1")
+    assert [runs_kernels(torch.device(name)) for name in names] == [False, True, False, True]

@@ -8,7 +8,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy_kernels import Column, Tile, UnsupportedInputError, WindowUse
+from kvpolicy_kernels import Column, Tile, UnsupportedInputError, WindowUse, passes
 from kvpolicy_kernels.score import scores, traffic
 from kvpolicy_kernels.tiles.attention import SCORES, attention_votes
 from kvpolicy_kernels.tiles.key_norm import key_norm
@@ -127,8 +127,9 @@ def _votes_of(head):
     return scoring.probabilities(head, 4, "all", True, "none").sum(1).mean(0) / voters
 
 
-@pytest.mark.parametrize("capacity", [None, 700])
-def test_heads_of_several_programs(capacity):
+@pytest.mark.parametrize(("capacity", "busy"), [(None, 528), (700, 528), (700, 10), (None, 2)])
+def test_heads_of_several_blocks(capacity, busy, monkeypatch):
+    monkeypatch.setattr(passes, "_BUSY", busy)  # a program takes one block of a head, some, or all
     given = situation([[[700, 130], [0, 65]]], capacity=capacity, votes=True)
     found = found_in(given, [VOTES, Tile(recency, keys=False, newest=True)])
 
@@ -194,7 +195,9 @@ def test_repeats_are_bitwise_equal(repeat):
         [Tile(value_norm, (2,), (2.0,), values=True, keys=False), Tile(mean_similarity, statistic=directions)],
     ],
 )
-def test_bytes_are_what_traffic_says(tiles):
+@pytest.mark.parametrize("busy", [2, 528])
+def test_bytes_are_what_traffic_says(tiles, busy, monkeypatch):
+    monkeypatch.setattr(passes, "_BUSY", busy)
     lengths = [[[200, 70], [0, 65]], [[1, 64], [128, 129]]]
     given = situation(lengths, votes=True)
     segments, columns, window = given.scene.segments, given.scene.columns, given.window

@@ -14,7 +14,7 @@ from tests.kernels.outputs import Guarded
 from tests.kernels.references import select as reference
 from tests.kernels.scenes import DEVICE, Scene, scene
 
-KINDS = ("normal", "few values", "equal", "one-hot", "special", "NaN")
+KINDS = ("normal", "few values", "equal", "one-hot", "special", "near zero", "NaN")
 SPECIAL = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 1.1e-38, 1.0, -1.0, 3.4e38, -3.4e38)
 SMALL = [0, 1, 2, 63, 64, 65, 127, 129]
 
@@ -30,6 +30,7 @@ def scores_of(kind: str, found: Scene, seed: int) -> torch.Tensor:
         "equal": torch.full(shape, float(noise.flatten()[0])),
         "one-hot": (torch.arange(shape[1]) == shape[1] // 2).float().expand(shape).clone(),
         "special": torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), shape, generator=random)],
+        "near zero": torch.tensor([0.0, -0.0, 1e-45, -1e-45])[torch.randint(0, 4, shape, generator=random)],
         "NaN": torch.full(shape, torch.nan),
     }[kind]
     behind = torch.arange(shape[1]) >= found.segments.lengths.cpu()[:, None]
@@ -90,7 +91,7 @@ def test_count_lengths(kind, sinks, recent):
         check_counts(found, scores, torch.tensor(totals, device=DEVICE), sinks=sinks, recent=recent)
 
 
-@pytest.mark.parametrize("count", [0, 1, 37, 499, 500, 501])
+@pytest.mark.parametrize("count", [0, 37, 200, 499, 500, 501])
 @pytest.mark.parametrize("kind", KINDS)
 def test_select_five_hundred(kind, count):
     found = scene(torch.tensor([[[500]]]), 1, torch.float32)
@@ -132,9 +133,10 @@ def test_many_chunks(lengths, kind, sinks, recent):
     check_counts(found, scores, torch.tensor([sum(lengths) // 3], device=DEVICE), sinks=sinks, recent=recent)
 
 
-@settings(max_examples=40)
+@pytest.mark.timeout(600)
+@settings(max_examples=30)
 @given(
-    lengths=st.lists(st.integers(0, 150), min_size=4, max_size=4),
+    lengths=st.lists(st.integers(0, 100), min_size=4, max_size=4),
     shape=st.sampled_from([(1, 1, 4), (2, 1, 2), (1, 4, 1), (1, 2, 2)]),
     kind=st.sampled_from(KINDS),
     counts=st.lists(st.integers(-1, 160), min_size=4, max_size=4),
@@ -159,7 +161,7 @@ def test_a_width_that_does_not_fit_is_never_written_beyond(kind, width):
     check_select(found, scores_of(kind, found, 2), counts, sinks=2, recent=4, width=width)
 
 
-@pytest.mark.parametrize("width", [100])
+@pytest.mark.parametrize("width", [100, 17000])
 def test_a_width_that_does_not_fit_many_programs(width):
     found = scene(torch.tensor([[[17000, 5]]]), 1, torch.float32)
     check_select(found, scores_of("normal", found, 2), torch.tensor([9000, 2], device=DEVICE), width=width)

@@ -8,7 +8,7 @@ import triton.language as tl  # noqa: F401 the interpreter looks for it in modul
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy_kernels import UnsupportedInputError, WindowUse
+from kvpolicy_kernels import UnsupportedInputError, WindowUse, passes
 from kvpolicy_kernels.statistics import statistics, traffic
 from kvpolicy_kernels.tiles.redundancy import directions
 from tests.kernels.accuracy import assert_twice_as_good
@@ -72,16 +72,21 @@ def test_any_uses_of_ragged_heads(uses, functions, lengths, dim, dtype, seed):
     check(situation([[lengths[:2]], [lengths[2:]]], dim, dtype, **shape, seed=seed), uses, functions)
 
 
+@pytest.mark.parametrize("busy", [2, 10, 528])
 @pytest.mark.parametrize("use", [WindowUse(4), WindowUse(4, "candidates", False, "max")])
-def test_parts_of_a_head_are_joined(use):
+def test_parts_of_a_head_are_joined(use, busy, monkeypatch):
+    monkeypatch.setattr(passes, "_BUSY", busy)  # a program takes up to all blocks of a head
     check(situation([[[700, 130], [0, 65]]], capacity=700, votes=True), [use], [directions])
 
 
+@pytest.mark.parametrize("busy", [1, 528])
 @pytest.mark.parametrize("scale", [1e-3, 40.0, 3e3])
-def test_far_maxima(scale):
+def test_far_maxima(scale, busy, monkeypatch):
+    """Logits rise by more than 2^64 from block to block, of one program and of several."""
+    monkeypatch.setattr(passes, "_BUSY", busy)
     given = situation([[[200, 70]]], seed=5)
     for storage in given.scene.columns["keys"].storages:
-        storage *= scale * torch.linspace(0, 1, len(storage))[:, None]
+        storage.mul_(scale * torch.linspace(0, 1, len(storage))[:, None])
     check(given, [WindowUse(4), WindowUse(4, causal=False)], [])
 
 

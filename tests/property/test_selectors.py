@@ -14,7 +14,7 @@ def selections(draw):
     """Scores, candidates, and counts that the candidates can fill."""
     scores, candidates = draw(scored())
     room = candidates.sum(-1)
-    share = draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    share = draw(st.sampled_from((0.0, 0.1, 0.5, 0.9, 1.0)))
     return scores, candidates, (room * share).long()
 
 

@@ -17,7 +17,9 @@ class _Cohort:
     rows: list[int]
     real: int
     lengths: list[int]  # entries per KV head in each layer
-    due: list[bool]  # which layers are to be compressed in this step
+    due: tuple[bool, ...] = ()  # which layers are to be compressed in this step
+    budgets: tuple[int, ...] = ()  # for which `room` was computed
+    room: float = 0  # tokens that may still come before any layer is due
 
 
 class Counts:
@@ -29,23 +31,30 @@ class Counts:
         kinds: dict[tuple[int, ...], list[int]] = {}
         for row, tokens in enumerate(real):
             kinds.setdefault((tokens, *(layer[row] for layer in lengths)), []).append(row)
-        nothing = [False] * len(lengths)
-        self._cohorts = [_Cohort(rows, kind[0], list(kind[1:]), nothing) for kind, rows in kinds.items()]
+        self._nothing = (False,) * len(lengths)
+        self._cohorts = [_Cohort(rows, kind[0], list(kind[1:])) for kind, rows in kinds.items()]
+        self._measure()
 
     def append(self) -> bool:
         """Count one more token of each row; whether any row of any layer is then due."""
         for one in self._cohorts:
             one.real += 1
             one.lengths = [length + 1 for length in one.lengths]
-            one.due = [length > self._allowed(layer, one.real) for layer, length in enumerate(one.lengths)]
-        return any(any(one.due) for one in self._cohorts)
+            one.room -= 1
+            budgets = self.plan.budgets.per_layer(one.real)
+            if budgets != one.budgets:
+                one.budgets, one.room = budgets, min(self._rooms(one))
+            one.due = tuple(room < 0 for room in self._rooms(one)) if one.room < 0 else self._nothing
+        self._added += 1
+        return any(one.room < 0 for one in self._cohorts)
 
     def compress(self) -> None:
         """Count what is left of the rows that were due."""
         for one in self._cohorts:
-            budgets = self.plan.budgets.per_layer(one.real)
-            pairs = zip(one.lengths, budgets, one.due, strict=True)
+            pairs = zip(one.lengths, one.budgets, one.due, strict=True)
             one.lengths = [min(length, budget) if due else length for length, budget, due in pairs]
+            one.room = min(self._rooms(one))
+        self._measure()
 
     def fit(self, capacities: Sequence[int]) -> bool:
         """Whether there is room for one more token in every row."""
@@ -68,7 +77,7 @@ class Counts:
     @property
     def budgets(self) -> Table:
         """Entries per KV head that may be kept, [L][B]."""
-        return self._table([self.plan.budgets.per_layer(one.real) for one in self._cohorts])
+        return self._table([one.budgets for one in self._cohorts])
 
     @property
     def due(self) -> list[list[bool]]:
@@ -83,11 +92,16 @@ class Counts:
     @property
     def averages(self) -> list[float]:
         """Entries per KV head of each layer, averaged over rows."""
-        sums = zip(*([n * len(one.rows) for n in one.lengths] for one in self._cohorts), strict=True)
-        return [sum(layer) / self.rows for layer in sums]
+        return [base + self._added for base in self._bases]
 
-    def _allowed(self, layer: int, real: int) -> float:
-        return entries_allowed(self.plan, layer, real, decoding=True)
+    def _measure(self) -> None:
+        sums = zip(*([n * len(one.rows) for n in one.lengths] for one in self._cohorts), strict=True)
+        self._bases, self._added = [sum(layer) / self.rows for layer in sums], 0
+
+    def _rooms(self, one: _Cohort) -> list[float]:
+        """Tokens that may still come before each layer is due."""
+        layers = enumerate(one.lengths)
+        return [entries_allowed(self.plan, layer, one.real, decoding=True) - length for layer, length in layers]
 
     def _table(self, per_cohort: Sequence[Sequence[int]]) -> Table:
         layers = len(per_cohort[0])

@@ -115,11 +115,14 @@ class Session:
 
 def _note(layers: Sequence[PolicyLayer], counts: Counts, *, due: bool) -> None:
     """Tell the layers what a step has done, as far as somebody may ask between steps."""
-    entries, compressed = counts.averages, counts.layers_due
+    entries = counts.averages
+    left: list[float | None] = [None] * len(layers)
     if due:
+        compressed = counts.layers_due
         counts.compress()
-    for layer, before, after, changed in zip(layers, entries, counts.averages, compressed, strict=True):
-        layer.served(before, after if changed else None)
+        left = [after if changed else None for after, changed in zip(counts.averages, compressed, strict=True)]
+    for layer, before, after in zip(layers, entries, left, strict=True):
+        layer.served(before, after)
 
 
 @contextlib.contextmanager

@@ -34,9 +34,10 @@ class Situation:
             row[: len(entries)] = entries
         return filled.view(segments.layers, segments.rows, segments.heads, *shape[1:])
 
-    def views(self) -> list[View]:
-        """One view a layer, on the CPU."""
+    def views(self, dtype: torch.dtype) -> list[View]:
+        """One view a layer, on the CPU, everything as `dtype`."""
         segments, columns = self.scene.segments, {name: self.padded(name).cpu() for name in self.scene.columns}
+        columns = {name: one.to(dtype) if one.is_floating_point() else one for name, one in columns.items()}
         dim = columns["keys"].shape[-1]
         geometry = Geometry((0,), segments.heads * self.group, segments.heads, dim)
         return [
@@ -46,7 +47,7 @@ class Situation:
                 positions=columns["positions"][layer].long(),
                 geometry=geometry,
                 scaling=self.scaling,
-                queries=self.queries[layer].cpu(),
+                queries=self.queries[layer].cpu().to(dtype),
                 query_positions=self.query_positions[layer].long().cpu(),
                 attention=columns["attention"][layer].transpose(-1, -2) if "attention" in columns else None,
                 log_votes=columns["log_votes"][layer] if "log_votes" in columns else None,

@@ -95,6 +95,22 @@ def test_ripe_caches_compress_in_the_next_step(tiny):
     assert after == [one + 1 for one in before]
 
 
+def test_static_shapes_write_the_same_tokens_and_compress_as_often(tiny):
+    found = []
+    for graph in (False, True):
+        contender = PolicyContender.of(policy("snapkv", 40), tiny, graph=graph)
+        with contender.open():
+            running = Running.filled(contender, 2, 60, 40)
+            tokens = []
+            for _ in range(20):
+                running.step()
+                tokens.append(running.token)
+            found.append((torch.cat(tokens, 1).tolist(), [one.compressions for one in running.cache.stats]))
+
+    assert found[0] == found[1]
+    assert found[0][1] == [3, 3]  # the prompt, then twice after eight tokens
+
+
 def test_twins_share_weights_and_nothing_else(tiny):
     other = twin(tiny)
     with policy().attach(other):

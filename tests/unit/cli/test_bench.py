@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from kvpolicy.bench import gates
@@ -35,12 +36,15 @@ def record(folder, name):
 
 
 def test_compress_writes_record_table_and_picture(kv, tmp_path):
-    result = kv(*COMPRESS, "--rounds", "3", "--seed", "5", "--out", "there")
+    before = torch.get_num_threads()
+    result = kv(*COMPRESS, "--rounds", "3", "--seed", "5", "--out", "there", "--threads", "2")
     found = record(tmp_path / "there", "compress")
 
     assert result.exit_code == 0, result.stderr
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"compress.json", "compress.md", "compress.png"}
     assert found["options"]["seed"] == 5
+    assert found["machine"]["threads"] == 2
+    assert torch.get_num_threads() == before
     assert [len(samples) for samples in found["parts"]["compress"][0]["samples"].values()] == [3, 3, 3]
     assert {"torch", "transformers", "triton", "python"} <= set(found["versions"])
     assert {"processor", "threads", "cores", "gpu"} <= set(found["machine"])

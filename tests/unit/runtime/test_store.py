@@ -5,6 +5,7 @@ import torch
 
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.layout import Layout
 from kvpolicy.runtime.store import Store
 from kvpolicy.stages import Column
@@ -82,4 +83,27 @@ def test_only_the_oldest_leave_at_the_front():
     assert positions(store) == [[2, 3, 4], [10, 11], []]
     store.extend(entries(7, 8, 9, count=2), ((1,), (0,), (2,)), 9)
     assert positions(store) == [[2, 3, 4, 70], [10, 11], [90, 91]]
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("capacities", [(7, 4), (5, 5), (3, 2)], ids=["in place", "even", "tight"])
+def test_what_is_kept_closes_up_and_the_other_rows_stay(capacities):
+    store = filled(5, 2, slack=2)
+    store.keep(Move([0], torch.tensor([[[0, 2, 4]]])), Layout(tuple((size,) for size in capacities)))
+    assert positions(store) == [[0, 2, 4], [10, 11]]
+    assert (store.tensors[POSITIONS] >= 0).sum() == 5
+    store.check_integrity()
+
+
+def test_all_rows_are_kept_in_storage_that_is_alike():
+    store = filled(4, 4, slack=1)
+    store.keep(Move([0, 1], torch.tensor([[[1, 3]], [[0, 1]]])), layout(4, 4, slack=1))
+    assert positions(store) == [[1, 3], [10, 11]]
+    assert (store.tensors[POSITIONS] >= 0).sum() == 4
+
+
+def test_a_segment_without_a_slot_may_be_the_last():
+    store = filled(5, 0)
+    store.keep(Move([0, 1], torch.tensor([[[1, 2]], [[-1, -1]]])), layout(2, 0))
+    assert positions(store) == [[1, 2], []]
     store.check_integrity()

@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from kvpolicy.stages import products
+from kvpolicy.stages import view as stages_view
 from kvpolicy_plugins.pooling import Pool
 from kvpolicy_plugins.scorers.attention import Attention
+from tests.kernels.accuracy import assert_twice_as_good
 from tests.views import view_of
 
 
@@ -59,3 +62,50 @@ def test_the_scaling_of_the_model_counts(view):
     sharper = attrs.evolve(view, scaling=view.scaling * 3)
     tripled = attrs.evolve(view, queries=view.queries * 3)
     assert_close(Attention(6).score(sharper), Attention(6).score(tripled))
+
+
+def in_dtype(view, dtype):
+    """SnapKV's score in one dtype: [B, K, T], with float32 probabilities where the dtype is narrower."""
+    queries = view.queries.to(dtype).unflatten(1, (view.keys.shape[1], -1))
+    logits = queries @ view.keys.to(dtype)[:, :, None].transpose(-1, -2) * view.scaling
+    later = view.positions[:, :, None, None] > view.window_positions[:, None, None, :, None]
+    wide = torch.promote_types(dtype, torch.float32)
+    return logits.masked_fill(later, -torch.inf).softmax(-1, dtype=wide).mean(3).mean(2)
+
+
+@pytest.mark.parametrize("slots", [63, 65, 700])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_error_is_at_most_twice_that_of_the_same_dtype(dtype, native, slots, monkeypatch):
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda device: native)
+    random = torch.Generator().manual_seed(slots)
+    keys, queries = torch.randn(2, 2, slots, 64, generator=random), torch.randn(2, 6, 9, 64, generator=random)
+    narrow = view_of(keys.to(dtype), queries=2 * queries.to(dtype))
+    exact = in_dtype(narrow, torch.float64)
+    assert_twice_as_good(Attention(9).score(narrow), in_dtype(narrow, dtype), exact)
+
+
+@pytest.mark.parametrize("softmax", ["all", "candidates"])
+@pytest.mark.parametrize("group_at", ["logits", "probabilities", "scores", "pooled"])
+def test_heads_are_scored_alike_one_by_one_or_together(view, group_at, softmax, monkeypatch):
+    scorer = Attention(4, softmax=softmax, group_at=group_at, group="max", deviation=1.0, pool=Pool("max", 3))
+    view = attrs.evolve(view, log_votes=torch.rand(view.positions.shape), sinks=2)
+    together = scorer.score(view)
+    for most in (1, 2 * 4 * 12 * 3):  # logits of one head, and of three out of four
+        monkeypatch.setattr(stages_view, "_LOGITS", most)
+        assert_close(scorer.score(view), together, atol=1e-6, rtol=1e-5)
+
+
+def test_empty_slots_may_hold_anything(view):
+    lengths = torch.tensor([[12, 7], [5, 5]])
+    positions = view.positions.where(view.positions < lengths[..., None], -1)
+    short = attrs.evolve(view, positions=positions, query_positions=torch.arange(6, 12).expand(2, 6))
+    junk = view.keys.masked_fill((positions < 0)[..., None], torch.nan)
+    assert_close(Attention(6).score(attrs.evolve(short, keys=junk)), Attention(6).score(short))
+
+
+def test_every_head_has_votes_of_its_own(view):
+    voted = attrs.evolve(view, log_votes=torch.rand(view.positions.shape).log())
+    later = view.positions[:, :, None, None] > view.window_positions[:, None, None, :, None]
+    expected = voted.logits.masked_fill(later, -torch.inf).softmax(-1).mean(3).mean(2)
+    assert_close(Attention(6).score(voted), expected)

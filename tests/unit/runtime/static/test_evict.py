@@ -89,12 +89,13 @@ def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget,
     assert nan.tolist() == [0, candidates]
 
 
+@pytest.mark.parametrize("slot", [0, 4, 9])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_an_evicted_entry_leaves_nothing_behind_that_could_spread(wrong):
-    plan = plan_of(small("streaming_llm", 7, protect={"sinks": 2, "recent": 4}))
+def test_an_evicted_entry_leaves_nothing_behind_that_could_spread(wrong, slot):
+    plan = plan_of(small("streaming_llm", 5, protect={"sinks": 0, "recent": 4}))
     layer = filled(plan, [CAPACITY, CAPACITY])
-    layer.slots.values[0, :, 4] = wrong
-    evict.evict(layer, torch.tensor([True, True]), torch.tensor([7, 7]), torch.zeros(2, dtype=torch.int64))
+    layer.slots.values[0, :, slot] = wrong
+    evict.evict(layer, torch.tensor([True, True]), torch.tensor([5, 5]), torch.zeros(2, dtype=torch.int64))
     assert layer.slots.values.isfinite().all()
     out = attend.attend_static(layer, torch.randn(2, HEADS * GROUP, 1, DIM), 1.0)
     assert out.isfinite().all()

@@ -1,0 +1,10 @@
+"""Where plugins use Triton kernels."""
+
+import torch
+
+from kvpolicy_kernels import obstacle
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether kernels run on a device: they are launched on the current one, whatever tensors they are given."""
+    return device.type == "cuda" and device.index in (None, torch.cuda.current_device()) and not obstacle(device)
