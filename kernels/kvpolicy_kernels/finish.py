@@ -28,7 +28,7 @@ _MOST_SINKS = 4096
 _MOST_PARTS = 8192
 _WIDEST_POOL = 1023
 _POOLS = ("none", "max", "average")
-_NORMALS = ("none", "max", "zscore")
+_NORMALS = ("none", "max", "standard")
 
 
 @attrs.frozen
@@ -162,8 +162,11 @@ def traffic(
         for step, times in passes
         for length in lengths
     )
-    launches = 1 + (softmaxes > 0) + any(step.normal >= 0 for step in steps)
-    return Traffic({"terms": 4 * (read + softmaxes)}, {"scores": 4 * len(lengths) * longest}, launches)
+    normals = any(step.normal >= 0 for step in steps)
+    looks = 1 + normals + sum(times * (heads if step.shared else 1) for step, times in passes if step.pool)
+    first = sum(min(sinks, length) for length in lengths) * -(-longest // _BLOCK)
+    read_all = {"terms": 4 * (read + softmaxes), "positions": 4 * looks * first}
+    return Traffic(read_all, {"scores": 4 * len(lengths) * longest}, 1 + (softmaxes > 0) + normals)
 
 
 def _loads(step: _Step, length: int, covered: int, sinks: int, recent: int) -> int:
@@ -188,6 +191,6 @@ def builds_for(name: str, finishes: Sequence[Finish], *, sinks: int = 4) -> Iter
 
 def builds() -> Iterator[Build]:
     """Every step at once, and none."""
-    rich = Finish(softmax=True, pool="max", size=7, shared=True, normalise="zscore")
+    rich = Finish(softmax=True, pool="max", size=7, shared=True, normalise="standard")
     yield from builds_for("of everything", (rich, Finish(pool="average", size=5, normalise="max")))
     yield from builds_for("of one term", (Finish(),), sinks=0)

@@ -21,7 +21,7 @@ FINISHES = st.builds(
     pool=st.sampled_from(("none", "max", "average")),
     size=st.sampled_from((1, 3, 7)),
     shared=st.booleans(),
-    normalise=st.sampled_from(("none", "max", "zscore")),
+    normalise=st.sampled_from(("none", "max", "standard")),
     weight=st.sampled_from((1.0, -0.9, 0.1, 0.0)),
 )
 
@@ -65,7 +65,7 @@ def test_any_finishes_of_ragged_heads(finishes, lengths, seed):
     check([[lengths[:2], lengths[2:]]], finishes, seed=seed, sinks=seed % 4, recent=seed % 5)
 
 
-@pytest.mark.parametrize("normalise", ["max", "zscore"])
+@pytest.mark.parametrize("normalise", ["max", "standard"])
 @pytest.mark.parametrize("pool", ["none", "max", "average"])
 def test_sums_over_several_programs(normalise, pool):
     finishes = [Finish(softmax=normalise == "max", pool=pool, size=5, normalise=normalise)]
@@ -77,7 +77,7 @@ def test_shared_over_the_heads_of_each_row():
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf, -0.0, 1e-42])
-@pytest.mark.parametrize("normalise", ["none", "max", "zscore"])
+@pytest.mark.parametrize("normalise", ["none", "max", "standard"])
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("pool", ["none", "max", "average"])
 def test_what_is_no_ordinary_number_stays_in_its_head(wrong, normalise, softmax, pool):
@@ -88,7 +88,7 @@ def test_what_is_no_ordinary_number_stays_in_its_head(wrong, normalise, softmax,
     check([[[40, 40], [40, 40]]], finishes, terms)
 
 
-@pytest.mark.parametrize("normalise", ["none", "max", "zscore"])
+@pytest.mark.parametrize("normalise", ["none", "max", "standard"])
 @pytest.mark.parametrize("value", [0.0, 1.5, -2.0])
 def test_equal_scores(normalise, value):
     check([[[40, 3]]], [Finish(pool="max", size=7, normalise=normalise)], torch.full((1, 2, 40), value))
@@ -98,7 +98,7 @@ def test_equal_scores(normalise, value):
     "protect", [{"sinks": 0, "recent": 0}, {"sinks": 500, "recent": 0}, {"sinks": 0, "recent": 99}]
 )
 def test_everything_or_nothing_is_protected(protect):
-    check([[[40, 3]]], [Finish(pool="max", size=7, normalise="zscore"), Finish(softmax=True)], **protect)
+    check([[[40, 3]]], [Finish(pool="max", size=7, normalise="standard"), Finish(softmax=True)], **protect)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_everything_or_nothing_is_protected(protect):
     [
         [Finish()],
         [Finish(softmax=True, normalise="max"), Finish(pool="max", size=7)],
-        [Finish(pool="average", size=5, shared=True, normalise="zscore"), Finish(weight=0.5)],
+        [Finish(pool="average", size=5, shared=True, normalise="standard"), Finish(weight=0.5)],
     ],
 )
 def test_bytes_are_what_traffic_says(finishes):
@@ -117,7 +117,7 @@ def test_bytes_are_what_traffic_says(finishes):
         made.columns["positions"].storages[0][start : start + length] = torch.arange(length)
     terms = torch.randn(len(finishes), 4, 600)
     out = torch.empty(4, 600)
-    with counted({"terms": terms, "scores": out}) as seen:
+    with counted({"terms": terms, "scores": out, "positions": made.columns["positions"].storages}) as seen:
         finish(made.segments, made.columns["positions"], terms, finishes, sinks=4, recent=7, out=out)
     said = traffic(finishes, lengths.flatten().tolist(), 600, heads=2, sinks=4, recent=7)
     assert (seen.read, seen.written) == (said.read, said.written)

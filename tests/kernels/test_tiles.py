@@ -108,7 +108,7 @@ COMMON = (
     st.lists(LENGTHS, min_size=4, max_size=4),
     st.integers(0, 209),
     st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
-    st.sampled_from(("none", "max", "zscore")),
+    st.sampled_from(("none", "max", "standard")),
     st.sampled_from((1.0, -0.9)),
 )
 
