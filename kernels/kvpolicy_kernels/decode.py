@@ -153,7 +153,8 @@ def format_constants(name: str, how: Unpacking | None) -> dict[str, Any]:
     if how is None:
         return {f"{name}_FORMAT": ((), (), 1, ()), f"{name}_TILE": None}
     types, widths = zip(*((TYPES[one.dtype], one.width) for one in how.columns), strict=True)
-    return {f"{name}_FORMAT": (types, widths, how.unit, how.options), f"{name}_TILE": how.function}
+    options = tuple(map(tl.constexpr, how.options))  # Triton 3.6 hands no plain integers of a tuple on to a function
+    return {f"{name}_FORMAT": (types, widths, how.unit, options), f"{name}_TILE": how.function}
 
 
 @functools.cache

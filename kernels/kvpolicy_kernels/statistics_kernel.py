@@ -34,7 +34,8 @@ def _more(top, total, logits):
 
     The maximum follows only when a logit is far above it: what is summed stays below 2^64, and is rescaled rarely.
     """
-    if tl.max(tl.max(logits - top[None, :], 1), 0) > _RISE:
+    above = tl.reshape(logits - top[None, :], (logits.shape[0] * logits.shape[1],))
+    if tl.max(above, 0) > _RISE:  # flat: Triton 3.6 cannot reduce the rows of a product on sm_100
         higher = tl.maximum(top, tl.max(logits, 0))
         total = total * tl.exp2(top - higher)[None, :]
         top = higher

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
+from kvpolicy.plan.refusals import refusals
 from kvpolicy.runtime.compaction import layout_after
 from kvpolicy.runtime.copying import Move, write
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.store import Store
-from kvpolicy_kernels import Column, Segments, UnsupportedInputError
+from kvpolicy_kernels import Column, Segments
 
 
 class Holder(Protocol):
@@ -42,7 +43,7 @@ def close_up(plan: Plan, layers: Sequence[Holder], rows: Sequence[int], results:
             return False
     try:
         _compact(layers, moves, results)
-    except UnsupportedInputError:
+    except refusals():
         return False
     for layer, move, result in zip(layers, moves, results, strict=True):
         for name, fresh in result.slot_state.items():

@@ -8,15 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
+from kvpolicy.plan.fused import score_together
+from kvpolicy.plan.fusion import fusion_of
+from kvpolicy.plan.layers import Layers
+from kvpolicy.plan.pipeline import score
+from kvpolicy.plan.reads import small_view
 from kvpolicy.spec.load import parse_policy
+from kvpolicy.spec.policy import Weighted
 from kvpolicy.spec.reference import reference_markdown
-from kvpolicy.stages import Scorer
+from kvpolicy.stages import Geometry, Scorer
 from kvpolicy.stages.conformance import Promises, check_plugin
+from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from tests.policies import small
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -79,6 +88,21 @@ def test_plugin_shown_keeps_its_contract(page, tmp_path, monkeypatch):
 
     assert issubclass(plugin, Scorer)
     check_plugin(plugin(power=2.0))
+
+
+def test_scorer_shown_is_fused(tmp_path, monkeypatch):
+    """Its tile function gives what its reference gives, beside another one."""
+    page = (ROOT / "docs" / "explanation" / "fusion.md").read_text("utf-8")
+    (tmp_path / "largest_value.py").write_text(blocks("python", page)[0], "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    shown = importlib.import_module("largest_value").LargestValue(factor=2.0)
+    check_plugin(shown)
+    spec = attrs.evolve(small("snapkv").spec, score=(Weighted(shown), Weighted(KeyNorm())))
+    view = small_view({"": shown}, Geometry((0,), 4, 2, 16))
+    fusion, layers = fusion_of(spec, ""), Layers.of([view])
+    assert not any(term.reason for term in fusion.terms)
+    total, _, _ = score_together(fusion, layers)
+    torch.testing.assert_close(layers.per_view(total)[0], score(spec, view)[0])
 
 
 def test_store_shown_keeps_its_contract(tmp_path, monkeypatch):

