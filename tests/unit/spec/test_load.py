@@ -33,7 +33,10 @@ def test_file_in_the_working_directory_goes_before_the_installed_policy(empty_wo
     assert (spec.budget.tokens, spec.name, origin) == (77, "rkv", f"rkv{suffix}")
 
 
-@pytest.mark.parametrize("form", [str, Path, lambda path: f"./{path}", os.fsencode], ids=["text", "path", "relative", "bytes"])
+FORMS = {"text": str, "path": Path, "relative": lambda path: f"./{path}", "bytes": os.fsencode}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_path_is_that_file_in_any_form(empty_working_directory, form):
     (empty_working_directory / "mine.yaml").write_text(TEXT)
     source = form("mine.yaml")
