@@ -27,5 +27,7 @@ def bars() -> Iterator[BarWatcher]:
     """A watcher whose bars vanish in the end."""
     from rich.progress import Progress, TimeElapsedColumn
 
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err(), transient=True) as progress:
+    console, columns = err(), (*Progress.get_default_columns(), TimeElapsedColumn())
+    # Where nobody watches, rich would write an empty line for bars that it does not show.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield BarWatcher(progress)

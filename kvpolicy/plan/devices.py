@@ -40,5 +40,5 @@ def device_named(name: str) -> Device:
     found = DEVICES.get(name.lower())
     if found is None:
         hint = did_you_mean(name.lower(), DEVICES, "known")
-        raise InputError(f"no rates are known for device {shown(name)}{hint}")
+        raise InputError(f"unknown device: {shown(name)}{hint}")
     return found

@@ -61,7 +61,8 @@ class CaM(Merger):
 
     def _probability(self, view: View, kept: Tensor, start: Tensor, left: Tensor) -> Tensor:
         """Pi of every slot that is followed by a kept one, [B, K, T] float32."""
-        attention = Attention(self.queries or view.window.shape[2]).score(view)
+        exact = attrs.evolve(view, keys=view.keys.float(), queries=view.window.float())
+        attention = Attention(self.queries or view.window.shape[2]).score(exact)
         reach = left if self.over == "recent" else left.clamp(max=self.window)
         # sums of windows as differences of running sums: in float64 no small one is lost among large ones
         running = _running(gather(attention[..., None], kept).double()).squeeze(-1)

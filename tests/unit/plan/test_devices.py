@@ -18,7 +18,7 @@ def test_device_is_found_by_name(name):
     [("h201", "did you mean 'h200'"), ("a10", "did you mean 'a100'"), ("tpu", "known: h200, b200, h100, a100, l40s")],
 )
 def test_unknown_device_is_refused(name, said):
-    with pytest.raises(InputError, match=f"no rates are known for device '{name}'.*{said}"):
+    with pytest.raises(InputError, match=f"unknown device: '{name}'.*{said}"):
         device_named(name)
 
 
