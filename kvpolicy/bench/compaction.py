@@ -6,12 +6,13 @@ import torch
 from kvpolicy.bench.case import AGAIN, OURS, Case
 from kvpolicy.bench.clock import Call, Clock
 from kvpolicy.bench.interleave import Protocol, Variant, interleave
-from kvpolicy.bench.layers import due, plan_at, random_layers
+from kvpolicy.bench.layers import due, random_layers
 from kvpolicy.bench.naive.held import Held, gathered
 from kvpolicy.bench.shape import ModelShape
 from kvpolicy.plan.pipeline import choose, reduce_to
-from kvpolicy.plan.plan import Plan
+from kvpolicy.plan.plan import Plan, compile_policy
 from kvpolicy.policy import Policy
+from kvpolicy.runtime.support import geometry_of
 
 GATHER = "expanded gather"
 
@@ -30,7 +31,9 @@ class Compaction:
     @torch.inference_mode()
     def measure(self, clock: Clock) -> Case:
         """Both move the entries that the policy chose."""
-        plan = plan_at(self.policy.spec, self.shape, self.length, self.dtype, self.device)
+        spec = self.policy.spec  # nothing is to move before it is timed
+        spec = attrs.evolve(spec, compress=attrs.evolve(spec.compress, prefill=False))
+        plan = compile_policy(spec, geometry_of(self.shape.config()), self.device, self.dtype)
         queries = max(plan.needs.queries, 1)
         layers = random_layers(self.shape, 1, self.length, queries, self.dtype, self.device, "shared")
         kept = self._kept(plan, layers)

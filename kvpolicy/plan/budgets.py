@@ -54,10 +54,7 @@ class Budgets:
 
         A share of the tokens is not looked ahead of: memory follows it closely.
         """
-        now = self.per_layer(seen)
-        if self.spec.budget.share is not None:
-            return now
-        return tuple(map(max, now, self.per_layer(2 * seen)))
+        return _ahead(self, seen)
 
 
 @lru_cache(maxsize=4096)
@@ -73,3 +70,9 @@ def _allocated(budgets: Budgets, seen: int) -> tuple[int, ...]:
     if len(shares) != request.layers or any(type(share) is not int or share < request.protected for share in shares):
         raise contract_error(allocator, f"returned {shares}, expected {request.layers} integers >= {request.protected}")
     return shares
+
+
+@lru_cache(maxsize=4096)
+def _ahead(budgets: Budgets, seen: int) -> tuple[int, ...]:
+    now = budgets.per_layer(seen)
+    return now if budgets.spec.budget.share is not None else tuple(map(max, now, budgets.per_layer(2 * seen)))

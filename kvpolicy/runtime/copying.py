@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpolicy.runtime.layout import Layout, Table
 
-_WIDE = 64  # bytes of a slot, from which on a CPU is faster at a copy per segment than at one for all
+_BLOCK = {"cpu": 2**20}  # bytes moved at once, so that what is set aside stays in the cache of the processor
 
 
 @attrs.frozen(eq=False)
@@ -22,85 +22,64 @@ class Move:
     @cached_property
     def lengths(self) -> Table:
         """How many slots stay, [rows][K]."""
-        return _table((self.kept >= 0).sum(-1))
+        return tuple(map(tuple, (self.kept >= 0).sum(-1).tolist()))
 
-    @cached_property
-    def _resting(self) -> Table:
-        """How many of them stay where they are: the first ones."""
-        return _table((self.kept == torch.arange(self.kept.shape[-1], device=self.kept.device)).sum(-1))
-
-    def copy(self, sources: Sequence[Tensor], before: Layout, targets: Sequence[Tensor], after: Layout) -> None:
-        """Copy columns of a storage laid out as `before` into those of one laid out as `after`, or within themselves.
-
-        Within themselves (each target is its source, and the layouts are equal) what does not move is not touched.
-        """
-        slots = (self._starts(before) + self.kept.clamp(min=0)).clamp(max=before.slots - 1)  # a segment may have none
-        for source, target in zip(sources, targets, strict=True):
-            if slots.device.type == "cpu" and source.stride(0) * source.itemsize >= _WIDE:
-                self._copy_segments(source, slots, target, after)
-            else:
-                taken = source.index_select(0, slots.flatten()).view(*slots.shape, *source.shape[1:])
-                write(target, after, self.rows, taken, self.lengths)
-
-    def _copy_segments(self, source: Tensor, slots: Tensor, target: Tensor, after: Layout) -> None:
-        """A call for each segment, and none for what stays where it is."""
-        aside = source.new_empty((self.kept.shape[-1], *source.shape[1:])) if target is source else None
-        for place, row in enumerate(self.rows):
-            for head, length in enumerate(self.lengths[place]):
-                resting = 0 if aside is None else self._resting[place][head]
-                start = after.offsets[row][head]
-                room = target[start + resting : start + length]
-                taken = room if aside is None else aside[: length - resting]
-                _take(source, slots[place, head, resting:length], taken)
-                if aside is not None:
-                    room.copy_(taken)
-
-    def _starts(self, layout: Layout) -> Tensor:
-        starts = torch.tensor([layout.offsets[row] for row in self.rows], device=self.kept.device)
-        return starts[..., None]
-
-
-def _take(source: Tensor, slots: Tensor, out: Tensor) -> None:
-    if source.requires_grad:  # autograd has no `out`
-        out.copy_(source.index_select(0, slots))
-    else:
-        torch.index_select(source, 0, slots, out=out)
-
-
-def _table(numbers: Tensor) -> Table:
-    return tuple(map(tuple, numbers.tolist()))
-
-
-def spread(flat: Tensor, layout: Layout, capacity: int) -> Tensor:
-    """A column as [B, K, capacity, ...], where all segments have that capacity."""
-    return flat.view(layout.rows, layout.heads, capacity, *flat.shape[1:])
+    def copy(self, source: Tensor, before: Layout, target: Tensor, after: Layout) -> None:
+        """Copy a column of a storage laid out as `before` into that of one laid out as `after`, or within itself."""
+        starts = torch.tensor([before.offsets[row] for row in self.rows], device=self.kept.device)
+        slots = starts[..., None] + self.kept.clamp(min=0)
+        slots = slots.clamp(max=before.slots - 1).flatten(0, 1)  # a segment may have none
+        segments, lengths = _segments(after, self.rows), _flat(self.lengths)
+        block = _BLOCK.get(source.device.type, source.nbytes)
+        count = max(1, block // max(1, slots.shape[1] * source.stride(0) * source.itemsize))
+        for first in range(0, len(segments), count):
+            some = slice(first, first + count)
+            taken = source.index_select(0, slots[some].flatten()).unflatten(0, slots[some].shape)
+            _write(target, after, segments[some], taken, lengths[some])
 
 
 def write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: Table) -> None:
     """The first `lengths` entries [rows, K, N, ...] to the start of their segments."""
-    count = _alike(layout, rows, lengths)
-    if count is not None and layout.uniform is not None:
-        spread(target, layout, layout.uniform)[:, :, :count] = entries[:, :, :count]
-        return
-    for place, row in enumerate(rows):
-        for head, length in enumerate(lengths[place]):
-            start = layout.offsets[row][head]
-            target[start : start + length] = entries[place, head, :length]
+    _write(target, layout, _segments(layout, rows), entries.flatten(0, 1), _flat(lengths))
 
 
 def clear_behind(column: Tensor, layout: Layout, rows: Sequence[int], lengths: Table, value: float) -> None:
     """Fill the slots behind the first `lengths` of their segments."""
-    count = _alike(layout, rows, lengths)
-    if count is not None and layout.uniform is not None:
-        spread(column, layout, layout.uniform)[:, :, count:] = value
+    segments, counts = _segments(layout, rows), _flat(lengths)
+    if _alike(layout, segments, counts):
+        _block(column, layout, segments)[:, counts[0] :] = value
         return
-    for place, row in enumerate(rows):
-        for head, length in enumerate(lengths[place]):
-            start, size = layout.offsets[row][head], layout.capacity[row][head]
-            column[start + length : start + size] = value
+    starts, sizes = _flat(layout.offsets), _flat(layout.capacity)
+    for segment, count in zip(segments, counts, strict=True):
+        column[starts[segment] + count : starts[segment] + sizes[segment]] = value
 
 
-def _alike(layout: Layout, rows: Sequence[int], lengths: Table) -> int | None:
-    """The length of all segments, None when rows are left out or lengths differ."""
-    counts = {length for row in lengths for length in row}
-    return counts.pop() if len(counts) == 1 and len(rows) == layout.rows else None
+def _write(target: Tensor, layout: Layout, segments: Sequence[int], entries: Tensor, lengths: Sequence[int]) -> None:
+    """The first `lengths` of [segments, N, ...]."""
+    if _alike(layout, segments, lengths):
+        _block(target, layout, segments)[:, : lengths[0]] = entries[:, : lengths[0]]
+        return
+    starts = _flat(layout.offsets)
+    for segment, length, found in zip(segments, lengths, entries, strict=True):
+        target[starts[segment] : starts[segment] + length] = found[:length]
+
+
+def _alike(layout: Layout, segments: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Whether one call serves all: segments of one size and length that follow each other."""
+    follow = len(segments) > 0 and segments == list(range(segments[0], segments[0] + len(segments)))
+    return follow and layout.uniform is not None and len(set(lengths)) == 1
+
+
+def _block(column: Tensor, layout: Layout, segments: Sequence[int]) -> Tensor:
+    """Segments of one size that follow each other, [segments, capacity, ...], without a copy."""
+    first, size = segments[0], layout.capacity[0][0]
+    return column[first * size : (first + len(segments)) * size].view(len(segments), size, *column.shape[1:])
+
+
+def _segments(layout: Layout, rows: Sequence[int]) -> list[int]:
+    """The segments of some rows, counted through all."""
+    return [row * layout.heads + head for row in rows for head in range(layout.heads)]
+
+
+def _flat(numbers: Table) -> list[int]:
+    return [number for row in numbers for number in row]

@@ -52,7 +52,7 @@ class Half:
         )
 
     def read(self, at: Access, start: int, stop: int, positions: Tensor) -> Tensor:
-        """Slots `start` (a multiple of the unit) to `stop` as [b, k, n, D]; `positions` [b, k, n] of these slots.
+        """Slots `start` (a multiple of the unit) to `stop` as [b, k, n, D]; `positions` [b, k, T] of all slots.
 
         What is not packed is a view.
         """
@@ -78,7 +78,7 @@ class Half:
         """Packed slots of the block; those that a shorter segment does not have hold anything finite."""
         units = slice(start // self.form.unit, -(-stop // self.form.unit))
         columns = {name: at.of(self.packed, name)[:, :, units] for name in self.form.columns}
-        return self.form.decode(columns, positions[:, :, : stop - start])
+        return self.form.decode(columns, positions[:, :, start:stop])
 
     def pick(self, at: Access, slots: Tensor, positions: Tensor) -> Tensor:
         """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their units only. `positions` [b, k, T]."""

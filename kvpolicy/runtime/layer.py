@@ -87,7 +87,7 @@ class PolicyLayer(LendingLayer):
         self._begin()
         self._arriving = key_states.shape[2]
         self.seen += self._arriving
-        self._places = self._positions(torch.arange(self._arriving, device=self.device))
+        self._places = self.round.positions(self.real, self._arriving, self.device)
         self.held.append(key_states, value_states, self._spread(self._places), self.limit)
         keys, values = (key_states, value_states) if self.altered else self.held.stored()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
@@ -98,7 +98,8 @@ class PolicyLayer(LendingLayer):
         """Positions of the appended tokens, [B, q], now that it is known which are pads (position -1)."""
         counts = [self._arriving] * len(self.real)
         if arrival is not None and arrival.padded:
-            self._places = self._positions(arrival.valid.cumsum(1) - 1).masked_fill(~arrival.valid, -1)
+            places = torch.tensor(self.real, device=self.device)[:, None] + arrival.valid.cumsum(1) - 1
+            self._places = places.masked_fill(~arrival.valid, -1).to(torch.int32)
             self.held.slots.overwrite_tail(POSITIONS, self._spread(self._places))
             self.padded, counts = True, arrival.counts
         self.real = [real + count for real, count in zip(self.real, counts, strict=True)]
@@ -127,9 +128,6 @@ class PolicyLayer(LendingLayer):
             chosen = None if slots is None else float((slots >= 0).sum()) / max(1, slots.shape[0] * slots.shape[1])
             self.stats.read_by_step(self.held.slots.average if chosen is None else chosen)
 
-    def _positions(self, places: Tensor) -> Tensor:
-        return (torch.tensor(self.real, device=self.device)[:, None] + places).to(torch.int32)
-
     def _spread(self, positions: Tensor) -> Tensor:
         return positions[:, None].expand(-1, self.plan.geometry.kv_heads, -1)
 
@@ -144,7 +142,6 @@ class PolicyLayer(LendingLayer):
             self._compress_if_due(decoding=asked.queries.shape[2] == 1)
             self._seal()
         self._followed = False
-        self._sample()
         self._intact = True
         self._end_step()
 
@@ -178,6 +175,7 @@ class PolicyLayer(LendingLayer):
         if self.padded:
             drop_pads(self.plan, self.held, self.limit)
             self.padded, self.altered, self._firm = False, True, self.seen
+            self._sample()
 
     def _seal(self) -> None:
         """Pack what the formats say, pads left out: they would leave their mark on a group."""
@@ -185,6 +183,7 @@ class PolicyLayer(LendingLayer):
             self._close_gaps()
         if self.held.seal(self.limit):
             self.altered, self._firm = self.altered or not self.held.is_plain, self.seen
+            self._sample()
 
     def _due(self, real: Sequence[int], *, decoding: bool) -> list[int]:
         heads = self.plan.geometry.kv_heads

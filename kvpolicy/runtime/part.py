@@ -77,7 +77,7 @@ class Part:
 
     def _read(self, half: Half, block: slice) -> Tensor:
         if self.slots is None:
-            return half.read(self.at, block.start, block.stop, self._everywhere[:, :, block])
+            return half.read(self.at, block.start, block.stop, self._everywhere)
         return half.pick(self.at, self.slots[:, :, block].clamp(min=0), self._everywhere)
 
     def column(self, name: str) -> Tensor:

@@ -4,6 +4,9 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from kvpolicy.plan.execute import compress_layers
 from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import Plan
@@ -44,6 +47,15 @@ class Round:
         self.plan = plan
         self.waits = waits  # whether somebody says when a step ends
         self._waiting: dict[Compressible, Rows] = {}
+        self._arrived: tuple[object, Tensor] | None = None
+
+    def positions(self, real: Sequence[int], count: int, device: torch.device) -> Tensor:
+        """Those of `count` tokens that arrive behind `real` in each row, int32 [B, count]; the same for all layers."""
+        key = (tuple(real), count, device)
+        if self._arrived is None or self._arrived[0] != key:
+            places = torch.arange(count, device=device)
+            self._arrived = key, (torch.tensor(real, device=device)[:, None] + places).to(torch.int32)
+        return self._arrived[1]
 
     def due(self, layer: Compressible, rows: Sequence[int], *, decoding: bool) -> None:
         """Compress the rows of a layer, now or when the step ends."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
-from kvpolicy.runtime.copying import spread
 from kvpolicy.runtime.layout import Layout, Table
 from kvpolicy.stages import Column
 
@@ -109,7 +108,8 @@ class Segmented:
     def _capacity_view(self, name: str) -> Tensor:
         if self.layout.uniform is None:
             raise CacheError("heads with different budgets have no common capacity")
-        return spread(self.tensors[name], self.layout, self.layout.uniform)
+        tensor = self.tensors[name]
+        return tensor.view(*self._block, *tensor.shape[1:])
 
     def _on_device(self) -> tuple[Tensor, Tensor]:
         """Starts and base lengths, [B·K]; nothing is copied to the device while tokens only arrive."""
@@ -123,6 +123,7 @@ class Segmented:
         """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
         known = self.layout is not layout and self.layout == layout
         self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
+        self._block = (layout.rows, layout.heads, layout.uniform or 0)  # asked for many times a token
         self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
         self._base, self._added = base, added
         self._measure()

@@ -89,8 +89,8 @@ class Store(Segmented):
         if not in_place:
             self._copy_rows(self._others(move.rows), target, layout)
         fresh = fresh or {}
-        moved = [name for name in self.columns if name not in fresh]
-        move.copy([self.tensors[name] for name in moved], self.layout, [target[name] for name in moved], layout)
+        for name in self.columns.keys() - fresh.keys():
+            move.copy(self.tensors[name], self.layout, target[name], layout)
         for name, tensor in fresh.items():
             write(target[name], layout, move.rows, tensor, move.lengths)
         for name in {POSITIONS} & target.keys() if in_place else target:
