@@ -18,6 +18,7 @@ class Move:
 
     rows: Sequence[int]
     kept: Tensor  # [rows, K, N] int64, ascending, -1 behind a head's last one
+    _sources: dict[Layout, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # what all columns share
 
     @cached_property
     def lengths(self) -> Table:
@@ -26,16 +27,21 @@ class Move:
 
     def copy(self, source: Tensor, before: Layout, target: Tensor, after: Layout) -> None:
         """Copy a column of a storage laid out as `before` into that of one laid out as `after`, or within itself."""
-        starts = torch.tensor([before.offsets[row] for row in self.rows], device=self.kept.device)
-        slots = starts[..., None] + self.kept.clamp(min=0)
-        slots = slots.clamp(max=before.slots - 1).flatten(0, 1)  # a segment may have none
-        segments, lengths = _segments(after, self.rows), _flat(self.lengths)
+        slots, segments, lengths = self._slots(before), _segments(after, self.rows), _flat(self.lengths)
         block = _BLOCK.get(source.device.type, source.nbytes)
         count = max(1, block // max(1, slots.shape[1] * source.stride(0) * source.itemsize))
         for first in range(0, len(segments), count):
             some = slice(first, first + count)
             taken = source.index_select(0, slots[some].flatten()).unflatten(0, slots[some].shape)
             _write(target, after, segments[some], taken, lengths[some])
+
+    def _slots(self, layout: Layout) -> Tensor:
+        """The kept slots in a storage, [segments, N]; any slot behind a head's last one."""
+        if layout not in self._sources:
+            starts = torch.tensor([layout.offsets[row] for row in self.rows], device=self.kept.device)
+            slots = starts[..., None] + self.kept.clamp(min=0)
+            self._sources[layout] = slots.clamp(max=layout.slots - 1).flatten(0, 1)  # a segment may have none
+        return self._sources[layout]
 
 
 def write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: Table) -> None:
