@@ -152,5 +152,21 @@ def results_table():
     return "\n".join(lines)
 
 
+def gates_on_record(name):
+    found = json.loads((ROOT / "docs" / "images" / f"gates-{name}.json").read_text("utf-8"))["facts"]["gates"]
+    return {one["gate"]: one for one in found}
+
+
+def test_gates_in_the_page_on_performance_are_those_on_record():
+    page = (ROOT / "docs" / "explanation" / "performance.md").read_text("utf-8").splitlines()
+    rows = {line.split("`")[1]: [cell.strip() for cell in line.split("|")] for line in page if line.startswith("| `")}
+    for column, record in ((3, gates_on_record("1-thread")), (5, gates_on_record("2-threads"))):
+        assert record.keys() == rows.keys()
+        for gate, one in record.items():
+            value = f"{one['value']:.3g}"
+            assert rows[gate][column] == (value if one["passed"] else f"**{value}**"), gate
+            assert rows[gate][column + 1] == ("" if one["noise"] is None else f"{one['noise']:.0%}".replace("%", " %"))
+
+
 def test_results_in_the_readme_are_those_on_record():
     assert results_table() in README, results_table()
