@@ -43,9 +43,10 @@ class FirstHeads(HeadAllocator):
         return (budget[:, None] - before).clamp(min=0).minimum(room)
 
 
-def plan_of(policy, layers=1):
+def plan_of(policy, layers=1, *, kernels=None):
     """The plan of a policy for layers without a model."""
-    return compile_policy(policy.spec, Geometry(tuple(range(layers)), HEADS * GROUP, HEADS, DIM), "cpu", torch.float32)
+    geometry = Geometry(tuple(range(layers)), HEADS * GROUP, HEADS, DIM)
+    return compile_policy(policy.spec, geometry, "cpu", torch.float32, kernels=kernels)
 
 
 def worth_plan(budget=6, every=3, sinks=1, recent=2, *, ragged=False, queries=3, attention=True, prefill=True):

@@ -4,6 +4,7 @@ A kernel serves all layers of a step in one launch. Their storages are separate 
 addresses; a segment (layer, row, KV head) is a start slot in its layer's storage and a length.
 """
 
+import functools
 from collections.abc import Sequence
 
 import attrs
@@ -70,9 +71,25 @@ class Column:
         for layer in layers:
             require(layer.dtype == first.dtype and layer.device == first.device, "layers differ in dtype or device")
             pitch(layer)
-            require(layer.data_ptr() % _ALIGNMENT == 0, f"storage is not aligned to {_ALIGNMENT} bytes")
-        addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64, device=first.device)
-        return cls(addresses, first.dtype, width, tuple(layers))
+        return cls(addresses_of(layers), first.dtype, width, tuple(layers))
+
+
+def addresses_of(storages: Sequence[Tensor]) -> Tensor:
+    """Where they are, [L] int64 on their device; storages that stay where they are are not looked up twice.
+
+    Raises UnsupportedInputError for one that is not aligned.
+    """
+    pointers = tuple(storage.data_ptr() for storage in storages)
+    require(not any(pointer % _ALIGNMENT for pointer in pointers), f"a storage is not aligned to {_ALIGNMENT} bytes")
+    return _numbers(pointers, storages[0].device)
+
+
+# Numbers, wherever they came from: storages that come and go at the same addresses share an entry. A device that would
+# have to be sent them again could not do so while a graph is captured.
+@functools.lru_cache(maxsize=4096)
+@torch.inference_mode(mode=False)
+def _numbers(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(pointers, dtype=torch.int64, device=device)
 
 
 def pitch(layer: Tensor) -> int:

@@ -26,7 +26,7 @@ def choose_together(
     """
     layers = Layers.of(views)
     total, nan, observed = score_together(fusion, layers)
-    counts = _counts(spec, fusion, layers, total, budgets)
+    counts = counts_together(spec, fusion, layers, total, torch.tensor(budgets, device=total.device))
     kept = _kept(spec, fusion, layers, total, counts, nan)
     return [Chosen(*one) for one in zip(kept, observed, strict=True)]
 
@@ -65,18 +65,14 @@ def _run_reference(term: Term, prefix: str, layers: Layers, out: Tensor, observe
         noted.update(fresh)
 
 
-def _counts(
-    spec: PolicySpec, fusion: Fusion, layers: Layers, total: Tensor, budgets: Sequence[Sequence[int]]
-) -> Tensor:
-    """Candidates to keep in each head, int64 [L·B, K]."""
+def counts_together(spec: PolicySpec, fusion: Fusion, layers: Layers, total: Tensor, budgets: Tensor) -> Tensor:
+    """Candidates to keep in each head, int64 [L·B, K]; `budgets` [L, B] int64 are entries per head."""
     if fusion.allocate:
         pairs = zip(layers.views, layers.per_view(total), budgets, strict=True)
         return torch.cat([allocate(spec, view, scores, budget) for view, scores, budget in pairs])
-    heads = layers.segments.heads
-    entries = torch.tensor([one * heads for budget in budgets for one in budget], device=total.device)
-    free = (entries - layers.protected.sum(1)).clamp(min=0)
+    free = (budgets.flatten() * layers.segments.heads - layers.protected.sum(1)).clamp(min=0)
     counts = spec.allocate.heads.divide(layers.room, lambda best: _won(layers, total, best), free)
-    rows = {"batch": layers.room.shape[0], "kv_heads": heads}
+    rows = {"batch": layers.room.shape[0], "kv_heads": layers.segments.heads}
     check_tensor(spec.allocate.heads, counts, rows, torch.int64, total.device)
     return counts  # type: ignore[return-value]  # a tensor: just checked
 

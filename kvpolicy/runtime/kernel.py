@@ -1,6 +1,5 @@
 """The attention of a decode step in one kernel: all rows and heads at once, whatever each of them holds."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,7 @@ from kvpolicy.runtime.part import Part
 from kvpolicy.runtime.store import Store
 from kvpolicy.stages import Glimpse
 from kvpolicy_kernels import Column, Segments, UnsupportedInputError, held
+from kvpolicy_kernels.segments import addresses_of
 
 
 def attend_in_kernel(
@@ -78,16 +78,7 @@ def _half(half: Half) -> held.Half:
 def _column(store: Store, name: str) -> Column:
     flat = store.tensors[name]
     width = max(1, flat.shape[1:].numel())
-    return Column(_address(flat.data_ptr(), flat.device), flat.dtype, width, (flat,))
-
-
-# A number, wherever it came from: storages that come and go at one address share the entry.
-@functools.lru_cache(maxsize=4096)
-@torch.inference_mode(mode=False)
-def _address(pointer: int, device: torch.device) -> Tensor:
-    if pointer % 16:
-        raise UnsupportedInputError("a storage is not aligned to 16 bytes")
-    return torch.tensor([pointer], dtype=torch.int64, device=device)
+    return Column(addresses_of([flat]), flat.dtype, width, (flat,))
 
 
 def _require_shown(holdings: Holdings, slots: Tensor | None, followers: Sequence[Follower]) -> None:

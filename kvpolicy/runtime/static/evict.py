@@ -1,34 +1,42 @@
-"""One compression of a static layer: the same stages as anywhere, on all slots, without a decision of the host."""
+"""One compression of static layers: the same stages as anywhere, on all slots, without a decision of the host."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvpolicy.plan.pipeline import allocate, select, weighted_sum
 from kvpolicy.plan.plan import POSITIONS, Plan
+from kvpolicy.runtime.static.fused import evict_in_kernels
 from kvpolicy.runtime.static.layer import StaticLayer, layers
 from kvpolicy.runtime.static.slots import Slots
 from kvpolicy.stages import View
 
 
-def evict(layer: StaticLayer, due: Tensor, budget: Tensor, nan: Tensor) -> None:
-    """Reduce the rows that are `due` [B] bool to `budget` [B] int64 entries per KV head; others keep everything.
+def evict(static: Sequence[StaticLayer], due: Tensor, budgets: Tensor, nan: Tensor) -> None:
+    """Reduce the rows that are `due` [L, B] bool to `budgets` [L, B] int64 entries per KV head; others keep everything.
 
     How many of the scores were NaN, and how many scores there were, is added to `nan` [2] int64.
 
     A compiled graph has this as one operator: plugins are anybody's Python, and need not be traceable.
     """
-    held = layer.slots
     if torch.compiler.is_compiling():
-        _evict_op(layer.name, [*held.tensors, nan], held.window, due, budget)
+        tensors = [tensor for layer in static for tensor in layer.slots.tensors]
+        window = [tensor for layer in static for tensor in layer.slots.window]
+        _evict_op([layer.name for layer in static], [*tensors, nan], window, due, budgets)
     else:
-        _evict(layer, held, due, budget, nan)
+        _evict(static, [layer.slots for layer in static], due, budgets, nan)
 
 
 @torch.library.custom_op("kvpolicy::evict", mutates_args={"tensors"})
-def _evict_op(name: int, tensors: list[Tensor], window: list[Tensor], due: Tensor, budget: Tensor) -> None:
-    *held, nan = tensors
-    layer = layers[name]
-    _evict(layer, layer.slots.standing_in(held, window), due, budget, nan)
+def _evict_op(names: list[int], tensors: list[Tensor], window: list[Tensor], due: Tensor, budgets: Tensor) -> None:
+    *entries, nan = tensors
+    count, queries = len(entries) // len(names), len(window) // len(names)
+    held = [
+        layers[name].slots.standing_in(entries[i * count :][:count], window[i * queries :][:queries])
+        for i, name in enumerate(names)
+    ]
+    _evict([layers[name] for name in names], held, due, budgets, nan)
 
 
 @_evict_op.register_fake
@@ -36,11 +44,17 @@ def _(*_arguments: object) -> None:
     """Nothing comes out."""
 
 
-def _evict(layer: StaticLayer, held: Slots, due: Tensor, budget: Tensor, nan: Tensor) -> None:
-    view = held.view(layer.plan, layer.ordinal, layer.scaling)
-    rows = due[:, None, None]
-    scores, observed = weighted_sum(layer.plan.spec, view)
-    stays = torch.where(rows, _chosen(layer.plan, view, scores, budget), view.valid)
+def _evict(static: Sequence[StaticLayer], held: Sequence[Slots], due: Tensor, budgets: Tensor, nan: Tensor) -> None:
+    plan = static[0].plan
+    views = [one.view(plan, layer.ordinal, layer.scaling) for layer, one in zip(static, held, strict=True)]
+    if not evict_in_kernels(plan, held, views, due, budgets, nan):
+        for one, view, rows, budget in zip(held, views, due, budgets, strict=True):
+            _evict_one(plan, one, view, rows[:, None, None], budget, nan)
+
+
+def _evict_one(plan: Plan, held: Slots, view: View, rows: Tensor, budget: Tensor, nan: Tensor) -> None:
+    scores, observed = weighted_sum(plan.spec, view)
+    stays = torch.where(rows, _chosen(plan, view, scores, budget), view.valid)
     wrong = scores.isnan() & view.candidates & rows
     nan.add_(torch.stack([wrong.sum(), (view.candidates & rows).sum()]))
     for name, fresh in observed.items():

@@ -50,8 +50,7 @@ class Step:
             return_dict=True,
         )
         if self.compresses:
-            for ordinal, layer in enumerate(self.layers):
-                evict(layer, given.due[ordinal], given.budgets[ordinal], given.nan)
+            evict(self.layers, given.due, given.budgets, given.nan)
         given.clock.add_(1)
         logits: Tensor = outputs.logits
         return logits

@@ -67,7 +67,7 @@ def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget,
     before = [copy_of(view, row, length) for row, length in enumerate(lengths)]
     expected = [choose(plan.spec, one, [budget]) for one in before]
     due, nan = torch.tensor(due[: len(lengths)]), torch.zeros(2, dtype=torch.int64)
-    evict.evict(layer, due, torch.full((len(lengths),), budget), nan)
+    evict.evict([layer], due[None], torch.full((1, len(lengths)), budget), nan)
     for row, (one, result) in enumerate(zip(before, expected, strict=True)):
         kept = result.kept[0] if due[row] else torch.arange(lengths[row]).expand(HEADS, -1)
         count = kept.shape[1]
@@ -91,23 +91,25 @@ def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget,
 
 @pytest.mark.parametrize("slot", [0, 4, 9])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_an_evicted_entry_leaves_nothing_behind_that_could_spread(wrong, slot):
-    plan = plan_of(small("streaming_llm", 5, protect={"sinks": 0, "recent": 4}))
+@pytest.mark.parametrize("kernels", [False, True])
+def test_an_evicted_entry_leaves_nothing_behind_that_could_spread(kernels, wrong, slot):
+    plan = plan_of(small("streaming_llm", 5, protect={"sinks": 0, "recent": 4}), kernels=kernels)
     layer = filled(plan, [CAPACITY, CAPACITY])
     layer.slots.values[0, :, slot] = wrong
-    evict.evict(layer, torch.tensor([True, True]), torch.tensor([5, 5]), torch.zeros(2, dtype=torch.int64))
+    evict.evict([layer], torch.tensor([[True, True]]), torch.tensor([[5, 5]]), torch.zeros(2, dtype=torch.int64))
     assert layer.slots.values.isfinite().all()
     out = attend.attend_static(layer, torch.randn(2, HEADS * GROUP, 1, DIM), 1.0)
     assert out.isfinite().all()
 
 
-def test_scores_that_are_nan_are_counted_in_rows_that_are_due():
-    plan = plan_of(small("snapkv", 7))
+@pytest.mark.parametrize("kernels", [False, True])
+def test_scores_that_are_nan_are_counted_in_rows_that_are_due(kernels):
+    plan = plan_of(small("snapkv", 7), kernels=kernels)
     layer = filled(plan, [CAPACITY, CAPACITY, 12])
     layer.slots.keys[:, 1, 5] = torch.nan
     nan = torch.zeros(2, dtype=torch.int64)
-    due = torch.tensor([True, False, True])
-    evict.evict(layer, due, torch.tensor([7, 7, 7]), nan)
+    due = torch.tensor([[True, False, True]])
+    evict.evict([layer], due, torch.tensor([[7, 7, 7]]), nan)
     candidates = CAPACITY + 12 - 2 * (2 + 4)
     assert nan.tolist() == [candidates, candidates * HEADS]  # a softmax spreads it over one of the heads
     assert layer.slots.lengths.tolist() == [7, CAPACITY, 7]
@@ -117,10 +119,10 @@ def test_scores_that_are_nan_are_counted_in_rows_that_are_due():
 def test_the_operators_say_what_they_change(name):
     plan = plan_of(small(name, 7))
     layer = filled(plan, [CAPACITY, 12])
-    held, due, budget = layer.slots, torch.tensor([True, False]), torch.tensor([7, 7])
+    held, due, budget = layer.slots, torch.tensor([[True, False]]), torch.tensor([[7, 7]])
     tensors = [*held.tensors, torch.zeros(2, dtype=torch.int64)]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(evict._evict_op, (layer.name, tensors, held.window, due, budget), test_utils=tests)
+    torch.library.opcheck(evict._evict_op, ([layer.name], tensors, held.window, due, budget), test_utils=tests)
     packed = torch.randn(2, HEADS, GROUP, DIM)
     columns = list(held.columns.values())
     arguments = (layer.name, packed, columns, [held.keys, held.values], 0.4)

@@ -30,12 +30,12 @@ def step(policy, after=lambda out: None):
     plan = compile_policy(policy.spec, GEOMETRY, "cpu", torch.float32, kernels=False)
     layer = StaticLayer(plan, 0, 3, 16, clock)
     keys, queries = (torch.randn(3, heads, 1, 8, device="meta") for heads in (2, 4))
-    due = torch.zeros(3, dtype=torch.bool, device="meta")
-    budget, nan = (torch.zeros(size, dtype=torch.int64, device="meta") for size in (3, 2))
+    due = torch.zeros((1, 3), dtype=torch.bool, device="meta")
+    budget, nan = (torch.zeros(size, dtype=torch.int64, device="meta") for size in ((1, 3), 2))
     with OnOneDevice():
         layer.update(keys, keys)
         out = attend_static(layer, queries, 0.3)
-        evict(layer, due, budget, nan)
+        evict([layer], due, budget, nan)
         after(out)
     return out
 

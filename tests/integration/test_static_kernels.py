@@ -1,0 +1,111 @@
+"""Decode steps of fixed shapes that compress in kernels: the same tokens and entries, and nothing waits."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvpolicy.plan.plan import compile_policy
+from kvpolicy.runtime.attachment import Attachment
+from kvpolicy.runtime.static import evict, fused
+from kvpolicy.runtime.static.runners import Mode
+from kvpolicy.runtime.support import geometry_of
+from kvpolicy_kernels import UnsupportedInputError
+from tests.models import build, generate, prompt
+from tests.policies import held, small
+
+LAYERS, STEPS = 3, 13
+NAMES = ("snapkv", "rkv", "gkv", "pyramidkv", "h2o")
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "aten::equal"}
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """Whether kernels did it, for each round of compressions in static storage."""
+    found, inner = [], evict.evict_in_kernels
+    monkeypatch.setattr(evict, "evict_in_kernels", lambda *given: found.append(inner(*given)) or found[-1])
+    return found
+
+
+def run(name, rows, *, kernels, backend=None):
+    model = build("llama", num_hidden_layers=LAYERS)
+    policy = small(name, 20, 4, protect={"recent": 4})
+    plan = compile_policy(policy.spec, geometry_of(model.config), "cpu", torch.float32, kernels=kernels)
+    with Attachment(plan, model, Mode(backend)) as attachment:
+        output = generate(model, *prompt(*rows), count=STEPS, past_key_values=(cache := attachment.cache()))
+        return output.sequences, held(cache), [layer.compressions for layer in attachment.report().layers]
+
+
+@pytest.mark.parametrize("rows", [(28,), (25, 14)], ids=["one", "padded"])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_keep_what_the_references_keep(name, rows, rounds):
+    expected = run(name, rows, kernels=False)
+    assert not any(rounds)
+    rounds.clear()
+    found = run(name, rows, kernels=True)
+
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
+    assert len(rounds) >= 2
+    assert all(rounds)
+
+
+def test_a_compiled_step_compresses_in_kernels_too(rounds):
+    """As one operator, which is given the storages themselves."""
+    expected = run("rkv", (25, 14), kernels=False)
+    rounds.clear()
+    found = run("rkv", (25, 14), kernels=True, backend="aot_eager")
+
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
+    assert len(rounds) >= 2
+    assert all(rounds)
+
+
+def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog, rounds):
+    """The references run instead, with the same tokens."""
+    expected = run("gkv", (25, 14), kernels=False)
+
+    def refuse(*_args):
+        raise UnsupportedInputError("no such luck")
+
+    monkeypatch.setattr(fused, "_compact", refuse)
+    found = run("gkv", (25, 14), kernels=True)
+
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
+    assert len(rounds) >= 2
+    assert not any(rounds)
+    assert [one.message for one in caplog.records if "no such luck" in one.message] == [caplog.records[0].message]
+
+
+class Unwaiting(TorchDispatchMode):
+    """Refuses what makes a host wait for a GPU, or sends it numbers: neither can be captured."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in WAITING, f"{func} waits"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"gkv"}))  # whose reference asks a host's tensors, and no other's
+def test_only_the_first_round_may_wait(name, monkeypatch):
+    """Captured steps have run before: tables of addresses are there by then."""
+    seen, inner = [], evict.evict_in_kernels
+
+    def watched(*given):
+        seen.append(None)
+        if len(seen) == 1:
+            return inner(*given)
+        with Unwaiting():
+            return inner(*given)
+
+    monkeypatch.setattr(evict, "evict_in_kernels", watched)
+    run(name, (28,), kernels=True)
+
+    assert len(seen) >= 2
+
+
+def test_waiting_is_noticed():
+    with Unwaiting(), pytest.raises(AssertionError, match="waits"):
+        torch.ones(2).sum().item()
+    with Unwaiting(), pytest.raises(AssertionError, match="waits"):
+        torch.tensor([1])
