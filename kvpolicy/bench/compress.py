@@ -131,7 +131,7 @@ def _shape(setup: CompressSetup, plan: Plan, queries: int) -> dict[str, int | st
         "budget": plan.budgets.average(2**62) if plan.spec.budget.share is None else str(plan.spec.budget),
         "dtype": str(setup.dtype).removeprefix("torch."),
         "keys": setup.keys,
-        "kernels": str(plan.kernels),
+        "kernels": str(not plan.fusion.off),
     }
 
 

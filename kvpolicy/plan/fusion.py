@@ -37,12 +37,14 @@ class Fusion:
     allocate: str
     select: str
     merge: str
-    off: str  # against all kernels: there is no GPU, or a first trial failed
+    absent: str  # against all kernels: there is no GPU
+    off: str  # against those that compress: the same, or a first trial failed
 
 
 def fusion_of(spec: PolicySpec, off: str) -> Fusion:
     """What the plugins of a policy offer to a plan that fuses; `off` says why nothing is."""
     return Fusion(
+        absent=off,
         off=off,
         terms=tuple(Term(weighted, None, off) if off else _term(weighted) for weighted in spec.score),
         allocate=_against_dividing(spec.allocate.heads),

@@ -58,13 +58,13 @@ class Plan:
     @property
     def kernels(self) -> bool:
         """Whether Triton kernels run where they can; else torch does."""
-        return not self.fusion.off
+        return not self.fusion.absent
 
     @cached_property
     def compresses_together(self) -> bool:
         """Whether decode steps compress all layers in one go: kernels serve them, and their views are no copies."""
         plain = not any(forms.keys.columns or forms.values.columns for forms in self.formats)
-        return self.kernels and plain and not self.ragged and not self.selective
+        return not self.fusion.off and plain and not self.ragged and not self.selective
 
     @property
     def footprint(self) -> Footprint:

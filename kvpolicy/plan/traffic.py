@@ -22,7 +22,7 @@ _DROP = "drop"
 
 def steps_of(plan: Plan, shapes: Shapes) -> tuple[Step, ...]:
     """Observe, each term of the score, allocate, select, merge, store: in the order in which they run."""
-    if plan.kernels:
+    if not plan.fusion.off:
         return (*_observe(plan, shapes), *_fused(plan, shapes))
     terms = (_score(plan, term, shapes, "") for term in plan.fusion.terms)
     last = (_allocate(plan, shapes), _select(plan, shapes), _merge(plan, shapes), _store(plan, shapes))

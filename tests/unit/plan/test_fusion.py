@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.plan import trial
 from kvpolicy.plan.fusion import fusion_of
 from kvpolicy.plan.plan import compile_policy
+from kvpolicy.plan.steps import REFERENCE, Shapes
+from kvpolicy.plan.traffic import steps_of
 from kvpolicy.spec.policy import Allocate, Weighted
 from kvpolicy.stages import Geometry, HeadAllocator, Scorer, Tile
 from tests.policies import small
@@ -82,6 +85,20 @@ def test_a_tile_that_does_not_run_leaves_the_others_fused():
     assert fusion.terms[0].tile is not None
     assert fusion.terms[1].tile is None
     assert fusion.terms[1].reason.startswith("its tile function does not run: ")
+
+
+def test_a_trial_that_fails_leaves_attention_in_kernels(monkeypatch):
+    """Compressions run the references, layer by layer, and the plan says why."""
+
+    def fail(*_given):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(trial, "choose_together", fail)
+    plan = plan_with(small("rkv").spec.score[0].scorer)
+    assert plan.kernels
+    assert not plan.compresses_together
+    assert plan.fusion.off == "RuntimeError: no such instruction"
+    assert {step.implementation for step in steps_of(plan, Shapes(32, 16, 16, (32,)))} == {REFERENCE}
 
 
 def test_without_a_gpu_nothing_is_fused():
