@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvpolicy.plan.fallback import note_once
 from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.plan.refusals import refusals
+from kvpolicy.runtime.static.kernel import attend_in_kernel
 from kvpolicy.runtime.static.layer import StaticLayer, layers
-from kvpolicy.runtime.static.slots import Slots
+from kvpolicy.runtime.static.slots import Slots, follow
 from kvpolicy.stages import Glimpse
 
 
@@ -14,15 +17,37 @@ def attend_static(layer: StaticLayer, queries: Tensor, scaling: float) -> Tensor
     """Attention [B, 1, H, Dv] of queries [B, H, 1, D]; followers see it, and the window takes the queries."""
     held = layer.slots
     packed = queries.reshape(*held.keys.shape[:2], -1, queries.shape[-1])  # the group's queries as tokens of one head
-    if not layer.plan.followers:
-        out = scaled_dot_product_attention(packed, held.keys, held.values, attn_mask=_seen(held), scale=scaling)
+    if not layer.plan.followers and not layer.plan.kernels:
+        out = _attend_plainly(held, packed, scaling)
     elif torch.compiler.is_compiling():
-        out = _follow_op(layer.name, packed, list(held.columns.values()), [held.keys, held.values], scaling)
+        entries = [held.keys, held.values, held.lengths]
+        out = _attend_op(layer.name, packed, list(held.columns.values()), entries, scaling)
     else:
-        out = _follow(layer, held, packed, scaling)
+        out = _attend(layer, held, packed, scaling)
     if held.ring is not None:
         held.ring.push(queries, layer.clock)
     return out.flatten(1, 2)[:, None]
+
+
+def _attend(layer: StaticLayer, held: Slots, packed: Tensor, scaling: float) -> Tensor:
+    """Attention [B, K, G, Dv] of [B, K, G, D]; followers see it."""
+    plan = layer.plan
+    if plan.kernels:
+        try:
+            return attend_in_kernel(plan, held, packed, scaling)
+        except refusals() as error:
+            note_once(f"attention over static slots runs without a kernel: {error}")
+    if not plan.followers:
+        return _attend_plainly(held, packed, scaling)
+    exact = torch.promote_types(packed.dtype, torch.float32)
+    logits = (packed.to(exact) * scaling) @ held.keys.to(exact).transpose(-1, -2)
+    glimpse = Glimpse(logits.masked_fill(~_seen(held), -torch.inf)[..., None, :])
+    follow(held, glimpse, plan.followers)
+    return (glimpse.probabilities[..., 0, :] @ held.values.to(exact)).to(packed.dtype)
+
+
+def _attend_plainly(held: Slots, packed: Tensor, scaling: float) -> Tensor:
+    return scaled_dot_product_attention(packed, held.keys, held.values, attn_mask=_seen(held), scale=scaling)
 
 
 def _seen(held: Slots) -> Tensor:
@@ -30,25 +55,12 @@ def _seen(held: Slots) -> Tensor:
     return held.columns[POSITIONS][:, :1, None] >= 0
 
 
-def _follow(layer: StaticLayer, held: Slots, packed: Tensor, scaling: float) -> Tensor:
-    """Attention [B, K, G, Dv] whose logits followers see."""
-    exact = torch.promote_types(packed.dtype, torch.float32)
-    logits = (packed.to(exact) * scaling) @ held.keys.to(exact).transpose(-1, -2)
-    glimpse = Glimpse(logits.masked_fill(~_seen(held), -torch.inf)[..., None, :])
-    for one in layer.plan.followers:
-        state = {name: held.columns[column] for name, column in one.columns.items()}
-        for name, new in one.update(glimpse, state).items():
-            state[name].copy_(new)
-    return (glimpse.probabilities[..., 0, :] @ held.values.to(exact)).to(packed.dtype)
+@torch.library.custom_op("kvpolicy::attend", mutates_args={"columns"})
+def _attend_op(name: int, packed: Tensor, columns: list[Tensor], entries: list[Tensor], scaling: float) -> Tensor:
+    layer, (keys, values, lengths) = layers[name], entries
+    return _attend(layer, layer.slots.standing_in([keys, values, *columns, lengths], []), packed, scaling)
 
 
-@torch.library.custom_op("kvpolicy::follow", mutates_args={"columns"})
-def _follow_op(name: int, packed: Tensor, columns: list[Tensor], entries: list[Tensor], scaling: float) -> Tensor:
-    layer = layers[name]
-    held = layer.slots.standing_in([*entries, *columns, layer.slots.lengths], [])
-    return _follow(layer, held, packed, scaling)
-
-
-@_follow_op.register_fake
+@_attend_op.register_fake
 def _(_name: int, packed: Tensor, *_others: object) -> Tensor:
     return torch.empty_like(packed)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.plan.followers import ATTENTION
+from kvpolicy.plan.followers import ATTENTION, Follower
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.runtime.static.ring import Ring
-from kvpolicy.stages import View
+from kvpolicy.stages import Glimpse, View
 
 
 class Slots:
@@ -65,3 +65,11 @@ class Slots:
             slot_state=state,
             rotary=plan.rotary,
         )
+
+
+def follow(slots: Slots, glimpse: Glimpse, followers: Sequence[Follower]) -> None:
+    """Let followers see the logits of one query a row."""
+    for one in followers:
+        state = {name: slots.columns[column] for name, column in one.columns.items()}
+        for name, new in one.update(glimpse, state).items():
+            state[name].copy_(new)

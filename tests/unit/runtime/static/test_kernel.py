@@ -1,0 +1,90 @@
+"""Attention over static slots in a kernel: what torch gives, and what followers see of it."""
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy.plan.plan import compile_policy
+from kvpolicy.runtime.static import attend
+from kvpolicy.spec.policy import Weighted
+from kvpolicy.stages import Geometry, Needs, Scorer, State
+from kvpolicy_kernels import UnsupportedInputError
+from tests.driving import DIM, GROUP, HEADS
+from tests.policies import small
+from tests.unit.runtime.static.filling import CAPACITY, filled
+
+LENGTHS = [CAPACITY, 9, 1]
+
+
+@attrs.frozen
+class Remembers(Scorer):
+    """Sums what the newest query sees of an entry."""
+
+    name = "remembers"
+    attention: bool = False
+
+    def needs(self):
+        return Needs(attention=self.attention, followed=1)
+
+    def slot_state(self):
+        return (State("sum"),)
+
+    def follow(self, glimpse, state):
+        return {"sum": state["sum"] + glimpse.probabilities.sum((2, 3))}
+
+    def score(self, view):
+        return view.slot_state["sum"]
+
+
+SCORES = {
+    "nobody": small("snapkv").spec.score,
+    "mass": small("h2o").spec.score,
+    "logits": (Weighted(Remembers()),),
+    "both": (Weighted(Remembers(attention=True)),),
+}
+
+
+def layers(score):
+    """The same entries in two plans, without kernels and with them."""
+    spec = attrs.evolve(small("snapkv").spec, score=score)
+    geometry = Geometry((0,), HEADS * GROUP, HEADS, DIM)
+    plans = [compile_policy(spec, geometry, "cpu", torch.float32, kernels=kernels) for kernels in (False, True)]
+    return [filled(plan, LENGTHS) for plan in plans]
+
+
+def queries():
+    return torch.randn(len(LENGTHS), HEADS * GROUP, 1, DIM, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_the_kernel_gives_what_torch_gives(score, monkeypatch):
+    plain, fused = layers(score)
+    expected = attend.attend_static(plain, queries(), 0.4)
+    monkeypatch.setattr(attend, "_attend_plainly", None)
+    found = attend.attend_static(fused, queries(), 0.4)
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, column in plain.slots.columns.items():
+        torch.testing.assert_close(fused.slots.columns[name], column, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_behind_the_entries_is_read():
+    _, fused = layers(SCORES["both"])
+    expected = attend.attend_static(fused, queries(), 0.4)
+    for tensor in (fused.slots.keys, fused.slots.values):
+        for row, length in enumerate(LENGTHS):
+            tensor[row, :, length:] = torch.nan
+
+    assert torch.equal(attend.attend_static(fused, queries(), 0.4), expected)
+
+
+def test_what_the_kernel_refuses_torch_does(monkeypatch, caplog):
+    plain, fused = layers(SCORES["both"])
+    expected = attend.attend_static(plain, queries(), 0.4)
+
+    def refuse(*_given):
+        raise UnsupportedInputError("not with these slots")
+
+    monkeypatch.setattr(attend, "attend_in_kernel", refuse)
+    assert torch.equal(attend.attend_static(fused, queries(), 0.4), expected)
+    assert "not with these slots" in caplog.text
