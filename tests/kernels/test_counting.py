@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tests.kernels.conftest import counts
 from tests.kernels.counting import counted
 
 
@@ -72,3 +73,10 @@ def test_a_failure_inside_stops_the_counting():
     launch()
 
     assert seen.read == {}
+
+
+def test_tests_that_count_are_known_also_if_a_helper_does():
+    assert counts(test_elements_are_counted_with_their_size)
+    assert counts(lambda: test_elements_are_counted_with_their_size(torch.bool))
+    assert not counts(copied)
+    assert not counts(print)

@@ -5,72 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy_kernels import Column, Segments, UnsupportedInputError
+from kvpolicy_kernels import Column, Segments
 from kvpolicy_kernels.lookalikes import search
 from kvpolicy_kernels.redundancy import forgiven, traffic
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from tests.golden.families import FOLDER, Vectors
-from tests.kernels.accuracy import assert_twice_as_good
+from tests.kernels.cases import DTYPES
 from tests.kernels.counting import counted
-from tests.kernels.outputs import Guarded
 from tests.kernels.references import redundancy as reference
-from tests.kernels.scenes import DEVICE, Scene, scene
+from tests.kernels.resembling import KINDS, check, keys_of, place, threshold_for
+from tests.kernels.scenes import DEVICE
 from tests.views import view_of
-
-KINDS = ("isotropic", "clustered", "duplicates", "shared mean")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOUD = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy reports overflows that a GPU does not
-
-
-def keys_of(kind: str, lengths: torch.Tensor, dim: int, dtype: torch.dtype, seed: int, capacity=None) -> Scene:
-    """A scene whose keys resemble each other in one of several ways."""
-    found = scene(lengths, dim, dtype, capacity=capacity, seed=seed)
-    random = torch.Generator().manual_seed(seed + 1)
-    for keys in found.lists("keys"):
-        keys.copy_(resembling(kind, keys.shape[0], dim, random).to(dtype))
-    return found
-
-
-def resembling(kind: str, count: int, dim: int, random: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(count, dim, generator=random)
-    if kind == "isotropic":
-        return noise
-    if kind == "shared mean":
-        return noise + 1.5 * torch.randn(dim, generator=random)
-    centres = torch.randn(5, dim, generator=random) * torch.rand(5, 1, generator=random) * 3
-    members = centres[torch.randint(0, 5, (count,), generator=random)]
-    return members + (0.5 * noise if kind == "clustered" else 0.0 * noise)
-
-
-def expected(found: Scene, threshold: float, forgive: int, end: str, empty_row: str):
-    """Exact result and same-dtype torch's, [P, T]."""
-    shape = (found.segments.count, found.segments.longest)
-    exact, same = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape)
-    for row, keys in enumerate(found.lists("keys")):
-        pairs = reference.similarities(keys.cpu().double())
-        chosen = reference.targets(pairs, threshold, forgive, end)
-        exact[row, : len(keys)] = reference.forgiven(pairs, chosen, empty_row)
-        same[row, : len(keys)] = reference.forgiven(reference.similarities(keys.cpu()), chosen, empty_row)
-    return exact, same
-
-
-def threshold_for(found: Scene, near: float = 0.5) -> float:
-    pairs = [reference.similarities(keys.cpu().double()).flatten() for keys in found.lists("keys")]
-    return reference.between(torch.cat(pairs), near)
-
-
-def check(found: Scene, *, near=0.5, forgive=1, end="last", empty_row="slot0") -> torch.Tensor:
-    threshold = threshold_for(found, near)
-    exact, same = expected(found, threshold, forgive, end, empty_row)
-    segments, keys = place(found)
-    out = Guarded((segments.count, segments.longest), torch.float32, DEVICE)
-    given_back = forgiven(
-        segments, keys, threshold=threshold, forgive=forgive, end=end, empty_row=empty_row, out=out.tensor
-    )
-    out.check()
-    assert given_back is out.tensor
-    assert_twice_as_good(out.tensor.cpu(), same, exact)
-    return out.tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,19 +41,6 @@ def test_several_chunks_of_columns(kind, dtype, end):
 def test_options(kind, forgive, end, empty_row, dtype):
     found = keys_of(kind, torch.tensor([[[67, 3]]]), 16, dtype, seed=forgive)
     check(found, forgive=forgive, end=end, empty_row=empty_row, near=0.3)
-
-
-@pytest.mark.parametrize("end", ["last", "first"])
-@pytest.mark.parametrize("forgive", [1, 2, 5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_targets(kind, forgive, end):
-    found = keys_of(kind, torch.tensor([[[140, 3]]]), 16, torch.bfloat16, seed=forgive)
-    threshold = threshold_for(found, 0.45)
-    result = search(*place(found), threshold=threshold, forgive=forgive, end=end)
-    for row, keys in enumerate(found.lists("keys")):
-        chosen = reference.targets(reference.similarities(keys.cpu().double()), threshold, forgive, end)
-        padded = [columns + [-1] * (forgive - len(columns)) for columns in chosen]
-        assert result.targets[row, : len(keys)].tolist() == padded
 
 
 LAYOUTS = [
@@ -174,53 +106,6 @@ def test_as_the_plugin(seed, forgive, end):
     torch.testing.assert_close(mean.softmax(-1).float(), plugin.score(view_of(keys))[0], atol=1e-8, rtol=1e-6)
 
 
-@LOUD
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("slot", [0, 17, 99])
-def test_a_key_that_is_not_finite_spoils_the_first_slot_of_its_segment_only(slot, wrong, dtype):
-    lengths = torch.tensor([[[100, 100]]])
-    clean, dirty = (keys_of("clustered", lengths, 16, dtype, seed=8) for _ in range(2))
-    dirty.lists("keys")[0][slot, 5] = wrong
-    options = {"threshold": threshold_for(clean), "forgive": 1}
-    before = forgiven(clean.segments, clean.columns["keys"], **options)
-    after = forgiven(dirty.segments, dirty.columns["keys"], **options)
-    assert torch.equal(after[1], before[1])
-    assert after[0, 0].isnan() == (slot > 0)  # the first forgives itself nothing
-    assert after[0, 1:].isfinite().all()
-    assert not forgiven(dirty.segments, dirty.columns["keys"], **options, empty_row="none").isnan().any()
-
-
-@LOUD
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e15, 1e25])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_norms_far_from_one(scale, dtype):
-    """Keys so small that their norm is lost beside 1e-8 look like nobody; so do those whose norm overflows."""
-    found = keys_of("clustered", torch.tensor([[[80]]]), 16, torch.float32, seed=2)
-    column = found.columns["keys"]
-    keys = (column.storages[0] * scale).to(dtype)
-    scaled = Column(torch.tensor([keys.data_ptr()], device=DEVICE), dtype, 16, (keys,))
-    sums = forgiven(found.segments, scaled, threshold=0.5, forgive=1).cpu()[0]
-    held = keys[:80].cpu().float()
-    directions = held / (held.square().sum(-1, keepdim=True).sqrt() + 1e-8)
-    pairs = (directions.double() @ directions.double().T).fill_diagonal_(0)
-    exact = reference.forgiven(pairs, reference.targets(pairs, 0.5, 1, "last"), "slot0")
-    torch.testing.assert_close(sums.double(), exact, atol=1e-4, rtol=1e-5)
-    assert bool(sums[1:].any()) == (scale == 1e15)
-
-
-def test_the_search_ends_when_all_have_met_a_look_alike():
-    lengths = torch.tensor([[[500]]])
-    alike = search(*place(keys_of("shared mean", lengths, 64, torch.bfloat16, 1)), threshold=0.3, forgive=1)
-    alone = search(*place(keys_of("isotropic", lengths, 64, torch.bfloat16, 1)), threshold=0.9, forgive=1)
-    assert alike.compared.tolist() == [[256] * 8]
-    assert alone.compared.tolist() == [[500] * 8]
-    oldest = search(
-        *place(keys_of("shared mean", lengths, 64, torch.bfloat16, 1)), threshold=0.3, forgive=1, end="first"
-    )
-    assert oldest.compared.tolist() == [[256] * 8]
-
-
 @pytest.mark.parametrize(("dtype", "forgive"), [(torch.bfloat16, 1), (torch.float16, 3)], ids=str)
 def test_every_run_gives_the_same_bits(dtype, forgive):
     found = keys_of("duplicates", torch.tensor([[[70]]]), 16, dtype, 6)
@@ -267,60 +152,3 @@ if DEVICE == "cpu":  # bytes are counted by the interpreter
         most = traffic(segments, lengths, keys, forgive=forgive)
         assert most.read["keys"] >= planned.read["keys"]
         assert most.launches == 4
-
-
-def place(found: Scene) -> tuple[Segments, Column]:
-    return found.segments, found.columns["keys"]
-
-
-def test_what_the_kernels_cannot_do_is_refused_before_anything_is_written():
-    found = keys_of("clustered", torch.tensor([[[20, 30]]]), 16, torch.float32, 0)
-    segments, keys = place(found)
-    wide = torch.zeros(4, 300, device=DEVICE)
-    out = Guarded((2, 30), torch.float32, DEVICE)
-    usual = {"threshold": 0.5, "forgive": 1, "out": out.tensor}
-    whole = torch.zeros(4, 16, dtype=torch.int32, device=DEVICE)
-    for changed in (
-        {"forgive": 17},
-        {"forgive": -1},
-        {"threshold": -0.5},
-        {"threshold": float("nan")},
-        {"end": "newest"},
-        {"empty_row": "slot1"},
-        {"out": torch.empty(2, 31, device=DEVICE)},
-        {"out": torch.empty(2, 30, dtype=torch.float64, device=DEVICE)},
-        {"out": torch.empty(30, 2, device=DEVICE).T},
-        {"keys": Column(keys.addresses, torch.float32, 300, (wide,))},
-        {"keys": Column(keys.addresses, torch.int32, 16, (whole,))},
-        {"keys": Column(keys.addresses.repeat(2), torch.float32, 16, keys.storages)},
-        {"segments": Segments(segments.starts, segments.lengths.long(), 1, 1, 2, 30)},
-        {"segments": Segments(segments.starts[:1], segments.lengths, 1, 1, 2, 30)},
-        {"segments": Segments(segments.starts, segments.lengths, 1, 1, 2, 1 << 23), "out": None},
-    ):
-        options = {"segments": segments, "keys": keys, **usual, **changed}
-        with pytest.raises(UnsupportedInputError):
-            forgiven(options.pop("segments"), options.pop("keys"), **options)
-    assert out.tensor.isnan().all()
-
-
-def test_nothing_at_all():
-    empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    segments = Segments(empty, empty.int(), 1, 0, 2, 5)
-    keys = Column(torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.float32, 8, ())
-    assert forgiven(segments, keys, threshold=0.5, forgive=1).shape == (0, 5)
-
-
-if torch.cuda.is_available():
-
-    def test_storage_beyond_two_to_the_31_elements():
-        storage = torch.empty((1 << 31) // 128 + 600, 128, dtype=torch.bfloat16, device=DEVICE)
-        keys = resembling("clustered", 500, 128, torch.Generator().manual_seed(1)).to(storage)
-        storage[-500:] = keys
-        starts = torch.tensor([storage.shape[0] - 500], device=DEVICE)
-        far = Segments(starts, torch.tensor([500], dtype=torch.int32, device=DEVICE), 1, 1, 1, 500)
-        near = Segments(torch.zeros_like(starts), far.lengths, 1, 1, 1, 500)
-        options = {"threshold": 0.5, "forgive": 1}
-        columns = [
-            Column(torch.tensor([one.data_ptr()], device=DEVICE), one.dtype, 128, (one,)) for one in (storage, keys)
-        ]
-        assert torch.equal(forgiven(far, columns[0], **options), forgiven(near, columns[1], **options))

@@ -1,11 +1,11 @@
-"""Attention over static slots in a kernel: what torch gives, and what followers see of it."""
+"""Static slots in kernels: attention, what followers see of it, and compressions give what torch gives."""
 
 import attrs
 import pytest
 import torch
 
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime.static import attend
+from kvpolicy.runtime.static import attend, evict
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Geometry, Needs, Scorer, State
 from kvpolicy_kernels import UnsupportedInputError
@@ -88,3 +88,28 @@ def test_what_the_kernel_refuses_torch_does(monkeypatch, caplog):
     monkeypatch.setattr(attend, "attend_in_kernel", refuse)
     assert torch.equal(attend.attend_static(fused, queries(), 0.4), expected)
     assert "not with these slots" in caplog.text
+
+
+@pytest.mark.parametrize("due", [(True, False, True), (False, True, False), (True, True, True)])
+@pytest.mark.parametrize("name", ["snapkv", "rkv", "h2o", "gkv", "tova"])
+def test_layers_are_compressed_together_as_they_are_alone(name, due):
+    """Two layers with different budgets; rows that are not due keep everything."""
+    geometry = Geometry((0, 1), HEADS * GROUP, HEADS, DIM)
+    results = []
+    for kernels in (False, True):
+        plan = compile_policy(small(name, 7).spec, geometry, "cpu", torch.float32, kernels=kernels)
+        pair = [filled(plan, [CAPACITY, 12, 13], seed) for seed in (1, 2)]
+        budgets, nan = torch.tensor([[7, 8, 9], [9, 7, 8]]), torch.zeros(2, dtype=torch.int64)
+        evict.evict(pair, torch.tensor([due, due]), budgets, nan)
+        results.append((pair, nan))
+    (plain, expected), (fused, found) = results
+
+    assert torch.equal(found, expected)
+    for one, other in zip(plain, fused, strict=True):
+        assert torch.equal(other.slots.lengths, one.slots.lengths)
+        positions = one.slots.columns["positions"]
+        columns = {**one.slots.columns, "keys": one.slots.keys, "values": one.slots.values}
+        others = {**other.slots.columns, "keys": other.slots.keys, "values": other.slots.values}
+        for column, held in columns.items():
+            torch.testing.assert_close(others[column][positions >= 0], held[positions >= 0], rtol=1e-5, atol=1e-6)
+        assert torch.equal(others["positions"], positions)

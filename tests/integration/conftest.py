@@ -1,0 +1,19 @@
+"""Decode steps of fixed shapes, watched while they are served."""
+
+import pytest
+
+from kvpolicy.runtime.static.session import Session
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The sessions by which decode steps were served, one entry a step."""
+    served, run = [], Session.run
+
+    def recorded(session, tokens, places):
+        logits = run(session, tokens, places)
+        served.append(session)
+        return logits
+
+    monkeypatch.setattr(Session, "run", recorded)
+    return served

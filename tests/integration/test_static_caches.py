@@ -1,0 +1,101 @@
+"""Caches in steps of fixed shapes: taking turns, undone, moved, copied, and after their attachment."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from tests.integration.static_steps import TOLERANCE, fed
+from tests.models import build, generate, model, prompt
+from tests.policies import held, small
+
+
+def test_two_caches_take_turns():
+    texts = [prompt(30, seed=seed)[0] for seed in (0, 1)]
+    alone = {}
+    for graph, turns in (
+        (False, [0] * 9),
+        (False, [1] * 9),
+        (True, [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0]),
+    ):
+        with small("gkv").attach(model(), graph=graph) as attachment, torch.no_grad():
+            caches, said = [attachment.cache() for _ in texts], {0: [], 1: []}
+            for turn in turns:
+                cache, start = caches[turn], caches[turn].get_seq_length()
+                fed = texts[turn][:, start : start + 1] if start else texts[turn][:, :20]
+                said[turn].append(model()(fed, past_key_values=cache).logits[:, -1])
+        for turn in set(turns):
+            logits = torch.cat(said[turn])
+            expected = alone.setdefault(turn, logits)
+            assert logits.shape == expected.shape
+            assert (logits - expected).abs().max() <= TOLERANCE
+
+
+def conversation(graph):
+    """Two turns, with tokens undone in between and rows moved; logits of all forwards, and what is held in the end."""
+    one, tokens, said = model(), prompt(60, 60)[0], []
+    with small("snapkv", every=8).attach(one, graph=graph) as attachment:
+        cache = attachment.cache()
+        said += fed(one, cache, tokens, 20, *range(21, 27))
+        cache.crop(-2)
+        said += fed(one, cache, tokens, *range(25, 33))
+        said += fed(one, cache, tokens, 40, *range(41, 47))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        said += fed(one, cache, tokens, *range(47, 53))
+        cache.batch_select_indices(torch.tensor([1]))
+        said += fed(one, cache, tokens[1:], *range(53, 61))
+    return torch.cat(said), held(cache)
+
+
+def test_turns_rollbacks_and_moved_rows_come_in_between(steps):
+    (free, ours), (fixed, theirs) = conversation(graph=False), conversation(graph=True)
+    assert (free - fixed).abs().max() <= TOLERANCE
+    assert ours == theirs
+    assert len(steps) == 5 + 7 + 5 + 5 + 7  # all decode steps but the first of each stretch
+
+
+def test_tokens_that_may_be_undone_are_left_to_the_model(steps):
+    tokens, found = prompt(50)[0], []
+    for graph in (False, True):
+        with small("snapkv").attach(model(), graph=graph) as attachment, torch.no_grad():
+            cache = attachment.cache()
+            fed(model(), cache, tokens, 20, *range(21, 26))
+            cache.activate_past_recording()
+            fed(model(), cache, tokens, *range(26, 33))  # an eviction would be due
+            cache.crop(-5)
+            cache.stop_recording()
+            found.append(torch.cat(fed(model(), cache, tokens, *range(28, 41))))
+    assert (found[0] - found[1]).abs().max() <= TOLERANCE
+    assert len(steps) == 4 + 12
+
+
+def test_threads_take_turns():
+    texts = [prompt(30, 21, seed=seed) for seed in (0, 1)]
+    with small("rkv").attach(model()):
+        expected = [generate(model(), *text).sequences for text in texts]
+    with small("rkv").attach(model(), graph=True), ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda text: generate(model(), *text).sequences, texts))
+    assert all(map(torch.equal, expected, found))
+
+
+def test_a_copied_cache_goes_its_own_way(steps):
+    one, tokens = model(), prompt(40, seed=2)[0]
+    with small("rkv").attach(one, graph=True) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        fed(one, cache, tokens, 20, *range(21, 26))
+        assert steps
+        other = copy.deepcopy(cache)
+        ends = [torch.cat(fed(one, each, tokens, *range(26, 34))) for each in (cache, other)]
+        assert held(cache) == held(other)
+    assert (ends[0] - ends[1]).abs().max() <= TOLERANCE
+
+
+def test_a_cache_goes_on_after_its_attachment(steps):
+    one, tokens = build(), prompt(40)[0]
+    with small("snapkv").attach(one, graph=True) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        fed(one, cache, tokens, 20, *range(21, 26))
+    assert steps
+    assert cache.get_seq_length() == 25
+    assert max(held(cache)[0][0][0]) == 24
+    cache.check_integrity()

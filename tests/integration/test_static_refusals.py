@@ -1,0 +1,96 @@
+"""What steps of fixed shapes refuse, and what goes wrong in them, is said."""
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy.errors import (
+    CacheError,
+    KVPolicyError,
+    NonFiniteScoreWarning,
+    ParameterError,
+    PolicyError,
+    UnsupportedModelError,
+)
+from kvpolicy.stages import Selector
+from kvpolicy_plugins.selectors.topk import TopK
+from tests import fingerprint
+from tests.integration.static_steps import fed
+from tests.models import build, generate, model, prompt
+from tests.policies import held, small
+
+
+def test_nan_is_counted_and_said(steps):
+    one = build()
+    with small("rkv").attach(one, graph=True) as attachment, torch.no_grad():
+        cache, tokens = attachment.cache(), prompt(30)[0]
+        fed(one, cache, tokens, 20, 21, 22)
+        steps[0].layers[1].slots.keys[0, :, 3, 0] = torch.nan
+        with pytest.warns(NonFiniteScoreWarning, match="scores are NaN"):
+            fed(one, cache, tokens, *range(23, 27))
+
+
+REFUSED = {
+    "allocate.heads": small("adakv"),
+    "compress.every": small("snapkv", every="never"),
+    "budget": small("snapkv", budget="10%"),
+    "merge": small("d2o"),
+    "store": small("snapkv", store={"use": "fp8"}),
+    "read": small("snapkv", read={"use": "pages", "page": 4, "budget": 8}),
+}
+
+
+@pytest.mark.parametrize("place", REFUSED)
+def test_what_fixed_shapes_cannot_serve_is_refused_before_anything_changes(place):
+    one = build()
+    before = fingerprint.of_model(one)
+    with pytest.raises(PolicyError, match="graph: ") as raised:
+        REFUSED[place].attach(one, graph=True)
+    assert [problem.where for problem in raised.value.problems] == [place]
+    assert fingerprint.of_model(one) == before
+
+
+def test_a_model_with_sliding_layers_is_refused():
+    with pytest.raises(UnsupportedModelError, match="sliding window"):
+        small("snapkv").attach(model("gemma3"), graph=True)
+
+
+@pytest.mark.parametrize("graph", ["reduce-overhead", 1, "", ("compile",)])
+def test_another_way_to_run_steps_is_refused(graph):
+    with pytest.raises(ParameterError, match="graph"):
+        small("snapkv").attach(model(), graph=graph)
+
+
+def test_a_step_that_fails_leaves_a_cache_that_nobody_can_go_on_with(steps, monkeypatch):
+    one, tokens = model(), prompt(40)[0]
+    with small("snapkv").attach(one, graph=True) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        fed(one, cache, tokens, 20, 21, 22)
+        with monkeypatch.context() as broken:
+            broken.setattr(steps[0]._step, "forward", lambda **_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                one(tokens[:, 22:23], past_key_values=cache)
+        with pytest.raises(KVPolicyError, match="failed"):
+            one(tokens[:, 22:23], past_key_values=cache)
+        assert generate(one, tokens[:, :20]).sequences.shape == (1, 44)
+
+
+@attrs.frozen
+class Fewer(Selector):
+    """Keeps one entry less than it should."""
+
+    name = "fewer"
+
+    def select(self, scores, candidates, counts):
+        return TopK().select(scores, candidates, counts - 1)
+
+
+def test_a_plugin_that_keeps_another_count_is_found_out(steps):
+    policy = small("snapkv")
+    policy = attrs.evolve(policy, spec=attrs.evolve(policy.spec, select=Fewer()))
+    with policy.attach(model(), graph=True) as attachment:
+        cache = attachment.cache()
+        fed(model(), cache, prompt(40)[0], 20, *range(21, 30))
+        with pytest.raises(CacheError, match="instead of"):
+            held(cache)
+    assert steps
