@@ -37,6 +37,7 @@ def _attend(layer: StaticLayer, held: Slots, packed: Tensor, scaling: float) -> 
             return attend_in_kernel(plan, held, packed, scaling)
         except refusals() as error:
             note_once(f"attention over static slots runs without a kernel: {error}")
+            held = held.without_remains()
     if not plan.followers:
         return _attend_plainly(held, packed, scaling)
     exact = torch.promote_types(packed.dtype, torch.float32)

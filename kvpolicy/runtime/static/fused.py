@@ -62,12 +62,9 @@ def _compact(layers: Layers, held: Sequence[Slots], kept: Tensor, fresh: set[str
 
 
 def _settle(slots: Slots, kept: Tensor, fresh: Mapping[str, Tensor], due: Tensor) -> None:
-    """What is not moved: new state, lengths, and the slots that have become empty."""
+    """What is not moved: new state, and lengths."""
     kept = kept[..., : slots.keys.shape[2]].long()
     for name, values in fresh.items():
         old = slots.columns[name]
         old.copy_(gather(torch.where(due[:, None, None], values, old), kept))
-    empty = (slots.columns[POSITIONS] < 0)[..., None]
-    for entries in (slots.keys, slots.values):
-        entries.masked_fill_(empty, 0)  # an evicted one could be NaN, and a masked slot is still multiplied
     slots.lengths.copy_((kept[:, 0] >= 0).sum(-1))

@@ -45,6 +45,12 @@ class Slots:
         other.ring = Ring(*window) if window else None
         return other
 
+    def without_remains(self) -> "Slots":
+        """Zeros in empty slots, where kernels leave what was evicted: it could be NaN, and torch multiplies it."""
+        empty = (self.columns[POSITIONS] < 0)[..., None]
+        entries = (tensor.masked_fill(empty, 0) for tensor in (self.keys, self.values))
+        return self.standing_in([*entries, *self.columns.values(), self.lengths], [])
+
     def view(self, plan: Plan, ordinal: int, scaling: float) -> View:
         """What plugins see: all slots, without a copy."""
         state = dict(self.columns)

