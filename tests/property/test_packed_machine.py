@@ -219,3 +219,13 @@ def test_what_may_still_be_undone_is_read_whole(store):
     layer.crop(0)
     feed(layer, *entries(generator, 1, 1))
     assert layer.stats.read < 30
+
+
+@pytest.mark.parametrize("count", [6, 40], ids=["pads leave", "pads leave and entries are packed"])
+def test_what_is_noted_of_a_step_is_what_it_leaves(count):
+    layer, generator = new_layer(plan_of("kivi", "100%")), torch.Generator().manual_seed(0)
+    feed(layer, *entries(generator, 2, count), torch.arange(count) >= torch.tensor([[0], [3]]))
+    assert layer.held.is_plain == (count == 6)
+    assert not layer.padded
+    assert layer.stats.held == layer.held.slots.average == count - 1.5
+    assert layer.stats.nbytes == layer.held.nbytes

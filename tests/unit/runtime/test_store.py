@@ -107,3 +107,12 @@ def test_a_segment_without_a_slot_may_be_the_last():
     store.keep(Move([0, 1], torch.tensor([[[1, 2]], [[-1, -1]]])), layout(2, 0))
     assert positions(store) == [[1, 2], []]
     store.check_integrity()
+
+
+def test_one_move_serves_storages_that_lie_differently():
+    """As keys and positions do, when one of them has grown."""
+    move = Move([0, 1], torch.tensor([[[1, 3]], [[0, 2]]]))
+    for slack in (0, 2):
+        store = filled(4, 4, slack=slack)
+        store.keep(move, layout(4, 4, slack=slack))
+        assert positions(store) == [[1, 3], [10, 12]]
