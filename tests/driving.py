@@ -23,9 +23,13 @@ class Worth(Scorer):
     name = "worth"
     queries: int = 0
     attention: bool = False
+    any_order: bool = False
 
     def needs(self):
         return Needs(self.queries, self.attention)
+
+    def in_any_order(self):
+        return self.any_order
 
     def score(self, view):
         return view.keys[..., WORTH].float()
@@ -49,11 +53,11 @@ def plan_of(policy, layers=1, *, kernels=None):
     return compile_policy(policy.spec, geometry, "cpu", torch.float32, kernels=kernels)
 
 
-def worth_plan(budget=6, every=3, sinks=1, recent=2, *, ragged=False, queries=3, attention=True, prefill=True):
+def worth_plan(budget=6, every=3, sinks=1, recent=2, *, ragged=False, prefill=True, **worth):
     """A plan that keeps the entries of the highest worth."""
     protect = {"sinks": sinks, "recent": recent}
     spec = small("snapkv", budget, every, protect=protect, compress={"prefill": prefill}).spec
-    spec = attrs.evolve(spec, score=(Weighted(Worth(queries, attention)),))
+    spec = attrs.evolve(spec, score=(Weighted(Worth(**{"queries": 3, "attention": True, **worth})),))
     if ragged:
         spec = attrs.evolve(spec, allocate=Allocate(layers=spec.allocate.layers, heads=FirstHeads()))
     return plan_of(attrs.evolve(small("snapkv"), spec=spec))

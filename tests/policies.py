@@ -20,7 +20,10 @@ def held(cache):
 
 
 def _held(layer, row, head):
-    return layer.held.slots.segment("positions", row, head).tolist()
+    slots = layer.held.slots.segment("positions", row, head).tolist()
+    real = [position for position in slots if position >= 0]
+    assert real == sorted(real) or not layer.in_order
+    return sorted(slots)
 
 
 def _rows(layer):

@@ -40,7 +40,7 @@ class Compaction:
         variants = [
             Variant(OURS, lambda: self._ours(plan, layers)),
             Variant(AGAIN, lambda: self._ours(plan, layers)),
-            Variant(GATHER, lambda: lambda: [gathered(held, one, 0) for held, one in zip(layers, kept, strict=True)]),
+            Variant(GATHER, lambda: self._gather(layers, kept)),
         ]
         samples = interleave(variants, clock, self.protocol)
         shape = {**attrs.asdict(self.shape), "kept": kept[0].shape[-1], "dtype": str(self.dtype)}
@@ -55,9 +55,20 @@ class Compaction:
 
         def move() -> None:
             for layer, view, one in chosen:
-                layer.take((0,), reduce_to(plan.spec, view, one))
+                layer.take((0,), reduce_to(plan.spec, view, one), fills=plan.fills_holes)
 
         return move
+
+    def _gather(self, layers: list[Held], kept: list[torch.Tensor]) -> Call:
+        """As a cache does whose entries are replaced layer by layer, in which the newest token has just arrived."""
+        entries = [attrs.evolve(held, keys=held.keys.clone(), values=held.values.clone()) for held in layers]
+
+        def replace() -> None:
+            for layer, slots in enumerate(kept):
+                keys, values = gathered(entries[layer], slots, 0)
+                entries[layer] = attrs.evolve(entries[layer], keys=keys, values=values)
+
+        return replace
 
     def _kept(self, plan: Plan, layers: list[Held]) -> list[torch.Tensor]:
         cache, _ = due(plan, self.shape, layers)

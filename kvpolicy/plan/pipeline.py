@@ -12,7 +12,7 @@ from kvpolicy.plan.followers import MERGE_STATE, state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Entries, Scorer, View
 from kvpolicy.stages.checks import check_scores, check_tensor, seen_shape
-from kvpolicy.stages.slots import gather, indices_of
+from kvpolicy.stages.slots import indices_of
 
 
 @attrs.frozen(eq=False)
@@ -20,17 +20,18 @@ class Compressed:
     """What remains of a layer. N is the largest number of entries that a head keeps."""
 
     kept: Tensor  # [B, K, N] int64, slots of the view, ascending, -1 behind a head's last one
-    entries: Entries | None  # [B, K, N, D] and [B, K, N, Dv]; None = those of the kept slots, as they are
-    slot_state: dict[str, Tensor]  # [B, K, N] float32, named as in the store; new values only
-    row_state: dict[str, Tensor]  # [B] float32, the merger's
+    observed: dict[str, Tensor]  # [B, K, T] float32, new slot state of all entries, named as in the store
+    entries: Entries | None = None  # [B, K, N, D] and [B, K, N, Dv]; None = those of the kept slots, as they are
+    slot_state: dict[str, Tensor] = attrs.field(factory=dict)  # [B, K, N] float32, the merger's; new values only
+    row_state: dict[str, Tensor] = attrs.field(factory=dict)  # [B] float32, the merger's
 
 
 @attrs.frozen(eq=False)
 class Chosen:
     """Which entries of a layer stay, and what scorers have noted about all of them."""
 
-    kept: Tensor  # [B, K, N] int64, as in `Compressed`
-    observed: dict[str, Tensor]  # [B, K, T] float32, new slot state, named as in the store
+    kept: Tensor  # as in `Compressed`
+    observed: dict[str, Tensor]  # as in `Compressed`
 
 
 def compress(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
@@ -50,12 +51,11 @@ def choose(spec: PolicySpec, view: View, budget: Sequence[int]) -> Chosen:
 
 def reduce_to(spec: PolicySpec, view: View, chosen: Chosen) -> Compressed:
     """What remains of a layer of which the `chosen` entries stay."""
-    state = {name: gather(values, chosen.kept) for name, values in chosen.observed.items()}
     if spec.merge.moves_only:
-        return Compressed(chosen.kept, None, state, {})
+        return Compressed(chosen.kept, chosen.observed)
     entries = merge(spec, view, chosen.kept)
-    state.update({MERGE_STATE + name: values for name, values in entries.slot_state.items()})
-    return Compressed(chosen.kept, entries, state, dict(entries.row_state))
+    state = {MERGE_STATE + name: values for name, values in entries.slot_state.items()}
+    return Compressed(chosen.kept, chosen.observed, entries, state, dict(entries.row_state))
 
 
 def score(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,7 +92,8 @@ def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int]
     heads = view.positions.shape[1]
     total = torch.as_tensor(budget, dtype=torch.int64, device=view.positions.device) * heads
     free = (total - view.protected.sum((1, 2))).clamp(min=0)
-    counts = spec.allocate.heads.allocate(scores, view.candidates, free)
+    competing = view.in_sequence(scores), view.in_sequence(view.candidates)
+    counts = spec.allocate.heads.allocate(*competing, free)
     rows = {"batch": scores.shape[0], "kv_heads": heads}
     check_tensor(spec.allocate.heads, counts, rows, torch.int64, scores.device)
     return counts
@@ -100,9 +101,9 @@ def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int]
 
 def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tensor:
     """The candidates that stay, bool [B, K, T]."""
-    chosen = spec.select.select(scores, view.candidates, counts)
+    chosen = spec.select.select(view.in_sequence(scores), view.in_sequence(view.candidates), counts)
     check_tensor(spec.select, chosen, seen_shape(view), torch.bool, scores.device)
-    return chosen & view.candidates
+    return view.in_slots(chosen) & view.candidates
 
 
 def merge(spec: PolicySpec, view: View, kept: Tensor) -> Entries:

@@ -61,10 +61,24 @@ class Plan:
         return not self.fusion.absent
 
     @cached_property
+    def packs(self) -> bool:
+        """Whether anything is ever held that is made of several entries, packed vectors or pages."""
+        return self.selective or any(forms.keys.columns or forms.values.columns for forms in self.formats)
+
+    @cached_property
     def compresses_together(self) -> bool:
         """Whether decode steps compress all layers in one go: kernels serve them, and their views are no copies."""
-        plain = not any(forms.keys.columns or forms.values.columns for forms in self.formats)
-        return not self.fusion.off and plain and not self.ragged and not self.selective
+        return not self.fusion.off and not self.ragged and not self.packs
+
+    @cached_property
+    def fills_holes(self) -> bool:
+        """Whether the last of the kept entries fill the holes that a decode step leaves: few move, but out of order.
+
+        Kernels that choose entries take recency and ties by slot; heads of different lengths are laid out anew anyway.
+        """
+        indifferent = all(weighted.scorer.in_any_order() for weighted in self.spec.score)
+        moves_only = self.spec.merge.moves_only and not self.packs and not self.ragged
+        return indifferent and moves_only and self.compresses_while_decoding and bool(self.fusion.off)
 
     @property
     def footprint(self) -> Footprint:

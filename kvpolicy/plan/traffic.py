@@ -25,8 +25,8 @@ def steps_of(plan: Plan, shapes: Shapes) -> tuple[Step, ...]:
     if not plan.fusion.off:
         return (*_observe(plan, shapes), *_fused(plan, shapes))
     terms = (_score(plan, term, shapes, "") for term in plan.fusion.terms)
-    last = (_allocate(plan, shapes), _select(plan, shapes), _merge(plan, shapes), _store(plan, shapes))
-    return (*_observe(plan, shapes), *terms, *last)
+    kept = (_merge(plan, shapes), _store(plan, shapes)) if _against_moving(plan) else (_move(plan, shapes),)
+    return (*_observe(plan, shapes), *terms, _allocate(plan, shapes), _select(plan, shapes), *kept)
 
 
 def _fused(plan: Plan, shapes: Shapes) -> Iterator[Step]:
@@ -39,7 +39,7 @@ def _fused(plan: Plan, shapes: Shapes) -> Iterator[Step]:
     allocated = _allocate(plan, shapes)
     yield attrs.evolve(allocated, reason=fusion.allocate) if fusion.allocate else allocate_step(plan, shapes)
     yield attrs.evolve(_select(plan, shapes), reason=fusion.select) if fusion.select else select_step(plan, shapes)
-    against = fusion.merge or _against_moving(plan)
+    against = _against_moving(plan) or ("heads of different lengths are laid out anew" if plan.ragged else "")
     if against:
         yield attrs.evolve(_merge(plan, shapes), reason=against)
         yield attrs.evolve(_store(plan, shapes), reason=against)
@@ -48,9 +48,8 @@ def _fused(plan: Plan, shapes: Shapes) -> Iterator[Step]:
 
 
 def _against_moving(plan: Plan) -> str:
-    if plan.compresses_together:
-        return ""
-    return "heads of different lengths are laid out anew" if plan.ragged else "packs what it keeps"
+    """Why there is more to do than to move what is kept; empty if there is not."""
+    return plan.fusion.merge or ("packs what it keeps" if plan.packs else "")
 
 
 def _observe(plan: Plan, shapes: Shapes) -> Sequence[Step]:
@@ -121,6 +120,15 @@ def _store(plan: Plan, shapes: Shapes) -> Step:
     extra = sum(column.bytes_per_slot for column in plan.columns.values())
     written = round(slots * plan.footprint.entry_bytes)
     return Step("store", name, slots * (_pair(plan) + extra), written, ("keys", "values", *plan.columns))
+
+
+def _move(plan: Plan, shapes: Shapes) -> Step:
+    """Of what is kept, as much as has to stand elsewhere, with all that a slot holds."""
+    moved = min(shapes.kept, shapes.held - shapes.kept) if plan.fills_holes else shapes.kept
+    size = moved * plan.geometry.kv_heads * plan.footprint.entry_bytes
+    columns, how = ("keys", "values", *plan.columns), "fills holes" if plan.fills_holes else "closes up"
+    name = registry().reference(type(plan.spec.merge))
+    return Step("compact", name, round(size), round(size), columns, reason=f"{how}, at most")
 
 
 def _pair(plan: Plan) -> int:

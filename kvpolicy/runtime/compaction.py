@@ -13,7 +13,7 @@ from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.layout import Layout
 from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
-from kvpolicy.stages.slots import indices_of
+from kvpolicy.stages.slots import by_position, indices_of, take
 
 
 def view_of(
@@ -25,6 +25,7 @@ def view_of(
     layer: int,
     scaling: float,
     row_state: Mapping[str, Tensor],
+    in_order: bool,
 ) -> View:
     """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads.
 
@@ -51,15 +52,19 @@ def view_of(
         slot_state=columns,
         row_state={name: values[list(rows)] for name, values in row_state.items()},
         rotary=plan.rotary,
+        in_order=in_order,
     )
 
 
-def lay_down(plan: Plan, held: Holdings, rows: Sequence[int], result: Compressed, limit: int) -> None:
-    """Replace the contents of the rows by what a compression left of them."""
-    move = Move(rows, result.kept)
+def lay_down(
+    plan: Plan, held: Holdings, rows: Sequence[int], result: Compressed, limit: int, *, fills: bool = False
+) -> None:
+    """Replace the contents of the rows by what a compression left of them; `fills` as in `Move`."""
+    held.slots.write(rows, result.observed)
+    move = Move(rows, result.kept, fills)
     layout = layout_after(plan, held, move, limit)
     if result.entries is None:
-        held.evict(move, result.slot_state, layout)
+        held.evict(move, layout)
     else:
         held.replace(rows, result.kept, result.entries, result.slot_state, layout)
 
@@ -69,6 +74,14 @@ def drop_pads(plan: Plan, held: Holdings, limit: int) -> None:
     rows = range(held.slots.layout.rows)
     move = Move(rows, indices_of(held.slots.padded(POSITIONS, rows) >= 0))
     held.keep(move, layout_after(plan, held, move, limit))
+
+
+def put_in_order(held: Holdings) -> None:
+    """Let the entries of every segment stand in ascending order of position; none may be packed."""
+    rows = range(held.slots.layout.rows)
+    slots = by_position(held.slots.padded(POSITIONS, rows))
+    for store in (held.keys.tail, held.values.tail, held.slots):
+        store.write(rows, {name: take(store.padded(name, rows), slots) for name in store.columns})
 
 
 def layout_after(plan: Plan, held: Holdings, move: Move, limit: int) -> Layout:

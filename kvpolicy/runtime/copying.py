@@ -14,19 +14,32 @@ _BLOCK = {"cpu": 2**20}  # bytes moved at once, so that what is set aside stays 
 
 @attrs.frozen(eq=False)
 class Move:
-    """Which slots of some rows stay; they close up towards the start of their segment, in order."""
+    """Which slots of some rows stay: they become the first of their segment.
+
+    They close up in order; or, if the move `fills` and storage stays, the last of them fill the holes among the first.
+    """
 
     rows: Sequence[int]
     kept: Tensor  # [rows, K, N] int64, ascending, -1 behind a head's last one
+    fills: bool = False
+    _holes: dict[Layout, tuple[Tensor, Tensor]] = attrs.field(init=False, factory=dict, repr=False)
     _sources: dict[Layout, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # what all columns share
 
     @cached_property
     def lengths(self) -> Table:
         """How many slots stay, [rows][K]."""
-        return tuple(map(tuple, (self.kept >= 0).sum(-1).tolist()))
+        return tuple(map(tuple, self._counts.tolist()))
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return (self.kept >= 0).sum(-1)
 
     def copy(self, source: Tensor, before: Layout, target: Tensor, after: Layout) -> None:
         """Copy a column of a storage laid out as `before` into that of one laid out as `after`, or within itself."""
+        if self.fills and target is source:
+            holes, last = self._in_holes(before)
+            target.index_copy_(0, holes, source.index_select(0, last))
+            return
         slots, segments, lengths = self._slots(before), _segments(after, self.rows), _flat(self.lengths)
         block = _BLOCK.get(source.device.type, source.nbytes)
         count = max(1, block // max(1, slots.shape[1] * source.stride(0) * source.itemsize))
@@ -38,10 +51,23 @@ class Move:
     def _slots(self, layout: Layout) -> Tensor:
         """The kept slots in a storage, [segments, N]; any slot behind a head's last one."""
         if layout not in self._sources:
-            starts = torch.tensor([layout.offsets[row] for row in self.rows], device=self.kept.device)
-            slots = starts[..., None] + self.kept.clamp(min=0)
+            slots = self._starts(layout) + self.kept.clamp(min=0)
             self._sources[layout] = slots.clamp(max=layout.slots - 1).flatten(0, 1)  # a segment may have none
         return self._sources[layout]
+
+    def _in_holes(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Slots of a storage that are to be filled, and those whose entries fill them: as many in each segment."""
+        if layout not in self._holes:
+            counts, places = self._counts[..., None], torch.arange(self.kept.shape[-1] + 1, device=self.kept.device)
+            stays = torch.zeros(*self.kept.shape[:2], len(places), dtype=torch.bool, device=self.kept.device)
+            stays.scatter_(-1, self.kept.where((self.kept >= 0) & (self.kept < counts), len(places) - 1), True)
+            starts = self._starts(layout)
+            holes, last = (starts + places)[(places < counts) & ~stays], (starts + self.kept)[self.kept >= counts]
+            self._holes[layout] = holes, last
+        return self._holes[layout]
+
+    def _starts(self, layout: Layout) -> Tensor:
+        return torch.tensor([layout.offsets[row] for row in self.rows], device=self.kept.device)[..., None]
 
 
 def write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: Table) -> None:

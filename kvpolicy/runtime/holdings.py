@@ -79,28 +79,28 @@ class Holdings:
         self.pages.replace(rows, pages, lengths, layout)
         self.slots.replace(rows, columns, lengths, layout)
 
-    def evict(self, move: Move, fresh: Mapping[str, Tensor], layout: Layout) -> None:
-        """Reduce some rows to the slots that a move keeps, entries as they are; `fresh` as in `replace`."""
+    def evict(self, move: Move, layout: Layout) -> None:
+        """Reduce some rows to the slots that a move keeps, entries as they are."""
         if not self._packs:
-            self.keep(move, layout, fresh)
+            self.keep(move, layout)
             return
         positions = self.slots.padded(POSITIONS, move.rows)
         at, gone = Rows(move.rows), (move.kept < 0)[..., None]
         keys, values = (
             half.pick(at, move.kept.clamp(min=0), positions).masked_fill(gone, 0) for half in (self.keys, self.values)
         )
-        self.replace(move.rows, move.kept, Entries(keys, values), fresh, layout)
+        self.replace(move.rows, move.kept, Entries(keys, values), {}, layout)
 
     @property
     def _packs(self) -> bool:
         """Whether anything is ever held that is made of several entries."""
         return bool(self.keys.form.columns or self.values.form.columns or self.pages.form)
 
-    def keep(self, move: Move, layout: Layout, fresh: Mapping[str, Tensor] | None = None) -> None:
+    def keep(self, move: Move, layout: Layout) -> None:
         """Reduce some rows to the slots that a move keeps, among them all that are packed; nothing else changes."""
         self.keys.keep(move, layout)
         self.values.keep(move, layout)
-        self.slots.keep(move, layout, fresh)
+        self.slots.keep(move, layout)
 
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment, none of which may be packed."""

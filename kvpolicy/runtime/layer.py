@@ -49,6 +49,7 @@ class PolicyLayer(LendingLayer):
         self.seen = 0  # tokens, pads included: the columns of the model's own attention mask
         self.altered = False  # whether entries have been evicted or packed: until then the stock attention is exact
         self.padded = False  # whether pads are held: only until then
+        self.in_order = True  # whether entries stand in ascending order of position
         self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
         self._arriving = 0  # tokens appended whose attention has not run yet
         self._places = torch.empty(0)  # and their positions, [B, q]
@@ -202,19 +203,20 @@ class PolicyLayer(LendingLayer):
             layer=self.ordinal,
             scaling=self.scaling,
             row_state=self.row_state,
+            in_order=self.in_order,
         )
 
     def budget(self, rows: Sequence[int]) -> list[int]:
         """Entries per KV head that each of the rows may keep."""
         return [self.plan.budgets.per_layer(self.real[row])[self.ordinal] for row in rows]
 
-    def take(self, rows: Sequence[int], result: Compressed, *, moved: bool = False) -> None:
+    def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
         if not moved:
-            lay_down(self.plan, self.held, rows, result, self.limit)
+            lay_down(self.plan, self.held, rows, result, self.limit, fills=fills)
         for name, values in result.row_state.items():
             self.row_state[name][list(rows)] = values
-        self.altered, self._firm = True, self.seen
+        self.in_order, self.altered, self._firm = self.in_order and not fills, True, self.seen
         self._sample()
 
     @property

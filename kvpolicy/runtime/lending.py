@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.compaction import put_in_order
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.logical import LogicalLayer
 from kvpolicy.runtime.stats import LayerStats
@@ -20,6 +21,7 @@ class LendingLayer(LogicalLayer):
     stats: LayerStats
     window: Window
     altered: bool
+    in_order: bool
     record_past: bool
     _held: Holdings
     _firm: int
@@ -47,9 +49,12 @@ class LendingLayer(LogicalLayer):
         return self.is_initialized and self._intact and not self.record_past and not self._unsettled
 
     def lend(self, reclaim: Callable[[], None]) -> Holdings:
-        """The entries, without pads; until `reclaim` is called, decode steps are served elsewhere."""
+        """The entries in order, without pads; until `reclaim` is called, decode steps are served elsewhere."""
         held = self.held
         self._close_gaps()
+        if not self.in_order:
+            put_in_order(held)
+            self.in_order, self._firm = True, self.seen
         self._reclaim = reclaim
         return held
 

@@ -32,7 +32,7 @@ class Compressible(Holder, Protocol):
     def budget(self, rows: Sequence[int]) -> list[int]:
         """Entries per KV head that each of the rows may keep."""
 
-    def take(self, rows: Sequence[int], result: Compressed, *, moved: bool = False) -> None:
+    def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
 
 
@@ -62,7 +62,7 @@ class Round:
         if decoding and self.waits:
             self._waiting[layer] = tuple(rows)
         else:
-            _compress(self.plan, [layer], rows)
+            _compress(self.plan, [layer], rows, fills=decoding and self.plan.fills_holes)
 
     def end(self) -> None:
         """The step is over for all layers."""
@@ -70,16 +70,16 @@ class Round:
         kinds = sorted({(rows, layer.scaling) for layer, rows in waiting.items()})
         for kind in kinds:
             alike = [layer for layer, rows in waiting.items() if (rows, layer.scaling) == kind]
-            _compress(self.plan, alike, kind[0])
+            _compress(self.plan, alike, kind[0], fills=self.plan.fills_holes)
 
 
-def _compress(plan: Plan, layers: Sequence[Compressible], rows: Sequence[int]) -> None:
+def _compress(plan: Plan, layers: Sequence[Compressible], rows: Sequence[int], *, fills: bool) -> None:
     started = time.perf_counter()
     views = [layer.shown(rows) for layer in layers]
     results = compress_layers(plan, views, [layer.budget(rows) for layer in layers])
-    moved = plan.kernels and close_up(plan, layers, rows, results)
+    moved = plan.kernels and close_up(plan, layers, rows, results, fills=fills)
     for layer, result in zip(layers, results, strict=True):
-        layer.take(rows, result, moved=moved)
+        layer.take(rows, result, fills=fills, moved=moved)
     spent = (time.perf_counter() - started) / len(layers)
     for layer in layers:
         layer.stats.compressions += 1

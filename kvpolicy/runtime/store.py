@@ -61,6 +61,12 @@ class Store(Segmented):
         count = entries.shape[2]
         self._write_tail(name, self._added - count, count, entries)
 
+    def write(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
+        """Overwrite columns of all entries of some rows, [rows, K, T, ...], T the longest length among them."""
+        lengths = tuple(self.lengths[row] for row in rows)
+        for name, tensor in columns.items():
+            write(self.tensors[name], self.layout, rows, tensor, lengths)
+
     def replace(self, rows: Sequence[int], entries: Mapping[str, Tensor], lengths: Table, layout: Layout) -> None:
         """Give some rows new contents, [rows, K, N, ...] of which `lengths` count, and lay all segments out anew.
 
@@ -78,21 +84,15 @@ class Store(Segmented):
             clear_behind(target[POSITIONS], layout, rows, lengths, -1)
         self._settle(target, layout, after)
 
-    def keep(self, move: Move, layout: Layout, fresh: Mapping[str, Tensor] | None = None) -> None:
-        """Reduce some rows to the slots that a move keeps, and lay all segments out anew; in place if the layout stays.
-
-        `fresh` [rows, K, N, ...] are new values of columns; the others move with their entries.
-        """
+    def keep(self, move: Move, layout: Layout) -> None:
+        """Reduce some rows to what a move keeps, and lay all segments out anew; in place if the layout stays."""
         after = self._after(move.rows, move.lengths, layout)
         in_place = layout == self.layout
         target = self.tensors if in_place else _unfilled(self.tensors, layout)
         if not in_place:
             self._copy_rows(self._others(move.rows), target, layout)
-        fresh = fresh or {}
-        for name in self.columns.keys() - fresh.keys():
+        for name in self.columns:
             move.copy(self.tensors[name], self.layout, target[name], layout)
-        for name, tensor in fresh.items():
-            write(target[name], layout, move.rows, tensor, move.lengths)
         for name in {POSITIONS} & target.keys() if in_place else target:
             clear_behind(target[name], layout, range(layout.rows), after, -1 if name == POSITIONS else 0)
         self._settle(target, layout, after)

@@ -10,7 +10,7 @@ from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.plan.refusals import refusals
 from kvpolicy.runtime.compaction import layout_after
-from kvpolicy.runtime.copying import Move, write
+from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.store import Store
 from kvpolicy_kernels import Column, Segments
@@ -28,32 +28,34 @@ class Holder(Protocol):
         """Slots per KV head beyond which its storage does not grow."""
 
 
-def close_up(plan: Plan, layers: Sequence[Holder], rows: Sequence[int], results: Sequence[Compressed]) -> bool:
+def close_up(
+    plan: Plan, layers: Sequence[Holder], rows: Sequence[int], results: Sequence[Compressed], *, fills: bool
+) -> bool:
     """Reduce all rows of the layers to what a compression keeps; False, and nothing done, where that takes more.
 
-    It takes more when rows are left out, entries were changed or are packed, or storage grows or shrinks.
+    It takes more when rows are left out, entries were changed or are packed, or storage grows or shrinks. `fills` as
+    in `Move`.
     """
-    packs = any(forms.keys.columns or forms.values.columns for forms in plan.formats)
-    if packs or plan.selective or any(result.entries is not None for result in results):
+    if plan.packs or any(result.entries is not None for result in results):
         return False  # packed entries and pages do not stand where their slots do
-    moves = [Move(rows, result.kept) for result in results]
+    moves = [Move(rows, result.kept, fills) for result in results]
     for layer, move in zip(layers, moves, strict=True):
         layout = layer.held.slots.layout
         if len(rows) < layout.rows or layout_after(plan, layer.held, move, layer.limit) != layout:
             return False
+    for layer, result in zip(layers, results, strict=True):
+        layer.held.slots.write(rows, result.observed)
     try:
-        _compact(layers, moves, results)
+        _compact(layers, moves)
     except refusals():
         return False
-    for layer, move, result in zip(layers, moves, results, strict=True):
-        for name, fresh in result.slot_state.items():
-            write(layer.held.slots.tensors[name], layer.held.slots.layout, rows, fresh, move.lengths)
+    for layer, move in zip(layers, moves, strict=True):
         for store in _stores(layer.held):
             store.adopt(store.tensors, store.layout, move.lengths)
     return True
 
 
-def _compact(layers: Sequence[Holder], moves: Sequence[Move], results: Sequence[Compressed]) -> None:
+def _compact(layers: Sequence[Holder], moves: Sequence[Move]) -> None:
     from kvpolicy_kernels.compact import compact
 
     stores = [layer.held.slots for layer in layers]
@@ -67,11 +69,9 @@ def _compact(layers: Sequence[Holder], moves: Sequence[Move], results: Sequence[
         heads=stores[0].layout.heads,
         longest=max(store.longest for store in stores),
     )
-    fresh = set(results[0].slot_state)
     columns = {name: _column([_tensor(layer.held, name) for layer in layers]) for name in _names(layers[0].held)}
-    positions = columns.pop(POSITIONS)
-    moving = [column for name, column in columns.items() if name not in fresh]
-    compact(segments, torch.cat(kept).flatten(0, 1).int(), moving, ordered=True, positions=positions)
+    positions, ordered = columns.pop(POSITIONS), not moves[0].fills
+    compact(segments, torch.cat(kept).flatten(0, 1).int(), list(columns.values()), ordered=ordered, positions=positions)
 
 
 def _stores(held: Holdings) -> Iterator[Store]:

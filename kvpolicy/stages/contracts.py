@@ -86,6 +86,14 @@ class Scorer(Observer):
     def score(self, view: View) -> Tensor:
         """Float32 [B, K, T], larger = keep. Only candidates are compared; other slots may hold any number."""
 
+    def in_any_order(self) -> bool:
+        """Whether an entry scores the same in whichever slot it stands.
+
+        If all scorers of a policy say so, compaction may fill the holes that evicted entries leave, and few entries
+        move. `View.in_sequence` gives scores to a scorer that looks at neighbours.
+        """
+        return False
+
     def tile(self) -> "Tile | str":
         """How a GPU computes `score` tile by tile, so that the plan can fuse it; or why it cannot, in a few words."""
         return "has no tile function"

@@ -16,6 +16,11 @@ def indices_of(mask: Tensor) -> Tensor:
     return indices.scatter_(-1, places, slots)[..., :width]
 
 
+def by_position(positions: Tensor) -> Tensor:
+    """All slots, int64 [B, K, T], in ascending order of `positions` [B, K, T]; empty ones, -1, last."""
+    return positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1, stable=True)
+
+
 def gather(entries: Tensor, kept: Tensor) -> Tensor:
     """The entries at the keep indices: [B, K, T, ...] and [B, K, N] to [B, K, N, ...]; zeros where kept is -1."""
     taken = take(entries, kept.clamp(min=0))

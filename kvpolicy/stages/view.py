@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.products import products
 from kvpolicy.stages.rotary import Rotary
+from kvpolicy.stages.slots import by_position
 
 _LOGITS = 2**20  # that exist at one time: few enough to stay in a CPU's cache
 
@@ -20,7 +21,8 @@ class View:
 
     Along T, the entries of a head stand in ascending order of position; slots that hold nothing come last and
     have position -1. Left pads, finished rows and heads with smaller budgets are such empty slots, so a scorer
-    that respects `valid` is right for padded batches and for ragged heads alike.
+    that respects `valid` is right for padded batches and for ragged heads alike. Scorers that do not mind
+    (`Scorer.in_any_order`) may be shown entries in another order, and `in_order` is then False.
     """
 
     keys: Tensor  # [B, K, T, D] post-RoPE, as cached
@@ -38,6 +40,7 @@ class View:
     slot_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B, K, T] float32 each, declared by the plugin
     row_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B] float32 each, declared by the plugin
     rotary: Rotary | None = None  # None = the model's rotation is not known
+    in_order: bool = True  # whether entries stand in ascending order of position
     _computed: dict[str, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # shared by `with_state`
 
     def with_state(self, slot_state: Mapping[str, Tensor], row_state: Mapping[str, Tensor] | None = None) -> "View":
@@ -59,8 +62,8 @@ class View:
     @cached_property
     def age(self) -> Tensor:
         """[B, K, T] int64: 0 for the newest entry of a head, 1 for the one before it; negative in empty slots."""
-        slots = torch.arange(self.positions.shape[-1], device=self.positions.device)
-        return self.lengths[..., None] - 1 - slots
+        places = torch.arange(self.positions.shape[-1], device=self.positions.device)
+        return self.in_slots(self.lengths[..., None] - 1 - places)
 
     @cached_property
     def protected(self) -> Tensor:
@@ -72,6 +75,21 @@ class View:
     def candidates(self) -> Tensor:
         """[B, K, T] bool: entries that may be evicted."""
         return self.valid & ~self.protected
+
+    def in_sequence(self, values: Tensor) -> Tensor:
+        """Values of the slots, [B, K, ..., T], in ascending order of position; those of empty slots come last."""
+        return values if self.in_order else values.gather(-1, self._slots_for(values))
+
+    def in_slots(self, values: Tensor) -> Tensor:
+        """Values that stand in ascending order of position, [B, K, ..., T], back in their slots."""
+        return values if self.in_order else torch.empty_like(values).scatter_(-1, self._slots_for(values), values)
+
+    def _slots_for(self, values: Tensor) -> Tensor:
+        """The slot of the first position, of the second, and so on, in the shape of the values."""
+        if "by_position" not in self._computed:
+            self._computed["by_position"] = by_position(self.positions)
+        slots = self._computed["by_position"]
+        return slots.reshape(*slots.shape[:2], *[1] * (values.ndim - 3), -1).expand(values.shape)
 
     @property
     def logits(self) -> Tensor:

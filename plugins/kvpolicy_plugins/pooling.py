@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvpolicy.stages import Choice, Integer, parameter
+from kvpolicy.stages import Choice, Integer, View, parameter
 
 
 @attrs.frozen
@@ -14,6 +14,13 @@ class Pool:
 
     kind: str = parameter(Choice(("none", "max", "average")), "none", help="how neighbours are combined")
     size: int = parameter(Integer(minimum=1, odd=True), 7, help="entries under the window")
+
+    def over(self, view: View, scores: Tensor) -> Tensor:
+        """Scores [B, K, ..., T] of a view, pooled over neighbours in its sequence; void where there is no candidate."""
+        if self.kind == "none":
+            return scores
+        candidates = view.candidates.reshape(*scores.shape[:2], *[1] * (scores.ndim - 3), -1)
+        return view.in_slots(self(view.in_sequence(scores), view.in_sequence(candidates)))
 
     def __call__(self, scores: Tensor, candidates: Tensor) -> Tensor:
         """Scores [..., T], pooled where `candidates` (bool, broadcast) holds; elsewhere the result is void.

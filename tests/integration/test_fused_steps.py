@@ -47,7 +47,7 @@ def test_layers_wait_for_the_end_of_a_decode_step(monkeypatch):
         return inner(spec, fusion, shown, budgets)
 
     monkeypatch.setattr(execute, "choose_together", choose_together)
-    monkeypatch.setattr(rounds, "close_up", lambda *given: closed.append(close_up(*given)) or closed[-1])
+    monkeypatch.setattr(rounds, "close_up", lambda *given, **how: closed.append(close_up(*given, **how)) or closed[-1])
     model = build("llama", num_hidden_layers=LAYERS)
     _generate(model, POLICIES["rkv"], *prompt(28), kernels=True)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvpolicy.plan.pipeline import compress
 from kvpolicy.spec.policy import Allocate, Weighted
 from kvpolicy.stages import Scorer
+from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from tests.driving import FirstHeads
@@ -63,6 +64,15 @@ def test_kept_slots_are_unique_ascending_and_hold_an_entry(problem):
             assert own == sorted(set(own))
             assert slots == own + [-1] * (len(slots) - len(own))
             assert all(view.valid[row, head, slot] for slot in own)
+
+
+@given(problems())
+def test_the_same_entries_stay_in_whichever_slots_they_stand(problem):
+    spec, view, budget = problem
+    other, slots = shuffled(view)
+    found, expected = compress(spec, other, budget).kept, compress(spec, view, budget).kept
+    stood = slots.gather(-1, found.clamp(min=0)).masked_fill(found < 0, slots.shape[-1]).sort(-1).values
+    assert torch.equal(stood, expected.masked_fill(expected < 0, slots.shape[-1]))
 
 
 @given(problems())

@@ -86,9 +86,11 @@ class LayerMachine(RuleBasedStateMachine):
         sinks=st.integers(0, 2),
         recent=st.integers(0, 1),
         prefill=st.booleans(),
+        fills=st.booleans(),
     )
-    def start(self, rows, budget, every, sinks, recent, prefill):
-        self.plan = worth_plan(budget, every, sinks, recent, ragged=self.ragged, prefill=prefill)
+    def start(self, rows, budget, every, sinks, recent, prefill, fills):
+        self.plan = worth_plan(budget, every, sinks, recent, ragged=self.ragged, prefill=prefill, any_order=fills)
+        assert self.plan.fills_holes == (fills and not self.ragged)
         self.budget, self.every, self.sinks, self.recent, self.prefill = budget, every, sinks, recent, prefill
         self.layer = new_layer(self.plan)
         self.generator = torch.Generator().manual_seed(rows)
@@ -199,7 +201,9 @@ class LayerMachine(RuleBasedStateMachine):
         for place, row in enumerate(self.rows):
             for head, held in enumerate(row.heads):
                 columns = {name: segment(layer.held, name, place, head) for name in (*HALVES, *self.plan.columns)}
-                real = columns[POSITIONS] >= 0
+                real = (columns[POSITIONS] >= 0).nonzero()[:, 0]
+                if not layer.in_order:
+                    real = real[columns[POSITIONS][real].argsort()]
                 assert columns[POSITIONS][real].tolist() == [one[0] for one in held]
                 for name, part in (("keys", 3), ("values", 4)):
                     assert torch.equal(columns[name][real], _stacked([one[part] for one in held]))

@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy_plugins.pooling import Pool
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
@@ -105,6 +106,12 @@ def test_empty_slots_do_not_matter(view, scorer, junk):
         attention=view.attention.masked_fill(empty[:, :, None], junk),
     )
     assert_close(scored(scorer, other), scored(scorer, view), atol=1e-6, rtol=1e-5)
+
+
+@given(layers(), scorers.filter(lambda scorer: scorer.in_any_order()))
+def test_an_entry_scores_the_same_in_whichever_slot_it_stands(view, scorer):
+    other, slots = shuffled(view)
+    assert_close(scored(scorer, other), scored(scorer, view).gather(-1, slots), atol=1e-5, rtol=1e-4)
 
 
 @given(layers(contents=("normal", "clustered")), st.sampled_from(("all", "candidates")))

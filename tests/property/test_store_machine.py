@@ -19,6 +19,15 @@ COLUMNS = {
 }
 
 
+def filled(slots):
+    """Those that stay, in the order in which they stand when the last of them have filled the holes."""
+    holes = [place for place in range(len(slots)) if place not in slots]
+    standing = {slot: slot for slot in slots if slot < len(slots)} | dict(
+        zip(holes, (slot for slot in slots if slot >= len(slots)), strict=True)
+    )
+    return [standing[place] for place in range(len(slots))]
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Segments grow together at their ends; rows are replaced, dropped and repeated."""
 
@@ -97,9 +106,9 @@ class StoreMachine(RuleBasedStateMachine):
         data=st.data(),
         slack=st.integers(0, 3),
         form=st.sampled_from(("even", "ragged", "as it is")),
-        fresh=st.booleans(),
+        fills=st.booleans(),
     )
-    def keep(self, data, slack, form, fresh):
+    def keep(self, data, slack, form, fills):
         rows = data.draw(st.lists(st.integers(0, len(self.segments) - 1), unique=True, min_size=1), "rows")
         stay = [
             [data.draw(st.lists(st.booleans(), min_size=len(h), max_size=len(h)), "stay") for h in self.segments[row]]
@@ -108,24 +117,31 @@ class StoreMachine(RuleBasedStateMachine):
         slots = [[[slot for slot, one in enumerate(head) if one] for head in row] for row in stay]
         most = max(len(head) for row in slots for head in row)
         kept = torch.tensor([[head + [-1] * (most - len(head)) for head in row] for row in slots], dtype=torch.int64)
-        for row, heads in zip(rows, slots, strict=True):
-            self.segments[row] = [
-                [held[slot] for slot in head] for held, head in zip(self.segments[row], heads, strict=True)
-            ]
         after = [tuple(map(len, heads)) for heads in self.segments]
+        for row, heads in zip(rows, slots, strict=True):
+            after[row] = tuple(map(len, heads))
         layout = {
             "even": Layout.even(len(after), self.heads, max(map(max, after)) + slack),
             "ragged": Layout(tuple(tuple(length + slack for length in row) for row in after)),
             "as it is": self.store.layout,
         }[form]
-        new = {"votes": self.store.padded("votes", rows).new_zeros(kept.shape)} if fresh else None
-        for row in rows if fresh else ():
-            self.segments[row] = [[(name, 0.0) for name, _ in held] for held in self.segments[row]]
         before = {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
         unchanged = layout == self.store.layout
-        self.store.keep(Move(rows, kept.reshape(len(rows), self.heads, most)), layout, new)
+        stand = filled if fills and unchanged else list
+        for row, heads in zip(rows, slots, strict=True):
+            self.segments[row] = [
+                [held[slot] for slot in stand(head)] for held, head in zip(self.segments[row], heads, strict=True)
+            ]
+        self.store.keep(Move(rows, kept.reshape(len(rows), self.heads, most), fills), layout)
         if unchanged:
             assert before == {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
+
+    @rule(data=st.data())
+    def write(self, data):
+        rows = data.draw(st.lists(st.integers(0, len(self.segments) - 1), unique=True, min_size=1), "rows")
+        self.store.write(rows, {"votes": torch.zeros_like(self.store.padded("votes", rows))})
+        for row in rows:
+            self.segments[row] = [[(name, 0.0) for name, _ in held] for held in self.segments[row]]
 
     @rule(data=st.data())
     def select(self, data):

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpolicy.stages.checks import contract_error
 from kvpolicy.stages.contracts import Glimpse, Merger, Observer, Plugin
 from kvpolicy.stages.geometry import Geometry
+from kvpolicy.stages.slots import take
 from kvpolicy.stages.view import View
 
 KV_HEADS, GROUP, DIM = 2, 2, 16
@@ -100,6 +101,28 @@ def rows_of(view: View, rows: list[int]) -> View:
         slot_state={name: cut(state) for name, state in view.slot_state.items()},
         row_state={name: state[rows] for name, state in view.row_state.items()},
     )
+
+
+def shuffled(view: View) -> tuple[View, Tensor]:
+    """The view with the entries of every head in another order, and which slot of it each of them came from."""
+    random = torch.Generator().manual_seed(3)
+    drawn = torch.rand(view.positions.shape, generator=random)
+    slots = drawn.masked_fill(~view.valid, 2.0).argsort(dim=-1, stable=True)  # empty slots stay last
+
+    def moved(tensor: Tensor) -> Tensor:
+        return take(tensor, slots)
+
+    other = attrs.evolve(
+        view,
+        keys=moved(view.keys),
+        values=moved(view.values),
+        positions=moved(view.positions),
+        attention=None if view.attention is None else moved(view.attention.transpose(-1, -2)).transpose(-1, -2),
+        log_votes=None if view.log_votes is None else moved(view.log_votes),
+        slot_state={name: moved(state) for name, state in view.slot_state.items()},
+        in_order=False,
+    )
+    return other, slots
 
 
 def heads_swapped(view: View) -> View:

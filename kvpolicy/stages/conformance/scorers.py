@@ -12,6 +12,7 @@ from kvpolicy.stages.conformance.samples import (
     heads_swapped,
     rows_of,
     sample_view,
+    shuffled,
     tensors_of,
     with_junk,
 )
@@ -100,6 +101,14 @@ def copes_with_nothing_to_score(scorer: Scorer, _promises: Promises) -> None:
         raise contract_error(scorer, "gave scores that are not finite beside rows that hold nothing")
 
 
+def scores_the_same_in_any_order(scorer: Scorer, _promises: Promises) -> None:
+    if not scorer.in_any_order():
+        return
+    view = sample_view(scorer)
+    other, slots = shuffled(view)
+    _expect_same(scorer, other, _scored(scorer, other), _scored(scorer, view).gather(-1, slots), "in another order")
+
+
 def offers_a_tile_or_a_reason(scorer: Scorer, _promises: Promises) -> None:
     found = scorer.tile()
     if not isinstance(found, (Tile, str)) or found == "":
@@ -126,5 +135,6 @@ CHECKS = (
     keeps_heads_apart,
     ignores_empty_slots,
     copes_with_nothing_to_score,
+    scores_the_same_in_any_order,
     offers_a_tile_or_a_reason,
 )

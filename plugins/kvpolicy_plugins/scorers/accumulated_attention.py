@@ -25,6 +25,9 @@ class AccumulatedAttention(Scorer):
     def needs(self) -> Needs:
         return Needs(attention=True)
 
+    def in_any_order(self) -> bool:
+        return True
+
     def tile(self) -> Tile:
         from kvpolicy_kernels.tiles.accumulated_attention import accumulated_attention
         from kvpolicy_kernels.tiles.grouping import HOW

@@ -58,6 +58,9 @@ class Attention(Scorer):
     def needs(self) -> Needs:
         return Needs(queries=self.queries)
 
+    def in_any_order(self) -> bool:
+        return True
+
     def tile(self) -> Tile | str:
         from kvpolicy_kernels.tiles.attention import NOWHERE, PROBABILITIES, SCORES, attention_votes
         from kvpolicy_kernels.tiles.grouping import HOW
@@ -81,7 +84,7 @@ class Attention(Scorer):
             probabilities = self._group(probabilities, "probabilities")
             parts.append(self._over_queries(probabilities, asked[:, heads]))
         scores = torch.cat(parts, 1).view(*view.keys.shape[:2], *parts[0].shape[2:])
-        scores = self.pool(self._group(scores, "scores"), view.candidates[:, :, None])
+        scores = self.pool.over(view, self._group(scores, "scores"))
         scores = self._group(scores, "pooled").squeeze(2)
         return scores.mean(1, keepdim=True).expand_as(scores) if self.shared else scores
 

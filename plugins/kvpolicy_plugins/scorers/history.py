@@ -46,6 +46,9 @@ class History(Scorer):
     def slot_state(self) -> tuple[State, ...]:
         return (*self.of.slot_state(), State(_STATE, fill=_NONE_YET))
 
+    def in_any_order(self) -> bool:
+        return self.of.in_any_order()
+
     def observe(self, view: View) -> Mapping[str, Tensor]:
         inner = self.of.observe(view)
         new = self._new_scores(attrs.evolve(view, slot_state={**view.slot_state, **inner}))
@@ -57,7 +60,7 @@ class History(Scorer):
         return "joins what it finds with what it remembers"
 
     def score(self, view: View) -> Tensor:
-        return self.pool(view.slot_state[_STATE], view.candidates).masked_fill(~view.candidates, 0.0)
+        return self.pool.over(view, view.slot_state[_STATE]).masked_fill(~view.candidates, 0.0)
 
     def _new_scores(self, view: View) -> Tensor:
         """F, [B, K, T]."""

@@ -19,6 +19,9 @@ class KeyNorm(Scorer):
     name: ClassVar[str] = "key_norm"
     reference: ClassVar[str] = "arXiv:2406.11430"
 
+    def in_any_order(self) -> bool:
+        return True
+
     def tile(self) -> Tile:
         from kvpolicy_kernels.tiles.key_norm import key_norm
 

@@ -18,6 +18,9 @@ class Recency(Scorer):
     name: ClassVar[str] = "recency"
     reference: ClassVar[str] = "arXiv:2309.17453"
 
+    def in_any_order(self) -> bool:
+        return True
+
     def tile(self) -> Tile:
         from kvpolicy_kernels.tiles.recency import recency
 

@@ -18,6 +18,9 @@ class ValueNorm(Scorer):
 
     order: float = parameter(Number(above=0), 2, help="p of the p-norm")
 
+    def in_any_order(self) -> bool:
+        return True
+
     def tile(self) -> Tile:
         from kvpolicy_kernels.tiles.value_norm import value_norm
 

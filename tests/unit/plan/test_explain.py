@@ -79,10 +79,16 @@ def test_steps_by_hand():
     assert step(found, "score").written == slots * FLOAT
     assert (step(found, "allocate").read, step(found, "allocate").written) == (slots, HEADS * 8)
     assert (step(found, "select").read, step(found, "select").written) == (slots * 5, slots)
-    assert (step(found, "merge").read, step(found, "merge").written) == (kept * PAIR, kept * PAIR)
-    assert (step(found, "store").read, step(found, "store").written) == (kept * (PAIR + 4), kept * (PAIR + 4))
+    assert (step(found, "compact").read, step(found, "compact").written) == ((slots - kept) * (PAIR + 4),) * 2
+    assert step(found, "compact").reason == "fills holes, at most"
     assert found.moved_bytes == sum(one.read + one.written for one in found.steps)
     assert {one.implementation for one in found.steps} == {"reference"}
+
+
+def test_what_is_changed_or_packed_is_merged_and_stored():
+    """Both touch all that is kept, or looked at."""
+    for policy in ("keepkv", "quest"):
+        assert [one.stage for one in explained(policy, **SMALL).steps][-2:] == ["merge", "store"]
 
 
 def test_attention_mass_is_read_and_written_at_every_token():
@@ -101,7 +107,7 @@ def test_prompt_only_policies_are_explained_at_the_prompt():
     found = explained("snapkv", 100, budget=16, protect={"recent": 2}, compress={"every": "never"})
 
     assert step(found, "select").written == 100 * HEADS
-    assert step(found, "merge").read == 16 * HEADS * PAIR
+    assert step(found, "compact").read == 16 * HEADS * (PAIR + 4)
     assert [(layer.budget, layer.capacity) for layer in found.layers] == [(16, 16)] * LAYERS
 
 
@@ -111,7 +117,9 @@ def test_columns_and_terms_are_named_in_order():
 
     assert found.columns == {"keys": DIM * FLOAT, "values": DIM * FLOAT, "positions": 4, "score[0].history": 4}
     assert found.entry_bytes == PAIR + 8
-    assert [one.stage for one in found.steps] == ["observe", "score", "score", "allocate", "select", "merge", "store"]
+    assert [one.stage for one in found.steps] == ["observe", "score", "score", "allocate", "select", "compact"]
+    assert step(found, "compact").read == 16 * HEADS * (PAIR + 8)
+    assert step(found, "compact").reason == "closes up, at most"
     assert [one.plugin for one in found.steps if one.stage == "score"] == ["+0.5 history", "-0.5 redundancy"]
 
 

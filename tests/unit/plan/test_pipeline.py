@@ -106,7 +106,7 @@ def test_the_state_of_a_scorer_is_updated_seen_and_moved():
     old = {name: torch.tensor([[[0.0, 10.0, 20.0, 30.0, 40.0]]])}
     done = compress(spec, view(slot_state=old), [2])
     assert done.kept.tolist() == [[[3, 4]]]
-    assert done.slot_state[name].tolist() == [[[31.0, 41.0]]]
+    assert done.observed[name].tolist() == [[[1.0, 11.0, 21.0, 31.0, 41.0]]]
 
 
 def test_two_scorers_of_a_kind_have_states_of_their_own():

@@ -77,6 +77,14 @@ def test_scores_that_mix_heads_alike_are_no_fault():
     check["keeps heads apart"]()
 
 
+def test_a_scorer_that_minds_the_order_must_not_deny_it():
+    denies = {"in_any_order": lambda self: True}
+    with pytest.raises(PluginContractError, match="in another order"):
+        check_plugin(broken(lambda view: norms(view).cumsum(-1), **denies))
+    check = dict(conformance_cases(broken(lambda view: norms(view) - view.age, **denies)))
+    check["scores the same in any order"]()
+
+
 @attrs.define
 class Loose(Scorer):
     name = "loose"
