@@ -72,6 +72,8 @@ def table_of(title: str, cases: "list[Case]") -> "Table":
 def print_verdicts(verdicts: "list[Verdict]") -> None:
     """One line a gate."""
     for one in verdicts:
-        bound = f"{'at most' if one.at_most else 'at least'} {one.threshold:.3g}"
+        judged = one.threshold is not None
+        bound = f"{'at most' if one.at_most else 'at least'} {one.threshold:.3g}" if judged else "no claim"
         spread = "" if one.noise is None else f", noise {one.noise:.1%}"
-        line(f"{'pass' if one.passed else 'FAIL'}  {one.gate}: {one.value:.3g} ({bound}{spread})  {one.claim}")
+        outcome = "told" if not judged else "pass" if one.passed else "FAIL"
+        line(f"{outcome}  {one.gate}: {one.value:.3g} ({bound}{spread})  {one.claim}")

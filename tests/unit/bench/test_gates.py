@@ -2,6 +2,7 @@
 
 import math
 
+import attrs
 import pytest
 import torch
 
@@ -39,9 +40,8 @@ def test_times_faster_must_not_be_below_the_threshold(monkeypatch, name, least):
     for ratio in (least, least - 0.01):
         peaks = {"peak_bytes": {OURS: 1, NAIVE: 100}}
         found = verdicts(name, monkeypatch, target, case(peaks, naive=ratio, gather=ratio))
-        gate = "compaction-128" if name == "compaction" else name
-        assert found[gate].value == ratio
-        assert found[gate].passed == (ratio >= least)
+        assert found[name].value == ratio
+        assert found[name].passed == (ratio >= least)
 
 
 @pytest.mark.parametrize(("bytes_", "passes"), [(10, True), (11, False)])
@@ -57,12 +57,12 @@ def test_decode_is_held_against_each_of_the_full_caches(monkeypatch):
     assert {name: one.passed for name, one in gate.items()} == {
         "decode": True,
         "decode-preallocated": False,
-        "decode-static": True,
+        "decode-static": True,  # told, not claimed
         "compression-share": True,
     }
-    slower = case({"compression_share": 0.051}, dynamic=7.9, preallocated=3.0, static=2.4)
+    slower = case({"compression_share": 0.051}, dynamic=7.9, preallocated=3.0, static=0.4)
     gate = verdicts("decode", monkeypatch, "measure_decode", slower)
-    assert [one.passed for one in gate.values()] == [False, True, False, False]
+    assert [one.passed for one in gate.values()] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(("plain", "passes"), [(1 / 1.03, True), (1 / 1.031, False)])
@@ -83,8 +83,8 @@ def test_all_gates_run_at_tiny_sizes(scripted):
     results = dict(judge(tuple(GATES), QUICK, scripted(1.0)))
     found = {one.gate: one for ours, _ in results.values() for one in ours}
 
-    beside = {"rkv-memory", "decode-preallocated", "decode-static", "compression-share", "compaction-128"}
-    assert set(found) == {*GATES, *beside} - {"compaction"}
+    beside = {"rkv-memory", "decode-preallocated", "decode-static", "compression-share", "compaction-prompt"}
+    assert set(found) == {*GATES, *beside}
     ratios = {name: one.value for name, one in found.items() if name not in {"rkv-memory", "compression-share"}}
     assert set(ratios.values()) == {1.0}
     assert 0 < found["rkv-memory"].value < 1
@@ -97,6 +97,8 @@ def test_sizes_are_those_of_the_claims():
     assert (scale.snapkv, scale.rkv, scale.decode, scale.old, scale.budget) == (8192, 4096, 16_384, 51_200, 1024)
     shape = scale.attention
     assert (shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim) == (1, 32, 8, 128)
+    assert scale.moving == attrs.evolve(shape, layers=16)
+    assert scale.moved == 1152
 
 
 def test_a_gate_without_its_baseline_is_an_error(monkeypatch):
