@@ -110,13 +110,19 @@ def select_step(plan: Plan, shapes: Shapes) -> Step:
 
 
 def compact_step(plan: Plan, shapes: Shapes) -> Step:
-    """All columns, at most: those in front of the first entry that leaves stay where they are."""
-    from kvpolicy_kernels.compact import traffic
+    """All columns, at most: those in front of the first entry that leaves stay where they are.
+
+    Heads of different lengths are laid out anew, in new storage.
+    """
+    from kvpolicy_kernels.compact import traffic, traffic_to
 
     imagined, heads = Imagined.of(plan, shapes), plan.geometry.kv_heads
-    held, kept = shapes.held * heads, shapes.kept * heads
+    held, kept, name = shapes.held * heads, shapes.kept * heads, registry().reference(type(plan.spec.merge))
+    if plan.ragged:
+        copied = traffic_to(imagined.segments, imagined.columns, shapes.kept, kept=kept)
+        return Step.fused("compact", name, copied, "into new storage")
     moved = traffic(imagined.segments, imagined.columns, shapes.kept, ordered=True, held=held, kept=kept, moved=kept)
-    return Step.fused("compact", registry().reference(type(plan.spec.merge)), moved, "at most")
+    return Step.fused("compact", name, moved, "at most")
 
 
 def _protected(imagined: Imagined) -> dict[str, Any]:

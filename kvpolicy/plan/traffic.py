@@ -39,7 +39,7 @@ def _fused(plan: Plan, shapes: Shapes) -> Iterator[Step]:
     allocated = _allocate(plan, shapes)
     yield attrs.evolve(allocated, reason=fusion.allocate) if fusion.allocate else allocate_step(plan, shapes)
     yield attrs.evolve(_select(plan, shapes), reason=fusion.select) if fusion.select else select_step(plan, shapes)
-    against = _against_moving(plan) or ("heads of different lengths are laid out anew" if plan.ragged else "")
+    against = _against_moving(plan)
     if against:
         yield attrs.evolve(_merge(plan, shapes), reason=against)
         yield attrs.evolve(_store(plan, shapes), reason=against)

@@ -11,7 +11,7 @@ from kvpolicy.plan.execute import compress_layers
 from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.stats import LayerStats
-from kvpolicy.runtime.together import Holder, close_up
+from kvpolicy.runtime.together import Holder, compact_layers
 from kvpolicy.stages import View
 
 Rows = tuple[int, ...]
@@ -77,9 +77,11 @@ def _compress(plan: Plan, layers: Sequence[Compressible], rows: Sequence[int], *
     started = time.perf_counter()
     views = [layer.shown(rows) for layer in layers]
     results = compress_layers(plan, views, [layer.budget(rows) for layer in layers])
-    moved = plan.kernels and close_up(plan, layers, rows, results, fills=fills)
-    for layer, result in zip(layers, results, strict=True):
-        layer.take(rows, result, fills=fills, moved=moved)
+    moved = [False] * len(layers)
+    if plan.kernels:
+        moved = compact_layers(plan, layers, rows, results, fills=fills)
+    for layer, result, done in zip(layers, results, moved, strict=True):
+        layer.take(rows, result, fills=fills, moved=done)
     spent = (time.perf_counter() - started) / len(layers)
     for layer in layers:
         layer.stats.compressions += 1

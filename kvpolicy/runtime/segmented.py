@@ -27,7 +27,7 @@ class Segmented:
         self._tables: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # what kernels are told of segments
         self._tabled: tuple[Layout, Table] | None = None  # and of which layout and base lengths
         self.layout = Layout.even(rows, heads, 0)
-        self._settle(self._allocate(self.layout), self.layout, self.layout.capacity)
+        self._settle(self.allocate(self.layout), self.layout, self.layout.capacity)
 
     @property
     def lengths(self) -> Table:
@@ -83,6 +83,17 @@ class Segmented:
         padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=fill)
         return padded.view(len(rows), self.layout.heads, *padded.shape[1:])
 
+    def allocate(self, layout: Layout) -> dict[str, Tensor]:
+        """New storage for these columns, in which all slots are empty."""
+        # Zeros, because a masked slot is still multiplied: what was in the memory before could be NaN.
+        tensors = {
+            name: torch.zeros((layout.slots, *column.shape), dtype=column.dtype, device=self.device)
+            for name, column in self.columns.items()
+        }
+        if POSITIONS in tensors:
+            tensors[POSITIONS].fill_(-1)
+        return tensors
+
     def check_integrity(self) -> None:
         """Raise CacheError unless lengths fit and exactly the slots behind them are marked empty."""
         for row, lengths in enumerate(self.lengths):
@@ -94,16 +105,6 @@ class Segmented:
                     (self.tensors[POSITIONS][start + length : start + size] >= 0).any()
                 ):
                     raise CacheError(f"row {row} head {head}: entries behind the length {length}")
-
-    def _allocate(self, layout: Layout) -> dict[str, Tensor]:
-        # Zeros, because a masked slot is still multiplied: what was in the memory before could be NaN.
-        tensors = {
-            name: torch.zeros((layout.slots, *column.shape), dtype=column.dtype, device=self.device)
-            for name, column in self.columns.items()
-        }
-        if POSITIONS in tensors:
-            tensors[POSITIONS].fill_(-1)
-        return tensors
 
     def _capacity_view(self, name: str) -> Tensor:
         if self.layout.uniform is None:

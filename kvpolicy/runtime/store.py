@@ -75,7 +75,7 @@ class Store(Segmented):
         after = self._after(rows, lengths, layout)
         kept_rows = self._others(rows)
         in_place = layout == self.layout or (layout.slots == self.layout.slots and not kept_rows)
-        target = self.tensors if in_place else self._allocate(layout)
+        target = self.tensors if in_place else self.allocate(layout)
         if layout != self.layout:
             self._copy_rows(kept_rows, target, layout)
         for name, tensor in entries.items():
@@ -144,7 +144,7 @@ class Store(Segmented):
         layout = self.layout.with_room(needed, limit)
         if layout == self.layout:
             return
-        target = self._allocate(layout)
+        target = self.allocate(layout)
         self._copy_rows(list(range(self.layout.rows)), target, layout)
         self._settle(target, layout, self._base, self._added)
 

@@ -1,4 +1,4 @@
-"""Compaction of all layers of a step in one launch, where entries close up within their storages."""
+"""Compaction in kernels: all layers of a step in one launch where storages stay, and else a launch a layer."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -12,6 +12,7 @@ from kvpolicy.plan.refusals import refusals
 from kvpolicy.runtime.compaction import layout_after
 from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.holdings import Holdings
+from kvpolicy.runtime.layout import Layout
 from kvpolicy.runtime.store import Store
 from kvpolicy_kernels import Column, Segments
 
@@ -28,50 +29,98 @@ class Holder(Protocol):
         """Slots per KV head beyond which its storage does not grow."""
 
 
-def close_up(
+def compact_layers(
     plan: Plan, layers: Sequence[Holder], rows: Sequence[int], results: Sequence[Compressed], *, fills: bool
-) -> bool:
-    """Reduce all rows of the layers to what a compression keeps; False, and nothing done, where that takes more.
+) -> list[bool]:
+    """Reduce some rows of the layers to what a compression keeps; says of each layer whether that was done.
 
-    It takes more when rows are left out, entries were changed or are packed, or storage grows or shrinks. `fills` as
-    in `Move`.
+    It is not where entries were changed or are packed, and nothing is done then. `fills` as in `Move`.
     """
     if plan.packs or any(result.entries is not None for result in results):
-        return False  # packed entries and pages do not stand where their slots do
-    moves = [Move(rows, result.kept, fills) for result in results]
-    for layer, move in zip(layers, moves, strict=True):
-        layout = layer.held.slots.layout
-        if len(rows) < layout.rows or layout_after(plan, layer.held, move, layer.limit) != layout:
-            return False
+        return [False] * len(layers)  # packed entries and pages do not stand where their slots do
+    moves = []
     for layer, result in zip(layers, results, strict=True):
         layer.held.slots.write(rows, result.observed)
+        moves.append(_of_all_rows(layer.held, rows, result.kept, fills=fills))
+    pairs = list(zip(layers, moves, strict=True))
+    layouts = [layout_after(plan, layer.held, move, layer.limit) for layer, move in pairs]
+    stay = [layout == layer.held.slots.layout for layout, layer in zip(layouts, layers, strict=True)]
+    if all(stay):
+        return [_within(layers, moves)] * len(layers)
+    each = zip(pairs, layouts, stay, strict=True)
+    return [_within([layer], [move]) if stays else _into(layout, layer, move) for (layer, move), layout, stays in each]
+
+
+def _of_all_rows(held: Holdings, rows: Sequence[int], kept: Tensor, *, fills: bool) -> Move:
+    """The move that keeps of some rows what is said, and everything of the others."""
+    layout, longest = held.slots.layout, held.slots.longest
+    if len(rows) == layout.rows:
+        return Move(rows, kept, fills)
+    slots = torch.arange(longest, device=kept.device)
+    lengths = held.slots.lengths_on_device.view(layout.rows, layout.heads, 1)
+    everything = slots.where(slots < lengths, -1)
+    everything[list(rows)] = torch.nn.functional.pad(kept, (0, longest - kept.shape[-1]), value=-1)
+    return Move(range(layout.rows), everything, fills)
+
+
+def _within(layers: Sequence[Holder], moves: Sequence[Move]) -> bool:
+    """Move entries within their storages, all layers in one launch; False when kernels cannot."""
+    from kvpolicy_kernels.compact import compact
+
+    held = [layer.held for layer in layers]
+    columns = _columns(held)
+    positions, ordered = columns.pop(POSITIONS), not moves[0].fills
     try:
-        _compact(layers, moves)
+        compact(_segments(held), _kept(moves), list(columns.values()), ordered=ordered, positions=positions)
     except refusals():
         return False
-    for layer, move in zip(layers, moves, strict=True):
-        for store in _stores(layer.held):
+    for one, move in zip(held, moves, strict=True):
+        for store in _stores(one):
             store.adopt(store.tensors, store.layout, move.lengths)
     return True
 
 
-def _compact(layers: Sequence[Holder], moves: Sequence[Move]) -> None:
-    from kvpolicy_kernels.compact import compact
+def _into(layout: Layout, layer: Holder, move: Move) -> bool:
+    """Copy the entries of a layer into storages of another size, or of heads of other sizes, in one launch."""
+    from kvpolicy_kernels.compact import compact_to
 
-    stores = [layer.held.slots for layer in layers]
-    width = max(move.kept.shape[-1] for move in moves)
-    kept = [torch.nn.functional.pad(move.kept, (0, width - move.kept.shape[-1]), value=-1) for move in moves]
-    segments = Segments(
+    held = layer.held
+    stores, segments = list(_stores(held)), _segments([held])
+    fresh = [store.allocate(layout) for store in stores]
+    tensors = {name: tensor for columns in fresh for name, tensor in columns.items()}
+    targets = [_column([tensors[name]]) for name in _names(held)]
+    starts = layout.offsets_on(segments.starts.device).flatten()
+    after = Segments(starts, segments.lengths, 1, layout.rows, layout.heads, segments.longest)
+    try:
+        compact_to(segments, _kept([move]), list(_columns([held]).values()), after, targets)
+    except refusals():
+        return False
+    for store, columns in zip(stores, fresh, strict=True):
+        store.adopt(columns, layout, move.lengths)
+    return True
+
+
+def _segments(held: Sequence[Holdings]) -> Segments:
+    stores = [one.slots for one in held]
+    return Segments(
         starts=torch.cat([store.starts for store in stores]),
         lengths=torch.cat([store.lengths_on_device for store in stores]),
-        layers=len(layers),
+        layers=len(stores),
         rows=stores[0].layout.rows,
         heads=stores[0].layout.heads,
         longest=max(store.longest for store in stores),
     )
-    columns = {name: _column([_tensor(layer.held, name) for layer in layers]) for name in _names(layers[0].held)}
-    positions, ordered = columns.pop(POSITIONS), not moves[0].fills
-    compact(segments, torch.cat(kept).flatten(0, 1).int(), list(columns.values()), ordered=ordered, positions=positions)
+
+
+def _kept(moves: Sequence[Move]) -> Tensor:
+    """[P, N] int32, N the largest number that any head of any layer keeps."""
+    width = max(move.kept.shape[-1] for move in moves)
+    kept = [torch.nn.functional.pad(move.kept, (0, width - move.kept.shape[-1]), value=-1) for move in moves]
+    return torch.cat(kept).flatten(0, 1).int()
+
+
+def _columns(held: Sequence[Holdings]) -> dict[str, Column]:
+    return {name: _column([_tensor(one, name) for one in held]) for name in _names(held[0])}
 
 
 def _stores(held: Holdings) -> Iterator[Store]:

@@ -17,6 +17,7 @@ LAYERS, STEPS = 3, 9
 POLICIES = {
     "snapkv": small("snapkv", 20, 4, protect={"recent": 8}),
     "rkv": small("rkv", 20, 4, protect={"recent": 8}),
+    "adakv": small("adakv", 20, 4, protect={"recent": 8}),
     "gkv": small("gkv", 20, 4, protect={"recent": 8}),
     "pyramidkv": small("pyramidkv", 20, 4, protect={"recent": 4}),
     "blend": small("blend", 20, 4, protect={"recent": 8}),
@@ -39,20 +40,20 @@ def test_kernels_choose_what_the_references_choose(name, rows):
 
 def test_layers_wait_for_the_end_of_a_decode_step(monkeypatch):
     """The prompt is compressed layer by layer, decode steps all layers at once, in place and by one launch each."""
-    views, closed = [], []
-    inner, close_up = execute.choose_together, rounds.close_up
+    views, moved = [], []
+    inner, compact_layers = execute.choose_together, rounds.compact_layers
 
     def choose_together(spec, fusion, shown, budgets):
         views.append(len(shown))
         return inner(spec, fusion, shown, budgets)
 
     monkeypatch.setattr(execute, "choose_together", choose_together)
-    monkeypatch.setattr(rounds, "close_up", lambda *given, **how: closed.append(close_up(*given, **how)) or closed[-1])
+    monkeypatch.setattr(rounds, "compact_layers", lambda *a, **k: moved.append(compact_layers(*a, **k)) or moved[-1])
     model = build("llama", num_hidden_layers=LAYERS)
     _generate(model, POLICIES["rkv"], *prompt(28), kernels=True)
 
     assert views == [1] * LAYERS + [LAYERS] * 2
-    assert closed == [False] * LAYERS + [True] * 2  # after the prompt, storage shrinks
+    assert moved == [[True]] * LAYERS + [[True] * LAYERS] * 2
 
 
 def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog):

@@ -9,7 +9,7 @@ from kvpolicy.plan.plan import compile_policy
 from kvpolicy.plan.steps import Step
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels import Column, Segments, Traffic
-from kvpolicy_kernels.compact import compact
+from kvpolicy_kernels.compact import compact, compact_to
 from tests.kernels.counting import counted
 from tests.policies import small
 
@@ -48,9 +48,7 @@ def test_planned_bytes_are_those_that_kernels_address(name, dtype, monkeypatch):
         expected = Traffic({**expected.read, "keys": expected.read["keys"] - pair}, expected.written)
     assert _named(choosing) == _named(expected)
     for traffic in compacted:
-        with counted(tensors) as moving:
-            _compact(view)
-        assert _named(moving) == _named(traffic)
+        assert _named(_moved(view, tensors, ragged=plan.ragged)) == _named(traffic)
 
 
 def _planned(plan, monkeypatch):
@@ -91,11 +89,23 @@ def _view(plan, slots):
     )
 
 
-def _compact(view):
-    """The first entry leaves, so that all that stay move: the most that can be."""
+def _moved(view, tensors, *, ragged):
+    """The traffic of compaction; the first entry leaves, so that all that stay move: the most that can be."""
     kept = torch.arange(1, BUDGET + 1, dtype=torch.int32).expand(GEOMETRY.kv_heads, -1).contiguous()
-    columns = [Column.of([one]) for one in (view.keys, view.values)]
-    if view.attention is not None:
-        columns.append(Column.of([view.attention.transpose(-1, -2)]))
-    segments = Segments.of([view.keys], view.lengths[None])
-    compact(segments, kept, columns, ordered=True, positions=Column.of([view.positions]))
+    segments, columns = Segments.of([view.keys], view.lengths[None]), _columns(tensors)
+    if not ragged:
+        positions = columns.pop("positions")
+        with counted(tensors) as moving:
+            compact(segments, kept, list(columns.values()), ordered=True, positions=positions)
+        return moving
+    others = {name: tensor.clone() for name, tensor in tensors.items()}
+    targets = list(_columns(others).values())
+    with counted(tensors) as reading, counted(others) as writing:
+        compact_to(segments, kept, list(columns.values()), segments, targets)
+    assert not any(_named(reading)[1].values())
+    return Traffic(reading.read, writing.written)
+
+
+def _columns(tensors):
+    flat = {name: one.transpose(-1, -2) if name == "attention" else one for name, one in tensors.items()}
+    return {name: Column.of([one]) for name, one in flat.items()}

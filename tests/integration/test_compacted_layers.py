@@ -1,0 +1,97 @@
+"""Compaction of layers by kernels leaves what compaction without them leaves."""
+
+import copy
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpolicy.plan.pipeline import Compressed
+from kvpolicy.runtime.together import compact_layers
+from kvpolicy_kernels import UnsupportedInputError
+from tests.driving import HEADS, drive, new_layer, worth_plan
+from tests.policies import held
+
+
+@attrs.frozen
+class Cache:
+    """As far as `held` looks at one."""
+
+    managed: list
+
+
+@st.composite
+def rounds(draw):
+    """A plan, two of its layers, rows that are due, which slots stay, and whether holes are filled."""
+    ragged, batch, budget = draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(4, 7))
+    plan = worth_plan(budget, draw(st.integers(1, 4)), ragged=ragged, any_order=True)
+    layers = [new_layer(plan) for _ in range(2)]
+    counts = [draw(st.integers(1, 12)), *[1] * draw(st.integers(0, 3))]
+    for seed, layer in enumerate(layers):
+        drive(layer, *counts, rows=batch, seed=seed)
+    rows = sorted(draw(st.sets(st.integers(0, batch - 1), min_size=1)))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    results = [_result(layer, rows, draw(st.integers(0, budget)), random, ragged=ragged) for layer in layers]
+    return plan, layers, rows, results, draw(st.booleans())
+
+
+def _result(layer, rows, most, random, *, ragged):
+    """Up to `most` slots of every head of the rows, equally many unless `ragged`; and new attention mass."""
+    lengths = [layer.held.slots.lengths[row] for row in rows]
+    width = min(most, *map(min, lengths))
+    kept = torch.full((len(rows), HEADS, width), -1)
+    for row, counts in enumerate(lengths):
+        for head, length in enumerate(counts):
+            stay = int(torch.randint(width + 1, (1,), generator=random)) if ragged else width
+            kept[row, head, :stay] = torch.randperm(length, generator=random)[:stay].sort().values
+    mass = layer.held.slots.padded("attention", rows)
+    return Compressed(kept, {"attention": torch.rand(mass.shape, generator=random)})
+
+
+@settings(max_examples=40)
+@given(rounds())
+def test_the_same_entries_stand_in_the_same_slots(problem):
+    plan, layers, rows, results, fills = problem
+    fills = fills and not plan.ragged
+    expected = copy.deepcopy(layers)
+    for layer, result in zip(expected, results, strict=True):
+        layer.take(rows, result, fills=fills)
+    done = compact_layers(plan, layers, rows, results, fills=fills)
+    for layer, result, moved in zip(layers, results, done, strict=True):
+        assert moved
+        layer.take(rows, result, fills=fills, moved=moved)
+    for layer, other in zip(layers, expected, strict=True):
+        layer.held.check_integrity()
+        assert layer.held.slots.layout == other.held.slots.layout
+        for store, right in zip(_stores(layer), _stores(other), strict=True):
+            assert store.lengths == right.lengths
+            for name, row, head in ((name, row, head) for name in store.columns for row, head in _segments(store)):
+                assert torch.equal(store.segment(name, row, head), right.segment(name, row, head))
+            assert all(tensor.isfinite().all() for tensor in store.tensors.values())
+
+
+@pytest.mark.parametrize(("name", "left"), [("compact", 6), ("compact_to", 4)])
+def test_what_kernels_refuse_is_left_to_the_references(monkeypatch, name, left):
+    """Whether storages stay or not, nothing has moved then."""
+    plan = worth_plan(6, 3)
+    layer = new_layer(plan)
+    drive(layer, 9, 1, 1)
+    kept = torch.arange(1, left + 1).expand(1, HEADS, -1)
+    before = held(Cache([layer]))
+    monkeypatch.setattr(f"kvpolicy_kernels.compact.{name}", _refuse)
+    assert compact_layers(plan, [layer], [0], [Compressed(kept, {})], fills=False) == [False]
+    assert held(Cache([layer])) == before
+
+
+def _refuse(*_args, **_named):
+    raise UnsupportedInputError("no such luck")
+
+
+def _stores(layer):
+    return layer.held.keys.tail, layer.held.values.tail, layer.held.slots
+
+
+def _segments(store):
+    return [(row, head) for row in range(store.layout.rows) for head in range(store.layout.heads)]
