@@ -73,15 +73,16 @@ class Segmented:
 
         Unused slots hold any finite number, except for positions, which are -1 there.
         """
+        if self.layout.uniform is not None and list(rows) == list(range(self.layout.rows)):
+            return self.dense(name)
+        longest = max(max(self._base[row]) for row in rows) + self._added
         if self.layout.uniform is not None:
-            if len(rows) == self.layout.rows and list(rows) == list(range(len(rows))):
-                return self.dense(name)
-            longest = max(max(self._base[row]) for row in rows) + self._added
             return self._capacity_view(name)[list(rows), :, :longest]
-        segments = [self.segment(name, row, head) for row in rows for head in range(self.layout.heads)]
-        fill = self.columns[name].fill
-        padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=fill)
-        return padded.view(len(rows), self.layout.heads, *padded.shape[1:])
+        starts, lengths = self._numbers(self.layout.offsets, rows), self._numbers(self.lengths, rows)
+        places = torch.arange(longest, device=self.device)
+        slots = (starts + places).clamp(max=self.layout.slots - 1)
+        padded: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
+        return padded.where(places < lengths, -1) if name == POSITIONS else padded
 
     def allocate(self, layout: Layout) -> dict[str, Tensor]:
         """New storage for these columns, in which all slots are empty."""
@@ -93,6 +94,10 @@ class Segmented:
         if POSITIONS in tensors:
             tensors[POSITIONS].fill_(-1)
         return tensors
+
+    def _numbers(self, table: Table, rows: Sequence[int]) -> Tensor:
+        """What a table says of some rows, [rows, K, 1]."""
+        return torch.tensor([table[row] for row in rows], device=self.device)[..., None]
 
     def check_integrity(self) -> None:
         """Raise CacheError unless lengths fit and exactly the slots behind them are marked empty."""
