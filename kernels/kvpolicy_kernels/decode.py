@@ -92,7 +92,8 @@ def _launch(
         queries, segments.starts, segments.lengths, *_half(held.keys), *_half(held.values),
         _addresses(held.positions), seen, _addresses(held.votes), slots, logits, peaks, sums, partial, out,
         scaling, listed, longest, division.item,
-        **common, **format_constants("KEY", _how(held.keys)), **format_constants("VALUE", _how(held.values)),
+        **common, **format_constants("KEY", _how(held.keys), segments.heads),
+        **format_constants("VALUE", _how(held.values), segments.heads),
         HEADS=segments.heads, D=dim, DP=_padded(dim), BLOCK=division.block,
         TRIPS=division.item // division.block if interpreting() else None, num_warps=division.warps, num_stages=3,
     )  # fmt: skip
@@ -148,13 +149,16 @@ def _how(half: Half) -> Unpacking | None:
     return None if half.packed is None else half.packed.unpacking
 
 
-def format_constants(name: str, how: Unpacking | None) -> dict[str, Any]:
-    """The constants of the keys or the values ("KEY", "VALUE")."""
+def format_constants(name: str, how: Unpacking | None, heads: int) -> dict[str, Any]:
+    """The constants of the keys or the values ("KEY", "VALUE") of so many KV heads a row."""
     if how is None:
-        return {f"{name}_FORMAT": ((), (), 1, ()), f"{name}_TILE": None}
+        return {f"{name}_FORMAT": ((), (), 1, (), 1), f"{name}_TILE": None}
     types, widths = zip(*((TYPES[one.dtype], one.width) for one in how.columns), strict=True)
     options = tuple(map(tl.constexpr, how.options))  # Triton 3.6 hands no plain integers of a tuple on to a function
-    return {f"{name}_FORMAT": (types, widths, how.unit, options), f"{name}_TILE": how.function}
+    return {
+        f"{name}_FORMAT": (types, widths, how.unit, options, heads if how.joint else 1),
+        f"{name}_TILE": how.function,
+    }
 
 
 @functools.cache

@@ -11,8 +11,9 @@ from kvpolicy_kernels.combine import combine
 from kvpolicy_kernels.decode import format_constants
 from kvpolicy_kernels.held import PackedColumn, Unpacking
 from kvpolicy_kernels.split import attend
-from kvpolicy_kernels.unpack import per_channel, per_token, scaled_fp8
+from kvpolicy_kernels.unpack import centred, per_channel, per_token, scaled_fp8
 
+_HEADS = 8
 _GROUP = 32  # of tokens or channels that are quantised together
 _SPLIT = ("PARTIAL", "PEAKS", "SUMS")
 _TYPES = {
@@ -55,15 +56,16 @@ def builds() -> Iterator[Build]:
     for bits in (2, 4):
         yield _attend(f"decode D=128 kivi{bits}", 128, *_SPLIT, keys=_channels(bits, 128), values=_tokens(bits, 128))
     yield _attend("decode D=128 fp8", 128, *_SPLIT, keys=_fp8(128), values=_fp8(128))
+    yield _attend("decode D=128 tada4", 128, *_SPLIT, keys=_centred(4, 128), values=_centred(4, 128))
 
 
 def _attend(name: str, dim: int, *given: str, keys: Unpacking | None = None, values: Unpacking | None = None) -> Build:
-    shape = {"HEADS": 8, "D": dim, "DP": dim, "BLOCK": 64 if keys is None else 32, "TRIPS": None}
+    shape = {"HEADS": _HEADS, "D": dim, "DP": dim, "BLOCK": 64 if keys is None else 32, "TRIPS": None}
     types: dict[str, Any] = dict(_TYPES)
     for half, how in (("KEY", keys), ("VALUE", values)):
         if how is not None:
             types |= {f"{half}_COLUMNS": ("*i64",) * len(how.columns), f"{half}_UNITS": ("*i64", "*i32")}
-    formats = {**format_constants("KEY", keys), **format_constants("VALUE", values)}
+    formats = {**format_constants("KEY", keys, _HEADS), **format_constants("VALUE", values, _HEADS)}
     warps = 2 if dim == 64 and keys is None else 4
     return _build(name, attend, types, given, {**_common(dim), **shape, **formats}, tensor_cores=True, warps=warps)
 
@@ -94,7 +96,7 @@ def _build(
 def _common(dim: int) -> dict[str, Any]:
     return {
         "DTYPE": tl.bfloat16,
-        "PER_LAYER": 8,
+        "PER_LAYER": _HEADS,
         "G": 4,
         "GP": 16,
         "DV": dim,
@@ -116,3 +118,10 @@ def _tokens(bits: int, dim: int) -> Unpacking:
 
 def _fp8(dim: int) -> Unpacking:
     return Unpacking(scaled_fp8, (PackedColumn(dim, torch.uint8), PackedColumn(1, torch.float16)))
+
+
+def _centred(bits: int, dim: int) -> Unpacking:
+    each = PackedColumn(_HEADS, torch.float16)
+    codes = PackedColumn(_HEADS * dim * bits // 8, torch.uint8)
+    columns = PackedColumn(dim, torch.float16), codes, each, each
+    return Unpacking(centred, columns, options=(bits, dim, _HEADS), joint=True)

@@ -28,24 +28,27 @@ class Unpacking:
         function(COLUMNS,             # tuple of pointers, one a column, to the first unit of the segment
                  slots,               # [BLOCK] int32, of the segment
                  held,                # [BLOCK] bool: no other slot may be read
+                 head,                # int32: which KV head of its row the segment is
                  D: tl.constexpr,     # head dim
                  DP: tl.constexpr,    # D rounded up to a power of two
                  RUN: tl.constexpr,   # whether the slots follow each other in whole units
                  OPTIONS: tl.constexpr)  # tuple of ints: `options`
 
     It returns float32 [BLOCK, DP]: zeros behind the head dim, anything finite in slots that are not held. Of a
-    `shared` column it reads each row once if `RUN`, and once for every entry otherwise.
+    `shared` column it reads each row once if `RUN`, and once for every entry otherwise. A unit of a `joint` format
+    holds the entries of all KV heads of a row.
     """
 
     function: Any
     columns: tuple[PackedColumn, ...]
     unit: int = 1
     options: tuple[int, ...] = ()
+    joint: bool = False
 
 
 @attrs.frozen(eq=False)
 class Packed:
-    """The packed entries of P segments: they come first in a segment."""
+    """The packed entries of P segments: they come first in a segment. Of a joint format P counts rows, not heads."""
 
     unpacking: Unpacking
     starts: Tensor  # [P] int64, first unit in the storage of the segment's layer
@@ -93,7 +96,7 @@ def check_attention(queries: Tensor, held: Held, seen: Tensor | None, slots: Ten
     require(1 <= group <= 64, f"{group} query heads a KV head")
     require(held.keys.column.width == dim, f"keys of {held.keys.column.width} for queries of {dim}")
     for half in (held.keys, held.values):
-        _check_half(half, queries, segments.longest)
+        _check_half(half, queries, segments)
     _check_column(held.positions, torch.int32, 1, "positions")
     _check_column(held.votes, torch.float32, 1, "log-votes")
     _check_column(export.mass, torch.float32, group, "attention mass")
@@ -113,16 +116,20 @@ def check_attention(queries: Tensor, held: Held, seen: Tensor | None, slots: Ten
     require(count * group * segments.longest < 2**62 and count < 2**31, "too many segments")
 
 
-def _check_half(half: Half, queries: Tensor, longest: int) -> None:
-    column = half.column
+def _check_half(half: Half, queries: Tensor, segments: Segments) -> None:
+    column, longest = half.column, segments.longest
     require(column.dtype == queries.dtype, f"{column.dtype} entries for {queries.dtype} queries")
     require(column.addresses.device == queries.device, "entries on another device")
     require(1 <= column.width <= 256, f"head dim {column.width}")
     require(longest * column.width < 2**31, f"{longest} entries a segment")
     if half.packed is None:
         return
-    for found, wanted in zip(half.packed.columns, half.packed.unpacking.columns, strict=True):
+    how = half.packed.unpacking
+    owners = segments.count // segments.heads if how.joint else segments.count
+    require(half.packed.starts.shape == half.packed.units.shape == (owners,), "packed units of other segments")
+    for found, wanted in zip(half.packed.columns, how.columns, strict=True):
         require((found.dtype, found.width) == (wanted.dtype, wanted.width), "packed columns of another kind")
+        require(longest // how.unit * wanted.width < 2**31, f"{longest} packed entries a segment")
 
 
 def _check_column(column: Column | None, dtype: torch.dtype, width: int, name: str) -> None:

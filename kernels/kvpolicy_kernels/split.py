@@ -27,8 +27,9 @@ def _half(
     columns = ()
     sealed = 0
     if UNITS is not None:
-        first = tl.load(UNITS[0] + segment)
-        sealed = tl.load(UNITS[1] + segment) * FORMAT[2]
+        place = segment // FORMAT[4]
+        first = tl.load(UNITS[0] + place)
+        sealed = tl.load(UNITS[1] + place) * FORMAT[2]
         for i in tl.static_range(len(COLUMNS)):
             one = _column(COLUMNS[i], layer, FORMAT[0][i]) + first * FORMAT[1][i]
             columns = columns + (one,)  # type: ignore[assignment]
@@ -49,7 +50,7 @@ def _vectors(
         vectors = vectors.to(tl.float32)
     if TILE is not None:
         packed = held & (slots < HALF[2])
-        unpacked = TILE(HALF[1], slots, packed, D, DP, RUN, FORMAT[3])
+        unpacked = TILE(HALF[1], slots, packed, HALF[3], D, DP, RUN, FORMAT[3])
         vectors = tl.where(packed[:, None], rounded(unpacked, DTYPE, UPCAST), vectors)
     return vectors
 
@@ -135,7 +136,7 @@ def attend(
     DV: tl.constexpr,
     DVP: tl.constexpr,
     BLOCK: tl.constexpr,
-    KEY_FORMAT: tl.constexpr,  # (types, widths, unit, options) of the packed columns
+    KEY_FORMAT: tl.constexpr,  # (types, widths, unit, options) of the packed columns, and heads that share them
     KEY_TILE: tl.constexpr,
     VALUE_FORMAT: tl.constexpr,
     VALUE_TILE: tl.constexpr,
@@ -170,6 +171,7 @@ def attend(
     values, value_columns, value_sealed = _half(
         VALUES, VALUE_STARTS, VALUE_COLUMNS, VALUE_UNITS, segment, layer, DV, DTYPE, VALUE_FORMAT
     )
+    head = (segment % HEADS).to(tl.int32)
     peak = tl.full((GP,), float("-inf"), tl.float32)
     total = tl.zeros((GP,), tl.float32)
     summed = tl.zeros((GP, DVP), tl.float32)
@@ -181,13 +183,13 @@ def attend(
         plain = tl.maximum(first, tl.minimum(end, tl.cdiv(sealed, BLOCK) * BLOCK))
         peak, total, summed = _span(
             query, first, plain, stop, positions, seen, votes, slots, logits, scaling, pitch, peak, total, summed,
-            (keys, key_columns, key_sealed), (values, value_columns, value_sealed),
+            (keys, key_columns, key_sealed, head), (values, value_columns, value_sealed, head),
             DTYPE, G, GP, D, DP, DV, DVP, BLOCK, KEY_FORMAT, KEY_TILE, VALUE_FORMAT, VALUE_TILE, TRIPS, UPCAST,
         )  # fmt: skip
     if SLOTS is None or (KEY_TILE is None and VALUE_TILE is None):
         peak, total, summed = _span(
             query, plain, end, stop, positions, seen, votes, slots, logits, scaling, pitch, peak, total, summed,
-            (keys, (), key_sealed), (values, (), value_sealed),
+            (keys, (), key_sealed, head), (values, (), value_sealed, head),
             DTYPE, G, GP, D, DP, DV, DVP, BLOCK, KEY_FORMAT, None, VALUE_FORMAT, None, TRIPS, UPCAST,
         )  # fmt: skip
 

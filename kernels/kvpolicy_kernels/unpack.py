@@ -26,7 +26,7 @@ def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def codes_of(CODES, slots, held, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Codes [BLOCK, DP] as float32, from ceil(D · BITS / 8) bytes a slot, lowest bits first; BITS 2, 4 or 8."""
+    """Codes [BLOCK, DP] as float32, from ceil(D · BITS / 8) bytes a row, lowest bits first; BITS 2, 4 or 8."""
     WIDTH: tl.constexpr = (D * BITS + 7) // 8
     byte = tl.arange(0, DP * BITS // 8)
     held = held[:, None] & (byte < WIDTH)[None, :]
@@ -42,7 +42,16 @@ def codes_of(CODES, slots, held, D: tl.constexpr, DP: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
-def per_channel(COLUMNS, slots, held, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+def per_channel(
+    COLUMNS,
+    slots,
+    held,
+    head,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    RUN: tl.constexpr,
+    OPTIONS: tl.constexpr,
+):
     """Code · scale + minimum; scale and minimum [D] a unit. Columns codes, scale, minimum; options (bits, unit)."""
     UNIT: tl.constexpr = OPTIONS[1]
     codes = codes_of(COLUMNS[0], slots, held, D, DP, OPTIONS[0])
@@ -66,25 +75,44 @@ def per_channel(COLUMNS, slots, held, D: tl.constexpr, DP: tl.constexpr, RUN: tl
 
 
 @triton.jit
-def per_token(COLUMNS, slots, held, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):  # noqa: ARG001 a row is a unit
-    """Code · scale + minimum; scale and minimum for `group` channels. Columns as above; options (bits, group).
-
-    `group` is a power of two that divides D.
-    """
-    GROUP: tl.constexpr = OPTIONS[1]
+def _in_groups(CODES, SCALE, MINIMUM, rows, held, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+               GROUP: tl.constexpr):  # fmt: skip
+    """Code · scale + minimum [BLOCK, DP]; a scale and a minimum for GROUP channels of a row."""
     GROUPS: tl.constexpr = DP // GROUP
-    COUNT: tl.constexpr = slots.shape[0]
-    codes = tl.reshape(codes_of(COLUMNS[0], slots, held, D, DP, OPTIONS[0]), (COUNT, GROUPS, GROUP))
+    COUNT: tl.constexpr = rows.shape[0]
+    codes = tl.reshape(codes_of(CODES, rows, held, D, DP, BITS), (COUNT, GROUPS, GROUP))
     group = tl.arange(0, GROUPS)
-    place = slots[:, None] * (D // GROUP) + group[None, :]
+    place = rows[:, None] * (D // GROUP) + group[None, :]
     there = held[:, None] & (group < D // GROUP)[None, :]
-    scale = tl.load(COLUMNS[1] + place, mask=there, other=0.0).to(tl.float32)
-    minimum = tl.load(COLUMNS[2] + place, mask=there, other=0.0).to(tl.float32)
+    scale = tl.load(SCALE + place, mask=there, other=0.0).to(tl.float32)
+    minimum = tl.load(MINIMUM + place, mask=there, other=0.0).to(tl.float32)
     return tl.reshape(codes * scale[:, :, None] + minimum[:, :, None], (COUNT, DP))
 
 
 @triton.jit
-def scaled_fp8(COLUMNS, slots, held, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):  # noqa: ARG001 a row is a unit
+def per_token(COLUMNS, slots, held, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+    """Code · scale + minimum; scale and minimum for `group` channels. Columns as above; options (bits, group).
+
+    `group` is a power of two that divides D.
+    """
+    return _in_groups(COLUMNS[0], COLUMNS[1], COLUMNS[2], slots, held, D, DP, OPTIONS[0], OPTIONS[1])
+
+
+@triton.jit
+def centred(COLUMNS, slots, held, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+    """The mean over the heads less (code · scale + minimum); scale and minimum for `group` channels of a head.
+
+    Columns mean [D], and codes, scale and minimum of all heads; options (bits, group, heads). `group` as above.
+    """
+    d = tl.arange(0, DP)
+    there = held[:, None] & (d < D)[None, :]
+    mean = tl.load(COLUMNS[0] + slots[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
+    rows = slots * OPTIONS[2] + head
+    return mean - _in_groups(COLUMNS[1], COLUMNS[2], COLUMNS[3], rows, held, D, DP, OPTIONS[0], OPTIONS[1])
+
+
+@triton.jit
+def scaled_fp8(COLUMNS, slots, held, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
     """Float8 (e4m3) times the largest magnitude of the vector over 448. Columns codes, as bytes, and peak.
 
     Sign to sign, exponent and mantissa below the top exponent bit of a float16: the number over 256, exactly.

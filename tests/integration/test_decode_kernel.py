@@ -22,12 +22,16 @@ POLICIES = {
     "kivi4": kvpolicy.load("kivi4", store=KIVI),
     "rkv_int4": small("rkv", 24, 4, protect={"recent": 8}, store=KIVI),
     "fp8": kvpolicy.load("kivi4", store={"use": "fp8", "residual": 3}),
+    "tada": kvpolicy.load("tada", store={"use": "tada", "bits": 4, "residual": 8, "batch": 4}),
     "quest": kvpolicy.load("quest", read={"use": "pages", "page": 4, "budget": 12, "dense_first": 1}),
 }
 
 
+BATCHED = ("adakv", "h2o", "kivi4", "tada")
+
+
 @pytest.mark.parametrize(
-    ("name", "rows"), [*((name, (28,)) for name in POLICIES), *((name, (25, 14)) for name in ("adakv", "h2o", "kivi4"))]
+    ("name", "rows"), [*((name, (28,)) for name in POLICIES), *((name, (25, 14)) for name in BATCHED)]
 )
 def test_decoding_with_kernels(name, rows, monkeypatch):
     model = build("llama", num_hidden_layers=LAYERS)
@@ -35,7 +39,13 @@ def test_decoding_with_kernels(name, rows, monkeypatch):
     expected = _generate(model, name, tokens, mask, kernels=False)
     served = []
     inner = attention.attend_in_kernel
-    monkeypatch.setattr(attention, "attend_in_kernel", lambda *a, **k: served.append(1) or inner(*a, **k))
+
+    def attend_in_kernel(*given, **named):
+        out = inner(*given, **named)
+        served.append(1)
+        return out
+
+    monkeypatch.setattr(attention, "attend_in_kernel", attend_in_kernel)
     found = _generate(model, name, tokens, mask, kernels=True)
     # Of the tokens, the first comes from the prompt; in quest's first layer everything is read by the stock attention.
     assert len(served) == (STEPS - 1) * (LAYERS - (name == "quest"))

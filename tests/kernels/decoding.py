@@ -7,13 +7,14 @@ from torch import Tensor
 from kvpolicy_kernels import Column
 from kvpolicy_kernels.decode import decode
 from kvpolicy_kernels.held import Export, Half, Held, Packed, PackedColumn, Unpacking
-from kvpolicy_kernels.unpack import per_channel, per_token, scaled_fp8
+from kvpolicy_kernels.unpack import centred, per_channel, per_token, scaled_fp8
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.outputs import Guarded
 from tests.kernels.references import decode as reference
 from tests.kernels.scenes import DEVICE, Scene, scene
 
 MIXED = torch.tensor([[[37, 0], [1, 66]]])  # [L, B, K]
+ALIKE = torch.tensor([[[37, 37], [0, 0], [66, 66]], [[5, 5], [1, 1], [2, 2]]])
 LAYERS = torch.tensor([[[5], [20]], [[33], [2]]])
 
 
@@ -58,17 +59,19 @@ def plain(found: Scene, name: str):
 
 def packed(found: Scene, name: str, how: Unpacking, random: torch.Generator):
     """Some of the entries of every segment as random columns, the rest behind them as they are."""
-    lengths = found.segments.lengths.tolist()
-    units = [length // how.unit - (place % 3 == 2 and length >= 2 * how.unit) for place, length in enumerate(lengths)]
-    layers = found.segments.layers
-    per_layer = [units[layer * found.segments.per_layer :][: found.segments.per_layer] for layer in range(layers)]
+    share = found.segments.heads if how.joint else 1  # segments whose entries are in the same units
+    layers, owners, lengths = found.segments.layers, found.segments.per_layer // share, found.segments.lengths.tolist()
+    own_lengths = enumerate(lengths[::share])
+    units = [length // how.unit - (place % 3 == 2 and length >= 2 * how.unit) for place, length in own_lengths]
+    per_layer = [units[layer * owners :][:owners] for layer in range(layers)]
     starts = torch.cat([torch.tensor(one).cumsum(0) - torch.tensor(one) for one in per_layer]).to(DEVICE)
     stores = [[numbers(column, sum(one) + 2, random) for one in per_layer] for column in how.columns]
     columns = tuple(column_of(one, how.columns[place].width) for place, one in enumerate(stores))
     vectors = []
     for place, tail in enumerate(found.lists(name)):
-        own = [store[place // found.segments.per_layer][starts[place] :][: units[place]] for store in stores]
-        oldest = unpacked(how, own, tail.shape[1], tail.dtype)
+        owner = place // share
+        own = [store[owner // owners][starts[owner] :][: units[owner]] for store in stores]
+        oldest = unpacked(how, own, place % share, tail.shape[1], tail.dtype)
         vectors.append(torch.cat([oldest, tail[: lengths[place] - len(oldest)]]))
     counts = torch.tensor(units, dtype=torch.int32, device=DEVICE)
     half = Half(found.columns[name], found.segments.starts, Packed(how, starts, counts, columns))
@@ -87,11 +90,13 @@ def column_of(tensors: list[Tensor], width: int) -> Column:
     return Column(addresses, tensors[0].dtype, width, tuple(tensors))
 
 
-def unpacked(how: Unpacking, own: list[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+def unpacked(how: Unpacking, own: list[Tensor], head: int, dim: int, dtype: torch.dtype) -> Tensor:
     if how.function is per_channel:
         return reference.per_channel(own, *how.options, dim, dtype)
     if how.function is per_token:
         return reference.per_token(own, *how.options, dim, dtype)
+    if how.function is centred:
+        return reference.centred(own, *how.options, head, dim, dtype)
     return reference.fp8([own[0], own[1][:, 0]], dtype)
 
 
@@ -104,6 +109,12 @@ def channels(bits: int, dim: int, unit: int = 16, stored: torch.dtype = torch.fl
 def tokens(bits: int, dim: int, group: int = 16, stored: torch.dtype = torch.float16) -> Unpacking:
     each = PackedColumn(dim // group, stored)
     return Unpacking(per_token, (PackedColumn(-(-dim * bits // 8), torch.uint8), each, each), options=(bits, group))
+
+
+def means(bits: int, dim: int, group: int = 16, stored: torch.dtype = torch.float16, heads: int = 2) -> Unpacking:
+    each, codes = PackedColumn(heads * dim // group, stored), PackedColumn(heads * -(-dim * bits // 8), torch.uint8)
+    columns = PackedColumn(dim, stored), codes, each, each
+    return Unpacking(centred, columns, options=(bits, group, heads), joint=True)
 
 
 def fp8(dim: int) -> Unpacking:

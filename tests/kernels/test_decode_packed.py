@@ -1,11 +1,13 @@
 """Decode attention over quantised and float8 entries, with tails that are not packed."""
 
+import attrs
 import pytest
 import torch
 
+from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_kernels.division import Division
 from tests.kernels.cases import DTYPES, SMALL
-from tests.kernels.decoding import MIXED, assert_right, call, channels, fp8, run, tokens
+from tests.kernels.decoding import ALIKE, MIXED, assert_right, call, channels, fp8, means, run, tokens
 
 
 @pytest.mark.parametrize("listed", [0, 20], ids=["", "listed"])
@@ -32,6 +34,27 @@ def test_units_that_do_not_fit_into_a_block(unit, dim, dtype):
 def test_float8_entries(dim, listed, dtype):
     one = call(MIXED, dim, dtype, keys=fp8(dim), values=fp8(dim), listed=listed, seed=dim, votes=True)
     assert_right(one, logits=True, mass=True)
+
+
+@pytest.mark.parametrize("listed", [0, 20], ids=["", "listed"])
+@pytest.mark.parametrize("which", ["keys", "values", "both"])
+@pytest.mark.parametrize(("dim", "dtype"), list(zip([64, 80, 128], DTYPES, strict=True)))
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_entries_of_all_heads_in_one_unit(bits, dim, which, listed, dtype):
+    how = means(bits, dim, group=16 if bits == 4 else dim & -dim, stored=dtype if bits == 8 else torch.float16)
+    keys, values = how if which != "values" else None, how if which != "keys" else None
+    one = call(ALIKE, dim, dtype, keys=keys, values=values, listed=listed, seed=bits + dim + listed)
+    assert_right(one, Division(32, 64, 2))
+
+
+def test_units_of_other_segments_are_refused():
+    one = call(ALIKE, 64, keys=means(4, 64))
+    packed = one.held.keys.packed
+    for name in ("starts", "units"):
+        other = attrs.evolve(packed, **{name: getattr(packed, name).repeat(2)})
+        held = attrs.evolve(one.held, keys=attrs.evolve(one.held.keys, packed=other))
+        with pytest.raises(UnsupportedInputError, match="packed units of other segments"):
+            run(attrs.evolve(one, held=held))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

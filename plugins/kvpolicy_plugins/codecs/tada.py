@@ -8,7 +8,20 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Choice, Codec, Column, Format, Formats, Integer, Number, Sample, Site, parameter
+from kvpolicy.stages import (
+    Choice,
+    Codec,
+    Column,
+    Format,
+    Formats,
+    Integer,
+    Number,
+    PackedColumn,
+    Sample,
+    Site,
+    Unpacking,
+    parameter,
+)
 from kvpolicy_plugins.affine import (
     BITS,
     SCALES,
@@ -61,6 +74,16 @@ class Centred(Format):
         exact = working(self.dtype)
         differences = dequantise_tokens(codes, scale, minimum, self.dim, self.bits, exact)
         return narrowed(columns["mean"].to(exact) - differences, self.dtype)
+
+    def unpacking(self) -> Unpacking | str:
+        from kvpolicy_kernels.unpack import centred
+
+        if self.group.bit_count() != 1:
+            return f"has groups of {self.group} channels, not a power of two"
+        each = PackedColumn(self.heads * self.dim // self.group, self.stored)
+        codes = PackedColumn(self.heads * packed_size(self.dim, self.bits), torch.uint8)
+        columns = PackedColumn(self.dim, self.stored), codes, each, each
+        return Unpacking(centred, columns, options=(self.bits, self.group, self.heads), joint=True)
 
 
 @attrs.frozen

@@ -50,6 +50,13 @@ def per_token(columns: list[Tensor], bits: int, group: int, dim: int, dtype: tor
     return (codes(columns[0], bits, dim) * scales + minima).to(dtype)
 
 
+def centred(columns, bits: int, group: int, heads: int, head: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Means [n, D]; codes, scales and minima of all heads, [n, K · …], to the vectors [n, D] of one head."""
+    mean, *rest = columns
+    own = [one.unflatten(1, (heads, -1))[:, head] for one in rest]
+    return (mean.float() - per_token(own, bits, group, dim, torch.float32)).to(dtype)
+
+
 def fp8(columns: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Codes [n, D] as bytes and peaks [n] to vectors [n, D]; in this order of operations, for there are ties."""
     numbers = columns[0].cpu().view(torch.float8_e4m3fn).float().to(columns[0].device)

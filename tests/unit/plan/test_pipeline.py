@@ -8,6 +8,9 @@ from kvpolicy.errors import NonFiniteScoreWarning, PluginContractError
 from kvpolicy.plan.pipeline import allocate, compress, score, state_name
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Entries, Scorer, State
+from kvpolicy.stages.conformance.samples import shuffled
+from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
+from kvpolicy_plugins.selectors.topk import TopK
 from tests.policies import small
 from tests.views import view_of
 
@@ -107,6 +110,42 @@ def test_the_state_of_a_scorer_is_updated_seen_and_moved():
     done = compress(spec, view(slot_state=old), [2])
     assert done.kept.tolist() == [[[3, 4]]]
     assert done.observed[name].tolist() == [[[1.0, 11.0, 21.0, 31.0, 41.0]]]
+
+
+@attrs.frozen
+class Shown(TopK):
+    """Notes what it is given."""
+
+    given: list = attrs.field(factory=list)
+
+    def select(self, scores, candidates, counts):
+        self.given.append((scores, candidates))
+        return super().select(scores, candidates, counts)
+
+
+@attrs.frozen
+class ShownHeads(UniformHeads):
+    """The same for an allocator."""
+
+    given: list = attrs.field(factory=list)
+
+    def allocate(self, scores, candidates, budget):
+        self.given.append((scores, candidates))
+        return super().allocate(scores, candidates, budget)
+
+
+def test_allocators_and_selectors_see_scores_in_the_order_of_positions():
+    spec = spec_of(Weighted(Given()))
+    selector, allocator = Shown(), ShownHeads()
+    spec = attrs.evolve(spec, select=selector, allocate=attrs.evolve(spec.allocate, heads=allocator))
+    straight = view(sinks=1, recent=1)
+    other, _ = shuffled(straight)
+    assert not torch.equal(other.positions, straight.positions)
+    for one in (straight, other):
+        compress(spec, one, [3])
+    for shown in (selector.given, allocator.given):
+        for first, second in zip(*shown, strict=True):
+            assert torch.equal(first, second)
 
 
 def test_two_scorers_of_a_kind_have_states_of_their_own():
