@@ -54,7 +54,7 @@ class LendingLayer(LogicalLayer):
         self._close_gaps()
         if not self.in_order:
             put_in_order(held)
-            self.in_order, self._firm = True, self.seen
+            self.in_order = True
         self._reclaim = reclaim
         return held
 

@@ -102,16 +102,24 @@ class LayerMachine(RuleBasedStateMachine):
         self.rows = [Row() for _ in range(self.batch)]
         self.seen, self.unsettled, self.first_of_turn, self.evicted = 0, 0, self.layer.record_past, False
 
-    @rule(count=st.sampled_from([1, 1, 1, 2, 3, 7, 12]), data=st.data())
-    def forward(self, count, data):
-        keys, values, queries = random_entries(self.generator, len(self.rows), count, self.names)
-        self.names += keys.shape[0] * count
-        padded = count > 1 and data.draw(st.booleans(), "padded")
-        valid = torch.ones(len(self.rows), count, dtype=torch.bool)
+    @rule(count=st.sampled_from([2, 3, 7, 12]), padded=st.booleans(), data=st.data())
+    def prompt(self, count, padded, data):
+        valid = None
         if padded:
             flags = st.lists(st.booleans(), min_size=count, max_size=count).filter(any)
             valid = torch.tensor([data.draw(flags, "real") for _ in self.rows])
-        output = feed(self.layer, keys, values, queries, valid if padded else None)
+        self._forward(count, valid)
+
+    @rule(steps=st.integers(1, 12))
+    def decode(self, steps):
+        for _ in range(steps):
+            self._forward(1, None)
+
+    def _forward(self, count, given):
+        keys, values, queries = random_entries(self.generator, len(self.rows), count, self.names)
+        self.names += keys.shape[0] * count
+        output = feed(self.layer, keys, values, queries, given)
+        valid = torch.ones(len(self.rows), count, dtype=torch.bool) if given is None else given
         for place, row in enumerate(self.rows):
             positions = []
             for column in range(count):
