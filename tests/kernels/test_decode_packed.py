@@ -50,8 +50,8 @@ def test_entries_of_all_heads_in_one_unit(bits, dim, which, listed, dtype):
 def test_units_of_other_segments_are_refused():
     one = call(ALIKE, 64, keys=means(4, 64))
     packed = one.held.keys.packed
-    for name in ("starts", "units"):
-        other = attrs.evolve(packed, **{name: getattr(packed, name).repeat(2)})
+    for names in (("starts",), ("units",), ("starts", "units")):
+        other = attrs.evolve(packed, **{name: getattr(packed, name).repeat(2) for name in names})
         held = attrs.evolve(one.held, keys=attrs.evolve(one.held.keys, packed=other))
         with pytest.raises(UnsupportedInputError, match="packed units of other segments"):
             run(attrs.evolve(one, held=held))

@@ -30,6 +30,19 @@ def test_only_what_a_scorer_asks_for_is_observed_and_held(name):
     assert len(states) == (name == "gkv")
 
 
+@pytest.mark.parametrize("name", [*NAMES, "keepkv", "quest"])
+def test_holes_are_filled_where_nobody_minds_the_order(name):
+    """A scorer does in rkv and blend; heads of different lengths, changed entries and pages are laid out anew."""
+    assert plan_of(name).fills_holes == (name in {"snapkv", "pyramidkv", "h2o", "tova", "streaming_llm"})
+
+
+def test_holes_are_not_filled_while_packing_nor_in_prompts_nor_by_kernels_that_select():
+    assert not plan_of("snapkv", store={"use": "fp8"}).fills_holes
+    assert not plan_of("snapkv", compress={"every": "never"}).fills_holes
+    spec = small("snapkv").spec
+    assert not compile_policy(spec, GEOMETRY, "cpu", torch.bfloat16, kernels=True).fills_holes
+
+
 def test_an_entry_costs_its_keys_values_and_position():
     assert plan_of("snapkv").footprint.entry_bytes == 2 * 16 * 2 + 4
     assert plan_of("h2o").footprint.entry_bytes == 2 * 16 * 2 + 4 + 4 * 4

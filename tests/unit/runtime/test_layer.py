@@ -33,6 +33,16 @@ def test_the_keys_that_it_returns_lead_back_to_it():
     assert not hasattr(keys, "kvpolicy_layer")
 
 
+def test_only_decode_steps_take_entries_out_of_order():
+    layer = new_layer(worth_plan(budget=6, every=3, any_order=True))
+    drive(layer, 9, 5, 3)
+    assert layer.in_order
+    drive(layer, *[1] * 9)
+    assert not layer.in_order
+    positions = layer.held.slots.segment(POSITIONS, 0, 0)
+    assert not torch.equal(positions, positions.sort().values)
+
+
 def test_all_entries_are_returned_until_something_is_evicted_then_the_new_ones():
     layer = new_layer(worth_plan(budget=6, every=3))
     drive(layer, 4)
