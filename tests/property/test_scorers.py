@@ -108,7 +108,9 @@ def test_empty_slots_do_not_matter(view, scorer, junk):
     assert_close(scored(scorer, other), scored(scorer, view), atol=1e-6, rtol=1e-5)
 
 
-@given(layers(), scorers.filter(lambda scorer: scorer.in_any_order()))
+@given(
+    layers(), scorers.filter(lambda one: one.in_any_order()) | st.builds(Attention, shared=st.just(True), pool=pools)
+)
 def test_an_entry_scores_the_same_in_whichever_slot_it_stands(view, scorer):
     other, slots = shuffled(view)
     assert_close(scored(scorer, other), scored(scorer, view).gather(-1, slots), atol=1e-5, rtol=1e-4)

@@ -86,7 +86,9 @@ class Attention(Scorer):
         scores = torch.cat(parts, 1).view(*view.keys.shape[:2], *parts[0].shape[2:])
         scores = self.pool.over(view, self._group(scores, "scores"))
         scores = self._group(scores, "pooled").squeeze(2)
-        return scores.mean(1, keepdim=True).expand_as(scores) if self.shared else scores
+        if not self.shared:
+            return scores
+        return view.in_slots(view.in_sequence(scores).mean(1, keepdim=True).expand_as(scores))
 
     def _voters(self, view: View) -> Tensor:
         """Positions [B, W] of the queries that vote; a row with fewer than W tokens has -1 in front."""
