@@ -68,9 +68,10 @@ def _within(layers: Sequence[Holder], moves: Sequence[Move]) -> bool:
     from kvpolicy_kernels.compact import compact
 
     held = [layer.held for layer in layers]
-    columns = _columns(held)
-    positions, ordered = columns.pop(POSITIONS), not moves[0].fills
+    ordered = not moves[0].fills
     try:
+        columns = _columns(held)
+        positions = columns.pop(POSITIONS)
         compact(_segments(held), _kept(moves), list(columns.values()), ordered=ordered, positions=positions)
     except refusals():
         return False
@@ -88,10 +89,10 @@ def _into(layout: Layout, layer: Holder, move: Move) -> bool:
     stores, segments = list(_stores(held)), _segments([held])
     fresh = [store.allocate(layout) for store in stores]
     tensors = {name: tensor for columns in fresh for name, tensor in columns.items()}
-    targets = [_column([tensors[name]]) for name in _names(held)]
     starts = layout.offsets_on(segments.starts.device).flatten()
     after = Segments(starts, segments.lengths, 1, layout.rows, layout.heads, segments.longest)
     try:
+        targets = [_column([tensors[name]]) for name in _names(held)]
         compact_to(segments, _kept([move]), list(_columns([held]).values()), after, targets)
     except refusals():
         return False

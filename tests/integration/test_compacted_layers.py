@@ -73,15 +73,16 @@ def test_the_same_entries_stand_in_the_same_slots(problem):
             assert all(tensor.isfinite().all() for tensor in store.tensors.values())
 
 
-@pytest.mark.parametrize(("name", "left"), [("compact", 6), ("compact_to", 4)])
+@pytest.mark.parametrize("left", [6, 4], ids=["storage stays", "storage shrinks"])
+@pytest.mark.parametrize("name", ["kvpolicy_kernels.compact.check_moves", "kvpolicy_kernels.segments.addresses_of"])
 def test_what_kernels_refuse_is_left_to_the_references(monkeypatch, name, left):
-    """Whether storages stay or not, nothing has moved then."""
+    """Entries that they cannot move, or storages that they cannot address: nothing has moved then."""
     plan = worth_plan(6, 3)
     layer = new_layer(plan)
     drive(layer, 9, 1, 1)
     kept = torch.arange(1, left + 1).expand(1, HEADS, -1)
     before = held(Cache([layer]))
-    monkeypatch.setattr(f"kvpolicy_kernels.compact.{name}", _refuse)
+    monkeypatch.setattr(name, _refuse)
     assert compact_layers(plan, [layer], [0], [Compressed(kept, {})], fills=False) == [False]
     assert held(Cache([layer])) == before
 
