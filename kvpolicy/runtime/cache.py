@@ -1,12 +1,19 @@
 """The cache of a whole model: managed layers where there is full attention, the model's own layers elsewhere."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
+from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.integrity import Integrity
+from kvpolicy.runtime.layer import PolicyLayer, require_batch
+from kvpolicy.runtime.logical import repeated, require_rows, selected
 from kvpolicy.runtime.rounds import Round
 from kvpolicy.runtime.stats import LayerStats
 
@@ -15,14 +22,18 @@ class PolicyCache(DynamicCache):
     """A cache for one batch of sequences, to be passed as `past_key_values` to a model with the policy attached.
 
     Layers with a sliding window, which are bounded already, stay as the model's library makes them.
+
+    The cache is whole or refused: after a forward, or another change, that did not reach its end, every further change
+    raises CacheError until `reset`. Lengths, reports and copies can still be had.
     """
 
     def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
         super().__init__(config=config)
         self.plan = plan
-        together = Round(plan, waits=plan.compresses_together)
+        self.integrity = Integrity(range(len(self.layers)))
+        self._round = Round(plan, waits=plan.compresses_together)
         for ordinal, layer in enumerate(plan.geometry.managed):
-            self.layers[layer] = PolicyLayer(plan, ordinal, together)
+            self.layers[layer] = PolicyLayer(plan, ordinal, self._round, self.integrity)
 
     @property
     def managed(self) -> list[PolicyLayer]:
@@ -30,28 +41,171 @@ class PolicyCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, PolicyLayer)]
 
     @property
+    def _stock(self) -> list[tuple[int, Any]]:
+        """The other layers, which are those of the model's library, and their indices."""
+        return [(index, layer) for index, layer in enumerate(self.layers) if not isinstance(layer, PolicyLayer)]
+
+    @property
     def stats(self) -> list[LayerStats]:
         """What happened in each managed layer so far."""
         return [layer.stats for layer in self.managed]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that the cache holds; 0 before the first forward."""
+        return max((_rows_of(layer) for layer in self.layers), default=0)
+
+    # -- forwards ----------------------------------------------------------------------------------------------
+
+    def begin_forward(self) -> None:
+        """Say that a forward with this cache is about to begin, and that `end_forward` will follow when it returns.
+
+        Raises CacheError when an earlier forward, or another change, did not reach its end, or after `retire`. Without
+        these two calls a forward begins with the first `update` and is over when the last layer has attended.
+        """
+        self.integrity.begin_forward()
+
+    def end_forward(self) -> None:
+        """Say that the forward has returned. Raises CacheError when it did not attend in every layer that it updated.
+
+        Layers that waited for the end of the step are compressed now, if the model's last layer was left out.
+        """
+        self._round.end()
+        self.integrity.end_forward()
+
+    def retire(self, reason: str) -> None:
+        """Refuse every further change with CacheError(reason); lengths, reports and copies can still be had."""
+        self.integrity.retire(reason)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, K, q, D] to a layer, and return what its attention is to be given.
+
+        Raises CacheError, before any change, when the cache is not whole or holds another number of rows.
+        """
+        layer: Any = self.layers[layer_idx]
+        if isinstance(layer, PolicyLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        self.integrity.require_ready(layer_idx)
+        if _rows_of(layer):
+            require_batch(layer_idx, _rows_of(layer), key_states, value_states)
+        self.integrity.begin_update(layer_idx)
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        self.integrity.end_update(layer_idx)  # its attention is out of our sight
+        return keys, values
+
+    # -- other changes -----------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Empty the cache, which can then be used like a new one, whatever had happened to it."""
+        with self.integrity.renewal():
+            self._round.clear()
+            for layer in self.managed:
+                layer.empty()
+            for _, other in self._stock:
+                other.reset()
+            self._forget_recording()
+
+    def activate_past_recording(self) -> None:
+        """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back."""
+        with self._changing("activate_past_recording"):
+            for layer in self.managed:
+                layer.record()
+            for _, other in self._stock:
+                if hasattr(other, "activate_past_recording"):
+                    other.activate_past_recording()
 
     def stop_recording(self) -> None:
         """Leave the mode that assisted decoding switched on: make up for what it put off, then evict when it is due."""
         if any(layer.record_past for layer in self.managed):
             self.crop(0)
+        with self._changing("stop_recording"):
+            self._forget_recording()
+
+    def _forget_recording(self) -> None:
         for layer in self.layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Undo the newest `-tokens_to_remove` tokens; CacheError, before any layer has changed, when one cannot."""
-        for layer in self.managed:
-            layer.undone_by(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        """Undo the newest `-tokens_to_remove` tokens; a positive number is the length to return to.
+
+        Raises CacheError, before any layer has changed, when one cannot.
+        """
+        self.integrity.require_whole()
+        counts = [layer.undone_by(tokens_to_remove) for layer in self.managed]
+        count = max(counts, default=0)
+        for index, other in self._stock:
+            _require_croppable(index, other, count)
+        with self._changing("crop"):
+            for layer in self.managed:
+                layer.remove(count if layer.is_initialized else 0)
+            for _, other in self._stock:
+                if _rows_of(other) and (count or getattr(other, "record_past", False)):
+                    other.crop(-count)
+            self._round.end()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row `beam_idx[b]` was. Raises CacheError, before any change, for rows not held."""
+        self._move_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, beside each other."""
+        self._move_rows(repeated(self.rows, repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows named. Raises CacheError, before any change, for rows not held."""
+        self._move_rows(selected(self.rows, indices) if self.rows else [])
+
+    def _move_rows(self, rows: list[int]) -> None:
+        self.integrity.require_whole()
+        if not self.rows:
+            return
+        require_rows(self.rows, rows)
+        with self._changing("move of rows"):
+            for layer in self.managed:
+                layer.move_rows(rows)
+            for _, other in self._stock:
+                if _rows_of(other):
+                    other.batch_select_indices(torch.tensor(rows, device=other.keys.device))
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """The body is one change of all layers."""
+        with self.integrity.change(name):
+            for layer in self.managed:
+                layer.prepare()
+            yield
 
     def check_integrity(self) -> None:
         """Raise CacheError when a layer contradicts itself; for tests and debugging."""
         for layer in self.managed:
             layer.held.check_integrity()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has its entries to itself."""
+        for layer in self.managed:
+            layer.reclaim()
+        return self.__dict__
+
     def __iter__(self) -> Any:
         raise TypeError("a compressed cache has no plain keys and values to iterate over; see PolicyCache.managed")
+
+
+def _rows_of(layer: Any) -> int:
+    """Rows that a layer holds, 0 when it is empty."""
+    if isinstance(layer, PolicyLayer):
+        return len(layer.real)
+    return int(layer.keys.shape[0]) if layer.is_initialized and layer.get_seq_length() else 0
+
+
+def _require_croppable(index: int, layer: Any, count: int) -> None:
+    """Raise CacheError when a layer of the model's library cannot undo `count` tokens: its window has moved on."""
+    length, window = layer.get_seq_length(), getattr(layer, "sliding_window", None)
+    beyond = window is not None and length >= window and not getattr(layer, "record_past", False)
+    if count and _rows_of(layer) and (count > length or beyond):
+        raise CacheError(
+            f"layer {index}: cannot undo {count} tokens, its window has moved on; "
+            "call activate_past_recording() before tokens that may be undone"
+        )

@@ -13,7 +13,9 @@ from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
 from kvpolicy.runtime.holdings import Holdings
+from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.lending import LendingLayer
+from kvpolicy.runtime.logical import require_rows
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import question_of
 from kvpolicy.runtime.rounds import Round
@@ -31,21 +33,31 @@ class PolicyLayer(LendingLayer):
     attribute `kvpolicy_layer`.
     """
 
-    def __init__(self, plan: Plan, ordinal: int, together: Round | None = None) -> None:
+    def __init__(
+        self, plan: Plan, ordinal: int, together: Round | None = None, integrity: Integrity | None = None
+    ) -> None:
+        """`together` and `integrity` are those of the cache; without them the layer is a cache by itself."""
         super().__init__()
         self.plan = plan
         self.ordinal = ordinal
         self.round = together or Round(plan, waits=False)
         self.stats = LayerStats(plan.geometry.managed[ordinal])
-        self.record_past = False
-        self.reset()
+        self.integrity = integrity or Integrity([self.stats.layer])
+        self.empty()
 
     def reset(self) -> None:
+        with self.integrity.renewal():
+            self.round.clear()
+            self.empty()
+
+    def empty(self) -> None:
+        """Do what `reset` does, as part of a change of the whole cache."""
         self.reclaim()
         self.is_initialized = False
         self._make_room(0, self.plan.device)
         self.window = Window(self.plan.needs.queries)
         self.scaling = 1.0
+        self.record_past = False
         self.seen = 0  # tokens, pads included: the columns of the model's own attention mask
         self.altered = False  # whether entries have been evicted or packed: until then the stock attention is exact
         self.padded = False  # whether pads are held: only until then
@@ -56,7 +68,6 @@ class PolicyLayer(LendingLayer):
         self._unsettled: list[Asked] = []  # queries that a rollback may still undo
         self._prompting = True  # whether these, if any, are those of a prompt
         self._followed = False  # whether followers have seen the queries of this forward
-        self._intact = True
 
     def _make_room(self, rows: int, device: torch.device) -> None:
         self._held = Holdings(self.plan, self.ordinal, rows, device)
@@ -68,6 +79,12 @@ class PolicyLayer(LendingLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make an empty store. Raises UnsupportedModelError when the entries do not have the planned shape."""
+        self._require_shape(key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._make_room(key_states.shape[0], self.device)
+        self.is_initialized = True
+
+    def _require_shape(self, key_states: Tensor, value_states: Tensor) -> None:
         geometry, dtype = self.plan.geometry, self.plan.dtype
         expected = (geometry.kv_heads, geometry.head_dim)
         for states in (key_states, value_states):
@@ -77,15 +94,21 @@ class PolicyLayer(LendingLayer):
                     f"layer {self.stats.layer}: (KV heads, head dim) must be {expected} in {dtype}: "
                     f"{found} in {states.dtype}"
                 )
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._make_room(key_states.shape[0], self.device)
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append post-RoPE [B, K, q, D]; returns all entries while nothing was altered, else the new ones."""
+        """Append post-RoPE [B, K, q, D]; returns all entries while nothing was altered, else the new ones.
+
+        Raises CacheError, before any change, when the cache is not whole or holds another number of rows.
+        """
+        self.integrity.require_ready(self.stats.layer)
+        if self.is_initialized:
+            require_batch(self.stats.layer, len(self.real), key_states, value_states)
+        else:
+            self._require_shape(key_states, value_states)
+        self.integrity.begin_update(self.stats.layer)
+        self.prepare()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._begin()
         self._arriving = key_states.shape[2]
         self.seen += self._arriving
         self._places = self.round.positions(self.real, self._arriving, self.device)
@@ -96,7 +119,16 @@ class PolicyLayer(LendingLayer):
         return keys, values
 
     def arrive(self, arrival: Arrival | None) -> Tensor:
-        """Positions of the appended tokens, [B, q], now that it is known which are pads (position -1)."""
+        """Positions of the appended tokens, [B, q], now that it is known which are pads (position -1).
+
+        Raises CacheError when the tokens have been attended to already, or when the mask is of other rows.
+        """
+        self.integrity.require_updated(self.stats.layer)
+        if arrival is not None and tuple(arrival.valid.shape) != (len(self.real), self._arriving):
+            raise CacheError(
+                f"layer {self.stats.layer}: the mask is of {tuple(arrival.valid.shape)} (rows, tokens), "
+                f"the forward of {(len(self.real), self._arriving)}"
+            )
         counts = [self._arriving] * len(self.real)
         if arrival is not None and arrival.padded:
             places = torch.tensor(self.real, device=self.device)[:, None] + arrival.valid.cumsum(1) - 1
@@ -143,12 +175,9 @@ class PolicyLayer(LendingLayer):
             self._compress_if_due(decoding=asked.queries.shape[2] == 1)
             self._seal()
         self._followed = False
-        self._intact = True
-        self._end_step()
-
-    def _end_step(self) -> None:
-        if self.ordinal == self.plan.geometry.layers - 1:
+        if self.integrity.is_last(self.stats.layer):
             self.round.end()
+        self.integrity.end_update(self.stats.layer)
 
     def would_alter(self) -> bool:
         """Whether attention may be over less than all tokens: entries are packed, chosen, or about to be evicted."""
@@ -231,7 +260,12 @@ class PolicyLayer(LendingLayer):
 
     def activate_past_recording(self) -> None:
         """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back."""
-        self.reclaim()
+        with self._changing("activate_past_recording"):
+            self.record()
+
+    def record(self) -> None:
+        """Do what `activate_past_recording` does, as part of a change of the whole cache."""
+        self.prepare()
         self.record_past = self._prompting = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -241,7 +275,12 @@ class PolicyLayer(LendingLayer):
         to undo came: those do not come back.
         """
         count = self.undone_by(tokens_to_remove)
-        self._begin()
+        with self._changing("crop"):
+            self.remove(count)
+            self.round.end()
+
+    def remove(self, count: int) -> None:
+        """Do what `crop` does to this layer, as part of a change of the whole cache: undo the newest `count` tokens."""
         if count:
             self._undo(count)
         unsettled, self._unsettled = self._unsettled, []
@@ -253,11 +292,14 @@ class PolicyLayer(LendingLayer):
             self._prompting = False
         if self.is_initialized:
             self._sample()
-        self._intact = True
-        self._end_step()
 
     def undone_by(self, tokens_to_remove: int) -> int:
-        """How many tokens `crop` would undo. Raises CacheError when it could not."""
+        """How many tokens `crop` would undo. Raises CacheError when it could not.
+
+        A layer that no forward has reached so far has nothing to undo.
+        """
+        if not self.is_initialized:
+            return 0
         asked = int(tokens_to_remove)  # transformers 5.16 and 5.17 give a tensor
         count = -asked if asked <= 0 else max(0, self.seen - asked)
         if count > self.seen - self._firm:
@@ -278,13 +320,28 @@ class PolicyLayer(LendingLayer):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
-            self._begin()
+            require_rows(len(self.real), rows)
+            with self._changing("move of rows"):
+                self.move_rows(rows)
+
+    def move_rows(self, rows: Sequence[int]) -> None:
+        """Do what `select_rows` does, as part of a change of the whole cache."""
+        if self.is_initialized:
             self.held.select_rows(rows)
             self.window.select_rows(rows)
             self.row_state = {name: values[list(rows)] for name, values in self.row_state.items()}
             self.real = [self.real[row] for row in rows]
             self._unsettled = [asked.select_rows(rows) for asked in self._unsettled]
-            self._intact = True
+
+
+def require_batch(layer: int, rows: int, *states: Tensor) -> None:
+    """Raise CacheError unless the states [B, ...] that a layer is given are of the rows that it holds."""
+    for given in states:
+        if given.shape[0] != rows:
+            raise CacheError(
+                f"layer {layer}: the cache holds {rows} rows, the forward has {given.shape[0]}; "
+                "use a cache of its own for each batch, or batch_select_indices() to take rows out of one"
+            )
 
 
 def _without_newest(asked: Sequence[Asked], count: int) -> list[Asked]:

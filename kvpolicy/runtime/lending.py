@@ -1,15 +1,16 @@
 """A layer whose entries are lent, for decode steps that are served elsewhere."""
 
 import abc
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.errors import CacheError
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.compaction import put_in_order
 from kvpolicy.runtime.holdings import Holdings
+from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.logical import LogicalLayer
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.window import Window
@@ -19,6 +20,7 @@ class LendingLayer(LogicalLayer):
     """Gives its entries away and has them back before anything else is done with them."""
 
     stats: LayerStats
+    integrity: Integrity  # of the cache that this is a layer of
     window: Window
     altered: bool
     in_order: bool
@@ -30,7 +32,6 @@ class LendingLayer(LogicalLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.changes = 0  # forwards, rollbacks and moves of rows that this layer itself has done
-        self._intact = True  # False from the start of a change to its end, and for good when it fails
         self._reclaim: Callable[[], None] | None = None  # while the entries are lent: how they are had back
 
     @abc.abstractmethod
@@ -46,7 +47,7 @@ class LendingLayer(LogicalLayer):
     @property
     def lendable(self) -> bool:
         """Whether a decode step may be served elsewhere: nothing is pending that would have to be known there."""
-        return self.is_initialized and self._intact and not self.record_past and not self._unsettled
+        return self.is_initialized and self.integrity.is_whole and not self.record_past and not self._unsettled
 
     def lend(self, reclaim: Callable[[], None]) -> Holdings:
         """The entries in order, without pads; until `reclaim` is called, decode steps are served elsewhere."""
@@ -81,20 +82,17 @@ class LendingLayer(LogicalLayer):
             self.window = Window(self.window.size)
             self.window.add(*window, padded=False)
 
-    def spoil(self) -> None:
-        """Refuse to go on: a step that was served elsewhere has failed."""
-        self._reclaim, self._intact = None, False
+    @contextlib.contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """The body is a change of this layer alone. Raises CacheError when an earlier one of the cache has failed."""
+        with self.integrity.change(name):
+            self.prepare()
+            yield
 
-    def _begin(self) -> None:
-        """Start a change; it is over when `_intact` is set. Raises CacheError when the last one never was."""
-        if not self._intact:
-            raise CacheError(
-                f"layer {self.stats.layer}: the last forward did not reach kvpolicy's attention, or failed; "
-                "attach the policy to the model, and start with a new cache"
-            )
+    def prepare(self) -> None:
+        """Have the entries back, and note that this layer changes them itself."""
         self.reclaim()
         self.changes += 1
-        self._intact = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its entries to itself."""

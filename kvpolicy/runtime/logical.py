@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpolicy.errors import CacheError
+
 
 class LogicalLayer(CacheLayerMixin):
     """Answers for a layer that has seen `seen` tokens of each row, whatever it still holds of them."""
@@ -21,7 +23,10 @@ class LogicalLayer(CacheLayerMixin):
 
     @abc.abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows named, in that order; a row may be named more than once."""
+        """Keep the rows named, in that order; a row may be named more than once.
+
+        Raises CacheError, before any change, when there is no such row.
+        """
 
     def get_seq_length(self) -> int:
         """Tokens seen, pads included."""
@@ -44,9 +49,29 @@ class LogicalLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, beside each other."""
-        self.select_rows([row for row in range(len(self.real)) for _ in range(repeats)])
+        self.select_rows(repeated(len(self.real), repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named."""
         if self.real:
-            self.select_rows(torch.arange(len(self.real))[indices.cpu()].tolist())
+            self.select_rows(selected(len(self.real), indices))
+
+
+def repeated(rows: int, repeats: int) -> list[int]:
+    """Each of the rows `repeats` times, beside each other."""
+    return [row for row in range(rows) for _ in range(repeats)]
+
+
+def selected(rows: int, indices: Tensor) -> list[int]:
+    """The rows that an index [n] of numbers, or [rows] of bool, names. Raises CacheError when there is no such row."""
+    try:
+        found: list[int] = torch.arange(rows)[indices.cpu()].tolist()
+    except IndexError as error:
+        raise CacheError(f"the cache holds {rows} rows, others were named: {error}") from error
+    return found
+
+
+def require_rows(held: int, rows: Sequence[int]) -> None:
+    """Raise CacheError unless `rows` are among those held, and there is one."""
+    if not rows or min(rows) < 0 or max(rows) >= held:
+        raise CacheError(f"the cache holds {held} rows, others were named: {list(rows)}")

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from kvpolicy.errors import CacheError
+
 _TAG = "kvpolicy_arrival"
 
 
@@ -45,9 +47,15 @@ def policy_mask(**call: Any) -> Tensor | None:
 
     A mask that is more than causal and padding (packed sequences, image blocks) is not tagged: what it hides is known
     for slots in order only, so it can not be carried across an eviction.
+
+    Raises CacheError when the mask is of other rows than the forward, before any layer has taken tokens.
     """
-    mask = sdpa_mask(**call)
     padding = call.get("attention_mask")
+    if padding is not None and padding.shape[0] != call["batch_size"]:
+        if not padding.bool().all():
+            raise CacheError(f"the mask is of {padding.shape[0]} rows, the forward of {call['batch_size']}")
+        padding = call["attention_mask"] = None  # it hides nothing
+    mask = sdpa_mask(**call)
     if mask is not None and call.get("mask_function", causal_mask_function) is causal_mask_function:
         end = call["kv_length"] + call.get("kv_offset", 0)
         arrived = None if padding is None else _arrival(padding.bool(), end - call["q_length"], end)

@@ -64,6 +64,10 @@ class Round:
         else:
             _compress(self.plan, [layer], rows, fills=decoding and self.plan.fills_holes)
 
+    def clear(self) -> None:
+        """Forget who was due: the cache has been emptied."""
+        self._waiting = {}
+
     def end(self) -> None:
         """The step is over for all layers."""
         waiting, self._waiting = self._waiting, {}

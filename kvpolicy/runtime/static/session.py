@@ -1,8 +1,8 @@
 """Static storage for one batch at a time, and the steps that run on it."""
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.cache import PolicyCache
-from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.layer import PolicyLayer, require_batch
 from kvpolicy.runtime.static.counts import Counts
 from kvpolicy.runtime.static.layer import StaticLayer
 from kvpolicy.runtime.static.runners import Mode, runner
@@ -51,41 +51,48 @@ class Session:
         """Let a cache in; the one before, if it is still there, goes on with storage of its own."""
         layers = cache.managed
         self.vacate(unless=layers)
-        pairs = zip(self.layers, layers, strict=True)
-        lengths = [move_in(static, layer, self.leave) for static, layer in pairs]
-        self._tenant = [weakref.ref(layer) for layer in layers]
-        self._counts = Counts(self.plan, layers[0].real, lengths)
-        self.inputs.clock.copy_(torch.tensor(layers[0].real, dtype=torch.int32))
+        with cache.integrity.change("move to static storage"):
+            self._tenant = [weakref.ref(layer) for layer in layers]
+            pairs = zip(self.layers, layers, strict=True)
+            lengths = [move_in(static, layer, self.leave) for static, layer in pairs]
+            self.inputs.clock.copy_(torch.tensor(layers[0].real, dtype=torch.int32))
+            self._counts = Counts(self.plan, layers[0].real, lengths)
 
     def has_room(self) -> bool:
         """Whether the entries of the next step fit."""
         return self._counts is not None and self._counts.fit(self.capacities)
 
     def run(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """One step of the cache that is in: logits [B, 1, vocabulary] of tokens [B, 1] at positions [B, 1]."""
+        """One step of the cache that is in: logits [B, 1, vocabulary] of tokens [B, 1] at positions [B, 1].
+
+        Raises CacheError, before any change, when the tokens are not one for each row.
+        """
         counts, layers = self._counts, self._tenants()
-        if counts is None:
+        if counts is None or not layers:
             raise CacheError("no cache is in static storage")
+        require_batch(layers[0].stats.layer, self.rows, tokens, places)
+        integrity = layers[0].integrity
+        integrity.begin_step()
         self._counts = None  # until the step has gone well
-        with _spoiling(layers):
-            self.inputs.tokens.copy_(tokens)
-            self.inputs.places.copy_(places)
-            due = counts.append()
-            if due:
-                self._write(counts)
-            logits = self._step_and_compress() if due else self._step()
-            self.tally.poll()
+        self.inputs.tokens.copy_(tokens)
+        self.inputs.places.copy_(places)
+        due = counts.append()
+        if due:
+            self._write(counts)
+        logits = self._step_and_compress() if due else self._step()
+        self.tally.poll()
         _note(layers, counts, due=due)
         self._counts = counts
+        integrity.end_step()
         return logits
 
     def leave(self) -> None:
         """Let the cache go on without static steps; it takes the storage along until another one comes in."""
-        counts, self._counts = self._counts, None
+        counts, layers = self._counts, self._tenants()
         if counts is None:
             return
-        layers = self._tenants()
-        with _spoiling(layers):
+        with _handing_over(layers):
+            self._counts = None
             self.tally.flush()
             for static, layer, lengths in zip(self.layers, layers, counts.lengths, strict=False):
                 settle(static, layer, counts.real, lengths)
@@ -95,9 +102,10 @@ class Session:
         self.leave()
         present = self._tenants()
         if present and present != list(unless):
-            for static, layer in zip(self.layers, present, strict=True):
-                move_out(static, layer)
-            self._tenant = []
+            with _handing_over(present):
+                for static, layer in zip(self.layers, present, strict=True):
+                    move_out(static, layer)
+                self._tenant = []
 
     def _tenants(self) -> list[PolicyLayer]:
         """The layers that are in, or were last; none once one of them is gone."""
@@ -108,6 +116,7 @@ class Session:
         """Tell the device what is due; what it knows already is not written again."""
         known = (counts.due, counts.budgets)
         if known != self._written:
+            self._written = None
             self.inputs.due.copy_(torch.tensor(counts.due))
             self.inputs.budgets.copy_(torch.tensor(counts.budgets))
             self._written = known
@@ -125,12 +134,6 @@ def _note(layers: Sequence[PolicyLayer], counts: Counts, *, due: bool) -> None:
         layer.served(before, after)
 
 
-@contextlib.contextmanager
-def _spoiling(layers: Sequence[PolicyLayer]) -> Iterator[None]:
-    """What fails halfway leaves layers that nobody can go on with."""
-    try:
-        yield
-    except BaseException:
-        for layer in layers:
-            layer.spoil()
-        raise
+def _handing_over(layers: Sequence[PolicyLayer]) -> AbstractContextManager[None]:
+    """What fails halfway leaves a cache that nobody can go on with; none is left when there are no layers."""
+    return layers[0].integrity.hand_over() if layers else nullcontext()

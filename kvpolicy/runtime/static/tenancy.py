@@ -40,7 +40,6 @@ def settle(static: StaticLayer, layer: PolicyLayer, real: Sequence[int], lengths
     """
     found = static.slots.lengths.tolist()
     if found != list(lengths):
-        layer.spoil()
         raise CacheError(f"layer {layer.stats.layer}: rows hold {found} entries instead of {list(lengths)}")
     ring = static.slots.ring
     layer.take_back(real, None if ring is None else ring.ordered())

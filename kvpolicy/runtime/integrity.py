@@ -1,0 +1,155 @@
+"""Whether a cache is whole: one object for all of its layers, so that what fails in one of them is known in all."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import attrs
+
+from kvpolicy.errors import CacheError
+
+_REMEDY = "call reset(), or start with a new cache"
+
+
+@attrs.define
+class _Forward:
+    """A forward that has begun: it is over when every layer has taken its tokens and attended to them."""
+
+    announced: bool  # whether `end_forward` will be called; else it ends by itself
+    updated: set[int] = attrs.field(factory=set)  # layers that have taken its tokens
+    settled: set[int] = attrs.field(factory=set)  # layers that have attended, too
+
+
+class Integrity:
+    """Keeps account of the changes of one cache. A change that does not reach its end stays open, and bars all others.
+
+    Nothing has to be caught for that: a change is open from before its first effect until after its last one, so an
+    exception or an interrupt at any line between leaves it open. Layers go by their index in the model.
+    """
+
+    def __init__(self, layers: Iterable[int]) -> None:
+        self.layers = frozenset(layers)  # that take part in a forward
+        self._open: str | None = None  # the change in progress, or the one that failed
+        self._forward: _Forward | None = None
+        self._members: frozenset[int] | None = None  # layers that took part in the forwards so far
+        self._retired: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no change is open. A forward that has not reached any layer yet has changed nothing."""
+        return self._open is None and not (self._forward and self._forward.updated)
+
+    def require_whole(self) -> None:
+        """Raise CacheError when a change is open or has failed, or when the cache was retired."""
+        self._require_in_use()
+        if not self.is_whole:
+            raise CacheError(self._fault())
+
+    def retire(self, reason: str) -> None:
+        """Refuse every further change, for this reason."""
+        self._retired = reason
+
+    @contextlib.contextmanager
+    def change(self, name: str) -> Iterator[None]:
+        """The body is one change of the cache. Raises CacheError as `require_whole` does, before anything is done."""
+        self.require_whole()
+        self._open = name
+        yield
+        self._open = None
+
+    @contextlib.contextmanager
+    def hand_over(self) -> Iterator[None]:
+        """The body moves entries between storages, which changes nothing that can be seen: it is never refused."""
+        before, self._open = self._open, self._open or "move to another storage"
+        yield
+        self._open = before
+
+    @contextlib.contextmanager
+    def renewal(self) -> Iterator[None]:
+        """The body empties the cache, which is whole afterwards. Raises CacheError when it was retired."""
+        self._require_in_use()
+        self._open = "reset"
+        yield
+        self._forward = self._members = None
+        self._open = None
+
+    # -- forwards ----------------------------------------------------------------------------------------------
+
+    def begin_forward(self) -> None:
+        """A forward is about to begin, and `end_forward` will be called when it has returned."""
+        self.require_whole()
+        self._forward = _Forward(announced=True)
+
+    def end_forward(self) -> None:
+        """The forward has returned. Raises CacheError when it left out layers, or did not attend in some of them."""
+        forward = self._forward
+        if self._open is not None or forward is None:
+            return
+        if forward.updated != forward.settled:
+            raise CacheError(self._fault())
+        self._require_members(forward)
+        self._forward = None
+
+    def require_ready(self, layer: int) -> None:
+        """Raise CacheError when the layer cannot take tokens: it has those of an earlier forward, which failed."""
+        self._require_in_use()
+        if self._open is not None or (self._forward and layer in self._forward.updated):
+            raise CacheError(self._fault())
+
+    def begin_update(self, layer: int) -> None:
+        """The layer is about to take the tokens of a forward, of which this may be the start."""
+        self.require_ready(layer)
+        if self._forward is None:
+            self._forward = _Forward(announced=False)
+        self._forward.updated.add(layer)
+
+    def require_updated(self, layer: int) -> None:
+        """Raise CacheError unless the layer has taken tokens to which it has not attended yet."""
+        forward = self._forward
+        if forward is None or layer not in forward.updated - forward.settled:
+            raise CacheError(f"layer {layer}: attention must be called once for each update of the cache")
+
+    def is_last(self, layer: int) -> bool:
+        """Whether all other layers have attended in this forward."""
+        return self._forward is not None and self._forward.settled >= self.layers - {layer}
+
+    def end_update(self, layer: int) -> None:
+        """The layer has attended. A forward that was not announced is over when all have."""
+        forward = self._forward
+        if forward is None:
+            return
+        forward.settled.add(layer)
+        if not forward.announced and forward.settled >= self.layers:
+            self._require_members(forward)
+            self._forward = None
+
+    def begin_step(self) -> None:
+        """A forward that is served as a whole is about to begin."""
+        self.require_whole()
+        forward = self._forward or _Forward(announced=False)
+        forward.updated = set(self.layers)
+        self._forward = forward
+
+    def end_step(self) -> None:
+        """It has been served."""
+        forward = self._forward
+        if forward is not None and forward.announced:
+            forward.settled = set(self.layers)
+        else:
+            self._forward = None
+
+    def _require_members(self, forward: _Forward) -> None:
+        if not forward.updated:
+            return
+        if self._members is not None and self._members != forward.updated:
+            left_out = sorted(self._members ^ forward.updated)
+            raise CacheError(f"layers {left_out} did not take part in every forward of this cache; {_REMEDY}")
+        self._members = frozenset(forward.updated)
+
+    def _require_in_use(self) -> None:
+        if self._retired is not None:
+            raise CacheError(self._retired)
+
+    def _fault(self) -> str:
+        if self._open is not None:
+            return f"the last {self._open} of this cache failed before its end; {_REMEDY}"
+        return f"the last forward of this cache failed, or did not reach kvpolicy's attention in every layer; {_REMEDY}"
