@@ -62,7 +62,7 @@ class Policy:
             kind, rotary = dtype or torch.float32, rotary_of_config(model) if self.spec.store.calibrated else None
             return compile_policy(self.spec, geometry, device or "cpu", kind, rotary, measured)
         check_model(model)
-        geometry, measured = geometry_of(model.config), self._calibration(calibration, model)
+        geometry, measured = geometry_of(model), self._calibration(calibration, model)
         place, kind = device or device_of(model), dtype or model.dtype
         return compile_policy(self.spec, geometry, place, kind, rotary_of(model), measured)
 

@@ -14,11 +14,11 @@ from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.implementation import EAGER, NAME, SDPA, attention_function, mask_function, name_for
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.misses import Misses
-from kvpolicy.runtime.modes import exact, widened
+from kvpolicy.runtime.modes import exact, outside_graphs, widened
 from kvpolicy.runtime.padding import arrival_of, is_foreign, policy_mask
 from kvpolicy.runtime.static.attend import attend_static
 from kvpolicy.runtime.static.layer import StaticLayer
-from kvpolicy.runtime.watched import WatchedLayer
+from kvpolicy.runtime.watched import Attended, States, WatchedLayer
 
 __all__ = ["NAME", "managed_modules", "policy_attention", "register"]
 
@@ -36,7 +36,7 @@ def policy_attention(
     scaling: float | None = None,
     original: str = SDPA,
     **call: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     """Attend, then let the layer that came with the keys observe and compress. [B, q, H, Dv].
 
     `original` is the implementation that the model was loaded with. It makes every call that is not ours to change:
@@ -48,29 +48,48 @@ def policy_attention(
     something else than every query's attention to all tokens up to its own (see `arguments.changing`).
     """
     layer: PolicyLayer | StaticLayer | WatchedLayer | None = getattr(key, "kvpolicy_layer", None)
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layer, StaticLayer):
-        return attend_static(layer, query, factor), None
-    stock = attention_function(original, module)
+        return attend_static(layer, query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     if isinstance(layer, WatchedLayer):
+        stock = attention_function(original, module)
         return layer.watch(stock, module, (query, key, value, attention_mask), dropout, scaling, call)
     if isinstance(layer, PolicyLayer):
-        _refuse_changing(layer, query, attention_mask, call)
-        arrival = arrival_of(attention_mask)
-        with exact(query.device.type):
-            positions, padded = layer.arrive(arrival), arrival is not None and arrival.padded
-            asked = Asked(widened(query, layer.plan.dtype), positions, padded=padded, scaling=factor)
-            attended = layer.attend(asked, dropout)
-        output: tuple[Tensor, Tensor | None]
-        if attended is not None:
-            output = attended.transpose(1, 2).contiguous().to(query.dtype), None
-        else:
-            output = stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **call)
-        with exact(query.device.type):
-            layer.settle(asked)
+        output: Attended = _attend(
+            layer, module, (query, key, value, attention_mask), dropout, scaling, original, call
+        )
         return output
     _note_uncompressed(module, query, key, call)
+    stock = attention_function(original, module)
     output = stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **call)
+    return output
+
+
+@outside_graphs
+def _attend(
+    layer: PolicyLayer,
+    module: nn.Module,
+    states: States,
+    dropout: float,
+    scaling: float | None,
+    original: str,
+    call: dict[str, Any],
+) -> Attended:
+    """Attention over what a layer holds, which is then observed and compressed."""
+    query, _, _, mask = states
+    _refuse_changing(layer, query, mask, call)
+    arrival, kind = arrival_of(mask), query.device.type
+    padded, factor = arrival is not None and arrival.padded, query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries = widened(query, layer.plan.dtype)
+    with exact(kind):
+        asked = Asked(queries, layer.arrive(arrival), padded=padded, scaling=factor)
+        attended = layer.attend(asked, dropout)
+    output: Attended
+    if attended is not None:
+        output = attended.transpose(1, 2).contiguous().to(query.dtype), None
+    else:
+        output = attention_function(original, module)(module, *states, dropout=dropout, scaling=scaling, **call)
+    with exact(kind):
+        layer.settle(asked)
     return output
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -76,6 +77,8 @@ def attention_function(name: str, module: nn.Module) -> Attention:
 
     Raises UnsupportedModelError when it is `eager`, and the function cannot be found.
     """
+    if name == SDPA:
+        return sdpa_attention_forward
     if name != EAGER:
         found: Attention = ALL_ATTENTION_FUNCTIONS[name]
         return found

@@ -14,7 +14,7 @@ from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.lending import LendingLayer
-from kvpolicy.runtime.modes import exactly, widened
+from kvpolicy.runtime.modes import exactly, taking_states
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import question_of
 from kvpolicy.runtime.rounds import Round
@@ -83,10 +83,9 @@ class PolicyLayer(LendingLayer):
         self._make_room(key_states.shape[0], self.device)
         self.is_initialized = True
 
-    @exactly
+    @taking_states
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append post-RoPE [B, K, q, D]; returns all entries while nothing was altered, else the new ones."""
-        key_states, value_states = (widened(states, self.plan.dtype) for states in (key_states, value_states))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._begin()

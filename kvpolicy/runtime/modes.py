@@ -1,4 +1,4 @@
-"""What a cache holds does not depend on the modes of the caller: inference mode and autocast."""
+"""What a cache holds does not depend on the modes of the caller: inference mode, autocast, compilation."""
 
 import contextlib
 import functools
@@ -36,6 +36,32 @@ def exactly(method: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **options: Any) -> Any:
         with exact(self.plan.device.type):
             return method(self, *args, **options)
+
+    return wrapped
+
+
+def taking_states(update: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's `update(keys, values, …)`: exact, given states in the type that is held, and left out of graphs."""
+    exact_update = exactly(update)
+
+    @outside_graphs
+    @functools.wraps(update)
+    def wrapped(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> Any:
+        keys, values = (widened(states, self.plan.dtype) for states in (key_states, value_states))
+        return exact_update(self, keys, values, *args, **options)
+
+    return wrapped
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that `torch.compile` leaves as it is: its work differs from call to call, by what is held."""
+    left_out: Callable[..., Any] = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return left_out(*args, **options)
+        return function(*args, **options)
 
     return wrapped
 

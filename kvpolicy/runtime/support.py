@@ -15,8 +15,12 @@ _CAN_SET = "_can_set_attn_implementation"
 _DROPPED = ("layerdrop", "decoder_layerdrop")
 
 
-def geometry_of(config: PretrainedConfig) -> Geometry:
-    """The geometry of a model's decoder. Raises UnsupportedModelError with every reason that was found."""
+def geometry_of(source: PreTrainedModel | PretrainedConfig) -> Geometry:
+    """The geometry of a model's decoder. Raises UnsupportedModelError with every reason that was found.
+
+    Layers that a configuration counts and a live model does not have (those of an encoder) are left out.
+    """
+    config = source.config if isinstance(source, PreTrainedModel) else source
     text = config.get_text_config(decoder=True)
     reasons = list(_refusals(config, text))
     if reasons:
@@ -24,7 +28,11 @@ def geometry_of(config: PretrainedConfig) -> Geometry:
     heads = int(text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Geometry(_managed(text), heads, int(kv_heads), int(head_dim))
+    managed = _managed(text)
+    if isinstance(source, PreTrainedModel):
+        present = {getattr(module, "layer_idx", None) for module in source.modules()}
+        managed = tuple(index for index in managed if index in present) or managed
+    return Geometry(managed, heads, int(kv_heads), int(head_dim))
 
 
 def check_model(model: PreTrainedModel) -> None:
