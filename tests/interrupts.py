@@ -1,4 +1,4 @@
-"""Forwards as an attached model announces them to its cache, and interrupts at any line of the runtime."""
+"""Forwards of attached models, and interrupts at any line of the runtime."""
 
 import contextlib
 import pathlib
@@ -12,12 +12,9 @@ RUNTIME = str(pathlib.Path(kvpolicy.runtime.__file__).parent)
 
 
 def forward(model, cache, tokens, mask=None):
-    """The logits of a forward that the cache is told of."""
+    """The logits of a forward of an attached model."""
     with torch.no_grad():
-        cache.begin_forward()
-        logits = model(tokens, attention_mask=mask, past_key_values=cache).logits
-        cache.end_forward()
-    return logits
+        return model(tokens, attention_mask=mask, past_key_values=cache).logits
 
 
 @contextlib.contextmanager

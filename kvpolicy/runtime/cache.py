@@ -14,6 +14,8 @@ from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.layer import PolicyLayer, require_batch
 from kvpolicy.runtime.logical import repeated, require_rows, selected
+from kvpolicy.runtime.modes import exact, exactly
+from kvpolicy.runtime.origin import Origin
 from kvpolicy.runtime.rounds import Round
 from kvpolicy.runtime.stats import LayerStats
 
@@ -26,6 +28,8 @@ class PolicyCache(DynamicCache):
     The cache is whole or refused: after a forward, or another change, that did not reach its end, every further change
     raises CacheError until `reset`. Lengths, reports and copies can still be had.
     """
+
+    origin: Origin | None = None  # of the attachment that it was made for
 
     def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
         super().__init__(config=config)
@@ -70,7 +74,8 @@ class PolicyCache(DynamicCache):
 
         Layers that waited for the end of the step are compressed now, if the model's last layer was left out.
         """
-        self._round.end()
+        with exact(self.plan.device.type):
+            self._round.end()
         self.integrity.end_forward()
 
     def retire(self, reason: str) -> None:
@@ -128,6 +133,7 @@ class PolicyCache(DynamicCache):
             if hasattr(layer, "record_past"):
                 layer.record_past = False
 
+    @exactly
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the newest `-tokens_to_remove` tokens; a positive number is the length to return to.
 
@@ -188,6 +194,12 @@ class PolicyCache(DynamicCache):
         for layer in self.managed:
             layer.reclaim()
         return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy belongs to the attachment of the first; one that is unpickled, to the first that uses it."""
+        self.__dict__.update(state)
+        if self.origin is not None:
+            self.origin.adopt(self)
 
     def __iter__(self) -> Any:
         raise TypeError("a compressed cache has no plain keys and values to iterate over; see PolicyCache.managed")

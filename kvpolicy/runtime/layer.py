@@ -16,6 +16,7 @@ from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.lending import LendingLayer
 from kvpolicy.runtime.logical import require_rows
+from kvpolicy.runtime.modes import exactly, taking_states
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import question_of
 from kvpolicy.runtime.rounds import Round
@@ -50,6 +51,7 @@ class PolicyLayer(LendingLayer):
             self.round.clear()
             self.empty()
 
+    @exactly
     def empty(self) -> None:
         """Do what `reset` does, as part of a change of the whole cache."""
         self.reclaim()
@@ -95,6 +97,7 @@ class PolicyLayer(LendingLayer):
                     f"{found} in {states.dtype}"
                 )
 
+    @taking_states
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append post-RoPE [B, K, q, D]; returns all entries while nothing was altered, else the new ones.
 
@@ -268,6 +271,7 @@ class PolicyLayer(LendingLayer):
         self.prepare()
         self.record_past = self._prompting = True
 
+    @exactly
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the newest `-tokens_to_remove` tokens; a positive number is the length to return to.
 
@@ -324,6 +328,7 @@ class PolicyLayer(LendingLayer):
             with self._changing("move of rows"):
                 self.move_rows(rows)
 
+    @exactly
     def move_rows(self, rows: Sequence[int]) -> None:
         """Do what `select_rows` does, as part of a change of the whole cache."""
         if self.is_initialized:

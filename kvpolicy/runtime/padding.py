@@ -1,5 +1,6 @@
 """Which of the tokens of a forward are real: read from the 2-D mask that transformers hands to our mask function."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -42,11 +43,12 @@ class Arrival:
         return any(count < self.valid.shape[1] for count in self.counts)
 
 
-def policy_mask(**call: Any) -> Tensor | None:
+def policy_mask(stock: Callable[..., Tensor | None] = sdpa_mask, **call: Any) -> Tensor | None:
     """The mask function registered beside our attention: the stock mask, and with it which new tokens are real.
 
-    A mask that is more than causal and padding (packed sequences, image blocks) is not tagged: what it hides is known
-    for slots in order only, so it can not be carried across an eviction.
+    `stock` makes the mask that the model's own attention takes, bool or float. A mask that is more than causal and
+    padding (packed sequences, image blocks) is not tagged: what it hides is known for slots in order only, so it can
+    not be carried across an eviction.
 
     Raises CacheError when the mask is of other rows than the forward, before any layer has taken tokens.
     """
@@ -55,7 +57,7 @@ def policy_mask(**call: Any) -> Tensor | None:
         if not padding.bool().all():
             raise CacheError(f"the mask is of {padding.shape[0]} rows, the forward of {call['batch_size']}")
         padding = call["attention_mask"] = None  # it hides nothing
-    mask = sdpa_mask(**call)
+    mask = stock(**call)
     if mask is not None and call.get("mask_function", causal_mask_function) is causal_mask_function:
         end = call["kv_length"] + call.get("kv_offset", 0)
         arrived = None if padding is None else _arrival(padding.bool(), end - call["q_length"], end)
