@@ -79,12 +79,12 @@ def random_entries(generator, rows, count, first_name=0):
     return keys, values, queries
 
 
-def feed(layer, keys, values, queries, valid=None):
+def feed(layer, keys, values, queries, valid=None, scaling=DIM**-0.5):
     """One forward of the layer; returns the attention output [B, H, q, D]."""
     layer.update(keys, values)
     arrival = None if valid is None else Arrival(valid, valid[:, :0])
     positions = layer.arrive(arrival)
-    asked = Asked(queries, positions, padded=arrival is not None and arrival.padded, scaling=DIM**-0.5)
+    asked = Asked(queries, positions, padded=arrival is not None and arrival.padded, scaling=scaling)
     output = layer.attend(asked)
     if output is None:  # the stock call, elsewhere
         output = attend(layer.held, asked, pads=layer.padded)

@@ -3,9 +3,11 @@
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
-from tests.integration.static_steps import TOLERANCE, fed
+from kvpolicy.errors import CacheError
+from tests.integration.static_steps import TOLERANCE, assert_alike, fed
 from tests.models import build, generate, model, prompt
 from tests.policies import held, small
 
@@ -99,3 +101,26 @@ def test_a_cache_goes_on_after_its_attachment(steps):
     assert cache.get_seq_length() == 25
     assert max(held(cache)[0][0][0]) == 24
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("steps_since", [1, 2, 4])
+def test_what_a_step_of_fixed_shapes_has_evicted_cannot_be_undone(steps_since, steps):
+    """An eviction falls at 20, 24 and so on: up to there tokens can be taken back, and not one more."""
+    one, tokens, end = model(), prompt(40)[0], 28 + steps_since - 1
+    with small("snapkv").attach(one, graph=True) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        fed(one, cache, tokens, 20, *range(21, end + 1))
+        since = (end - 20) % 4
+        assert steps
+        assert cache.stats[0].held == 12 + since
+        with pytest.raises(CacheError, match=f"cannot undo {since + 1} tokens"):
+            cache.crop(-since - 1)
+        cache.crop(-since)
+        assert cache.get_seq_length() == end - since
+
+
+@pytest.mark.parametrize("shortest", [5, 13])
+def test_budgets_that_move_from_layer_to_layer_reach_the_device_at_every_step(shortest, steps):
+    """The same layers are due in every step, each time with other budgets: the pyramid gets steeper as tokens come."""
+    assert_alike(small("pyramidkv", every=1), model(), *prompt(shortest), count=30)
+    assert len(steps) == 28

@@ -107,6 +107,8 @@ class DecodeForward:
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[1] != 1:
             return None
         rows, seen = tokens.shape[0], cache.managed[0].get_seq_length()
+        if rows != cache.rows:
+            return None  # the cache will say what is wrong
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, seen + 1)):
             return None
         if places is not None and (not isinstance(places, Tensor) or places.shape not in {(rows, 1), (1, 1)}):

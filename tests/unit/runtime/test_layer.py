@@ -77,7 +77,7 @@ def test_a_second_forward_before_the_first_was_settled_is_refused():
     layer = new_layer(worth_plan())
     keys, values, _ = random_entries(torch.Generator(), 1, 3)
     layer.update(keys, values)
-    with pytest.raises(CacheError, match="did not reach kvpolicy.s attention"):
+    with pytest.raises(CacheError, match="did not reach kvpolicy"):
         layer.update(keys, values)
 
 

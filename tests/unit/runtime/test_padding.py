@@ -1,8 +1,10 @@
 """What the mask of a forward tells about its tokens."""
 
+import pytest
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
+from kvpolicy.errors import CacheError
 from kvpolicy.runtime.padding import Arrival, arrival_of, is_foreign, policy_mask
 
 PADDING = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -70,3 +72,24 @@ def test_other_masks_are_foreign():
 def test_no_row_is_padded_in_an_empty_batch():
     empty = torch.ones(0, 3, dtype=torch.bool)
     assert not Arrival(empty, empty[:, :0]).padded
+
+
+def test_a_mask_shorter_than_the_keys_hides_the_rest_as_in_stock():
+    for queries in (1, 3):
+        found, stock = mask_of(PADDING[:, :3], queries, kv_length=5, q_offset=5 - queries)
+        assert torch.equal(found, stock)
+        arrival = arrival_of(found)
+        shown = torch.nn.functional.pad(PADDING[:, :3], (0, 2)).bool()
+        assert arrival.valid.tolist() == shown[:, -queries:].tolist()
+        assert arrival.earlier == shown[:, :-queries].sum(1).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_mask_of_other_rows_is_refused_unless_it_hides_nothing(rows):
+    with pytest.raises(CacheError, match=f"mask is of {rows} rows, the forward of 2"):
+        mask_of(PADDING[:1].expand(rows, 5))
+    found = policy_mask(
+        batch_size=2, q_length=2, kv_length=5, q_offset=3, attention_mask=torch.ones(rows, 5, dtype=torch.bool)
+    )
+    assert torch.equal(found, policy_mask(batch_size=2, q_length=2, kv_length=5, q_offset=3))
+    assert arrival_of(found) is None
