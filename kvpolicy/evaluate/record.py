@@ -37,14 +37,17 @@ def record(setup: Setup, outcomes: Sequence[Outcome], kept: Kept | None = None) 
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the distributions that the numbers depend on."""
+    """Versions of Python and of the distributions that the numbers depend on.
+
+    Of torch the version says which build it is, as in `2.13.0+cpu`; the metadata of some builds leaves that out.
+    """
     found = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return {**found, "torch": str(torch.__version__)}
 
 
 def machine() -> dict[str, str | int]:
