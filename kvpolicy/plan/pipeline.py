@@ -127,9 +127,10 @@ def merge(spec: PolicySpec, view: View, kept: Tensor, *, faults: int) -> Entries
     own = view.with_state(_own_state(view, MERGE_STATE), view.row_state)
     if not faults:
         return kept_finite(_merged(spec, own, kept), own, kept)
-    sound = Sound.of(spec.merge, own, kept)
     warn_of_faults(own)
-    return kept_finite(sound.whole(_merged(spec, sound.view, sound.kept), own, kept), own, kept)
+    sound = Sound.of(spec.merge, own, kept)
+    merged = kept_finite(_merged(spec, sound.view, sound.kept), sound.view, sound.kept)
+    return sound.whole(merged, own, kept)
 
 
 def _merged(spec: PolicySpec, view: View, kept: Tensor) -> Entries:
