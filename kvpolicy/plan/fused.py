@@ -9,7 +9,7 @@ from kvpolicy.plan.finite import faults_of
 from kvpolicy.plan.followers import state_name
 from kvpolicy.plan.fusion import Fusion, Term
 from kvpolicy.plan.layers import Layers
-from kvpolicy.plan.pipeline import Chosen, allocate, scored, select, warn_of_nan
+from kvpolicy.plan.pipeline import Chosen, allocate, faulty_last, scored, select, warn_of_nan
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import View
 from kvpolicy.stages.checks import check_tensor
@@ -94,7 +94,10 @@ def _kept(
     faults = torch.stack([faults_of(spec.merge, view) for view in layers.views])
     numbers = torch.cat([(counts + layers.protected).flatten(), nan.long(), faults]).tolist()  # the host waits here
     held, wrong, wanting = numbers[: len(nan)], numbers[len(nan) : 2 * len(nan)], numbers[2 * len(nan) :]
-    warn_of_nan(sum(wrong), int(layers.room.sum()) if any(wrong) else 0)
+    if any(wrong):
+        warn_of_nan(sum(wrong), int(layers.room.sum()))
+        for view, scores in zip(layers.views, layers.per_view(total), strict=True):
+            scores.copy_(faulty_last(scores, view))
     if fusion.select:
         pairs = zip(layers.views, layers.per_view(total), layers.per_layer(counts), strict=True)
         return [indices_of(select(spec, view, scores, own) | view.protected) for view, scores, own in pairs], wanting

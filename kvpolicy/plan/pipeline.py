@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import NonFiniteScoreWarning
-from kvpolicy.plan.finite import Sound, faults_of, kept_finite, warn_of_faults
+from kvpolicy.plan.finite import Sound, faults_of, is_finite, kept_finite, warn_of_faults
 from kvpolicy.plan.followers import MERGE_STATE, state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Entries, Scorer, View
@@ -49,11 +49,24 @@ def choose(spec: PolicySpec, view: View, budget: Sequence[int]) -> Chosen:
     total, observed = weighted_sum(spec, view)
     wrong = total.isnan() & view.candidates
     scores = total.masked_fill(wrong | ~view.candidates, -torch.inf)
-    stays = select(spec, view, scores, allocate(spec, view, scores, budget)) | view.protected
+    counts = allocate(spec, view, scores, budget)
+    stays = select(spec, view, scores, counts) | view.protected
     longest = stays.sum(-1).amax() if stays.numel() else wrong.sum()
     width, nan, faults = torch.stack([longest, wrong.sum(), faults_of(spec.merge, view)]).tolist()  # the host waits
-    warn_of_nan(nan, int(view.candidates.sum()) if nan else 0)
+    if nan:
+        warn_of_nan(nan, int(view.candidates.sum()))
+        stays = select(spec, view, faulty_last(scores, view), counts) | view.protected
+        width = None
     return Chosen(indices_of(stays, width), observed, faults)
+
+
+def faulty_last(scores: Tensor, view: View) -> Tensor:
+    """Scores [B, K, T] in which NaN stands for -inf, with NaN for entries that are not finite: those rank below it.
+
+    One NaN key makes NaN of all the scores of its head. It must not be what is kept then.
+    """
+    sound = is_finite(view.keys) & is_finite(view.values)
+    return scores.masked_fill(view.candidates & ~sound & (scores == -torch.inf), torch.nan)
 
 
 def reduce_to(spec: PolicySpec, view: View, chosen: Chosen) -> Compressed:
