@@ -107,6 +107,7 @@ def _mass(
         votes = tl.load(VOTES + segment // PER_LAYER).to(tl.pointer_type(tl.float32))
         logits += tl.load(votes + start + slots, mask=there, other=0.0)[:, None]
     mass = tl.exp2(logits * _LOG2E - safe[None, :]) / tl.where(total == 0.0, 1.0, total)[None, :]
+    mass = tl.where(mass == mass, mass, 0.0)  # noqa: PLR0124 a query whose attention is NaN counts for nothing
     into = tl.load(MASS + segment // PER_LAYER).to(tl.pointer_type(tl.float32)) + start * G
     into = into + slots[:, None] * G + g[None, :]
     tl.store(into, tl.load(into, mask=mine, other=0.0) + mass, mask=mine)

@@ -181,7 +181,7 @@ def _loads(step: _Step, length: int, covered: int, sinks: int, recent: int) -> i
 def builds_for(name: str, finishes: Sequence[Finish], *, sinks: int = 4) -> Iterator[Build]:
     """The kernels that `finish` launches for these terms of one row of a model with 32 layers of 8 KV heads."""
     segments, columns = imagined(128, torch.bfloat16, 4)
-    terms = torch.empty(len(finishes), segments.count, segments.longest, device="meta")
+    terms = torch.empty(len(finishes), segments.count, segments.longest, dtype=torch.float32, device="meta")
     results = terms[0], torch.empty(segments.count, _parts(segments), dtype=torch.int32, device="meta")
     launches = _launches(segments, columns["positions"], terms, finishes, _steps(finishes), (sinks, 32), results)
     for launch in launches:

@@ -153,7 +153,7 @@ def sum_rows(
     check_tensor("addresses", column.addresses, torch.int64, (segments.layers,), device)
     check_tensor("weights", weights, torch.float32, (segments.count, segments.longest), device)
     _check_groups(groups, segments.count, segments.longest, device)
-    out = torch.empty(shape, device=device) if out is None else out
+    out = torch.empty(shape, dtype=torch.float32, device=device) if out is None else out
     check_tensor("out", out, torch.float32, shape, device)
     if out.numel():
         _sum_rows[(segments.count * cdiv(groups.count, _ROWS),)](
@@ -184,7 +184,7 @@ def sum_numbers(values: Tensor, groups: Groups, *, logarithms: bool, out: Tensor
     require(values.ndim == 3, f"values of {values.ndim} dimensions, not 3")
     check_tensor("values", values, torch.float32, tuple(values.shape), device)
     _check_groups(groups, values.shape[0], values.shape[2], device)
-    out = torch.empty(shape, device=device) if out is None else out
+    out = torch.empty(shape, dtype=torch.float32, device=device) if out is None else out
     check_tensor("out", out, torch.float32, shape, device)
     if out.numel():
         _sum_numbers[(shape[0] * shape[1] * cdiv(groups.count, _NUMBERS),)](
@@ -230,7 +230,9 @@ def builds() -> Iterator[Build]:
     for dim in (128, 64):
         tables = {"ADDRESSES": "*i64", "STARTS": "*i64", "ORDER": "*i64", "BOUNDS": "*i32"}
         tables |= {"WEIGHTS": "*fp32", "OUT": "*fp32"}
-        constants = row_constants(Column(torch.empty(0), torch.bfloat16, dim, ()), TARGETS=_ROWS, AHEAD=_AHEAD)
+        constants = row_constants(
+            Column(torch.empty(0, dtype=torch.float32), torch.bfloat16, dim, ()), TARGETS=_ROWS, AHEAD=_AHEAD
+        )
         sizes = {"T": "i32", "N": "i32", "PER_LAYER": "i32"}
         yield Build(f"group_sums.rows bfloat16 D={dim}", _sum_rows, {**tables, **sizes}, constants, tuple(tables))
     for logarithms in (True, False):

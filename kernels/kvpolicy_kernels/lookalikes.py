@@ -210,7 +210,7 @@ class _Tiling:
 def search_builds() -> Iterator[Build]:
     """The launches for bfloat16 keys of the usual head dims, for float32 ones, and for two look-alikes."""
     for dtype, width, forgive in CASES:
-        tiling, keys = _Tiling.of(dtype, forgive), Column(torch.empty(0), dtype, width, ())
+        tiling, keys = _Tiling.of(dtype, forgive), Column(torch.empty(0, dtype=torch.float32), dtype, width, ())
         name = f"{str(dtype).removeprefix('torch.')} D={width}"
         place = {"ADDRESSES": "*i64", "STARTS": "*i64", "LENGTHS": "*i32", "INVERSES": "*fp32"}
         sizes = {"T": "i32", "PER_LAYER": "i32"}

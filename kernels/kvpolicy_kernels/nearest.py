@@ -142,7 +142,7 @@ def nearest(
     _check(segments, keys, kept, evicted)
     if out is None:
         out = (
-            torch.empty((count, longest), device=device),
+            torch.empty((count, longest), dtype=torch.float32, device=device),
             torch.empty((count, longest), dtype=torch.int64, device=device),
         )
     check_tensor("similarities", out[0], torch.float32, (count, longest), device)
@@ -151,7 +151,7 @@ def nearest(
         return out
     listed = torch.empty((count, longest), dtype=torch.int32, device=device)
     counts = torch.empty(count, dtype=torch.int32, device=device)
-    inverses = torch.empty((count, width), device=device)
+    inverses = torch.empty((count, width), dtype=torch.float32, device=device)
     sizes, tiling = (longest, width, segments.per_layer), _Tiling.of(keys.dtype)
     _prepare[count, 1 + cdiv(width, _ENTRIES)](
         *(keys.addresses, segments.starts, kept, evicted, listed, counts, inverses, *out, *sizes),
@@ -222,7 +222,7 @@ def traffic(segments: Segments, keys: Column, width: int, kept: Sequence[int], e
 def builds() -> Iterator[Build]:
     """The launches for bfloat16 keys of the usual head dims, and for float32 ones."""
     for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float32, 128)):
-        keys, tiling = Column(torch.empty(0), dtype, dim, ()), _Tiling.of(dtype)
+        keys, tiling = Column(torch.empty(0, dtype=torch.float32), dtype, dim, ()), _Tiling.of(dtype)
         name = f"{str(dtype).removeprefix('torch.')} D={dim}"
         place = {"ADDRESSES": "*i64", "STARTS": "*i64", "KEPT": "*i32"}
         lists = {"LIST": "*i32", "COUNTS": "*i32", "INVERSES": "*fp32", "SIMILARITY": "*fp32", "PLACE": "*i64"}

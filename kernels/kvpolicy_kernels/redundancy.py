@@ -133,7 +133,7 @@ def builds() -> Iterator[Build]:
     tables = {"ADDRESSES": "*i64", "STARTS": "*i64", "LENGTHS": "*i32", "INVERSES": "*fp32", "TARGETS": "*i32"}
     tables |= {"SUMS": "*i64", "SPOILT": "*i32"}
     for dtype, width, forgive in CASES:
-        keys = Column(torch.empty(0), dtype, width, ())
+        keys = Column(torch.empty(0, dtype=torch.float32), dtype, width, ())
         constants = row_constants(keys, ENTRIES=_ENTRIES, FORGIVE=forgive, EMPTY_TO_FIRST=True)
         name = f"redundancy._credit {str(dtype).removeprefix('torch.')} D={width} forgive={forgive}"
         yield Build(name, _credit, {**tables, "T": "i32", "PER_LAYER": "i32"}, constants, tuple(tables))

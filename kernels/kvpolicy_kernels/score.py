@@ -224,7 +224,7 @@ def builds_for(
     if uses or functions:
         yield from statistics_builds(name, segments, columns, queries, uses, functions)
         before = Statistics.empty(segments.count, len(uses), len(functions), queries, head_dim, "meta")
-    out = torch.empty(len(tiles), segments.count, segments.longest, device="meta")
+    out = torch.empty(len(tiles), segments.count, segments.longest, dtype=torch.float32, device="meta")
     extra = [out[0] for tile in tiles if tile.column is not None]
     launch = _launch(segments, reads, before, tiles, extra, (4, 32), out)
     wide = bool(reads.keys or reads.values)

@@ -95,7 +95,7 @@ def _numbers(pointers: tuple[int, ...], device: torch.device) -> Tensor:
 def pitch(layer: Tensor) -> int:
     """Slots from one segment of [B, K, T, ...] to the next; UnsupportedInputError when it is not made of segments."""
     heads, width = layer.shape[1], max(1, layer.shape[3:].numel())
-    inner = torch.empty(layer.shape[2:], device="meta").stride()
+    inner = torch.empty(layer.shape[2:], dtype=layer.dtype, device="meta").stride()
     require(layer.stride()[2:] == inner or layer.numel() == 0, "the elements of a segment are not contiguous")
     distance, rest = divmod(layer.stride(1) if heads > 1 else layer.stride(0), width)
     even = heads == 1 or layer.shape[0] == 1 or layer.stride(0) == heads * layer.stride(1)

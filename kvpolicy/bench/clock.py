@@ -31,7 +31,7 @@ class DeviceClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._scratch = torch.ones(_BEYOND_CACHES // 4, device=device)
+        self._scratch = torch.ones(_BEYOND_CACHES // 4, dtype=torch.float32, device=device)
 
     def time(self, call: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -83,7 +83,7 @@ def _stands_early(item: Item, tokens: tuple[str, ...]) -> bool:
 
 def held_tokens(cache: PolicyCache, length: int) -> Tensor:
     """[L, T] float32: for each of the first `length` tokens of row 0, the fraction of KV heads that hold it."""
-    held = torch.zeros(len(cache.managed), length)
+    held = torch.zeros(len(cache.managed), length, dtype=torch.float32)
     for layer, row in zip(cache.managed, held, strict=True):
         heads = layer.held.slots.layout.heads
         for head in range(heads):

@@ -1,8 +1,10 @@
 """What is updated at every forward from the attention that is computed anyway."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import attrs
+import torch
 from torch import Tensor
 
 from kvpolicy.spec.policy import PolicySpec
@@ -46,9 +48,23 @@ def _followers(spec: PolicySpec) -> Iterator[Follower]:
     for plugin, prefix in plugins:
         if plugin.needs().followed:
             columns = {state.name: prefix + state.name for state in plugin.slot_state()}
-            yield Follower(plugin.needs().followed, columns, plugin.follow)
+            yield Follower(plugin.needs().followed, columns, partial(_followed, plugin))
 
 
 def _mass(glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Attention received, [B, K, T, G], summed over the queries."""
-    return {ATTENTION: state[ATTENTION] + glimpse.probabilities.sum(3).transpose(-1, -2)}
+    """Attention received, [B, K, T, G], summed over the queries; one whose attention is NaN counts for nothing."""
+    return {ATTENTION: state[ATTENTION] + glimpse.probabilities.nansum(3).transpose(-1, -2)}
+
+
+def _followed(plugin: Observer, glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What a plugin makes of the logits that say something: it would remember NaN for good."""
+    return plugin.follow(_told(glimpse), state)
+
+
+def _told(glimpse: Glimpse) -> Glimpse:
+    """A query does not see an entry to which its logit is NaN or +inf."""
+    wrong = ~(glimpse.logits < torch.inf)
+    # Only a host can look without making a device wait.
+    if wrong.device.type == "cpu" and not bool(wrong.any()):
+        return glimpse
+    return Glimpse(glimpse.logits.masked_fill(wrong, -torch.inf), glimpse.log_votes)

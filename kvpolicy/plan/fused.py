@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpolicy.plan.finite import faults_of
 from kvpolicy.plan.followers import state_name
 from kvpolicy.plan.fusion import Fusion, Term
 from kvpolicy.plan.layers import Layers
-from kvpolicy.plan.pipeline import Chosen, allocate, scored, select, warn_of_nan
+from kvpolicy.plan.pipeline import Chosen, allocate, faulty_last, scored, select, warn_of_nan
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import View
 from kvpolicy.stages.checks import check_tensor
@@ -27,8 +28,8 @@ def choose_together(
     layers = Layers.of(views)
     total, nan, observed = score_together(fusion, layers)
     counts = counts_together(spec, fusion, layers, total, torch.tensor(budgets, device=total.device))
-    kept = _kept(spec, fusion, layers, total, counts, nan)
-    return [Chosen(*one) for one in zip(kept, observed, strict=True)]
+    kept, faults = _kept(spec, fusion, layers, total, counts, nan)
+    return [Chosen(*one) for one in zip(kept, observed, faults, strict=True)]
 
 
 def score_together(fusion: Fusion, layers: Layers) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
@@ -84,17 +85,24 @@ def _won(layers: Layers, total: Tensor, best: Tensor) -> Tensor:
     return owned.view(layers.room.shape).long()
 
 
-def _kept(spec: PolicySpec, fusion: Fusion, layers: Layers, total: Tensor, counts: Tensor, nan: Tensor) -> list[Tensor]:
-    """Keep indices, [B, K, N] int64 a layer."""
+def _kept(
+    spec: PolicySpec, fusion: Fusion, layers: Layers, total: Tensor, counts: Tensor, nan: Tensor
+) -> tuple[list[Tensor], list[int]]:
+    """Keep indices, [B, K, N] int64 a layer; and what a merger must not see of each, as in `Chosen`."""
     from kvpolicy_kernels.select import select as best_of
 
-    held, wrong = torch.stack([(counts + layers.protected).flatten(), nan.long()]).tolist()  # the host waits here
-    warn_of_nan(sum(wrong), int(layers.room.sum()) if any(wrong) else 0)
+    faults = torch.stack([faults_of(spec.merge, view) for view in layers.views])
+    numbers = torch.cat([(counts + layers.protected).flatten(), nan.long(), faults]).tolist()  # the host waits here
+    held, wrong, wanting = numbers[: len(nan)], numbers[len(nan) : 2 * len(nan)], numbers[2 * len(nan) :]
+    if any(wrong):
+        warn_of_nan(sum(wrong), int(layers.room.sum()))
+        for view, scores in zip(layers.views, layers.per_view(total), strict=True):
+            scores.copy_(faulty_last(scores, view))
     if fusion.select:
         pairs = zip(layers.views, layers.per_view(total), layers.per_layer(counts), strict=True)
-        return [indices_of(select(spec, view, scores, own) | view.protected) for view, scores, own in pairs]
+        return [indices_of(select(spec, view, scores, own) | view.protected) for view, scores, own in pairs], wanting
     position, protect = layers.columns["positions"], layers.protect
     kept = best_of(total, layers.segments, counts.flatten(), max(held, default=0), positions=position, **protect)
     per_layer = layers.segments.per_layer
     widths = [max(held[start : start + per_layer], default=0) for start in range(0, len(held), per_layer)]
-    return [one[..., :width].long() for one, width in zip(layers.per_layer(kept), widths, strict=True)]
+    return [one[..., :width].long() for one, width in zip(layers.per_layer(kept), widths, strict=True)], wanting

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import NonFiniteScoreWarning
+from kvpolicy.plan.finite import Sound, faults_of, is_finite, kept_finite, warn_of_faults
 from kvpolicy.plan.followers import MERGE_STATE, state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Entries, Scorer, View
@@ -32,6 +33,7 @@ class Chosen:
 
     kept: Tensor  # as in `Compressed`
     observed: dict[str, Tensor]  # as in `Compressed`
+    faults: int  # how many slots and queries must not be shown to the merger: something in them is not finite
 
 
 def compress(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
@@ -44,16 +46,34 @@ def compress(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
 
 def choose(spec: PolicySpec, view: View, budget: Sequence[int]) -> Chosen:
     """Score, allocate, select."""
-    scores, observed = score(spec, view)
+    total, observed = weighted_sum(spec, view)
+    wrong = total.isnan() & view.candidates
+    scores = total.masked_fill(wrong | ~view.candidates, -torch.inf)
     counts = allocate(spec, view, scores, budget)
-    return Chosen(indices_of(select(spec, view, scores, counts) | view.protected), observed)
+    stays = select(spec, view, scores, counts) | view.protected
+    longest = stays.sum(-1).amax() if stays.numel() else wrong.sum()
+    width, nan, faults = torch.stack([longest, wrong.sum(), faults_of(spec.merge, view)]).tolist()  # the host waits
+    if nan:
+        warn_of_nan(nan, int(view.candidates.sum()))
+        stays = select(spec, view, faulty_last(scores, view), counts) | view.protected
+        width = None
+    return Chosen(indices_of(stays, width), observed, faults)
+
+
+def faulty_last(scores: Tensor, view: View) -> Tensor:
+    """Scores [B, K, T] in which NaN stands for -inf, with NaN for entries that are not finite: those rank below it.
+
+    One NaN key makes NaN of all the scores of its head. It must not be what is kept then.
+    """
+    sound = is_finite(view.keys) & is_finite(view.values)
+    return scores.masked_fill(view.candidates & ~sound & (scores == -torch.inf), torch.nan)
 
 
 def reduce_to(spec: PolicySpec, view: View, chosen: Chosen) -> Compressed:
     """What remains of a layer of which the `chosen` entries stay."""
     if spec.merge.moves_only:
         return Compressed(chosen.kept, chosen.observed)
-    entries = merge(spec, view, chosen.kept)
+    entries = merge(spec, view, chosen.kept, faults=chosen.faults)
     state = {MERGE_STATE + name: values for name, values in entries.slot_state.items()}
     return Compressed(chosen.kept, chosen.observed, entries, state, dict(entries.row_state))
 
@@ -84,7 +104,13 @@ def scored(scorer: Scorer, prefix: str, view: View) -> tuple[Tensor, dict[str, T
         seen = seen.with_state({**own, **fresh})
     scores = scorer.score(seen)
     check_scores(scorer, scores, view)
-    return scores, {prefix + name: values for name, values in fresh.items()}
+    return scores, {prefix + name: _remembered(scorer, name, values) for name, values in fresh.items()}
+
+
+def _remembered(scorer: Scorer, name: str, values: Tensor) -> Tensor:
+    """State to be carried on: NaN is told by this round's scores, and forgotten, or it would stay for good."""
+    fill = next((state.fill for state in scorer.slot_state() if state.name == name), 0.0)
+    return values.masked_fill(values.isnan(), fill)
 
 
 def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int] | Tensor) -> Tensor:
@@ -106,9 +132,23 @@ def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tens
     return view.in_slots(chosen) & view.candidates
 
 
-def merge(spec: PolicySpec, view: View, kept: Tensor) -> Entries:
-    """The entries of the kept slots, [B, K, N, D] and [B, K, N, Dv]."""
-    entries = spec.merge.merge(view.with_state(_own_state(view, MERGE_STATE), view.row_state), kept)
+def merge(spec: PolicySpec, view: View, kept: Tensor, *, faults: int) -> Entries:
+    """The entries of the kept slots, [B, K, N, D] and [B, K, N, Dv]; `faults` as in `Chosen`.
+
+    What is not finite is merged into nothing, and what was finite stays finite.
+    """
+    own = view.with_state(_own_state(view, MERGE_STATE), view.row_state)
+    if not faults:
+        return kept_finite(_merged(spec, own, kept), own, kept)
+    warn_of_faults(own)
+    sound = Sound.of(spec.merge, own, kept)
+    merged = kept_finite(_merged(spec, sound.view, sound.kept), sound.view, sound.kept)
+    return sound.whole(merged, own, kept)
+
+
+def _merged(spec: PolicySpec, view: View, kept: Tensor) -> Entries:
+    """What the merger gives, checked; `view` shows its own state."""
+    entries = spec.merge.merge(view, kept)
     slots = dict(zip(("batch", "kv_heads", "kept"), kept.shape, strict=True))
     for found, source in ((entries.keys, view.keys), (entries.values, view.values)):
         check_tensor(spec.merge, found, {**slots, "dim": source.shape[-1]}, source.dtype, source.device)

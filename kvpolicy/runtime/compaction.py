@@ -66,7 +66,7 @@ def lay_down(
     if result.entries is None:
         held.evict(move, layout)
     else:
-        held.replace(rows, result.kept, result.entries, result.slot_state, layout)
+        held.replace(move, result.entries, result.slot_state, layout)
 
 
 def drop_pads(plan: Plan, held: Holdings, limit: int) -> None:

@@ -1,13 +1,15 @@
 """The keys or the values of a layer: the oldest packed by a format, the newest as the model gave them."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import sub
-from typing import NoReturn
 
+import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import CacheError
+from kvpolicy.errors import CacheError, NonFiniteScoreWarning
+from kvpolicy.plan.finite import is_finite
 from kvpolicy.runtime.access import Access, Rows
 from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.layout import Layout, Table, table
@@ -16,11 +18,21 @@ from kvpolicy.stages import Column, Format, Geometry
 from kvpolicy.stages.slots import take
 
 
+@attrs.frozen(eq=False)
+class Packing:
+    """The oldest entries of some rows, packed."""
+
+    columns: Mapping[str, Tensor]  # [rows, K or 1, units, ...]
+    sealed: Table  # entries [rows][K] of which the columns count
+
+
 class Half:
     """Two stores, one behind the other: `packed`, in units of the format, and `tail`.
 
     Slots count through both. How many are packed follows from the length of a segment alone (`Format.sealed`), once
-    `seal` has been called. A format that packs nothing leaves the first store empty, and nothing is ever copied.
+    `seal` has been called, unless something in it is NaN or infinite: from that unit on its entries stay as the model
+    gave them, until they are evicted. A format that packs nothing leaves the first store empty, and nothing is ever
+    copied.
     """
 
     def __init__(
@@ -30,6 +42,7 @@ class Half:
         self.form = form
         self.packed = Store(form.columns, rows, 1 if form.joint else geometry.kv_heads, device)
         self.tail = Store({name: Column((geometry.head_dim,), dtype)}, rows, geometry.kv_heads, device)
+        self._stuck: frozenset[tuple[int, int]] = frozenset()  # segments whose next unit is not finite
 
     # -- what is held ------------------------------------------------------------------------------------------
 
@@ -105,7 +118,7 @@ class Half:
 
     def append(self, vectors: Tensor, limit: int) -> None:
         """Add [B, K, q, D] behind all segments; their storage need not grow beyond `limit` slots."""
-        self.tail.append({self.name: vectors}, self.form.tail(limit))
+        self.tail.append({self.name: vectors}, limit if self._stuck else self.form.tail(limit))
 
     def seal(self, slots: Store, positions: str, limit: int) -> bool:
         """Pack what is due, now that the segments are as long as those of `slots`; False when nothing was.
@@ -117,21 +130,28 @@ class Half:
             return False
         everything = range(slots.layout.rows)
         vectors = self.tail.padded(self.name, everything)[:, :, :most]
-        places = self._places(slots.padded(positions, everything), most)
-        encoded = self._encoded(vectors, places)
-        self.packed.extend(encoded, self._units(counts), self.form.sealed(limit) // self.form.unit)
-        self.tail.drop_front(counts, self._tail_layout(slots.layout, _less(self.tail.lengths, counts)))
-        return True
+        packing = self._packed(vectors, self._places(slots.padded(positions, everything), most), counts)
+        stuck = _differing(everything, packing.sealed, counts)
+        if any(map(any, packing.sealed)):
+            self.packed.extend(packing.columns, self._units(packing.sealed), self.form.sealed(limit) // self.form.unit)
+            left = _less(self.tail.lengths, packing.sealed)
+            self.tail.drop_front(packing.sealed, self._tail_layout(slots.layout, left))
+        self._stuck |= stuck
+        self._warn_of(stuck)
+        return any(map(any, packing.sealed))
 
     def _due(self, slots: Store) -> tuple[Table, int]:
         """Entries to be packed per segment, and the most of any."""
-        if slots.even and self.packed.even:
+        if slots.even and self.packed.even and not self._stuck:
             count = self.form.sealed(slots.longest) - self.packed.longest * self.form.unit
             return (slots.layout.with_each(count), count) if count else ((), 0)
         lengths, sealed = slots.lengths, self.sealed
-        counts = table(
-            slots.layout.rows, slots.layout.heads, lambda b, k: self.form.sealed(lengths[b][k]) - sealed[b][k]
-        )
+
+        def due(row: int, head: int) -> int:
+            stuck = (row, head) in self._stuck
+            return 0 if stuck else self.form.sealed(lengths[row][head]) - sealed[row][head]
+
+        counts = table(slots.layout.rows, slots.layout.heads, due)
         return counts, max((max(row) for row in counts), default=0)
 
     def _places(self, positions: Tensor, count: int) -> Tensor:
@@ -144,36 +164,46 @@ class Half:
         return take(positions, index.clamp(max=positions.shape[2] - 1))
 
     def packing(
-        self, rows: Sequence[int], kept: Tensor, vectors: Tensor, positions: Tensor, changed: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The columns of the entries [rows, K, N, D] that are in the slots `kept` [rows, K, N]; for `replace`.
+        self,
+        rows: Sequence[int],
+        kept: Tensor,
+        vectors: Tensor,
+        positions: Tensor,
+        changed: Tensor | None,
+        lengths: Table,
+    ) -> Packing:
+        """The entries [rows, K, N, D], `lengths` in each segment, that are in the slots `kept` [rows, K, N], packed.
 
         Packed units whose entries stay together, none of them `changed`, are moved bit for bit.
         """
-        most = self._most_sealed((kept >= 0).sum(-1).tolist())
+        due = self._sealed_of(lengths)
         if not self.form.columns:
-            return {}
-        columns = self._encoded(vectors[:, :, :most], positions[:, :, :most])
-        if not self.is_plain and most:
-            stay, source = self._staying(rows, kept[:, :, :most], None if changed is None else changed[:, :, :most])
-            columns = {name: self._moved(name, rows, stay, source, new) for name, new in columns.items()}
-        return columns
+            return Packing({}, due)
+        most = max((count for row in due for count in row), default=0)
+        packing = self._packed(vectors[:, :, :most], positions[:, :, :most], due)
+        if self.is_plain or not most:
+            return packing
+        stay, source = self._staying(rows, kept[:, :, :most], None if changed is None else changed[:, :, :most])
+        columns = {name: self._moved(name, rows, stay, source, new) for name, new in packing.columns.items()}
+        return attrs.evolve(packing, columns=columns)
 
-    def replace(
-        self, rows: Sequence[int], columns: Mapping[str, Tensor], vectors: Tensor, lengths: Table, layout: Layout
-    ) -> None:
-        """Give some rows the entries [rows, K, N, D], of which `lengths` count, packed as `columns`.
+    def replace(self, rows: Sequence[int], packing: Packing, vectors: Tensor, lengths: Table, layout: Layout) -> None:
+        """Give some rows the entries [rows, K, N, D], of which `lengths` count, the oldest of them packed.
 
         `layout` is that of all slots.
         """
-        sealed = tuple(tuple(map(self.form.sealed, row)) for row in lengths)
-        self.packed.replace(rows, columns, self._units(sealed), self._packed_layout(layout))
-        left = _less(lengths, sealed)
-        newest = take(vectors, _following(sealed, left, vectors)) if columns else vectors
+        self.packed.replace(rows, packing.columns, self._units(packing.sealed), self._packed_layout(layout))
+        left = _less(lengths, packing.sealed)
+        newest = take(vectors, _following(packing.sealed, left, vectors)) if packing.columns else vectors
         self._replace_tail(rows, newest, left, layout)
+        stuck, before = _differing(rows, packing.sealed, self._sealed_of(lengths)), self._stuck
+        self._forget(rows)
+        self._stuck |= stuck
+        self._warn_of(stuck - before)
 
     def keep(self, move: Move, layout: Layout) -> None:
         """Reduce some rows to the slots that a move keeps, among them all that are packed."""
+        self._forget(move.rows)
         if self.is_plain:
             self.tail.keep(move, self._tail_layout(layout, self._tail_lengths(move.rows, move.lengths)))
             return
@@ -193,8 +223,9 @@ class Half:
             after[row] = counts
         return tuple(after)
 
-    def _most_sealed(self, lengths: Iterable[Iterable[int]]) -> int:
-        return max((self.form.sealed(length) for row in lengths for length in row), default=0)
+    def _sealed_of(self, lengths: Iterable[Iterable[int]]) -> Table:
+        """How many of the oldest entries are packed where all are finite."""
+        return tuple(tuple(map(self.form.sealed, row)) for row in lengths)
 
     def _staying(self, rows: Sequence[int], kept: Tensor, changed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Per new unit, whether it is an old one, bool [rows, K or 1, units], and which."""
@@ -220,11 +251,15 @@ class Half:
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment, none of which is packed."""
         self.tail.truncate(count)
+        self._stuck = frozenset()
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order."""
         self.packed.select_rows(rows)
         self.tail.select_rows(rows)
+        heads = range(self.tail.layout.heads)
+        places = ((new, old, head) for new, old in enumerate(rows) for head in heads)
+        self._stuck = frozenset((new, head) for new, old, head in places if (old, head) in self._stuck)
 
     def check_integrity(self, lengths: Table) -> None:
         """Raise CacheError unless both stores together hold `lengths` entries."""
@@ -236,10 +271,30 @@ class Half:
 
     # -- storage -----------------------------------------------------------------------------------------------
 
-    def _encoded(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        if not bool(vectors.isfinite().all()):
-            _refuse(self.name)
-        return self.form.encode(vectors, positions)
+    def _packed(self, vectors: Tensor, positions: Tensor, due: Table) -> Packing:
+        """Vectors [rows, K, n, D] packed; of the entries that are `due` only those before a unit that is not finite.
+
+        The host waits for where that is.
+        """
+        unit, finite = self.form.unit, is_finite(vectors)
+        whole = finite.unflatten(2, (-1, unit)).all(-1)
+        if self.form.joint:
+            whole = whole.all(1, keepdim=True).expand_as(whole)
+        sound = (whole.cumprod(-1).sum(-1) * unit).tolist()
+        sealed = tuple(tuple(map(min, *pair)) for pair in zip(sound, due, strict=True))
+        if sealed != due:
+            vectors = vectors.masked_fill(~finite[..., None], 0)
+        return Packing(self.form.encode(vectors, positions), sealed)
+
+    def _forget(self, rows: Sequence[int]) -> None:
+        """What stands in some rows is other than it was: look anew when they are packed next."""
+        self._stuck = frozenset(segment for segment in self._stuck if segment[0] not in rows)
+
+    def _warn_of(self, stuck: frozenset[tuple[int, int]]) -> None:
+        if stuck:
+            which = ", ".join(map(str, sorted({row for row, _ in stuck})))
+            message = f"{self.name} of row {which} are NaN or infinite: they, and what follows, are held unpacked"
+            warnings.warn(message, NonFiniteScoreWarning, stacklevel=2)
 
     def _units(self, entries: Table) -> Table:
         """Counts of entries as counts of units, one a row where all heads are in one."""
@@ -247,8 +302,7 @@ class Half:
         return tuple(tuple(count // self.form.unit for count in row[:heads]) for row in entries)
 
     def _packed_layout(self, layout: Layout) -> Layout:
-        sealed = tuple(tuple(map(self.form.sealed, row)) for row in layout.capacity)
-        return Layout(self._units(sealed))
+        return Layout(self._units(self._sealed_of(layout.capacity)))
 
     def _tail_layout(self, layout: Layout, lengths: Table) -> Layout:
         """Room for what is not packed; more while a row waits for what a prompt brought to be packed."""
@@ -288,5 +342,7 @@ def _distinct(units: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, torch.empty_like(rank).scatter_(-1, order.indices, rank)
 
 
-def _refuse(name: str) -> NoReturn:
-    raise CacheError(f"the {name} of this layer hold NaN or infinity: they cannot be packed")
+def _differing(rows: Sequence[int], one: Table, other: Table) -> frozenset[tuple[int, int]]:
+    """Segments (row, head) of which two tables [rows][K] do not say the same."""
+    pairs = zip(rows, one, other, strict=True)
+    return frozenset((row, head) for row, ns, ms in pairs for head, n in enumerate(ns) if n != ms[head])

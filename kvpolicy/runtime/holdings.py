@@ -58,22 +58,26 @@ class Holdings:
         return self.values.seal(self.slots, POSITIONS, limit) or keys or paged
 
     def replace(
-        self, rows: Sequence[int], kept: Tensor, entries: Entries, fresh: Mapping[str, Tensor], layout: Layout
+        self,
+        move: Move,
+        entries: Entries,
+        fresh: Mapping[str, Tensor],
+        layout: Layout,
     ) -> None:
-        """Give some rows `entries`, which stood in the slots `kept` [rows, K, N], and pack what is due.
+        """Give the rows of a move `entries`, which stood in the slots that it keeps, and pack what is due.
 
         `fresh` are new values of columns; the others move with their entries.
         """
+        rows, kept, lengths = move.rows, move.kept, move.lengths
         if entries.log_votes is not None:
             fresh = {**fresh, LOG_VOTES: entries.log_votes}
         moved = {name: gather(self.slots.padded(name, rows), kept) for name in self.slots.columns if name not in fresh}
         columns = {**moved, **fresh}
         halves = ((self.keys, entries.keys), (self.values, entries.values))
         keys, values = (
-            half.packing(rows, kept, vectors, columns[POSITIONS], entries.changed) for half, vectors in halves
+            half.packing(rows, kept, vectors, columns[POSITIONS], entries.changed, lengths) for half, vectors in halves
         )
         pages = self.pages.summary(entries.keys, columns[POSITIONS])
-        lengths = tuple(tuple(counts) for counts in (kept >= 0).sum(-1).tolist())
         self.keys.replace(rows, keys, entries.keys, lengths, layout)
         self.values.replace(rows, values, entries.values, lengths, layout)
         self.pages.replace(rows, pages, lengths, layout)
@@ -89,7 +93,7 @@ class Holdings:
         keys, values = (
             half.pick(at, move.kept.clamp(min=0), positions).masked_fill(gone, 0) for half in (self.keys, self.values)
         )
-        self.replace(move.rows, move.kept, Entries(keys, values), {}, layout)
+        self.replace(move, Entries(keys, values), {}, layout)
 
     @property
     def _packs(self) -> bool:

@@ -66,7 +66,7 @@ class PolicyLayer(LendingLayer):
         self.in_order = True  # whether entries stand in ascending order of position
         self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
         self._arriving = 0  # tokens appended whose attention has not run yet
-        self._places = torch.empty(0)  # and their positions, [B, q]
+        self._places = torch.empty(0, dtype=torch.int32)  # and their positions, [B, q]
         self._unsettled: list[Asked] = []  # queries that a rollback may still undo
         self._prompting = True  # whether these, if any, are those of a prompt
         self._followed = False  # whether followers have seen the queries of this forward
@@ -75,7 +75,9 @@ class PolicyLayer(LendingLayer):
         self._held = Holdings(self.plan, self.ordinal, rows, device)
         self.real = [0] * rows  # tokens of each row, pads excluded
         states = self.plan.spec.merge.row_state()
-        self.row_state = {state.name: torch.full((rows,), state.fill, device=device) for state in states}
+        self.row_state = {
+            state.name: torch.full((rows,), state.fill, dtype=torch.float32, device=device) for state in states
+        }
 
     # -- one forward -------------------------------------------------------------------------------------------
 

@@ -24,7 +24,10 @@ class Segmented:
         self.device = device
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
-        self._tables: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # what kernels are told of segments
+        self._tables: tuple[Tensor, Tensor] = (
+            torch.empty(0, dtype=torch.int64),
+            torch.empty(0, dtype=torch.int32),
+        )  # what kernels are told of segments
         self._tabled: tuple[Layout, Table] | None = None  # and of which layout and base lengths
         self.layout = Layout.even(rows, heads, 0)
         self._settle(self.allocate(self.layout), self.layout, self.layout.capacity)

@@ -80,8 +80,8 @@ class Store(Segmented):
             self._copy_rows(kept_rows, target, layout)
         for name, tensor in entries.items():
             write(target[name], layout, rows, tensor, lengths)
-        if POSITIONS in self.columns:
-            clear_behind(target[POSITIONS], layout, rows, lengths, -1)
+        for name in entries:  # what was there could be NaN, and a masked slot is still multiplied
+            clear_behind(target[name], layout, rows, lengths, -1 if name == POSITIONS else 0)
         self._settle(target, layout, after)
 
     def keep(self, move: Move, layout: Layout) -> None:
@@ -93,7 +93,7 @@ class Store(Segmented):
             self._copy_rows(self._others(move.rows), target, layout)
         for name in self.columns:
             move.copy(self.tensors[name], self.layout, target[name], layout)
-        for name in {POSITIONS} & target.keys() if in_place else target:
+        for name in target:
             clear_behind(target[name], layout, range(layout.rows), after, -1 if name == POSITIONS else 0)
         self._settle(target, layout, after)
 
@@ -116,8 +116,8 @@ class Store(Segmented):
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment."""
         if count:
-            if POSITIONS in self.columns:
-                self._write_tail(POSITIONS, self._added - count, count, -1)
+            for name in self.columns:
+                self._write_tail(name, self._added - count, count, -1 if name == POSITIONS else 0)
             self._added -= count
 
     def select_rows(self, rows: Sequence[int]) -> None:

@@ -15,8 +15,8 @@ class Window:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._queries = torch.empty(0)
-        self._positions = torch.empty(0)
+        self._queries = torch.empty(0, dtype=torch.float32)
+        self._positions = torch.empty(0, dtype=torch.int32)
         self._filled = 0
 
     def add(self, queries: Tensor, positions: Tensor, *, padded: bool) -> None:

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 
-def indices_of(mask: Tensor) -> Tensor:
+def indices_of(mask: Tensor, width: int | None = None) -> Tensor:
     """Keep indices of a mask: bool [B, K, T] to int64 [B, K, N], ascending, -1 behind a head's last one.
 
-    N is the largest count of any head.
+    N is the largest count of any head: `width`, for which the host waits when it is not given.
     """
-    width = int(mask.sum(-1).max()) if mask.numel() else 0
+    if width is None:
+        width = int(mask.sum(-1).max()) if mask.numel() else 0
     slots = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
     places = (mask.cumsum(-1) - 1).where(mask, width)  # the last column takes what is not kept
     indices = slots.new_full((*mask.shape[:-1], width + 1), -1)

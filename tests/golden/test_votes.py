@@ -12,6 +12,7 @@ from kvpolicy.plan.followers import Follower
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend as attend_held
+from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.layout import Layout
 from kvpolicy.stages import Entries, Geometry, Glimpse
@@ -78,7 +79,7 @@ def of_a_layer(queries, keys, values, log_votes, lengths, followers):
     kept = places.where(places < lengths[..., None], -1)
     layout = Layout(tuple(map(tuple, lengths.tolist())))
     entries = Entries(keys.float(), values.float(), log_votes.float())
-    held.replace(range(rows), kept, entries, {"positions": places.int()}, layout)
+    held.replace(Move(range(rows), kept), entries, {"positions": places.int()}, layout)
     asked = torch.full((rows, queries.shape[2]), slots)
     return attend_held(
         held, Asked(queries.float(), asked, padded=False, scaling=dim**-0.5), followers=followers, pads=False

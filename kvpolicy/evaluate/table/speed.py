@@ -120,7 +120,8 @@ def _chunks(model: PreTrainedModel, length: int) -> Any:
         count = min(_CHUNK, length - start)
         heads = (config.num_key_value_heads, config.num_key_value_heads, config.num_attention_heads)
         yield tuple(
-            torch.randn(config.num_hidden_layers, 1, n, count, config.head_dim, generator=random) for n in heads
+            torch.randn(config.num_hidden_layers, 1, n, count, config.head_dim, generator=random, dtype=torch.float32)
+            for n in heads
         )
 
 

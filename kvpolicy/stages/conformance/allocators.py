@@ -58,7 +58,7 @@ def keeps_heads_even(allocator: HeadAllocator, _promises: Promises) -> None:
     """A store that is not ragged has one length for all heads."""
     if allocator.ragged:
         return
-    scores = torch.arange(24.0).reshape(1, 3, 8)
+    scores = torch.arange(24, dtype=torch.float32).reshape(1, 3, 8)
     found = allocator.allocate(scores, torch.ones_like(scores, dtype=torch.bool), torch.tensor([15]))
     if found.tolist() != [[5, 5, 5]]:
         raise contract_error(allocator, f"gave {found.tolist()}, expected 5 for each head: ragged is False")

@@ -187,7 +187,7 @@ def _samples(codec: Codec) -> Iterator[tuple[Format, Tensor, Tensor]]:
         for half in (formats.keys, formats.values):
             if half.columns:
                 shape = BATCH, HEADS, UNITS * half.unit
-                vectors = torch.randn(*shape, site.geometry.head_dim, generator=random).to(dtype)
+                vectors = torch.randn(*shape, site.geometry.head_dim, generator=random, dtype=torch.float32).to(dtype)
                 yield half, vectors, torch.arange(shape[-1]).repeat(BATCH, HEADS, 1)
 
 
@@ -195,7 +195,8 @@ def _sample(layer: int, dim: int) -> Sample:
     """A layer on calibration text."""
     random = torch.Generator().manual_seed(layer)
     queries, keys, values = (
-        torch.randn(2, heads, _LENGTH, dim, generator=random) for heads in (HEADS * GROUP, HEADS, HEADS)
+        torch.randn(2, heads, _LENGTH, dim, generator=random, dtype=torch.float32)
+        for heads in (HEADS * GROUP, HEADS, HEADS)
     )
     return Sample(_geometry(HEADS, dim), dim**-0.5, _rotary(dim), queries, keys, values)
 
@@ -205,7 +206,7 @@ def _geometry(heads: int, dim: int) -> Geometry:
 
 
 def _rotary(dim: int) -> Rotary:
-    return Rotary(10_000.0 ** -(torch.arange(0, dim - dim % 2, 2) / dim))
+    return Rotary(10_000.0 ** -(torch.arange(0, dim - dim % 2, 2, dtype=torch.float32) / dim))
 
 
 def _expect_within(codec: Codec, found: Tensor, source: Tensor, error: float) -> None:

@@ -16,7 +16,7 @@ from kvpolicy.stages.rotary import Rotary
 GEOMETRY = Geometry(managed=tuple(range(8)), query_heads=4, kv_heads=2, head_dim=64)
 MIDDLE = 4  # the first and the last layers may be read in full
 JUNK = 997.0  # what an empty slot may hold
-_ROTARY = Rotary(10000.0 ** -torch.linspace(0, 31 / 32, 32))
+_ROTARY = Rotary(10000.0 ** -torch.linspace(0, 31 / 32, 32, dtype=torch.float32))
 _ALIKE = ((701, 701), (620, 620), (701, 701), (45, 45))
 _RAGGED = ((701, 701), (620, 45), (128, 701), (45, 701))
 
@@ -82,7 +82,7 @@ def whole_units(form: Format, keys: Tensor, positions: Tensor) -> dict[str, Tens
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def row_alone(question: Question, row: int) -> Question:

@@ -26,7 +26,7 @@ def sample_view(observer: Observer | None = None, *, lengths: tuple[tuple[int, .
     batch, heads, slots = *held.shape, int(held.max())
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
+        return torch.randn(*shape, generator=random, dtype=torch.float32)
 
     positions = torch.arange(slots).expand(batch, heads, slots)
     view = View(
@@ -47,11 +47,11 @@ def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> 
     window = max(needs.queries, WINDOW if isinstance(observer, Merger) and observer.reads_window else 0)
     queries = normal(batch, heads * GROUP, window, DIM) if window else None
     attention = normal(batch, heads, GROUP, slots).abs() if needs.attention else None
-    state = {one.name: torch.full(view.positions.shape, one.fill) for one in observer.slot_state()}
+    state = {one.name: torch.full(view.positions.shape, one.fill, dtype=torch.float32) for one in observer.slot_state()}
     view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
     if not isinstance(observer, Merger):
         return view
-    rows = {one.name: torch.full((batch,), one.fill) for one in observer.row_state()}
+    rows = {one.name: torch.full((batch,), one.fill, dtype=torch.float32) for one in observer.row_state()}
     votes = normal(*view.positions.shape).abs() if observer.votes else None
     return attrs.evolve(view, row_state=rows, log_votes=votes)
 
@@ -61,7 +61,7 @@ def glimpse_of(observer: Observer, view: View) -> Glimpse:
     random = torch.Generator().manual_seed(2)
     batch, heads, slots = view.positions.shape
     count = observer.needs().followed
-    logits = torch.randn(batch, heads, GROUP, count, slots, generator=random)
+    logits = torch.randn(batch, heads, GROUP, count, slots, generator=random, dtype=torch.float32)
     back = torch.arange(count - 1, -1, -1)[:, None]
     seen = view.valid[:, :, None] & (view.age[:, :, None] >= back)
     return Glimpse(logits.masked_fill(~seen[:, :, None], -torch.inf), view.log_votes)
@@ -106,7 +106,7 @@ def rows_of(view: View, rows: list[int]) -> View:
 def shuffled(view: View) -> tuple[View, Tensor]:
     """The view with the entries of every head in another order, and which slot of it each of them came from."""
     random = torch.Generator().manual_seed(3)
-    drawn = torch.rand(view.positions.shape, generator=random)
+    drawn = torch.rand(view.positions.shape, generator=random, dtype=torch.float32)
     slots = drawn.masked_fill(~view.valid, 2.0).argsort(dim=-1, stable=True)  # empty slots stay last
 
     def moved(tensor: Tensor) -> Tensor:

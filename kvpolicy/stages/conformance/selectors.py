@@ -33,7 +33,10 @@ def chooses_the_best(selector: Selector, _promises: Promises) -> None:
 
 def breaks_ties_by_age(selector: Selector, _promises: Promises) -> None:
     _, candidates, counts = _samples()[0]
-    for scores in (torch.zeros(candidates.shape), torch.zeros(candidates.shape).neg()):
+    for scores in (
+        torch.zeros(candidates.shape, dtype=torch.float32),
+        torch.zeros(candidates.shape, dtype=torch.float32).neg(),
+    ):
         scores[..., ::2] = 0.0  # -0.0 equals 0.0
         chosen = selector.select(scores, candidates, counts)
         first = candidates & (candidates.cumsum(-1) <= counts[..., None])

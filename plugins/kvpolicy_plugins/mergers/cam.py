@@ -72,13 +72,13 @@ class CaM(Merger):
     def _draws(self, view: View) -> Tensor:
         """Numbers from 0 to 1, [B, K, T] float32; those of a row do not depend on how long others are."""
         batch, heads, slots = view.positions.shape
-        draws = torch.zeros(batch, slots, heads)
+        draws = torch.zeros(batch, slots, heads, dtype=torch.float32)
         newest, lengths = view.positions.amax((1, 2)).tolist(), view.lengths.amax(-1).tolist()
         for row, (position, length) in enumerate(zip(newest, lengths, strict=True)):
             named = f"{self.seed} {view.layer} {position}".encode()
             seed = int.from_bytes(hashlib.blake2b(named, digest_size=8).digest())
             random = torch.Generator().manual_seed(seed)
-            draws[row, :length] = torch.rand(length, heads, generator=random)
+            draws[row, :length] = torch.rand(length, heads, generator=random, dtype=torch.float32)
         return draws.transpose(1, 2).to(view.keys.device)
 
     def _spread(self, view: View, kept: Tensor, weights: Tensor, start: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class WindowFit(Merger):
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         keys, values = gather(view.keys, kept), gather(view.values, kept)
-        log_votes = torch.zeros(view.positions.shape, device=view.keys.device)
+        log_votes = torch.zeros(view.positions.shape, dtype=torch.float32, device=view.keys.device)
         log_votes = log_votes if view.log_votes is None else view.log_votes
         votes = gather(log_votes, kept)
         if not kept.shape[-1]:
@@ -194,7 +194,7 @@ def _complete(view: View, groups: Groups, window: Window) -> Tensor:
 def _traits(view: View, window: Window) -> Tensor:
     """[B, K, T, G·W + Dv]: logits without votes and values, so that distances are those of Ward's criterion."""
     queries = window.queries.flatten(2, 3)
-    count = (window.asked >= 0).sum(-1).clamp(min=1)[:, None, None, None] * window.queries.shape[2]
+    count = (window.asked >= 0).sum(-1).clamp(min=1)[:, None, None, None].to(queries.dtype) * window.queries.shape[2]
     values = view.values.to(queries.dtype).masked_fill(~view.valid[..., None], 0.0)
     square = values.square().sum((-2, -1)) / view.lengths.clamp(min=1)
     size = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()[..., None, None]

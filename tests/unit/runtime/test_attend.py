@@ -8,6 +8,7 @@ from kvpolicy.plan.followers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend, follow_only
+from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.layout import Layout
 from kvpolicy.stages import Column, Entries
@@ -52,7 +53,7 @@ def stored(lengths, count, dtype=torch.float32, *, votes=False, pads=0):
     )
     old = {name: tensor[:, :, :longest] for name, tensor in entries.items()}
     old[ATTENTION] = torch.zeros(rows, HEADS, longest, GROUP)
-    held.replace(range(rows), kept, Entries(keys[:, :, :longest], values[:, :, :longest]), old, layout)
+    held.replace(Move(range(rows), kept), Entries(keys[:, :, :longest], values[:, :, :longest]), old, layout)
     positions = torch.arange(PAST, PAST + count).repeat(rows, 1)
     positions[0, :pads] = -1
     new = positions[:, None].expand(-1, HEADS, -1).int()

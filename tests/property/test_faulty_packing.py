@@ -1,0 +1,152 @@
+"""Entries that are NaN or infinite are not packed, nor is what follows them in their row; the other rows go on."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from kvpolicy.errors import NonFiniteScoreWarning
+from kvpolicy.plan.plan import POSITIONS
+from tests.driving import feed, new_layer
+from tests.holdings import segment
+from tests.property.test_packed_layers import DIM, HEADS, STORES, entries, plan_of
+
+PACKING = [name for name in STORES if name != "plain"]
+SIZES = (21, 1, 1, 1, 5, 1, 1, 1, 1, 1, 1)
+PLACES = {"in the prompt": 6, "at its end": 20, "in a later token": 22, "in a chunk": 26}
+ROWS, ROW = 3, 1
+
+
+def spoilt(steps, half, place, wrong, head=0):
+    """The same forwards with a number that is not finite in one head of row `ROW`."""
+    steps, start = copy.deepcopy(steps), 0
+    for step in steps:
+        count = step[0].shape[2]
+        if start <= place < start + count:
+            step[half][ROW, head, place - start, 3] = wrong
+        start += count
+    return steps
+
+
+def forwards(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [entries(generator, ROWS, size) for size in SIZES]
+
+
+def contents(layer, row):
+    """All that a row holds, as attention sees it."""
+    names = ("keys", "values", *layer.held.slots.columns)
+    return [segment(layer.held, name, row, head) for name in names for head in range(HEADS)]
+
+
+def said(found):
+    return [str(one.message) for one in found if issubclass(one.category, NonFiniteScoreWarning)]
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["keys", "values"])
+@pytest.mark.parametrize("budget", ["100%", 14])
+@pytest.mark.parametrize("store", PACKING)
+def test_other_rows_do_not_notice(store, budget, half):
+    plan, steps = plan_of(store, budget), forwards()
+    usual = new_layer(plan)
+    expected = [feed(usual, *step) for step in steps]
+    for index, place in enumerate(PLACES.values()):
+        wrong, layer, seen = (torch.nan, torch.inf, -torch.inf)[index % 3], new_layer(plan), 0
+        for step, plain in zip(spoilt(steps, half, place, wrong), expected, strict=True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NonFiniteScoreWarning)
+                output = feed(layer, *step)
+            seen += step[0].shape[2]
+            layer.held.check_integrity()
+            assert torch.equal(output[[0, 2]], plain[[0, 2]])
+            if seen <= place:
+                assert torch.equal(output, plain)
+            for name in range(2):  # nothing else of the row has become NaN
+                for head in range(HEADS):
+                    found = segment(layer.held, ("keys", "values")[name], ROW, head)
+                    good = layer.held.slots.segment(POSITIONS, ROW, head) != place
+                    assert found[good].isfinite().all()
+        for row in (0, 2):
+            assert all(torch.equal(*pair) for pair in zip(contents(layer, row), contents(usual, row), strict=True))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("store", PACKING)
+def test_a_faulty_row_is_held_unpacked_and_says_so_once(store, wrong):
+    plan, place = plan_of(store), 6
+    layer, steps = new_layer(plan), spoilt(forwards(), 0, place, wrong)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for step in steps:
+            feed(layer, *step)
+    assert said(found) == ["keys of row 1 are NaN or infinite: they, and what follows, are held unpacked"]
+    half, form = layer.held.keys, plan.formats[0].keys
+    sealed = form.sealed(sum(SIZES))
+    assert half.sealed[0] == half.sealed[2] == (sealed,) * HEADS
+    before = place // form.unit * form.unit
+    assert half.sealed[ROW] == ((before, before) if form.joint else (before, sealed))
+    assert layer.held.values.sealed[ROW] == layer.held.values.sealed[0]
+    held, whole = segment(layer.held, "keys", ROW, 0), torch.cat([step[0][ROW, 0] for step in steps])
+    assert torch.equal(held[before:].nan_to_num(7.0), whole[before:].nan_to_num(7.0))
+    plain = 2 * ROWS * HEADS * sum(SIZES) * DIM * 4
+    assert half.nbytes <= plain
+
+
+@pytest.mark.parametrize("store", PACKING)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_once_the_fault_is_evicted_the_row_is_packed_and_right_again(store, ragged):
+    if ragged and STORES[store] != "plain" and plan_of(store).spec.store.joint:
+        store = "kivi"  # heads of a joint store hold equally many entries
+    plan, generator = plan_of(store, 12, ragged=ragged), torch.Generator().manual_seed(1)
+    layer = new_layer(plan)
+    steps = spoilt([entries(generator, ROWS, size) for size in (20, *[1] * 16)], 0, 5, torch.nan)
+    keys, values = (torch.cat([step[part] for step in steps], 2) for part in range(2))
+    for count, step in enumerate(steps):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonFiniteScoreWarning)
+            output = feed(layer, *step)
+        if not count:
+            continue
+        assert output.isfinite().all()
+        for name in ("keys", "values"):
+            forms = getattr(plan.formats[0], name)
+            lengths = layer.held.slots.lengths
+            assert getattr(layer.held, name).sealed == tuple(tuple(map(forms.sealed, row)) for row in lengths)
+    for head in range(HEADS):
+        positions = layer.held.slots.segment(POSITIONS, ROW, head).long()
+        assert head or 5 not in positions
+        own = keys[ROW, head, positions], values[ROW, head, positions]
+        for name, exact in zip(("keys", "values"), own, strict=True):
+            assert (segment(layer.held, name, ROW, head) - exact).abs().max() < 2.5  # packed, of numbers up to 4
+
+
+def test_what_is_undone_is_no_fault_any_more():
+    plan = plan_of("fp8")
+    layer, (first, wrong, again) = new_layer(plan), (entries(torch.Generator().manual_seed(n), 1, 4) for n in range(3))
+    layer.activate_past_recording()
+    feed(layer, *first)
+    layer.crop(0)
+    wrong[0][0, 0, 1] = torch.nan
+    feed(layer, *wrong)
+    layer.crop(-4)
+    feed(layer, *again)
+    layer.crop(0)
+    assert layer.held.keys.sealed == ((7, 7),)
+    for head in range(HEADS):
+        assert segment(layer.held, "keys", 0, head).isfinite().all()
+
+
+def test_rows_that_are_chosen_take_their_fault_along():
+    plan, steps = plan_of("kivi"), spoilt(forwards(), 1, 6, torch.inf)
+    layer = new_layer(plan)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        feed(layer, *steps[0])
+        layer.select_rows([1, 0, 1])
+        for step in steps[1:]:
+            feed(layer, *[part[[1, 0, 1]] for part in step])
+    assert len(said(found)) == 1
+    sealed = layer.held.values.sealed
+    assert sealed[0] == sealed[2] == (6, sealed[1][1])
+    assert sealed[1][0] == sealed[1][1] > 6
