@@ -12,7 +12,8 @@ from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import Plan, compile_policy
 from kvpolicy.runtime.attachment import Attachment, attached
 from kvpolicy.runtime.cache import PolicyCache
-from kvpolicy.runtime.calibrate import calibrate, model_digest
+from kvpolicy.runtime.calibrate import calibrate
+from kvpolicy.runtime.model_digest import model_digest
 from kvpolicy.runtime.rotation import rotary_of, rotary_of_config
 from kvpolicy.runtime.static.runners import mode_of
 from kvpolicy.runtime.support import check_model, geometry_of
