@@ -105,7 +105,7 @@ class Policy:
         if given is None or not self.spec.store.calibrated:
             return None
         measured = given if isinstance(given, Calibration) else Calibration.read(given)
-        origin = "calibration" if isinstance(given, Calibration) else os.fspath(given)
+        origin = "calibration" if isinstance(given, Calibration) else os.fsdecode(given)
         measured.require(self.spec, None if model is None else model_digest(model), origin)
         return measured
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import attrs
 import torch
 
-from kvpolicy.errors import ParameterError, PolicyError, Problem, UnsupportedModelError
+from kvpolicy.errors import CalibrationError, ParameterError, PolicyError, Problem, UnsupportedModelError
 from kvpolicy.plan.budgets import Budgets
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.followers import ATTENTION, Follower, followers_of, observers
@@ -107,7 +107,10 @@ def compile_policy(
     *,
     kernels: bool | None = None,
 ) -> Plan:
-    """Fit a policy to a model. Raises PolicyError or UnsupportedModelError when the two do not go together.
+    """Fit a policy to a model.
+
+    Raises PolicyError or UnsupportedModelError when the two do not go together, CalibrationError when the calibration
+    is none of the policy's store for such a model.
 
     `kernels` says whether Triton kernels are used; by default where there is a GPU for them.
     """
@@ -150,7 +153,19 @@ def _sites(
     layers = calibration.layers if calibration is not None else ({},) * geometry.layers
     if len(layers) != geometry.layers:
         raise PolicyError([Problem("store", f"the calibration is for {len(layers)} layers, not {geometry.layers}")])
-    return [Site(geometry, dtype, layer, rotary, tensors) for layer, tensors in enumerate(layers)]
+    sites = [Site(geometry, dtype, layer, rotary, tensors) for layer, tensors in enumerate(layers)]
+    if spec.store.calibrated:
+        _check_calibrations(spec, sites)
+    return sites
+
+
+def _check_calibrations(spec: PolicySpec, sites: Sequence[Site]) -> None:
+    for site in sites:
+        try:
+            spec.store.check_calibration(site)
+        except ParameterError as error:
+            message = f"the calibration of layer {site.layer} is not one of {spec.store.name} for this model: {error}"
+            raise CalibrationError(message) from error
 
 
 def _formats(spec: PolicySpec, site: Site) -> Formats:

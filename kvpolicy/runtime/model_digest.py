@@ -20,9 +20,9 @@ def model_digest(model: PreTrainedModel) -> str:
     """16 hex digits from the configuration and from values taken at even distances out of every weight.
 
     Weights are parameters and the buffers that are saved with them; of floating ones the values are rounded to
-    bfloat16. So the digest is the same on every device, in float64, float32 and bfloat16 (values in float16 were rounded
-    otherwise), whatever torch's default dtype, and whether equal weights share their memory or not. Weights that
-    accelerate has put elsewhere are looked up there.
+    bfloat16. So the digest is the same on every device, in float64, float32 and bfloat16, whatever torch's default
+    dtype, and whether equal weights share their memory or not; a model in float16, whose values have been rounded
+    otherwise, has one of its own. Weights that accelerate has put elsewhere are looked up there.
 
     Raises CalibrationError when a weight cannot be read.
     """
@@ -56,7 +56,7 @@ def _kept_elsewhere(modules: Mapping[str, nn.Module], whole: str) -> Tensor:
     """A weight that is brought in for each forward only, as accelerate's hooks on a module or one above it do."""
     parts = whole.split(".")
     for depth in reversed(range(len(parts))):
-        hook = getattr(modules[".".join(parts[:depth])], "_hf_hook", None)
+        hook: Any = getattr(modules[".".join(parts[:depth])], "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
             try:
                 kept = one.weights_map[".".join(parts[depth:])]
