@@ -1,7 +1,5 @@
 """From the budget of a policy to entries per layer."""
 
-from functools import lru_cache
-
 import attrs
 
 from kvpolicy.errors import PolicyError, Problem
@@ -10,14 +8,18 @@ from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Geometry, LayerRequest
 from kvpolicy.stages.checks import contract_error
 
+_MOST_KNOWN = 4096  # lengths that are remembered
 
-@attrs.frozen(cache_hash=True)  # it is looked up many times a token
+
+@attrs.frozen(eq=False)
 class Budgets:
     """Answers, for one geometry, how many entries each layer may hold. Counts are per KV head and sequence."""
 
     spec: PolicySpec
     geometry: Geometry
     footprint: Footprint
+    # By tokens seen: asked many times a token. The object's own, so that it goes when the plan goes.
+    _allocated: dict[int, tuple[int, ...]] = attrs.field(init=False, factory=dict, repr=False)
 
     def __attrs_post_init__(self) -> None:
         size = self.spec.budget.size
@@ -47,32 +49,32 @@ class Budgets:
 
     def per_layer(self, seen: int) -> tuple[int, ...]:
         """Entries per KV head for each managed layer, once a sequence has `seen` tokens."""
-        return _allocated(self, seen)
+        known = self._allocated.get(seen)
+        if known is not None:
+            return known
+        if len(self._allocated) >= _MOST_KNOWN:
+            self._allocated.clear()
+        found = self._allocated[seen] = self._allocate(seen)
+        return found
 
     def ahead(self, seen: int) -> tuple[int, ...]:
         """The largest that `per_layer` gets until the tokens have doubled, so that storage may grow at that pace.
 
         A share of the tokens is not looked ahead of: memory follows it closely.
         """
-        return _ahead(self, seen)
+        now = self.per_layer(seen)
+        return now if self.spec.budget.share is not None else tuple(map(max, now, self.per_layer(2 * seen)))
 
-
-@lru_cache(maxsize=4096)
-def _allocated(budgets: Budgets, seen: int) -> tuple[int, ...]:
-    request = LayerRequest(
-        layers=budgets.geometry.layers,
-        budget=min(budgets.average(seen), seen),
-        protected=min(budgets.spec.protect.total, seen),
-        length=seen,
-    )
-    allocator = budgets.spec.allocate.layers
-    shares = allocator.allocate(request)
-    if len(shares) != request.layers or any(type(share) is not int or share < request.protected for share in shares):
-        raise contract_error(allocator, f"returned {shares}, expected {request.layers} integers >= {request.protected}")
-    return shares
-
-
-@lru_cache(maxsize=4096)
-def _ahead(budgets: Budgets, seen: int) -> tuple[int, ...]:
-    now = budgets.per_layer(seen)
-    return now if budgets.spec.budget.share is not None else tuple(map(max, now, budgets.per_layer(2 * seen)))
+    def _allocate(self, seen: int) -> tuple[int, ...]:
+        request = LayerRequest(
+            layers=self.geometry.layers,
+            budget=min(self.average(seen), seen),
+            protected=min(self.spec.protect.total, seen),
+            length=seen,
+        )
+        allocator = self.spec.allocate.layers
+        shares = allocator.allocate(request)
+        if len(shares) != request.layers or any(type(one) is not int or one < request.protected for one in shares):
+            expected = f"expected {request.layers} integers >= {request.protected}"
+            raise contract_error(allocator, f"returned {shares}, {expected}")
+        return shares
