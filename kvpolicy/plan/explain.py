@@ -128,6 +128,7 @@ def _capacities(plan: Plan, length: int) -> tuple[int, ...]:
 
 def _shapes(plan: Plan, length: int) -> Shapes:
     kept, slack = plan.budgets.average(length), plan.budgets.slack
+    protected = plan.budgets.protected(length)
     if plan.compresses_while_decoding:
-        return Shapes(kept + slack, kept, slack, tuple(range(kept + 1, kept + slack + 1)))
-    return Shapes(length, min(kept, length), length, (length,))
+        return Shapes(kept + slack, kept, slack, tuple(range(kept + 1, kept + slack + 1)), protected)
+    return Shapes(length, min(kept, length), length, (length,), protected)

@@ -87,8 +87,8 @@ class Plan:
 
     @property
     def compresses_while_decoding(self) -> bool:
-        """False when the policy is written for prompts only (`every: never`)."""
-        return self.spec.compress.every != NEVER
+        """False when the policy is for prompts only (`every: never`), and when it keeps everything."""
+        return self.spec.compress.every != NEVER and not self.budgets.keeps_everything
 
     def capacity(self, ordinal: int, seen: int) -> int:
         """Slots per KV head up to which the managed layer number `ordinal` may grow: its budget and the slack."""

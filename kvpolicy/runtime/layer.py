@@ -167,10 +167,12 @@ class PolicyLayer(LendingLayer):
     def _compress_if_due(self, *, decoding: bool) -> None:
         if self.altered:
             self._close_gaps()
+        self.plan.budgets.say_if_raised(self.real)
         rows = self._due(self.real, decoding=decoding)
         if rows:
             self._close_gaps()
-            self.round.due(self, rows, decoding=decoding)
+            for alike in self.plan.budgets.protected_alike(self.real, rows):
+                self.round.due(self, alike, decoding=decoding)
 
     def _close_gaps(self) -> None:
         if self.padded:
@@ -194,13 +196,14 @@ class PolicyLayer(LendingLayer):
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
     def shown(self, rows: Sequence[int]) -> View:
-        """The rows as plugins see them."""
+        """The rows as plugins see them; as many entries must be protected in each of them."""
         return view_of(
             self.plan,
             self.held,
             self.window,
             rows,
             layer=self.ordinal,
+            protected=self.plan.budgets.protected(self.real[rows[0]]),
             scaling=self.scaling,
             row_state=self.row_state,
             in_order=self.in_order,
