@@ -104,7 +104,7 @@ def _affordable(
 ) -> int:
     """Entries per KV head and layer, on average, that the bytes of the share can hold beside the slack."""
     plan = policy.compile(model, calibration=None if calibrations is None else calibrations.of(policy))
-    return plan.budgets.affordable(int(full_bytes(plan, length) * share))
+    return plan.footprint.entries(int(full_bytes(plan, length) * share)) - plan.budgets.slack
 
 
 def _protect(spec: PolicySpec, tokens: int) -> Protect:

@@ -30,7 +30,7 @@ class Budgets:
     def __attrs_post_init__(self) -> None:
         size = self.spec.budget.size
         if size is not None and self.affordable(size) <= self.spec.protect.total:
-            least = self.footprint.nbytes(self.spec.protect.total + 1 + self.slack)
+            least = self.footprint.nbytes(self.spec.protect.total + 1 + self.slack) + self._beside
             raise PolicyError([Problem("budget", f"must be at least {least} bytes for this model: {self.spec.budget}")])
 
     @property
@@ -45,8 +45,12 @@ class Budgets:
         return 0 if every == NEVER or self.keeps_everything else int(every)
 
     def affordable(self, size: int) -> int:
-        """Entries per KV head that `size` bytes hold for one sequence, beside the slack."""
-        return self.footprint.entries(size) - self.slack
+        """Entries per KV head that `size` bytes hold for one sequence, beside the slack, the queries and the state."""
+        return self.footprint.entries(size - self._beside) - self.slack
+
+    @property
+    def _beside(self) -> int:
+        return self.footprint.window_bytes + self.footprint.state_bytes
 
     def average(self, seen: int) -> int:
         """Entries per KV head, averaged over layers, once a sequence has `seen` tokens."""

@@ -118,19 +118,21 @@ def compile_policy(
     sites = _sites(spec, geometry, dtype, rotary, calibration)
     formats = tuple(_formats(spec, site) for site in sites)
     pages = tuple(_pages(spec, site) for site in sites)
-    columns = _columns(spec, geometry)
+    columns, needs = _columns(spec, geometry), _needs(spec)
+    states = len(spec.merge.row_state())
+    footprint = Footprint(geometry, dtype, columns, formats, pages, needs.queries, states)
     return Plan(
         spec=spec,
         geometry=geometry,
         device=device,
         dtype=dtype,
         rotary=rotary,
-        needs=_needs(spec),
+        needs=needs,
         columns=columns,
         formats=formats,
         page_formats=pages,
         followers=followers_of(spec),
-        budgets=Budgets(spec, geometry, Footprint(geometry, dtype, columns, formats, pages)),
+        budgets=Budgets(spec, geometry, footprint),
         fusion=_fusion(spec, geometry, device, dtype, kernels),
     )
 

@@ -15,7 +15,7 @@ from kvpolicy.runtime.report import Report
 from kvpolicy.runtime.static.decode import FORWARD, DecodeForward
 from kvpolicy.runtime.static.limits import require_static
 from kvpolicy.runtime.static.runners import Mode
-from kvpolicy.runtime.stats import LayerStats
+from kvpolicy.runtime.stats import CacheStats
 from kvpolicy.runtime.support import check_model
 
 _PROVIDER = "_prepare_cache_for_generation"  # the method by which `generate` gets its cache
@@ -36,7 +36,7 @@ class Attachment:
             require_static(plan, model)
         self.plan = plan
         self.model = model
-        self._stats: list[LayerStats] = []
+        self._counted: CacheStats | None = None  # of the cache that was made last
         self._previous = [(config, vars(config)[_NAME_KEY]) for config in _configs(model)]
         register()
         try:
@@ -56,14 +56,20 @@ class Attachment:
         """A new cache for one batch, to be passed as `past_key_values`; `generate` makes its own without asking."""
         self._require_attached()
         cache = PolicyCache(self.plan, self.model.config)
-        self._stats = cache.stats
+        self._counted = CacheStats(cache)
         return cache
 
     def report(self) -> Report:
-        """What each managed layer saw and holds, for the cache that was made last."""
+        """What each managed layer saw and holds, for the cache that was made last, and what is held beside them."""
+        static = 0
         if self._decode is not None:
             self._decode.flush()
-        return Report.of(self.plan, self._stats)
+            static = self._decode.nbytes
+        if self._counted is None:
+            return Report.of(self.plan, (), static_bytes=static)
+        self._counted.refresh()
+        stock = sum(self._counted.stock_bytes.values())
+        return Report.of(self.plan, self._counted.layers, stock_bytes=stock, static_bytes=static)
 
     def detach(self) -> None:
         """Give the model back as it was. Raises AttachError when that has been done already."""

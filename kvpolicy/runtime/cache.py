@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy.plan.plan import Plan
+from kvpolicy.runtime.held_bytes import bytes_of
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.rounds import Round
 from kvpolicy.runtime.stats import LayerStats
@@ -20,6 +22,7 @@ class PolicyCache(DynamicCache):
     def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
         super().__init__(config=config)
         self.plan = plan
+        self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         together = Round(plan, waits=plan.compresses_together)
         for ordinal, layer in enumerate(plan.geometry.managed):
             self.layers[layer] = PolicyLayer(plan, ordinal, together)
@@ -33,6 +36,20 @@ class PolicyCache(DynamicCache):
     def stats(self) -> list[LayerStats]:
         """What happened in each managed layer so far."""
         return [layer.stats for layer in self.managed]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Hand new entries [B, K, q, D] to a layer; gives back what attention is over."""
+        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not isinstance(self.layers[layer_idx], PolicyLayer):
+            self.stock_bytes[layer_idx] = _bytes_of_stock(self.layers[layer_idx])
+        return updated
+
+    def count(self) -> None:
+        """Bring `stats` and `stock_bytes` up to date."""
+        for layer in self.managed:
+            layer.count()
+        stock = {index: one for index, one in enumerate(self.layers) if not isinstance(one, PolicyLayer)}
+        self.stock_bytes.update({index: _bytes_of_stock(one) for index, one in stock.items()})
 
     def stop_recording(self) -> None:
         """Leave the mode that assisted decoding switched on: make up for what it put off, then evict when it is due."""
@@ -55,3 +72,8 @@ class PolicyCache(DynamicCache):
 
     def __iter__(self) -> Any:
         raise TypeError("a compressed cache has no plain keys and values to iterate over; see PolicyCache.managed")
+
+
+def _bytes_of_stock(layer: object) -> int:
+    """Bytes of all tensors of a layer that the model's library has made."""
+    return bytes_of(vars(layer).values())

@@ -12,6 +12,7 @@ from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
+from kvpolicy.runtime.held_bytes import bytes_of
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.lending import LendingLayer
 from kvpolicy.runtime.padding import Arrival
@@ -21,6 +22,8 @@ from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.trigger import entries_allowed
 from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
+
+_NOWHERE = torch.empty(0)  # positions, where none is waited for
 
 
 class PolicyLayer(LendingLayer):
@@ -52,7 +55,7 @@ class PolicyLayer(LendingLayer):
         self.in_order = True  # whether entries stand in ascending order of position
         self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
         self._arriving = 0  # tokens appended whose attention has not run yet
-        self._places = torch.empty(0)  # and their positions, [B, q]
+        self._places = _NOWHERE  # and their positions, [B, q]
         self._unsettled: list[Asked] = []  # queries that a rollback may still undo
         self._prompting = True  # whether these, if any, are those of a prompt
         self._followed = False  # whether followers have seen the queries of this forward
@@ -135,11 +138,13 @@ class PolicyLayer(LendingLayer):
     def settle(self, asked: Asked) -> None:
         """After attention: observe the queries and compress the rows that are due; later, if it may be undone."""
         self.scaling = asked.scaling
-        self._sample()
+        self._places = _NOWHERE
         if self.record_past:
             self._unsettled.append(asked)
         else:
             self._observe(asked)
+        self._sample()
+        if not self.record_past:
             self._compress_if_due(decoding=asked.queries.shape[2] == 1)
             self._seal()
         self._followed = False
@@ -228,7 +233,16 @@ class PolicyLayer(LendingLayer):
         return self.plan.capacity(self.ordinal, max(self.seen, 1))
 
     def _sample(self) -> None:
-        self.stats.sample(self.seen, self.held.slots.average, self.held.nbytes)
+        """Note what is held; what is carried beside entries and queries is a few numbers, and counted when asked for."""
+        held, asked = self.held, bytes_of(_tensors_of(self._unsettled)) if self._unsettled else 0
+        self.stats.sample(self.seen, held.slots.average, held.nbytes, self.window.nbytes, asked)
+
+    def count(self) -> None:
+        """Bring `stats` up to date, to the last byte."""
+        if self.is_initialized:
+            beside = bytes_of([*self.row_state.values(), *self._held.index_tensors, *_tensors_of(self._unsettled)])
+            average = self.stats.held if self._reclaim else self._held.slots.average  # nobody is had back for that
+            self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, beside)
 
     # -- undoing, and moving rows ---------------------------------------------------------------------------------
 
@@ -288,6 +302,10 @@ class PolicyLayer(LendingLayer):
             self.real = [self.real[row] for row in rows]
             self._unsettled = [asked.select_rows(rows) for asked in self._unsettled]
             self._intact = True
+
+
+def _tensors_of(asked: Sequence[Asked]) -> list[Tensor]:
+    return [tensor for one in asked for tensor in (one.queries, one.positions)]
 
 
 def _without_newest(asked: Sequence[Asked], count: int) -> list[Asked]:

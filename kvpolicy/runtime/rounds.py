@@ -67,6 +67,7 @@ class Round:
     def end(self) -> None:
         """The step is over for all layers."""
         waiting, self._waiting = self._waiting, []
+        self._arrived = None  # as long as a prompt
         kinds = sorted({(rows, layer.scaling) for layer, rows in waiting})
         for kind in kinds:
             alike = [layer for layer, rows in waiting if (rows, layer.scaling) == kind]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvpolicy.errors import KVPolicyError, UnsupportedModelError
 from kvpolicy.stages import Geometry
@@ -18,7 +18,7 @@ def geometry_of(config: PretrainedConfig) -> Geometry:
     heads = int(text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Geometry(_managed(text), heads, int(kv_heads), int(head_dim))
+    return Geometry(_managed(text), heads, int(kv_heads), int(head_dim), _windows(text))
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -53,6 +53,10 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
 def _managed(text: PretrainedConfig) -> tuple[int, ...]:
     # The exact type: subclasses hold more than keys and values (indexers, windows, quantised states).
     return tuple(index for index, layer in enumerate(_stock_layers(text)) if type(layer) is DynamicLayer)
+
+
+def _windows(text: PretrainedConfig) -> tuple[int, ...]:
+    return tuple(int(one.sliding_window) for one in _stock_layers(text) if isinstance(one, DynamicSlidingWindowLayer))
 
 
 def _stock_layers(text: PretrainedConfig) -> list[object]:

@@ -16,8 +16,8 @@ _BYTES = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(B|[KMG]i?B)", re.ASCII)
 class Budget:
     """Entries per KV head, averaged over layers and heads: exactly one of the three is set.
 
-    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence, all layers and the
-    slack of `compress.every` included.
+    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence: the entries of all
+    layers that the policy manages, the slack of `compress.every`, the observation window and what is carried beside.
     """
 
     tokens: int | None = None

@@ -65,6 +65,11 @@ class DecodeForward:
         if self._session is not None:
             self._session.tally.flush()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that steps of fixed shapes hold beside the entries of the cache that is in."""
+        return 0 if self._session is None else self._session.nbytes
+
     def detach(self) -> None:
         """Give the model its `forward` back and let go of the storage; the cache that is in goes on without."""
         if self.previous is None:
