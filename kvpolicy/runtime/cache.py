@@ -46,8 +46,9 @@ class PolicyCache(DynamicCache):
 
     def count(self) -> None:
         """Bring `stats` and `stock_bytes` up to date."""
+        counted: set[int] = set()
         for layer in self.managed:
-            layer.count()
+            layer.count(counted)
         stock = {index: one for index, one in enumerate(self.layers) if not isinstance(one, PolicyLayer)}
         self.stock_bytes.update({index: _bytes_of_stock(one) for index, one in stock.items()})
 

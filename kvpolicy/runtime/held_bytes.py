@@ -5,7 +5,11 @@ from collections.abc import Iterable
 from torch import Tensor
 
 
-def bytes_of(tensors: Iterable[object]) -> int:
-    """Bytes of the storages of the tensors among these objects."""
-    storages = (one.untyped_storage() for one in tensors if isinstance(one, Tensor))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+def bytes_of(tensors: Iterable[object], counted: set[int] | None = None) -> int:
+    """Bytes of the storages of the tensors among these objects, less those `counted` already, which grow by them."""
+    storages = [one.untyped_storage() for one in tensors if isinstance(one, Tensor)]
+    found = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    counted = set() if counted is None else counted
+    fresh = found.keys() - counted
+    counted |= fresh
+    return sum(found[place] for place in fresh)

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, UnsupportedModelError
 from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
-from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.asked import Asked, tensors_of, without_newest
 from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
 from kvpolicy.runtime.held_bytes import bytes_of
@@ -233,14 +233,16 @@ class PolicyLayer(LendingLayer):
         return self.plan.capacity(self.ordinal, max(self.seen, 1))
 
     def _sample(self) -> None:
-        """Note what is held; what is carried beside entries and queries is a few numbers, and counted when asked for."""
-        held, asked = self.held, bytes_of(_tensors_of(self._unsettled)) if self._unsettled else 0
-        self.stats.sample(self.seen, held.slots.average, held.nbytes, self.window.nbytes, asked)
+        """Note what is held; of what is carried beside that, a few numbers are left to `count`."""
+        held, unsettled = self.held, bytes_of(tensors_of(self._unsettled)) if self._unsettled else 0
+        self.stats.sample(self.seen, held.slots.average, held.nbytes, self.window.nbytes, unsettled)
 
-    def count(self) -> None:
-        """Bring `stats` up to date, to the last byte."""
+    def count(self, counted: set[int]) -> None:
+        """Bring `stats` up to date, to the last byte; what layers share is told by `counted`, see `bytes_of`."""
         if self.is_initialized:
-            beside = bytes_of([*self.row_state.values(), *self._held.index_tensors, *_tensors_of(self._unsettled)])
+            beside = bytes_of(
+                [*self.row_state.values(), *self._held.index_tensors, *tensors_of(self._unsettled)], counted
+            )
             average = self.stats.held if self._reclaim else self._held.slots.average  # nobody is had back for that
             self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, beside)
 
@@ -290,7 +292,7 @@ class PolicyLayer(LendingLayer):
             self.real[row] = real - int((newest >= 0).sum())
         self.held.truncate(count)
         self.seen -= count
-        self._unsettled = _without_newest(self._unsettled, count)
+        self._unsettled = without_newest(self._unsettled, count)
         self.window.forget(torch.tensor(self.real, device=self.device))
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -302,18 +304,3 @@ class PolicyLayer(LendingLayer):
             self.real = [self.real[row] for row in rows]
             self._unsettled = [asked.select_rows(rows) for asked in self._unsettled]
             self._intact = True
-
-
-def _tensors_of(asked: Sequence[Asked]) -> list[Tensor]:
-    return [tensor for one in asked for tensor in (one.queries, one.positions)]
-
-
-def _without_newest(asked: Sequence[Asked], count: int) -> list[Asked]:
-    """The queries of several calls, less the newest `count`."""
-    left: list[Asked] = []
-    for one in reversed(asked):
-        size = one.queries.shape[2]
-        if count < size:
-            left.append(one.first(size - count))
-        count = max(0, count - size)
-    return left[::-1]
