@@ -80,6 +80,10 @@ class NonFiniteScoreWarning(UserWarning):
     """A scorer produced NaN; the entries concerned rank below every other candidate."""
 
 
+class BudgetWarning(UserWarning):
+    """More is held than the budget says, because more is protected."""
+
+
 class UncompressedWarning(UserWarning):
     """Something goes on as without kvpolicy: correct, but nothing is compressed."""
 

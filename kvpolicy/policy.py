@@ -12,7 +12,8 @@ from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import Plan, compile_policy
 from kvpolicy.runtime.attachment import Attachment, attached
 from kvpolicy.runtime.cache import PolicyCache
-from kvpolicy.runtime.calibrate import calibrate, model_digest
+from kvpolicy.runtime.calibrate import calibrate
+from kvpolicy.runtime.model_digest import model_digest
 from kvpolicy.runtime.rotation import rotary_of, rotary_of_config
 from kvpolicy.runtime.static.runners import mode_of
 from kvpolicy.runtime.support import check_model, device_of, geometry_of
@@ -105,7 +106,7 @@ class Policy:
         if given is None or not self.spec.store.calibrated:
             return None
         measured = given if isinstance(given, Calibration) else Calibration.read(given)
-        origin = "calibration" if isinstance(given, Calibration) else os.fspath(given)
+        origin = "calibration" if isinstance(given, Calibration) else os.fsdecode(given)
         measured.require(self.spec, None if model is None else model_digest(model), origin)
         return measured
 

@@ -38,7 +38,7 @@ class AttentionSetup:
     protocol: Protocol = Protocol()
 
     def __attrs_post_init__(self) -> None:
-        if not self.held or min(self.held) <= self.policy.spec.protect.total or self.rows < 1:
+        if not self.held or any(sum(self.policy.spec.protect.of(held)) >= held for held in self.held) or self.rows < 1:
             raise InputError("attention needs more entries than are protected, and at least one row")
 
 

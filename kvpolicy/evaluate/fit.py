@@ -29,14 +29,14 @@ def fit(
 ) -> Policy:
     """`policy` so small that its store never takes more than `share` of a full cache of `length` tokens.
 
-    Shipped policies protect and observe up to 512 tokens, which a budget of a hundred cannot give. What is changed, so
-    that all policies get the same *bytes*, is this, and nothing else:
+    Shipped policies observe tens of tokens, and leave hundreds unpacked, which a budget of a hundred cannot give. What
+    is changed, so that all policies get the same *bytes*, is this, and nothing else:
 
     - `compress.every` is at most 16 tokens and at most an eighth of the share; this slack counts as held;
     - `budget` is what the bytes then leave: a policy with more columns per entry keeps fewer entries, one that packs
       them keeps more;
-    - `protect.recent` is at most a quarter of the budget, or its own part of the shipped budget where that is more
-      (a recent window is all there is to `streaming_llm`, and half of `h2o`); `protect.sinks` at most an eighth;
+    - `protect.recent` is at most a quarter of the budget, `protect.sinks` at most an eighth, where they are numbers;
+      shares of the budget, as in `streaming_llm` and `h2o`, follow it by themselves;
     - observation windows of scorers and mergers have at most a twelfth of the budget in queries, though never fewer
       than 4;
     - a store leaves at most an eighth of the share's tokens unpacked, in whole groups, and at least one group;
@@ -104,14 +104,15 @@ def _affordable(
 ) -> int:
     """Entries per KV head and layer, on average, that the bytes of the share can hold beside the slack."""
     plan = policy.compile(model, calibration=None if calibrations is None else calibrations.of(policy))
-    return plan.budgets.affordable(int(full_bytes(plan, length) * share))
+    return plan.footprint.entries(int(full_bytes(plan, length) * share)) - plan.budgets.slack
 
 
 def _protect(spec: PolicySpec, tokens: int) -> Protect:
-    sinks = min(spec.protect.sinks, tokens // 8)
-    own = spec.protect.recent * tokens // spec.budget.tokens if spec.budget.tokens else 0
-    recent = min(spec.protect.recent, max(tokens // 4, own), tokens - sinks)
-    return Protect(sinks=sinks, recent=recent)
+    sinks, recent = spec.protect.sinks, spec.protect.recent
+    return Protect(
+        sinks=min(sinks, tokens // 8) if isinstance(sinks, int) else sinks,
+        recent=min(recent, tokens // 4) if isinstance(recent, int) else recent,
+    )
 
 
 def _reader(spec: PolicySpec, tokens: int, layers: int) -> Reader:

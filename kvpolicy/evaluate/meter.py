@@ -53,7 +53,7 @@ class Meter:
         layer = self.cache.layers[module.layer_idx]  # type: ignore[index]
         transient = 0
         if isinstance(layer, PolicyLayer):  # it was larger before it compressed itself
-            top = layer.stats.peak_bytes
+            top = layer.stats.peak_entry_bytes
             transient = max(0, top - layer_bytes(layer)) if top > self._peaks.get(layer.ordinal, 0) else 0
             self._peaks[layer.ordinal] = top
         self.peak_bytes = max(self.peak_bytes, held_bytes(self.cache) + transient)

@@ -1,39 +1,56 @@
 """From the budget of a policy to entries per layer."""
 
-from functools import lru_cache
+import warnings
+from collections.abc import Sequence
 
 import attrs
 
-from kvpolicy.errors import PolicyError, Problem
+from kvpolicy.errors import BudgetWarning, PolicyError, Problem
 from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Geometry, LayerRequest
 from kvpolicy.stages.checks import contract_error
 
+_MOST_KNOWN = 4096  # lengths that are remembered
+_PerLayer = tuple[int, ...]
 
-@attrs.frozen(cache_hash=True)  # it is looked up many times a token
+
+@attrs.frozen(eq=False)
 class Budgets:
     """Answers, for one geometry, how many entries each layer may hold. Counts are per KV head and sequence."""
 
     spec: PolicySpec
     geometry: Geometry
     footprint: Footprint
+    # By tokens seen: asked many times a token. The object's own, so that it goes when the plan goes.
+    _allocated: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
+    _ahead: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
+    _said: list[str] = attrs.field(init=False, factory=list, repr=False)  # what has been warned of
 
     def __attrs_post_init__(self) -> None:
         size = self.spec.budget.size
         if size is not None and self.affordable(size) <= self.spec.protect.total:
-            least = self.footprint.nbytes(self.spec.protect.total + 1 + self.slack)
+            least = self.footprint.nbytes(self.spec.protect.total + 1 + self.slack) + self._beside
             raise PolicyError([Problem("budget", f"must be at least {least} bytes for this model: {self.spec.budget}")])
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether nothing is ever evicted, at any length."""
+        return self.spec.budget.share == 1
 
     @property
     def slack(self) -> int:
         """Tokens that may come on top of the budget before the next compression."""
         every = self.spec.compress.every
-        return 0 if every == NEVER else int(every)
+        return 0 if every == NEVER or self.keeps_everything else int(every)
 
     def affordable(self, size: int) -> int:
-        """Entries per KV head that `size` bytes hold for one sequence, beside the slack."""
-        return self.footprint.entries(size) - self.slack
+        """Entries per KV head that `size` bytes hold for one sequence, beside the slack, the queries and the state."""
+        return self.footprint.entries(size - self._beside) - self.slack
+
+    @property
+    def _beside(self) -> int:
+        return self.footprint.window_bytes + self.footprint.state_bytes
 
     def average(self, seen: int) -> int:
         """Entries per KV head, averaged over layers, once a sequence has `seen` tokens."""
@@ -42,37 +59,84 @@ class Budgets:
             return budget.tokens
         if budget.size is not None:
             return self.affordable(budget.size)
-        share = int(seen * budget.share) if budget.share is not None else seen
-        return max(share, self.spec.protect.total, 1)
+        return max(self._asked(seen), self.spec.protect.total, 1)
 
-    def per_layer(self, seen: int) -> tuple[int, ...]:
+    def protected(self, seen: int) -> tuple[int, int]:
+        """Sinks and recent entries of a sequence with `seen` tokens, in every layer and head: at most `average`.
+
+        They depend on `seen` only where the budget is a share of the tokens, and they are a share of that.
+        """
+        return self.spec.protect.of(self.average(seen))
+
+    def per_layer(self, seen: int) -> _PerLayer:
         """Entries per KV head for each managed layer, once a sequence has `seen` tokens."""
-        return _allocated(self, seen)
+        known = self._allocated.get(seen)
+        return _noted(self._allocated, seen, self._allocate(seen)) if known is None else known
 
-    def ahead(self, seen: int) -> tuple[int, ...]:
+    def ahead(self, seen: int) -> _PerLayer:
         """The largest that `per_layer` gets until the tokens have doubled, so that storage may grow at that pace.
 
         A share of the tokens is not looked ahead of: memory follows it closely.
         """
-        return _ahead(self, seen)
+        if self.spec.budget.share is not None:
+            return self.per_layer(seen)
+        known = self._ahead.get(seen)
+        if known is None:
+            known = tuple(map(max, self.per_layer(seen), self.per_layer(2 * seen)))
+            _noted(self._ahead, seen, known)
+        return known
+
+    def raised(self, seen: int) -> str:
+        """Why a sequence with `seen` tokens holds more than its share of them; empty when it does not."""
+        asked, average = self._asked(seen), min(self.average(seen), seen)
+        if self.spec.budget.share is None or average <= max(asked, 1):
+            return ""
+        return (
+            f"policy {self.spec.name}: {self.spec.budget} of {seen} tokens is {asked} entries, but {average} are held: "
+            "as many are protected; give protect.sinks and protect.recent as shares of the budget to hold less"
+        )
+
+    def say_if_raised(self, real: Sequence[int]) -> None:
+        """Warn of what `raised` tells of rows with `real` tokens, once for all caches of a plan."""
+        if self.spec.budget.share is None or self._said:
+            return
+        message = next(filter(None, map(self.raised, real)), "")
+        if message:
+            self._said.append(message)
+            warnings.warn(message, BudgetWarning, stacklevel=2)
+
+    def protected_alike(self, real: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
+        """Some of the rows with `real` tokens in groups in which as many entries are protected.
+
+        A view has one number for all of its rows.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row in rows:
+            groups.setdefault(self.protected(real[row]), []).append(row)
+        return list(groups.values())
+
+    def _asked(self, seen: int) -> int:
+        """The share of the tokens that the policy asks for, rounded down; all, where the budget is no share."""
+        share = self.spec.budget.share
+        return seen if share is None else seen * share.numerator // share.denominator
+
+    def _allocate(self, seen: int) -> _PerLayer:
+        request = LayerRequest(
+            layers=self.geometry.layers,
+            budget=min(self.average(seen), seen),
+            protected=min(sum(self.protected(seen)), seen),
+            length=seen,
+        )
+        allocator = self.spec.allocate.layers
+        shares = allocator.allocate(request)
+        if len(shares) != request.layers or any(type(one) is not int or one < request.protected for one in shares):
+            expected = f"expected {request.layers} integers >= {request.protected}"
+            raise contract_error(allocator, f"returned {shares}, {expected}")
+        return shares
 
 
-@lru_cache(maxsize=4096)
-def _allocated(budgets: Budgets, seen: int) -> tuple[int, ...]:
-    request = LayerRequest(
-        layers=budgets.geometry.layers,
-        budget=min(budgets.average(seen), seen),
-        protected=min(budgets.spec.protect.total, seen),
-        length=seen,
-    )
-    allocator = budgets.spec.allocate.layers
-    shares = allocator.allocate(request)
-    if len(shares) != request.layers or any(type(share) is not int or share < request.protected for share in shares):
-        raise contract_error(allocator, f"returned {shares}, expected {request.layers} integers >= {request.protected}")
-    return shares
-
-
-@lru_cache(maxsize=4096)
-def _ahead(budgets: Budgets, seen: int) -> tuple[int, ...]:
-    now = budgets.per_layer(seen)
-    return now if budgets.spec.budget.share is not None else tuple(map(max, now, budgets.per_layer(2 * seen)))
+def _noted(known: dict[int, _PerLayer], seen: int, found: _PerLayer) -> _PerLayer:
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known[seen] = found
+    return found

@@ -2,19 +2,17 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import attrs
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kvpolicy.errors import CalibrationError
+from kvpolicy.errors import CalibrationError, shown
+from kvpolicy.plan import calibration_file
 from kvpolicy.spec.dump import plugin_digest
 from kvpolicy.spec.policy import PolicySpec
 
 VERSION = "1"
-_LARGEST = 2**34  # bytes; a file beyond that is no calibration
+_LONGEST_NUMBER = 4  # digits: no model has ten thousand layers
 
 
 @attrs.frozen(eq=False)
@@ -27,26 +25,20 @@ class Calibration:
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write a safetensors file. Raises CalibrationError when that cannot be done."""
-        tensors = {f"layers.{n}.{name}": t.contiguous() for n, one in enumerate(self.layers) for name, t in one.items()}
+        tensors = {f"layers.{n}.{name}": t for n, one in enumerate(self.layers) for name, t in one.items()}
         about = {"kvpolicy": VERSION, "store": self.store, "model": self.model, "layers": str(len(self.layers))}
-        try:
-            save_file(tensors, os.fspath(path), metadata=about)
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"{os.fspath(path)}: cannot be written: {error}") from error
+        calibration_file.write(path, tensors, about)
 
     @classmethod
     def read(cls, path: "str | os.PathLike[str]") -> "Calibration":
-        """Raises CalibrationError when there is no such file, or it is not a calibration."""
-        name = os.fspath(path)
-        try:
-            if Path(name).stat().st_size > _LARGEST:
-                raise CalibrationError(f"{name}: is larger than any calibration")
-            with safe_open(name, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"{name}: cannot be read as safetensors: {error}") from error
-        return cls(*_parsed(name, about, tensors))
+        """Raises CalibrationError when there is no such file, when it is not a calibration, or when it is damaged."""
+        tensors, about = calibration_file.read(path)
+        name = os.fsdecode(path)
+        layers = _parsed(name, about, tensors)
+        calibration_file.require_whole(name, tensors, about)
+        # Copies: what has been read is the file itself, which others may change.
+        held = tuple({key: tensor.clone() for key, tensor in one.items()} for one in layers)
+        return cls(held, about["store"], about["model"])
 
     def require(self, spec: PolicySpec, model: str | None, origin: str = "calibration") -> None:
         """Raise CalibrationError unless it was made for this policy's store and the model of this digest, if known."""
@@ -56,21 +48,25 @@ class Calibration:
                 "parameters): calibrate again"
             )
         if model is not None and self.model != model:
-            raise CalibrationError(f"{origin}: was made for another model (digest {self.model}, this one is {model})")
+            found = shown(self.model)
+            raise CalibrationError(f"{origin}: was made for another model (digest {found}, this one is '{model}')")
 
 
-def _parsed(
-    name: str, about: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> tuple[tuple[Mapping[str, Tensor], ...], str, str]:
-    wanted = ("kvpolicy", "store", "model", "layers")
-    missing = [key for key in wanted if key not in about]
-    if missing or about["kvpolicy"] != VERSION or not about["layers"].isdecimal() or len(about["layers"]) > 5:
-        raise CalibrationError(f"{name}: is not a calibration of kvpolicy (version {VERSION}): {dict(about)}")
+def _parsed(name: str, about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors of each layer."""
+    missing = [key for key in ("kvpolicy", "store", "model", "layers") if key not in about]
+    if missing or about["kvpolicy"] != VERSION or not _is_number(about["layers"]):
+        found = shown(str({key: shown(text) for key, text in about.items()}))
+        raise CalibrationError(f"{name}: is not a calibration of kvpolicy (version {VERSION}): {found}")
     layers: list[dict[str, Tensor]] = [{} for _ in range(int(about["layers"]))]
     for key, tensor in tensors.items():
         prefix, _, rest = key.partition(".")
         number, _, own = rest.partition(".")
-        if prefix != "layers" or not number.isdecimal() or len(number) > 5 or int(number) >= len(layers):
-            raise CalibrationError(f"{name}: holds a tensor that does not belong there: {key!r}")
+        if prefix != "layers" or not _is_number(number) or int(number) >= len(layers):
+            raise CalibrationError(f"{name}: holds a tensor that does not belong there: {shown(key)}")
         layers[int(number)][own] = tensor
-    return tuple(layers), about["store"], about["model"]
+    return layers
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER

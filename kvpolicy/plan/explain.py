@@ -15,7 +15,6 @@ from kvpolicy.spec.dump import digest
 from kvpolicy.stages import Geometry
 
 LENGTH = 8192
-_POSITION = 4  # bytes of a query's position in the observation window
 
 
 @attrs.frozen
@@ -39,18 +38,27 @@ class Explanation:
     length: int  # tokens seen
     evicts: bool  # whether anything is evicted up to that length
     layers: tuple[LayerShare, ...]
+    protected: tuple[int, int]  # sinks and recent entries of each head
+    raised: str  # why more is held than a share of the tokens says; empty when it is not
     columns: dict[str, float]  # bytes that one more entry of one KV head takes, averaged over layers, by column
     unfused: str  # why no kernels run at all; empty when they do
     rates: Device | None  # of the device that floors are for
     steps: tuple[Step, ...]  # of one compression of one layer
     held_bytes: int  # entries of all managed layers, at capacity
     window_bytes: int  # queries that the observation windows of all layers hold
-    full_bytes: int  # what a full cache holds after as many tokens
+    state_bytes: int  # what managed layers carry beside both
+    stock_bytes: int  # layers that the policy does not manage: those with a sliding window
+    full_bytes: int  # what the cache of the model without a policy holds after as many tokens, in all layers
 
     @property
     def entry_bytes(self) -> float:
         """Bytes of one more entry of one KV head, all columns, once a sequence is long."""
         return sum(self.columns.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """All that is held: entries, queries, state, and the layers that are not managed."""
+        return self.held_bytes + self.window_bytes + self.state_bytes + self.stock_bytes
 
     @property
     def moved_bytes(self) -> int:
@@ -65,7 +73,8 @@ class Explanation:
         """Plain data, ready for JSON."""
         floors = [self.floor(step) for step in self.steps]
         sums = {"entry_bytes": self.entry_bytes, "moved_bytes": self.moved_bytes, "floors_us": floors}
-        return {**attrs.asdict(self), **sums, "share_of_full": self.held_bytes / self.full_bytes}
+        share = {"total_bytes": self.total_bytes, "share_of_full": self.total_bytes / self.full_bytes}
+        return {**attrs.asdict(self), **sums, **share}
 
     def table(self) -> Group:
         """The explanation as rich tables: memory, budgets, steps."""
@@ -97,13 +106,17 @@ def explain(plan: Plan, length: int = LENGTH, rates: Device | None = None) -> Ex
         length=length,
         evicts=any(layer.capacity < length for layer in layers),
         layers=layers,
+        protected=plan.budgets.protected(length),
+        raised=plan.budgets.raised(length),
         columns=plan.footprint.per_entry(),
         unfused=plan.fusion.off,
         rates=rates,
         steps=steps_of(plan, _shapes(plan, length)),
         held_bytes=round(sum(plan.footprint.layer_bytes(place, one.capacity) for place, one in enumerate(layers))),
-        window_bytes=geometry.layers * window_bytes(plan),
-        full_bytes=full_bytes(plan, length),
+        window_bytes=plan.footprint.window_bytes,
+        state_bytes=plan.footprint.state_bytes,
+        stock_bytes=plan.footprint.stock_bytes(length),
+        full_bytes=full_bytes(plan, length) + plan.footprint.stock_bytes(length),
     )
 
 
@@ -111,12 +124,6 @@ def full_bytes(plan: Plan, length: int) -> int:
     """Bytes that the keys and values of `length` tokens take in a full cache, in the managed layers of one sequence."""
     geometry = plan.geometry
     return length * geometry.layers * geometry.kv_heads * 2 * geometry.head_dim * plan.dtype.itemsize
-
-
-def window_bytes(plan: Plan) -> int:
-    """Bytes of one layer's observation window for one sequence: room for 2 W queries, so that few appends copy."""
-    query = plan.geometry.query_heads * plan.geometry.head_dim * plan.dtype.itemsize
-    return 2 * plan.needs.queries * (query + _POSITION)
 
 
 def _capacities(plan: Plan, length: int) -> tuple[int, ...]:
@@ -128,6 +135,7 @@ def _capacities(plan: Plan, length: int) -> tuple[int, ...]:
 
 def _shapes(plan: Plan, length: int) -> Shapes:
     kept, slack = plan.budgets.average(length), plan.budgets.slack
+    protected = plan.budgets.protected(length)
     if plan.compresses_while_decoding:
-        return Shapes(kept + slack, kept, slack, tuple(range(kept + 1, kept + slack + 1)))
-    return Shapes(length, min(kept, length), length, (length,))
+        return Shapes(kept + slack, kept, slack, tuple(range(kept + 1, kept + slack + 1)), protected)
+    return Shapes(length, min(kept, length), length, (length,), protected)

@@ -20,9 +20,18 @@ def tables_of(one: "Explanation") -> tuple[Text | Table, ...]:
 
 def _memory(one: "Explanation") -> Table:
     table = Table("", "bytes", "of a full cache", title="Memory")
-    rows = {"full cache": one.full_bytes, "entries held, at capacity": one.held_bytes}
-    for name, count in {**rows, "queries observed": one.window_bytes}.items():
-        table.add_row(name, human_bytes(count), f"{count / one.full_bytes:.1%}")
+    rows = {
+        "full cache": one.full_bytes,
+        "entries held, at capacity": one.held_bytes,
+        "queries observed": one.window_bytes,
+        "carried beside them": one.state_bytes,
+        "layers with a sliding window": one.stock_bytes,
+        "held in all": one.total_bytes,
+    }
+    optional = ("carried beside them", "layers with a sliding window")
+    for name, count in rows.items():
+        if count or name not in optional:
+            table.add_row(name, human_bytes(count), f"{count / one.full_bytes:.1%}")
     per_column = ", ".join(f"{name} {count:g}" for name, count in one.columns.items())
     table.caption = f"{one.entry_bytes:g} bytes per entry and KV head:\n{per_column}"
     if not one.evicts:
@@ -41,6 +50,8 @@ def _budgets(one: "Explanation") -> Table:
         name = str(start) if start == layer.layer else f"{start} to {layer.layer}"
         table.add_row(name, str(layer.budget), str(layer.capacity))
         first = last + 1
+    if one.raised:
+        table.caption = one.raised
     return table
 
 

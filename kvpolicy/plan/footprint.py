@@ -7,6 +7,8 @@ import torch
 
 from kvpolicy.stages import Column, Format, Formats, Geometry
 
+_INT, _FLOAT = 4, 4  # bytes
+
 
 @attrs.frozen(eq=False)
 class Footprint:
@@ -17,6 +19,8 @@ class Footprint:
     columns: Mapping[str, Column]  # beside keys and values
     formats: tuple[Formats, ...]  # one a layer
     pages: tuple[Format | None, ...]  # one a layer
+    queries: int = 0  # W, in the observation window of each layer
+    row_states: int = 0  # float32 that each layer carries per sequence
 
     def nbytes(self, capacity: int) -> int:
         """Bytes for storage of `capacity` entries per KV head in every layer of one sequence."""
@@ -29,6 +33,23 @@ class Footprint:
         slot = sum(column.bytes_per_slot for column in self.columns.values())
         summary = 0 if page is None else capacity // page.unit * _per_unit(page)
         return self.geometry.kv_heads * (halves + slot * capacity + summary)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the observation windows of all layers: queries and their positions."""
+        geometry = self.geometry
+        return geometry.layers * self.queries * (geometry.query_heads * geometry.head_dim * self.dtype.itemsize + _INT)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that all layers carry per sequence, whatever it holds."""
+        return self.geometry.layers * self.row_states * _FLOAT
+
+    def stock_bytes(self, length: int) -> int:
+        """Bytes that layers with a sliding window take after `length` tokens, which came one by one at the end."""
+        geometry = self.geometry
+        entry = geometry.kv_heads * 2 * geometry.head_dim * self.dtype.itemsize
+        return entry * sum(min(length, window) for window in geometry.windows)
 
     def entries(self, size: int) -> int:
         """The largest capacity per KV head whose storage takes at most `size` bytes; 0 when not one entry fits."""

@@ -84,9 +84,9 @@ def finish_step(plan: Plan, shapes: Shapes) -> Step:
     """Pooling, normalisation, weights and the sum."""
     from kvpolicy_kernels.finish import traffic
 
-    lengths, protect = (shapes.held,) * plan.geometry.kv_heads, plan.spec.protect
+    lengths, (sinks, recent) = (shapes.held,) * plan.geometry.kv_heads, shapes.protected
     finishes = [term.finish for term in plan.fusion.terms]
-    sizes = {"heads": plan.geometry.kv_heads, "sinks": protect.sinks, "recent": protect.recent}
+    sizes = {"heads": plan.geometry.kv_heads, "sinks": sinks, "recent": recent}
     return Step.fused("score", "pool, normalise, add", traffic(finishes, lengths, shapes.held, **sizes))
 
 
@@ -97,7 +97,9 @@ def allocate_step(plan: Plan, shapes: Shapes) -> Step:
     name, imagined = registry().reference(type(plan.spec.allocate.heads)), Imagined.of(plan, shapes)
     if not plan.ragged:
         return Step.fused("allocate", name, Traffic(launches=0), "follows from lengths")
-    return Step.fused("allocate", name, counts_traffic(imagined.segments, imagined.lengths, **_protected(imagined)))
+    return Step.fused(
+        "allocate", name, counts_traffic(imagined.segments, imagined.lengths, **_protected(imagined, shapes))
+    )
 
 
 def select_step(plan: Plan, shapes: Shapes) -> Step:
@@ -105,7 +107,7 @@ def select_step(plan: Plan, shapes: Shapes) -> Step:
     from kvpolicy_kernels.select import traffic
 
     imagined, name = Imagined.of(plan, shapes), registry().reference(type(plan.spec.select))
-    moved = traffic(imagined.segments, imagined.lengths, shapes.kept, **_protected(imagined))
+    moved = traffic(imagined.segments, imagined.lengths, shapes.kept, **_protected(imagined, shapes))
     return Step.fused("select", name, moved)
 
 
@@ -125,6 +127,6 @@ def compact_step(plan: Plan, shapes: Shapes) -> Step:
     return Step.fused("compact", name, moved, "at most")
 
 
-def _protected(imagined: Imagined) -> dict[str, Any]:
-    protect = imagined.plan.spec.protect
-    return {"recent": protect.recent, "positions": imagined.columns[POSITIONS] if protect.sinks else None}
+def _protected(imagined: Imagined, shapes: Shapes) -> dict[str, Any]:
+    sinks, recent = shapes.protected
+    return {"recent": recent, "positions": imagined.columns[POSITIONS] if sinks else None}

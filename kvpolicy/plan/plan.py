@@ -7,7 +7,7 @@ from functools import cached_property
 import attrs
 import torch
 
-from kvpolicy.errors import ParameterError, PolicyError, Problem, UnsupportedModelError
+from kvpolicy.errors import CalibrationError, ParameterError, PolicyError, Problem, UnsupportedModelError
 from kvpolicy.plan.budgets import Budgets
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.followers import ATTENTION, Follower, followers_of, observers
@@ -88,7 +88,7 @@ class Plan:
             return None
         shorter = attrs.evolve(geometry, managed=managed)
         formats, pages = self.formats[: len(managed)], self.page_formats[: len(managed)]
-        footprint = Footprint(shorter, self.dtype, self.columns, formats, pages)
+        footprint = attrs.evolve(self.footprint, geometry=shorter, formats=formats, pages=pages)
         budgets = Budgets(self.spec, shorter, footprint)
         return attrs.evolve(self, geometry=shorter, formats=formats, page_formats=pages, budgets=budgets)
 
@@ -99,8 +99,8 @@ class Plan:
 
     @property
     def compresses_while_decoding(self) -> bool:
-        """False when the policy is written for prompts only (`every: never`)."""
-        return self.spec.compress.every != NEVER
+        """False when the policy is for prompts only (`every: never`), and when it keeps everything."""
+        return self.spec.compress.every != NEVER and not self.budgets.keeps_everything
 
     def capacity(self, ordinal: int, seen: int) -> int:
         """Slots per KV head up to which the managed layer number `ordinal` may grow: its budget and the slack."""
@@ -119,7 +119,10 @@ def compile_policy(
     *,
     kernels: bool | None = None,
 ) -> Plan:
-    """Fit a policy to a model. Raises PolicyError or UnsupportedModelError when the two do not go together.
+    """Fit a policy to a model.
+
+    Raises PolicyError or UnsupportedModelError when the two do not go together, CalibrationError when the calibration
+    is none of the policy's store for such a model.
 
     `kernels` says whether Triton kernels are used; by default where there is a GPU for them.
     """
@@ -127,19 +130,21 @@ def compile_policy(
     sites = _sites(spec, geometry, dtype, rotary, calibration)
     formats = tuple(_formats(spec, site) for site in sites)
     pages = tuple(_pages(spec, site) for site in sites)
-    columns = _columns(spec, geometry)
+    columns, needs = _columns(spec, geometry), _needs(spec)
+    states = len(spec.merge.row_state())
+    footprint = Footprint(geometry, dtype, columns, formats, pages, needs.queries, states)
     return Plan(
         spec=spec,
         geometry=geometry,
         device=device,
         dtype=dtype,
         rotary=rotary,
-        needs=_needs(spec),
+        needs=needs,
         columns=columns,
         formats=formats,
         page_formats=pages,
         followers=followers_of(spec),
-        budgets=Budgets(spec, geometry, Footprint(geometry, dtype, columns, formats, pages)),
+        budgets=Budgets(spec, geometry, footprint),
         fusion=_fusion(spec, geometry, device, dtype, kernels),
     )
 
@@ -162,7 +167,19 @@ def _sites(
     layers = calibration.layers if calibration is not None else ({},) * geometry.layers
     if len(layers) != geometry.layers:
         raise PolicyError([Problem("store", f"the calibration is for {len(layers)} layers, not {geometry.layers}")])
-    return [Site(geometry, dtype, layer, rotary, tensors) for layer, tensors in enumerate(layers)]
+    sites = [Site(geometry, dtype, layer, rotary, tensors) for layer, tensors in enumerate(layers)]
+    if spec.store.calibrated:
+        _check_calibrations(spec, sites)
+    return sites
+
+
+def _check_calibrations(spec: PolicySpec, sites: Sequence[Site]) -> None:
+    for site in sites:
+        try:
+            spec.store.check_calibration(site)
+        except ParameterError as error:
+            message = f"the calibration of layer {site.layer} is not one of {spec.store.name} for this model: {error}"
+            raise CalibrationError(message) from error
 
 
 def _formats(spec: PolicySpec, site: Site) -> Formats:

@@ -36,3 +36,4 @@ class Shapes:
     kept: int  # N
     new: int  # tokens since the last compression
     forwards: tuple[int, ...]  # entries held at each forward since then: one a token, or one for a prompt
+    protected: tuple[int, int] = (0, 0)  # sinks and recent ones among them

@@ -22,7 +22,7 @@ from kvpolicy.runtime.report import Report
 from kvpolicy.runtime.static.decode import FORWARD, DecodeForward
 from kvpolicy.runtime.static.limits import require_static
 from kvpolicy.runtime.static.runners import Mode
-from kvpolicy.runtime.stats import LayerStats
+from kvpolicy.runtime.stats import CacheStats
 from kvpolicy.runtime.support import check_model, require_interface
 
 _RETIRED = (
@@ -59,7 +59,7 @@ class Attachment:
         self.unchecked = found.unchecked
         self.misses = Misses()
         self._names = [(config, name_for(original)) for config, original in originals]
-        self._stats: list[LayerStats] = []
+        self._counted: CacheStats | None = None  # of the cache that was made last
         self._modules = list(_possible_modules(model, plan) if found.modules is None else found.modules)
         self._config = copy.deepcopy(model.config)  # what is changed in it later is not meant for caches
         self._cut = False  # whether a draft has been made with the first layers alone
@@ -79,7 +79,7 @@ class Attachment:
         self._uncut()
         cache = PolicyCache(self.plan, self._config)
         self._origin.adopt(cache)
-        self._stats = cache.stats
+        self._counted = CacheStats(cache)
         return cache
 
     def draft_cache(self) -> DynamicCache:
@@ -102,10 +102,21 @@ class Attachment:
         return cache
 
     def report(self) -> Report:
-        """What each managed layer saw and holds, for the cache that was made last."""
+        """What each managed layer saw and holds, for the cache that was made last, and what is held beside them."""
+        static = 0
         if self._decode is not None:
             self._decode.flush()
-        return Report.of(self.plan, self._stats, self.misses.forwards)
+            static = self._decode.nbytes
+        if self._counted is None:
+            return Report.of(self.plan, (), static_bytes=static, forwards_without_cache=self.misses.forwards)
+        self._counted.refresh()
+        return Report.of(
+            self.plan,
+            self._counted.layers,
+            stock_bytes=sum(self._counted.stock_bytes.values()),
+            static_bytes=static,
+            forwards_without_cache=self.misses.forwards,
+        )
 
     def detach(self) -> None:
         """Give the model back as it was. Raises AttachError when that has been done already.

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import Plan
+from kvpolicy.runtime.held_bytes import bytes_of
 from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.layer import PolicyLayer, require_batch
 from kvpolicy.runtime.logical import repeated, require_rows, selected
@@ -34,6 +35,7 @@ class PolicyCache(DynamicCache):
     def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
         super().__init__(config=config)
         self.plan = plan
+        self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
         self._round = Round(plan, waits=plan.compresses_together)
         for ordinal, layer in enumerate(plan.geometry.managed):
@@ -53,6 +55,13 @@ class PolicyCache(DynamicCache):
     def stats(self) -> list[LayerStats]:
         """What happened in each managed layer so far."""
         return [layer.stats for layer in self.managed]
+
+    def count(self) -> None:
+        """Bring `stats` and `stock_bytes` up to date."""
+        counted: set[int] = set()
+        for layer in self.managed:
+            layer.count(counted)
+        self.stock_bytes.update({index: _bytes_of_stock(one) for index, one in self._stock})
 
     @property
     def rows(self) -> int:
@@ -91,12 +100,14 @@ class PolicyCache(DynamicCache):
         """
         layer: Any = self.layers[layer_idx]
         if isinstance(layer, PolicyLayer):
-            return layer.update(key_states, value_states, *args, **kwargs)
+            updated: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+            return updated
         self.integrity.require_ready(layer_idx)
         if _rows_of(layer):
             require_batch(layer_idx, _rows_of(layer), key_states, value_states)
         self.integrity.begin_update(layer_idx)
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        self.stock_bytes[layer_idx] = _bytes_of_stock(layer)
         self.integrity.end_update(layer_idx)  # its attention is out of our sight
         return keys, values
 
@@ -221,3 +232,8 @@ def _require_croppable(index: int, layer: Any, count: int) -> None:
             f"layer {index}: cannot undo {count} tokens, its window has moved on; "
             "call activate_past_recording() before tokens that may be undone"
         )
+
+
+def _bytes_of_stock(layer: object) -> int:
+    """Bytes of all tensors of a layer that the model's library has made."""
+    return bytes_of(vars(layer).values())

@@ -1,7 +1,5 @@
 """Measuring on a model what a policy needs to know about it."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -15,6 +13,7 @@ from kvpolicy.errors import CalibrationError, ParameterError
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import READ_ALL, compile_policy
 from kvpolicy.runtime.attachment import Attachment
+from kvpolicy.runtime.model_digest import model_digest
 from kvpolicy.runtime.rotation import rotary_of
 from kvpolicy.runtime.support import geometry_of
 from kvpolicy.spec.budget import Budget
@@ -22,9 +21,6 @@ from kvpolicy.spec.dump import plugin_digest
 from kvpolicy.spec.policy import NEVER, Compress, PolicySpec, Protect
 from kvpolicy.stages import Needs, Sample
 from kvpolicy.stages.registry import registry
-
-_PROBED = 64  # values of each weight that enter the digest of a model
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 @torch.inference_mode()
@@ -65,15 +61,3 @@ def _keeping_all(spec: PolicySpec) -> PolicySpec:
     changes: dict[str, Any] = {stage: registry().find(stage, name)() for stage, name in plain.items()}
     whole = Budget(share=Fraction(1))
     return attrs.evolve(spec, budget=whole, compress=Compress(prefill=False, every=NEVER), protect=Protect(), **changes)
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """16 hex digits from the configuration and from values taken at even distances out of every weight."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
-    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, min(_PROBED, flat.numel()), device=flat.device).long()
-        found.update(f"{name} {tuple(weight.shape)}".encode())
-        found.update(flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]

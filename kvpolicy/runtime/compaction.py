@@ -23,11 +23,14 @@ def view_of(
     rows: Sequence[int],
     *,
     layer: int,
+    protected: tuple[int, int],
     scaling: float,
     row_state: Mapping[str, Tensor],
     in_order: bool,
 ) -> View:
     """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads.
+
+    `protected` are the sinks and the recent entries of each of the rows.
 
     What is packed is unpacked here: this one layer exists in full precision while it is compressed.
     """
@@ -43,8 +46,8 @@ def view_of(
         geometry=plan.geometry,
         scaling=scaling,
         layer=layer,
-        sinks=plan.spec.protect.sinks,
-        recent=plan.spec.protect.recent,
+        sinks=protected[0],
+        recent=protected[1],
         queries=queries,
         query_positions=query_positions,
         attention=None if attention is None else attention.transpose(-1, -2),

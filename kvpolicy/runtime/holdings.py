@@ -32,6 +32,12 @@ class Holdings:
         return self.slots.nbytes + self.keys.nbytes + self.values.nbytes + self.pages.nbytes
 
     @property
+    def index_tensors(self) -> list[Tensor]:
+        """Where segments begin and how long they are, as far as a device has been told."""
+        stores = (self.slots, self.keys.packed, self.keys.tail, self.values.packed, self.values.tail, self.pages.store)
+        return [tensor for store in stores for tensor in store.index_tensors]
+
+    @property
     def is_plain(self) -> bool:
         """Whether keys and values are all held as the model gave them."""
         return self.keys.is_plain and self.values.is_plain

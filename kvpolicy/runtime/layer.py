@@ -9,9 +9,10 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, UnsupportedModelError
 from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
-from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.asked import Asked, tensors_of, without_newest
 from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
+from kvpolicy.runtime.held_bytes import bytes_of
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.lending import LendingLayer
@@ -24,6 +25,8 @@ from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.trigger import entries_allowed
 from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
+
+_NOWHERE = torch.empty(0)  # positions, where none is waited for
 
 
 class PolicyLayer(LendingLayer):
@@ -66,7 +69,7 @@ class PolicyLayer(LendingLayer):
         self.in_order = True  # whether entries stand in ascending order of position
         self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
         self._arriving = 0  # tokens appended whose attention has not run yet
-        self._places = torch.empty(0, dtype=torch.int32)  # and their positions, [B, q]
+        self._places = _NOWHERE  # and their positions, [B, q]
         self._unsettled: list[Asked] = []  # queries that a rollback may still undo
         self._prompting = True  # whether these, if any, are those of a prompt
         self._followed = False  # whether followers have seen the queries of this forward
@@ -172,11 +175,13 @@ class PolicyLayer(LendingLayer):
     def settle(self, asked: Asked) -> None:
         """After attention: observe the queries and compress the rows that are due; later, if it may be undone."""
         self.scaling = asked.scaling
-        self._sample()
+        self._places = _NOWHERE
         if self.record_past:
             self._unsettled.append(asked)
         else:
             self._observe(asked)
+        self._sample()
+        if not self.record_past:
             self._compress_if_due(decoding=asked.queries.shape[2] == 1)
             self._seal()
         self._followed = False
@@ -201,10 +206,12 @@ class PolicyLayer(LendingLayer):
     def _compress_if_due(self, *, decoding: bool) -> None:
         if self.altered:
             self._close_gaps()
+        self.plan.budgets.say_if_raised(self.real)
         rows = self._due(self.real, decoding=decoding)
         if rows:
             self._close_gaps()
-            self.round.due(self, rows, decoding=decoding)
+            for alike in self.plan.budgets.protected_alike(self.real, rows):
+                self.round.due(self, alike, decoding=decoding)
 
     def _close_gaps(self) -> None:
         if self.padded:
@@ -228,13 +235,14 @@ class PolicyLayer(LendingLayer):
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
     def shown(self, rows: Sequence[int]) -> View:
-        """The rows as plugins see them."""
+        """The rows as plugins see them; as many entries must be protected in each of them."""
         return view_of(
             self.plan,
             self.held,
             self.window,
             rows,
             layer=self.ordinal,
+            protected=self.plan.budgets.protected(self.real[rows[0]]),
             scaling=self.scaling,
             row_state=self.row_state,
             in_order=self.in_order,
@@ -259,7 +267,18 @@ class PolicyLayer(LendingLayer):
         return self.plan.capacity(self.ordinal, max(self.seen, 1))
 
     def _sample(self) -> None:
-        self.stats.sample(self.seen, self.held.slots.average, self.held.nbytes)
+        """Note what is held; of what is carried beside that, a few numbers are left to `count`."""
+        held, unsettled = self.held, bytes_of(tensors_of(self._unsettled)) if self._unsettled else 0
+        self.stats.sample(self.seen, held.slots.average, held.nbytes, self.window.nbytes, unsettled)
+
+    def count(self, counted: set[int]) -> None:
+        """Bring `stats` up to date, to the last byte; what layers share is told by `counted`, see `bytes_of`."""
+        if self.is_initialized:
+            beside = bytes_of(
+                [*self.row_state.values(), *self._held.index_tensors, *tensors_of(self._unsettled)], counted
+            )
+            average = self.stats.held if self._reclaim else self._held.slots.average  # nobody is had back for that
+            self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, beside)
 
     # -- undoing, and moving rows ---------------------------------------------------------------------------------
 
@@ -321,7 +340,7 @@ class PolicyLayer(LendingLayer):
             self.real[row] = real - int((newest >= 0).sum())
         self.held.truncate(count)
         self.seen -= count
-        self._unsettled = _without_newest(self._unsettled, count)
+        self._unsettled = without_newest(self._unsettled, count)
         self.window.forget(torch.tensor(self.real, device=self.device))
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -349,14 +368,3 @@ def require_batch(layer: int, rows: int, *states: Tensor) -> None:
                 f"layer {layer}: the cache holds {rows} rows, the forward has {given.shape[0]}; "
                 "use a cache of its own for each batch, or batch_select_indices() to take rows out of one"
             )
-
-
-def _without_newest(asked: Sequence[Asked], count: int) -> list[Asked]:
-    """The queries of several calls, less the newest `count`."""
-    left: list[Asked] = []
-    for one in reversed(asked):
-        size = one.queries.shape[2]
-        if count < size:
-            left.append(one.first(size - count))
-        count = max(0, count - size)
-    return left[::-1]

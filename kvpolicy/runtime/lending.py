@@ -69,7 +69,7 @@ class LendingLayer(LogicalLayer):
         """Note a decode step that was served elsewhere; `left` is what a compression left of the entries, if any."""
         self.seen += 1
         self.stats.read_by_step(entries)
-        self.stats.sample(self.seen, entries if left is None else left, self.stats.nbytes)
+        self.stats.advance(self.seen, entries if left is None else left)
         if left is not None:
             self.altered, self._firm = True, self.seen
             self.stats.compressions += 1

@@ -11,6 +11,14 @@ from kvpolicy.plan.plan import Plan
 from kvpolicy.plan.units import human_bytes
 from kvpolicy.runtime.stats import LayerStats
 
+_NAMES = {
+    "entries": "entries of the layers above",
+    "window": "queries observed for scorers and mergers",
+    "state": "what is carried beside them",
+    "other_layers": "layers that the policy does not manage",
+    "static": "steps of fixed shapes",
+}
+
 
 @attrs.frozen
 class Report:
@@ -18,32 +26,53 @@ class Report:
 
     policy: str
     layers: tuple[LayerStats, ...]
+    stock_bytes: int = 0  # of layers that the policy does not manage: those with a sliding window
+    static_bytes: int = 0  # of steps of fixed shapes, beside the entries that stand in their storage
     forwards_without_cache: int = 0  # of the attached model, that used another cache than the policy's
 
     @classmethod
-    def of(cls, plan: Plan, stats: Sequence[LayerStats], forwards_without_cache: int = 0) -> "Report":
+    def of(
+        cls,
+        plan: Plan,
+        stats: Sequence[LayerStats],
+        *,
+        stock_bytes: int = 0,
+        static_bytes: int = 0,
+        forwards_without_cache: int = 0,
+    ) -> "Report":
         """The state right now; later tokens do not change it."""
-        return cls(plan.spec.name, tuple(attrs.evolve(one) for one in stats), forwards_without_cache)
+        layers = tuple(attrs.evolve(one) for one in stats)
+        return cls(plan.spec.name, layers, stock_bytes, static_bytes, forwards_without_cache)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage held by all managed layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes of all that is held for the cache, for all rows: the sum of `parts`."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for: entries, observation window, state, layers not managed, fixed shapes."""
+        return {
+            "entries": sum(layer.entry_bytes for layer in self.layers),
+            "window": sum(layer.window_bytes for layer in self.layers),
+            "state": sum(layer.state_bytes for layer in self.layers),
+            "other_layers": self.stock_bytes,
+            "static": self.static_bytes,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
         return {
             "policy": self.policy,
             "bytes_held": self.nbytes,
+            "bytes": self.parts,
             "forwards_without_cache": self.forwards_without_cache,
-            "layers": [attrs.asdict(layer) for layer in self.layers],
+            "layers": [{**attrs.asdict(layer), "nbytes": layer.nbytes} for layer in self.layers],
         }
 
     def table(self) -> Table:
         """The report as a rich table."""
         table = Table(title=f"policy {self.policy}: {human_bytes(self.nbytes)} held")
-        if self.forwards_without_cache:
-            table.caption = f"forwards without the policy's cache: {self.forwards_without_cache}"
         for heading in (
             "layer",
             "tokens seen",
@@ -66,6 +95,11 @@ class Report:
                 f"{layer.compressions}x",
                 f"{layer.seconds * 1e3:.1f}",
             )
+        named = {name: count for name, count in self.parts.items() if count or name == "entries"}
+        lines = [f"{_NAMES[name]}: {human_bytes(count)}" for name, count in named.items()]
+        if self.forwards_without_cache:
+            lines.append(f"forwards without the policy's cache: {self.forwards_without_cache}")
+        table.caption = "\n".join(lines)
         return table
 
     def __str__(self) -> str:

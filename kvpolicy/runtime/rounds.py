@@ -46,7 +46,7 @@ class Round:
     def __init__(self, plan: Plan, *, waits: bool) -> None:
         self.plan = plan
         self.waits = waits  # whether somebody says when a step ends
-        self._waiting: dict[Compressible, Rows] = {}
+        self._waiting: list[tuple[Compressible, Rows]] = []  # a layer may wait with several groups of rows
         self._arrived: tuple[object, Tensor] | None = None
 
     def positions(self, real: Sequence[int], count: int, device: torch.device) -> Tensor:
@@ -58,22 +58,23 @@ class Round:
         return self._arrived[1]
 
     def due(self, layer: Compressible, rows: Sequence[int], *, decoding: bool) -> None:
-        """Compress the rows of a layer, now or when the step ends."""
+        """Compress some rows of a layer, in which as many entries are protected, now or when the step ends."""
         if decoding and self.waits:
-            self._waiting[layer] = tuple(rows)
+            self._waiting.append((layer, tuple(rows)))
         else:
             _compress(self.plan, [layer], rows, fills=decoding and self.plan.fills_holes)
 
     def clear(self) -> None:
         """Forget who was due: the cache has been emptied."""
-        self._waiting = {}
+        self._waiting = []
 
     def end(self) -> None:
         """The step is over for all layers."""
-        waiting, self._waiting = self._waiting, {}
-        kinds = sorted({(rows, layer.scaling) for layer, rows in waiting.items()})
+        waiting, self._waiting = self._waiting, []
+        self._arrived = None  # as long as a prompt
+        kinds = sorted({(rows, layer.scaling) for layer, rows in waiting})
         for kind in kinds:
-            alike = [layer for layer, rows in waiting.items() if (rows, layer.scaling) == kind]
+            alike = [layer for layer, rows in waiting if (rows, layer.scaling) == kind]
             _compress(self.plan, alike, kind[0], fills=self.plan.fills_holes)
 
 

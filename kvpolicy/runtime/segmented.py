@@ -53,6 +53,11 @@ class Segmented:
         return self._on_device()[1] + self._added
 
     @property
+    def index_tensors(self) -> list[Tensor]:
+        """Where segments begin and how long they are, as far as the device has been told."""
+        return [*self._tables, *([] if self._starts is None else [self._starts])]
+
+    @property
     def average(self) -> float:
         """Slots in use per (row, KV head)."""
         return self._average_base + self._added

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvpolicy.errors import KVPolicyError, UnsupportedModelError
 from kvpolicy.stages import Geometry
@@ -32,7 +32,7 @@ def geometry_of(source: PreTrainedModel | PretrainedConfig) -> Geometry:
     if isinstance(source, PreTrainedModel):
         present = {getattr(module, "layer_idx", None) for module in source.modules()}
         managed = tuple(index for index in managed if index in present) or managed
-    return Geometry(managed, heads, int(kv_heads), int(head_dim))
+    return Geometry(managed, heads, int(kv_heads), int(head_dim), _windows(text))
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -114,6 +114,10 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
 def _managed(text: PretrainedConfig) -> tuple[int, ...]:
     # The exact type: subclasses hold more than keys and values (indexers, windows, quantised states).
     return tuple(index for index, layer in enumerate(_stock_layers(text)) if type(layer) is DynamicLayer)
+
+
+def _windows(text: PretrainedConfig) -> tuple[int, ...]:
+    return tuple(int(one.sliding_window) for one in _stock_layers(text) if isinstance(one, DynamicSlidingWindowLayer))
 
 
 def _stock_layers(text: PretrainedConfig) -> list[object]:

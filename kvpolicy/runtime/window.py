@@ -9,8 +9,7 @@ from torch import Tensor
 class Window:
     """The newest W queries of each row, oldest first; where a row has had fewer, the first ones have position -1.
 
-    The buffer holds 2·W. It is written in place and moves its newer half to the front when it is full, so the order is
-    kept and the cost per token is constant.
+    The buffer holds W: a new query overwrites the oldest one in place, and they are put in order when they are read.
     """
 
     def __init__(self, size: int) -> None:
@@ -18,34 +17,43 @@ class Window:
         self._queries = torch.empty(0, dtype=torch.float32)
         self._positions = torch.empty(0, dtype=torch.int32)
         self._filled = 0
+        self._oldest = 0  # where the oldest query is; 0 until the buffer is full
+        self._nbytes = 0
 
     def add(self, queries: Tensor, positions: Tensor, *, padded: bool) -> None:
         """Take queries [B, H, q, D] and positions [B, q]; `padded` when there are pads (-1) among them."""
         if not self.size:
             return
-        end = self._filled + queries.shape[2]
-        if self._filled and end <= self._queries.shape[2] and not padded:
-            self._queries[:, :, self._filled : end] = queries
-            self._positions[:, self._filled : end] = positions
-            self._filled = end
+        if padded and self._filled:
+            held, places = self._ordered()
+            queries, positions = torch.cat([held, queries], 2), torch.cat([places, positions], 1)
+        if padded:
+            queries, positions = _pads_first(queries, positions)
+        if padded or not self._filled or queries.shape[2] >= self.size:
+            self._put(queries, positions)
             return
-        if self._filled:
-            queries = torch.cat([self._queries[:, :, : self._filled], queries], 2)
-            positions = torch.cat([self._positions[:, : self._filled], positions], 1)
-        self._put(*(_pads_first(queries, positions) if padded else (queries, positions)))
+        count = queries.shape[2]
+        start = (self._oldest + self._filled) % self.size
+        first = min(count, self.size - start)  # what fits behind the others; the rest goes to the front
+        self._queries[:, :, start : start + first] = queries[:, :, :first]
+        self._positions[:, start : start + first] = positions[:, :first]
+        if first < count:
+            self._queries[:, :, : count - first] = queries[:, :, first:]
+            self._positions[:, : count - first] = positions[:, first:]
+        self._oldest = (self._oldest + max(0, self._filled + count - self.size)) % self.size
+        self._filled = min(self.size, self._filled + count)
 
     def forget(self, limit: Tensor) -> None:
         """Drop, in each row, the queries at positions >= `limit` [B]."""
         if self._filled:
-            queries, positions = self._queries[:, :, : self._filled], self._positions[:, : self._filled]
+            queries, positions = self._ordered()
             self._put(*_pads_first(queries, positions.masked_fill(positions >= limit[:, None], -1)))
 
     def last(self, rows: Sequence[int]) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The newest queries [rows, H, W, D] and positions [rows, W]; fewer at the start, None when there are none."""
         if not self._filled:
             return None, None
-        newest = slice(max(0, self._filled - self.size), self._filled)
-        queries, positions = self._queries[:, :, newest], self._positions[:, newest]
+        queries, positions = self._ordered()
         if len(rows) == queries.shape[0]:
             return queries, positions
         return queries[list(rows)], positions[list(rows)]
@@ -54,21 +62,34 @@ class Window:
         """Keep the rows named, in that order."""
         if self._filled:
             self._queries, self._positions = self._queries[list(rows)], self._positions[list(rows)]
+            self._measure()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in (self._queries, self._positions))
+        return self._nbytes
+
+    def _ordered(self) -> tuple[Tensor, Tensor]:
+        """Queries and positions, oldest first; a view while the buffer has not gone round."""
+        if not self._oldest:
+            return self._queries[:, :, : self._filled], self._positions[:, : self._filled]
+        queries = torch.cat([self._queries[:, :, self._oldest :], self._queries[:, :, : self._oldest]], 2)
+        return queries, torch.cat([self._positions[:, self._oldest :], self._positions[:, : self._oldest]], 1)
 
     def _put(self, queries: Tensor, positions: Tensor) -> None:
+        """Hold the newest of these, oldest first, and nothing else."""
         queries, positions = queries[:, :, -self.size :], positions[:, -self.size :]
         count = queries.shape[2]
         if not self._filled:
-            self._queries = queries.new_empty((*queries.shape[:2], 2 * self.size, queries.shape[3]))
-            self._positions = positions.new_empty((positions.shape[0], 2 * self.size))
+            self._queries = queries.new_empty((*queries.shape[:2], self.size, queries.shape[3]))
+            self._positions = positions.new_empty((positions.shape[0], self.size))
+            self._measure()
         self._queries[:, :, :count] = queries
         self._positions[:, :count] = positions
-        self._filled = count
+        self._filled, self._oldest = count, 0
+
+    def _measure(self) -> None:
+        self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in (self._queries, self._positions))
 
 
 def _pads_first(queries: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How much of the cache to keep: tokens, a share of the tokens seen, or bytes."""
+"""How much of the cache to keep: tokens, a share of the tokens seen, or bytes; and parts of that."""
 
 import re
 from fractions import Fraction
@@ -16,8 +16,8 @@ _BYTES = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(B|[KMG]i?B)", re.ASCII)
 class Budget:
     """Entries per KV head, averaged over layers and heads: exactly one of the three is set.
 
-    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence, all layers and the
-    slack of `compress.every` included.
+    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence: the entries of all
+    layers that the policy manages, the slack of `compress.every`, the observation window and what is carried beside.
     """
 
     tokens: int | None = None
@@ -53,6 +53,31 @@ class Budget:
 
     def __str__(self) -> str:
         return str(self.dump())
+
+
+@attrs.frozen
+class Part:
+    """A part of the budget, whatever that comes to."""
+
+    share: Fraction  # above 0, at most 1
+
+    @classmethod
+    def parse(cls, value: object) -> "Part | None":
+        """`"50%"`; None when `value` is no percentage above 0 and at most 100."""
+        match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+        share = Fraction(match[1]) / 100 if match else Fraction(0)
+        return cls(share) if 0 < share <= 1 else None
+
+    def of(self, entries: int) -> int:
+        """The part of so many entries, rounded down."""
+        return entries * self.share.numerator // self.share.denominator
+
+    def dump(self) -> str:
+        """The YAML form; `parse` reads it back to an equal part."""
+        return f"{_decimal(self.share * 100)}%"
+
+    def __str__(self) -> str:
+        return self.dump()
 
 
 def _decimal(value: Fraction) -> str:

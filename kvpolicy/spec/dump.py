@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.spec.budget import Budget
+from kvpolicy.spec.budget import Budget, Part
 from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, Weighted
 from kvpolicy.spec.scalars import resolve
 from kvpolicy.spec.structure import VERSION_KEY
@@ -56,7 +56,7 @@ def _hash(data: Any) -> str:
 
 def _full(value: Any) -> Any:
     """Plain data with every parameter; plugins by names that do not depend on what else is installed."""
-    if isinstance(value, Budget):
+    if isinstance(value, (Budget, Part)):
         return value.dump()
     if isinstance(value, tuple):
         return [_full(part) for part in value]
@@ -68,7 +68,7 @@ def _full(value: Any) -> Any:
 
 def _short(value: Any) -> Any:
     """Plain data for a reader: a plugin without its defaults, and as a word where nothing is left."""
-    if isinstance(value, Budget):
+    if isinstance(value, (Budget, Part)):
         return value.dump()
     if isinstance(value, Weighted):
         beside = {key: getattr(value, key) for key in BESIDE}

@@ -49,7 +49,10 @@ def parse_policy(
 
 def _resolve(source: object) -> Path:
     if isinstance(source, os.PathLike):
-        return Path(os.fsdecode(source))
+        try:
+            return Path(os.fsdecode(source))
+        except TypeError as error:  # whatever a class makes of it
+            raise InputError(f"a policy must be given as a path or a name: {shown(source)}") from error
     if not isinstance(source, str):
         raise InputError(f"a policy must be given as a path or a name: {shown(source)}")
     separators = [separator for separator in (os.sep, os.altsep, "/") if separator]

@@ -4,7 +4,7 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.spec.budget import Budget
+from kvpolicy.spec.budget import Budget, Part
 from kvpolicy.stages.contracts import (
     Codec,
     HeadAllocator,
@@ -63,6 +63,26 @@ class EveryRule(Rule):
 
 
 @attrs.frozen
+class CountRule(Rule):
+    """How many entries: a number, or a part of the budget."""
+
+    def accepts(self, value: object) -> bool:
+        if isinstance(value, Part):
+            return Part.parse(value.dump()) == value
+        return Integer(minimum=0).accepts(value)
+
+    def convert(self, value: Any) -> Any:
+        return Part.parse(value) or value
+
+    def schema(self) -> dict[str, Any]:
+        text = {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"}
+        return {"anyOf": [{"type": "integer", "minimum": 0}, text]}
+
+    def __str__(self) -> str:
+        return 'an integer >= 0, or a share of the budget such as "50%"'
+
+
+@attrs.frozen
 class ScoreRule(Rule):
     """The weighted list of scorers."""
 
@@ -106,13 +126,34 @@ class Compress:
 class Protect:
     """Entries that are never evicted."""
 
-    sinks: int = parameter(Integer(minimum=0), 0, help="first tokens of the sequence, pads not counted")
-    recent: int = parameter(Integer(minimum=0), 0, help="last tokens of the sequence")
+    sinks: int | Part = parameter(CountRule(), 0, help="first tokens of the sequence, pads not counted")
+    recent: int | Part = parameter(
+        CountRule(), 0, help='last tokens of the sequence; "100%" = all that the sinks leave'
+    )
 
     @property
     def total(self) -> int:
-        """Protected entries of a sequence that is long enough."""
-        return self.sinks + self.recent
+        """Entries that are protected whatever the budget: shares of it are not counted."""
+        return sum(one for one in (self.sinks, self.recent) if isinstance(one, int))
+
+    @property
+    def scales(self) -> bool:
+        """Whether what is protected depends on the budget."""
+        return isinstance(self.sinks, Part) or isinstance(self.recent, Part)
+
+    def of(self, budget: int) -> tuple[int, int]:
+        """Sinks and recent entries under a budget of so many entries.
+
+        Shares are rounded down, and never take more than the budget leaves: a share of recent entries beside the
+        sinks, a share of sinks beside a number of recent entries.
+        """
+        sinks = self.sinks.of(budget) if isinstance(self.sinks, Part) else self.sinks
+        recent = self.recent.of(budget) if isinstance(self.recent, Part) else self.recent
+        if isinstance(self.recent, Part):
+            recent = max(0, min(recent, budget - sinks))
+        elif isinstance(self.sinks, Part):
+            sinks = max(0, min(sinks, budget - recent))
+        return sinks, recent
 
 
 @attrs.frozen

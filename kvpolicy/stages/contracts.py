@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from kvpolicy.stages.calibrated import check_finite
 from kvpolicy.stages.formats import AsIs, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.view import View
@@ -214,6 +215,18 @@ class Codec(Plugin):
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """Per layer, what `formats` will find in `site.calibration`; deterministic."""
         return [{} for _ in samples]
+
+    def check_calibration(self, site: Site) -> None:
+        """Look at `site.calibration` before `formats` is given it: it may come from a file that somebody has changed.
+
+        By default, that all tensors are floating and finite. What a codec knows besides (shapes, ranges, that columns
+        are orthonormal) it checks itself. Called only where `calibrated`.
+
+        Raises:
+            ParameterError: this is not what `calibrate` gives for a layer of such a model.
+        """
+        for name, tensor in site.calibration.items():
+            check_finite(name, tensor)
 
 
 @attrs.frozen(eq=False)

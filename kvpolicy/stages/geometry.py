@@ -10,13 +10,14 @@ class Geometry:
     """Shape of the layers that a policy manages. H = `query_heads`, K = `kv_heads`, G = H / K, D = `head_dim`.
 
     `managed` are the indices, within the model, of the layers with full attention; `layers` counts them. Layers
-    with a sliding window keep the model's own cache and are not part of the geometry.
+    with a sliding window keep the model's own cache: `windows` are their sizes in tokens, one a layer.
     """
 
     managed: tuple[int, ...]
     query_heads: int
     kv_heads: int
     head_dim: int
+    windows: tuple[int, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         if not self.managed or min(self.query_heads, self.kv_heads, self.head_dim) < 1:

@@ -1,5 +1,7 @@
 """Budgets of layers: nothing is lost, nothing is given twice."""
 
+import math
+
 import attrs
 import pytest
 import torch
@@ -27,10 +29,13 @@ def budgets_of(spec, layers):
     return Budgets(spec, geometry, Footprint(geometry, torch.float32, columns, formats, pages))
 
 
+PARTS = st.integers(1, 100).map(lambda percent: f"{percent}%")
+
+
 @st.composite
 def budgets(draw, kinds=("tokens", "share", "size"), *, decoding=False):
     layers = draw(st.integers(1, 9))
-    protect = Protect(draw(st.integers(0, 8)), draw(st.integers(0, 8)))
+    protect = Protect(draw(st.integers(0, 8) | PARTS), draw(st.integers(0, 8) | PARTS))
     allocator = draw(st.sampled_from([UniformLayers(), Pyramid(), Pyramid(beta=3)]))
     every = draw(st.integers(1, 200) if decoding else st.integers(1, 200) | st.just("never"))
     kind = draw(st.sampled_from(kinds))
@@ -54,12 +59,40 @@ def test_layers_share_the_budget_exactly(given_budgets, seen):
     per_layer = given_budgets.per_layer(seen)
     average = min(given_budgets.average(seen), seen)
     assert sum(per_layer) == len(per_layer) * average
-    assert all(min(given_budgets.spec.protect.total, seen) <= budget <= seen for budget in per_layer)
+    assert all(min(sum(given_budgets.protected(seen)), seen) <= budget <= seen for budget in per_layer)
 
 
 @given(budgets(), st.integers(1, 5000))
 def test_a_budget_is_never_less_than_what_is_protected_nor_zero(given_budgets, seen):
     assert given_budgets.average(seen) >= max(1, given_budgets.spec.protect.total)
+
+
+@given(budgets(), st.integers(1, 5000))
+def test_what_is_protected_is_rounded_down_and_fits_into_the_budget(given_budgets, seen):
+    protect, average = given_budgets.spec.protect, given_budgets.average(seen)
+    found = given_budgets.protected(seen)
+    exact = [
+        one if isinstance(one, int) else math.floor(average * one.share) for one in (protect.sinks, protect.recent)
+    ]
+    assert sum(found) <= average
+    assert all(0 <= one <= most for one, most in zip(found, exact, strict=True))
+    assert list(found) == exact or sum(found) == average
+    assert all(one == protected for one, protected in zip(exact, found, strict=True) if sum(exact) <= average)
+    for one, protected in zip((protect.sinks, protect.recent), found, strict=True):
+        assert not isinstance(one, int) or one == protected
+
+
+@given(budgets(kinds=["share"]), st.integers(1, 5000))
+def test_it_is_said_exactly_when_more_is_held_than_the_share(given_budgets, seen):
+    share = given_budgets.spec.budget.share
+    more = min(given_budgets.average(seen), seen) > max(1, math.floor(share * seen))
+    assert bool(given_budgets.raised(seen)) == more
+
+
+@given(budgets(kinds=["tokens", "size"]), st.integers(1, 5000))
+def test_only_a_share_of_the_tokens_is_ever_raised(given_budgets, seen):
+    assert not given_budgets.raised(seen)
+    assert given_budgets.protected(seen) == given_budgets.protected(1)
 
 
 @given(budgets(kinds=["share"]), st.integers(1, 5000))

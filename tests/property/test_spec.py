@@ -1,6 +1,7 @@
 """Any text gives a policy or our error; any policy survives being written; equal digests mean equal policies."""
 
 import math
+from fractions import Fraction
 
 import attrs
 import jsonschema
@@ -9,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpolicy.errors import ParameterError, PolicyError
-from kvpolicy.spec.budget import Budget
+from kvpolicy.spec.budget import Budget, Part
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.spec.policy import BESIDE, BudgetRule, EveryRule, PolicySpec, Protect, ScoreRule, Weighted
+from kvpolicy.spec.policy import BESIDE, BudgetRule, CountRule, EveryRule, PolicySpec, Protect, ScoreRule, Weighted
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
@@ -59,6 +60,8 @@ def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
             return st.text(allowed, max_size=20).filter(rule.accepts)
         case BudgetRule():
             return BUDGETS.map(Budget.parse)
+        case CountRule():
+            return st.integers(0, BEYOND - 1) | st.integers(1, 10**8).map(lambda n: Part(Fraction(n, 10**8)))
         case EveryRule():
             return st.one_of(st.just("never"), st.integers(1, BEYOND - 1))
         case Nested():
@@ -106,8 +109,10 @@ def specs(draw):
     tokens = spec.budget.tokens
     if tokens is None or tokens >= spec.protect.total:
         return spec
-    sinks = min(spec.protect.sinks, tokens // 2)
-    return attrs.evolve(spec, protect=Protect(sinks, min(spec.protect.recent, tokens - sinks)))
+    sinks, recent = spec.protect.sinks, spec.protect.recent
+    sinks = min(sinks, tokens // 2) if isinstance(sinks, int) else sinks
+    left = tokens - sinks if isinstance(sinks, int) else tokens
+    return attrs.evolve(spec, protect=Protect(sinks, min(recent, left) if isinstance(recent, int) else recent))
 
 
 def consistent(spec):

@@ -16,6 +16,7 @@ from kvpolicy_kernels import Finish, Tile
 from kvpolicy_kernels.builds import Build
 
 _GEOMETRY: dict[str, Any] = {"head_dim": 128, "group": 4}  # Llama 3.1 8B: 32 query heads, 8 KV heads
+_BUDGET = 1024  # entries that a share of the budget is a share of; it matters only whether there are sinks
 
 
 def all_builds() -> tuple[Build, ...]:
@@ -63,4 +64,4 @@ def _of_policy(spec: PolicySpec) -> Iterator[Build]:
     normalised = [
         attrs.evolve(own, normalise=weighted.normalise) for own, weighted in zip(finishes, spec.score, strict=True)
     ]
-    yield from finish.builds_for(spec.name, normalised, sinks=spec.protect.sinks)
+    yield from finish.builds_for(spec.name, normalised, sinks=spec.protect.of(_BUDGET)[0])

@@ -65,6 +65,11 @@ class DecodeForward:
         if self._session is not None:
             self._session.tally.flush()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that steps of fixed shapes hold beside the entries of the cache that is in."""
+        return 0 if self._session is None else self._session.nbytes
+
     def detach(self) -> None:
         """Give the model its `forward` back and let go of the storage; the cache that is in goes on without.
 
@@ -104,11 +109,9 @@ class DecodeForward:
         if any(_asks_for_more(name, value) for name, value in given.items()):
             return None
         tokens, mask, places = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[1] != 1:
+        rows, seen = cache.rows, cache.managed[0].get_seq_length()
+        if not isinstance(tokens, Tensor) or tokens.shape != (rows, 1):  # of other rows, the cache will say what is wrong
             return None
-        rows, seen = tokens.shape[0], cache.managed[0].get_seq_length()
-        if rows != cache.rows:
-            return None  # the cache will say what is wrong
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, seen + 1)):
             return None
         if places is not None and (not isinstance(places, Tensor) or places.shape not in {(rows, 1), (1, 1)}):

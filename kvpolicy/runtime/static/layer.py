@@ -39,6 +39,11 @@ class StaticLayer(CacheLayerMixin):
         self.name = next(_names)  # what stands for this layer in a compiled graph, where only numbers and tensors can
         layers[self.name] = self
 
+    @property
+    def beside(self) -> list[Tensor]:
+        """All tensors beside those in which entries stand."""
+        return [self.slots.lengths, *self.slots.window, *self._segments, *self._new_entry.values()]
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is left to be done."""
 

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvpolicy.errors import PolicyError, Problem, UnsupportedModelError
 from kvpolicy.plan.plan import Plan
+from kvpolicy.spec.policy import NEVER
 
 _HORIZON = 2**40  # tokens; no sequence is longer
 
@@ -41,7 +42,7 @@ def fit(held: Sequence[int], needed: Sequence[int]) -> bool:
 
 def _problems(plan: Plan) -> Iterator[Problem]:
     spec = plan.spec
-    if not plan.compresses_while_decoding:
+    if spec.compress.every == NEVER:
         yield Problem("compress.every", "graph: must be a number: otherwise the cache grows with every token")
     if spec.budget.share is not None:
         yield Problem("budget", f"graph: must not grow with the tokens: {spec.budget}")

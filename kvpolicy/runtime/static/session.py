@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.cache import PolicyCache
+from kvpolicy.runtime.held_bytes import bytes_of
 from kvpolicy.runtime.layer import PolicyLayer, require_batch
 from kvpolicy.runtime.static.counts import Counts
 from kvpolicy.runtime.static.layer import StaticLayer
@@ -46,6 +47,12 @@ class Session:
     def holds(self, cache: PolicyCache) -> bool:
         """Whether a cache is in."""
         return self._counts is not None and self._tenants() == cache.managed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the entries: inputs, windows, counts. What a CUDA graph allocates for itself is not known."""
+        layers = (tensor for layer in self.layers for tensor in layer.beside)
+        return bytes_of([*vars(self.inputs).values(), *vars(self.tally).values(), *layers])
 
     def enter(self, cache: PolicyCache) -> None:
         """Let a cache in; the one before, if it is still there, goes on with storage of its own."""

@@ -56,6 +56,7 @@ class Slots:
         state = dict(self.columns)
         positions, attention = state.pop(POSITIONS), state.pop(ATTENTION, None)
         queries, query_positions = (None, None) if self.ring is None else self.ring.ordered()
+        sinks, recent = plan.budgets.protected(1)  # no budget of static shapes depends on the tokens seen
         return View(
             keys=self.keys,
             values=self.values,
@@ -63,8 +64,8 @@ class Slots:
             geometry=plan.geometry,
             scaling=scaling,
             layer=ordinal,
-            sinks=plan.spec.protect.sinks,
-            recent=plan.spec.protect.recent,
+            sinks=sinks,
+            recent=recent,
             queries=queries,
             query_positions=query_positions,
             attention=None if attention is None else attention.transpose(-1, -2),

@@ -29,7 +29,7 @@ def move_in(static: StaticLayer, layer: PolicyLayer, reclaim: Callable[[], None]
     window = layer.window.last(range(len(lengths)))
     if static.slots.ring is not None and window[0] is not None:
         static.slots.ring.fill(*window)
-    layer.stats.sample(layer.seen, held.slots.average, held.nbytes)
+    layer.stats.sample(layer.seen, held.slots.average, held.nbytes, layer.window.nbytes)
     return alike
 
 

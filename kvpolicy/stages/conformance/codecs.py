@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -161,6 +162,20 @@ def is_deterministic(codec: Codec, _promises: Promises) -> None:
         _expect_same(codec, other.encode(vectors, positions), expected, "the second time")
 
 
+def checks_its_calibration(codec: Codec, _promises: Promises) -> None:
+    """What it has measured is as it should be; the same with NaN in it is not."""
+    if not codec.calibrated:
+        return
+    site = _site(codec, torch.float32)
+    codec.check_calibration(site)
+    for name, tensor in site.calibration.items():
+        if tensor.is_floating_point():
+            other = attrs.evolve(site, calibration={**site.calibration, name: torch.full_like(tensor, torch.nan)})
+            with contextlib.suppress(ParameterError):
+                codec.check_calibration(other)
+                raise contract_error(codec, f"found nothing wrong with a calibration whose {name!r} is NaN")
+
+
 def _site(codec: Codec, dtype: torch.dtype) -> Site:
     """With the smallest usual head dimension that the codec can hold, and calibrated if it asks for that."""
     refusals = []
@@ -242,4 +257,5 @@ CHECKS = (
     ignores_empty_slots,
     leaves_its_input_alone,
     is_deterministic,
+    checks_its_calibration,
 )

@@ -12,6 +12,9 @@ from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Number, Rot
 from kvpolicy_plugins.affine import BITS, SCALES, check_divides, narrowed, scale_dtype
 from kvpolicy_plugins.codecs.kivi import PerToken
 
+_SIGNS = 8
+_TOLERANCE = 1e-3  # float32 rounds the numbers of a basis, a thousand of them are summed
+
 
 @attrs.frozen
 class Latent(Codec):
@@ -45,6 +48,11 @@ class Latent(Codec):
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """Per layer `basis` [K·D, r], in float32 or that of the keys if wider, and `energy` [], the share it keeps."""
         return [self._fitted(sample) for sample in samples]
+
+    def check_calibration(self, site: Site) -> None:
+        super().check_calibration(site)
+        if (basis := site.calibration.get("basis")) is not None:  # `formats` asks for one in words of its own
+            _check_orthonormal(self._checked(basis, site))
 
     def formats(self, site: Site) -> Formats:
         rotary, heads = _known(site.rotary), site.geometry.kv_heads
@@ -82,6 +90,19 @@ class Latent(Codec):
                 f"rank: must come with a basis of shape {expected} for this model: {list(basis.shape)}"
             )
         return basis[:, :rank]
+
+
+def _check_orthonormal(basis: Tensor) -> None:
+    """Raise ParameterError unless UᵀU is the identity, as far as eight vectors of random signs can tell.
+
+    A column that is not as it was shows in all of them, for the cost of eight tokens.
+    """
+    random = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (basis.shape[1], _SIGNS), generator=random).mul(2).sub(1).double().to(basis.device)
+    exact = basis.double()
+    worst = float((exact.T @ (exact @ signs) - signs).abs().max())
+    if not worst <= _TOLERANCE:
+        raise ParameterError(f"basis must have orthonormal columns: they are off by {worst:.2g}")
 
 
 def joint_spectrum(sample: Sample) -> tuple[Tensor, Tensor]:

@@ -130,12 +130,18 @@ class Tada(Codec):
         chosen = least_error(errors, _WIDTHS, capacity)
         return [{"bits": torch.tensor(_WIDTHS[width])} for width in chosen]
 
+    def check_calibration(self, site: Site) -> None:
+        self._bits(site)
+
     def _bits(self, site: Site) -> int:
         if isinstance(self.bits, int):
             return self.bits
         if "bits" not in site.calibration:
             raise ParameterError("bits: needs a calibration: 'auto'")
-        bits = int(site.calibration["bits"])
+        found = site.calibration["bits"]
+        if found.dtype != torch.int64 or found.ndim:
+            raise ParameterError(f"bits: must be one int64 in the calibration: {list(found.shape)} of {found.dtype}")
+        bits = int(found)
         if not BITS.accepts(bits):
             raise ParameterError(f"bits: must be {BITS} in the calibration: {bits}")
         return bits

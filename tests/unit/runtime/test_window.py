@@ -84,7 +84,7 @@ def test_the_buffer_keeps_its_size_and_its_place():
     size, place = window.nbytes, window._queries.data_ptr()
     for step in range(40):
         window.add(entries(2, 1, step), torch.full((2, 1), 9 + step), padded=False)
-    assert window.nbytes == size == 2 * 2 * SIZE * (HEADS * DIM * 4 + 8)
+    assert window.nbytes == size == 2 * SIZE * (HEADS * DIM * 4 + 8)
     assert window._queries.data_ptr() == place
 
 

@@ -60,6 +60,18 @@ def test_path_without_a_file_is_no_name(source):
         read_policy(source)
 
 
+class Elsewhere:
+    """A path that is none."""
+
+    def __fspath__(self):
+        return 7
+
+
+def test_what_is_no_path_is_said():
+    with pytest.raises(InputError, match="must be given as a path or a name: a Python Elsewhere"):
+        read_policy(Elsewhere())
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

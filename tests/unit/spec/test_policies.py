@@ -8,13 +8,15 @@ from kvpolicy.stages.registry import registry
 NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
-    "full": ("100%", "never", 0, 0),
+    "d2o": (1024, 1, 4, "25%"),
+    "full": ("100%", 128, 0, 0),
     "gkv": (2048, 128, 0, 16),
-    "h2o": (1024, 1, 0, 512),
+    "h2o": (1024, 1, 0, "50%"),
+    "keepkv": (1024, 1, 4, "50%"),
     "pyramidkv": (1024, 128, 0, 8),
     "rkv": (1024, 128, 0, 8),
     "snapkv": (1024, 128, 0, 32),
-    "streaming_llm": (512, 1, 4, 508),
+    "streaming_llm": (512, 1, 4, "100%"),
     "tova": (512, 1, 0, 0),
 }
 
@@ -40,7 +42,18 @@ def test_policy_says_what_it_is(name):
 def test_policy_has_the_sizes_of_its_paper(name):
     spec = read_policy(name)[0]
 
-    assert (spec.budget.dump(), spec.compress.every, spec.protect.sinks, spec.protect.recent) == BUDGETS[name]
+    recent = spec.protect.recent if isinstance(spec.protect.recent, int) else spec.protect.recent.dump()
+    assert (spec.budget.dump(), spec.compress.every, spec.protect.sinks, recent) == BUDGETS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "protected"),
+    [("h2o", (0, 512)), ("keepkv", (4, 512)), ("d2o", (4, 256)), ("streaming_llm", (4, 508)), ("snapkv", (0, 32))],
+)
+def test_shares_come_to_the_sizes_of_the_published_code(name, protected):
+    spec = read_policy(name)[0]
+
+    assert spec.protect.of(spec.budget.tokens) == protected
 
 
 def test_rkv_scores_as_published():
