@@ -12,6 +12,7 @@ from kvpolicy.runtime.shape import differences, is_set, shape_of
 from kvpolicy.stages import Geometry
 
 _SHARDED = ("DTensor", "FlatParameter")  # types of parameters of which a process has a part
+_OWN_ATTENTION = ("jetmoe",)
 _CAN_SET = "_can_set_attn_implementation"
 _DROPPED = ("layerdrop", "decoder_layerdrop")
 
@@ -100,6 +101,10 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
         yield "layers share the keys of other layers"
     if is_set(text, "kv_lora_rank"):
         yield "its attention is latent (MLA): there are no keys per head to evict"
+    if is_set(text, "cross_attention_layers"):
+        yield "layers attend to an image instead of to tokens"
+    if text.model_type in _OWN_ATTENTION:
+        yield "its attention is computed by experts of its own"
     if not is_set(text, "num_attention_heads"):
         yield "it has no attention heads"
         return
