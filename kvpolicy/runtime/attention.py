@@ -54,9 +54,7 @@ def policy_attention(
         stock = attention_function(original, module)
         return layer.watch(stock, module, (query, key, value, attention_mask), dropout, scaling, call)
     if isinstance(layer, PolicyLayer):
-        output: Attended = _attend(
-            layer, module, (query, key, value, attention_mask), dropout, scaling, original, call
-        )
+        output: Attended = _attend(layer, module, (query, key, value, attention_mask), dropout, scaling, original, call)
         return output
     _note_uncompressed(module, query, key, call)
     stock = attention_function(original, module)
