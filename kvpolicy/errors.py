@@ -22,7 +22,7 @@ class Problem:
     """One thing that is wrong in a policy file."""
 
     where: str  # "rkv.yaml:7:11: score[0].queries"
-    message: str  # "must be an integer >= 1: 'many'"
+    message: str  # "must be an integer from 1 to 4096: 'many'"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"

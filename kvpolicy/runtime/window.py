@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_ROOM = 64  # queries for which a buffer has room from the start
+
 
 class Window:
     """The newest W queries of each row, oldest first; where a row has had fewer, the first ones have position -1.
 
-    The buffer holds 2·W. It is written in place and moves its newer half to the front when it is full, so the order is
-    kept and the cost per token is constant.
+    The buffer holds 2·W once there have been W queries, less before. It is written in place and moves its newer half to
+    the front when it is full, so the order is kept and the cost per token is constant.
     """
 
     def __init__(self, size: int) -> None:
@@ -63,9 +65,10 @@ class Window:
     def _put(self, queries: Tensor, positions: Tensor) -> None:
         queries, positions = queries[:, :, -self.size :], positions[:, -self.size :]
         count = queries.shape[2]
-        if not self._filled:
-            self._queries = queries.new_empty((*queries.shape[:2], 2 * self.size, queries.shape[3]))
-            self._positions = positions.new_empty((positions.shape[0], 2 * self.size))
+        if not self._filled or self._queries.shape[2] < 2 * count:
+            room = 2 * min(self.size, max(2 * count, _ROOM))  # grows with the tokens, whatever the policy asks for
+            self._queries = queries.new_empty((*queries.shape[:2], room, queries.shape[3]))
+            self._positions = positions.new_empty((positions.shape[0], room))
         self._queries[:, :, :count] = queries
         self._positions[:, :count] = positions
         self._filled = count

@@ -15,6 +15,7 @@ from kvpolicy.stages.contracts import (
     Selector,
 )
 from kvpolicy.stages.parameters import (
+    LARGEST,
     Choice,
     Flag,
     Integer,
@@ -28,6 +29,7 @@ from kvpolicy.stages.parameters import (
 
 SCHEMA_VERSION = 1
 NEVER = "never"
+_EVERY = Integer(minimum=1)
 
 
 @attrs.frozen
@@ -42,10 +44,12 @@ class BudgetRule(Rule):
 
     def schema(self) -> dict[str, Any]:
         text = {"type": "string", "pattern": r"^\d+(\.\d+)? ?(%|B|[KMG]i?B)$"}
-        return {"anyOf": [{"type": "integer", "minimum": 1}, text]}
+        return {"anyOf": [{"type": "integer", "minimum": 1, "maximum": LARGEST}, text]}
 
     def __str__(self) -> str:
-        return 'a number of tokens >= 1, a share such as "10%", or a size such as "2GiB"'
+        return (
+            f'a number of tokens from 1 to {LARGEST}, a share such as "10%", or a size such as "2GiB", up to 2^60 bytes'
+        )
 
 
 @attrs.frozen
@@ -53,13 +57,13 @@ class EveryRule(Rule):
     """How many new tokens may come on top of the budget."""
 
     def accepts(self, value: object) -> bool:
-        return value == NEVER or Integer(minimum=1).accepts(value)
+        return value == NEVER or _EVERY.accepts(value)
 
     def schema(self) -> dict[str, Any]:
-        return {"anyOf": [{"type": "integer", "minimum": 1}, {"const": NEVER}]}
+        return {"anyOf": [_EVERY.schema(), {"const": NEVER}]}
 
     def __str__(self) -> str:
-        return f"an integer >= 1, or {NEVER}"
+        return f"{_EVERY}, or {NEVER}"
 
 
 @attrs.frozen
