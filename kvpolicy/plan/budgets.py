@@ -1,10 +1,11 @@
 """From the budget of a policy to entries per layer."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import attrs
 
-from kvpolicy.errors import PolicyError, Problem
+from kvpolicy.errors import PolicyError, Problem, one_line
 from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Geometry, LayerRequest
@@ -67,9 +68,11 @@ def _allocated(budgets: Budgets, seen: int) -> tuple[int, ...]:
     )
     allocator = budgets.spec.allocate.layers
     shares = allocator.allocate(request)
-    if len(shares) != request.layers or any(type(share) is not int or share < request.protected for share in shares):
-        raise contract_error(allocator, f"returned {shares}, expected {request.layers} integers >= {request.protected}")
-    return shares
+    sound = isinstance(shares, Sequence) and len(shares) == request.layers
+    if not sound or not all(type(one) is int and request.protected <= one <= seen for one in shares):
+        expected = f"{request.layers} integers from {request.protected} to {seen}"
+        raise contract_error(allocator, f"returned {one_line(shares, 100)}, expected {expected}")
+    return tuple(shares)
 
 
 @lru_cache(maxsize=4096)

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Glimpse
+from kvpolicy.stages.checks import check_state
 from kvpolicy.stages.contracts import Observer
+from kvpolicy.stages.declared import needs_of, slot_state_of
 from kvpolicy.stages.formats import ALL
+from kvpolicy.stages.untouched import debugging, tensors_of_glimpse, untouched
 
 ATTENTION = "attention"
 MERGE_STATE = "merge."
@@ -41,12 +44,30 @@ def followers_of(spec: PolicySpec) -> tuple[Follower, ...]:
 
 def _followers(spec: PolicySpec) -> Iterator[Follower]:
     plugins = observers(spec)
-    if any(plugin.needs().attention for plugin, _ in plugins):
+    if any(needs_of(plugin).attention for plugin, _ in plugins):
         yield Follower(ALL, {ATTENTION: ATTENTION}, _mass)
     for plugin, prefix in plugins:
-        if plugin.needs().followed:
-            columns = {state.name: prefix + state.name for state in plugin.slot_state()}
-            yield Follower(plugin.needs().followed, columns, plugin.follow)
+        followed = needs_of(plugin).followed
+        if followed:
+            columns = {state.name: prefix + state.name for state in slot_state_of(plugin)}
+            yield Follower(followed, columns, Follows(plugin, debugging()))
+
+
+@attrs.frozen
+class Follows:
+    """`follow` of a plugin, whose answer is checked."""
+
+    plugin: Observer
+    watched: bool  # told when the plan is made: this is called at every token, and traced by compilers
+
+    def __call__(self, glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.watched:
+            with untouched(self.plugin, tensors_of_glimpse(glimpse, state)):
+                fresh = self.plugin.follow(glimpse, state)
+        else:
+            fresh = self.plugin.follow(glimpse, state)
+        check_state(self.plugin, fresh, state)
+        return fresh
 
 
 def _mass(glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.errors import ParameterError, shown
+from kvpolicy.errors import ParameterError, one_line, shown
 
 BEYOND = 10**18  # policy files have integers of at most 18 digits, and Python gets no longer ones in
 LARGEST = 10**9  # bound of a rule that gives none: more than any sequence has tokens, and sums of it fit 64 bits
@@ -36,7 +36,7 @@ class Rule(abc.ABC):
 
     def __call__(self, _instance: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
         if not self.accepts(value):
-            raise ParameterError(f"{attribute.name}: must be {self}: {shown(value)}")
+            raise ParameterError(f"{attribute.name}: must be {one_line(self)}: {shown(value)}")
 
 
 @attrs.frozen

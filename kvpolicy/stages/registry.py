@@ -40,13 +40,19 @@ class Registry:
     offers: tuple[Offer, ...]
     broken: tuple[Broken, ...]
 
-    def find(self, stage: str, name: str) -> type[Plugin]:
+    def find(self, stage: str, name: str, home: str = "") -> type[Plugin]:
         """The plugin class of `stage` called `name`, or `distribution:name` where two have the name.
+
+        Where two have it, `home` says whose is meant: a policy file that a distribution brings along means its own
+        plugins first, then the built-in ones, whatever else is installed beside it.
 
         Raises:
             PluginError: no such plugin, more than one, or a distribution that should have it is broken.
         """
         found = [one for one in self._of(stage) if name in (one.name, one.qualified)]
+        if len(found) > 1 and home:
+            nearest = [one for owner in (home, PROJECT) for one in found if normalised(one.distribution) == owner]
+            found = nearest[:1] or found
         if len(found) > 1:
             choices = " or ".join(repr(one.qualified) for one in found)
             raise PluginError(f"more than one plugin has the name {shown(name)}; write {choices}")
@@ -68,6 +74,11 @@ class Registry:
         record = next((one for one in self._of(kind.stage) if one.kind is kind), None)
         return kind.name if record is None or record.distribution == PROJECT else record.qualified
 
+    def owner(self, kind: type[Plugin]) -> str:
+        """The distribution that offers `kind`; the project's own for a class that nobody offers."""
+        record = next((one for one in self._of(kind.stage) if one.kind is kind), None)
+        return PROJECT if record is None else normalised(record.distribution)
+
     def policies(self) -> dict[str, Path]:
         """The installed policies by name, sorted; `distribution:name` where two have the name."""
         named = [(offer, name) for offer in self.offers for name in offer.policies]
@@ -77,6 +88,20 @@ class Registry:
             owner = f"{normalised(offer.source.distribution)}:" if name in several else ""
             paths[owner + name] = offer.policies[name]
         return dict(sorted(paths.items()))
+
+    def policy(self, name: str) -> Path | None:
+        """The installed policy of that name, or `distribution:name`; None if there is none, or more than one."""
+        qualified = {
+            f"{normalised(offer.source.distribution)}:{one}": path
+            for offer in self.offers
+            for one, path in offer.policies.items()
+        }
+        return self.policies().get(name) or qualified.get(name)
+
+    def home(self, path: Path) -> str:
+        """The distribution that brought the policy file, empty for a file of the user's own."""
+        homes = (offer.source.distribution for offer in self.offers if path in offer.policies.values())
+        return normalised(next(homes, ""))
 
     def plugins(self) -> tuple[Record, ...]:
         """Every plugin, in the order of the stages, then of their names."""
