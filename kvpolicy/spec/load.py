@@ -8,9 +8,9 @@ from kvpolicy.errors import InputError, UnknownPolicyError, did_you_mean, shown
 from kvpolicy.spec.checks import check
 from kvpolicy.spec.overrides import override
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.spec.reader import MAX_BYTES, read
+from kvpolicy.spec.reader import read
 from kvpolicy.spec.structure import structure
-from kvpolicy.spec.tree import Problems
+from kvpolicy.spec.tree import MAX_BYTES, Problems
 from kvpolicy.stages.registry import registry
 
 _SUFFIXES = (".yaml", ".yml")

@@ -5,6 +5,7 @@ from typing import Any
 import attrs
 
 from kvpolicy.spec.budget import Budget
+from kvpolicy.spec.writable import check_writable
 from kvpolicy.stages.contracts import (
     Codec,
     HeadAllocator,
@@ -29,6 +30,7 @@ from kvpolicy.stages.parameters import (
 
 SCHEMA_VERSION = 1
 NEVER = "never"
+MOST_SCORERS = 64  # far more than any method sums, and few enough to be written out
 _EVERY = Integer(minimum=1)
 
 
@@ -71,13 +73,15 @@ class ScoreRule(Rule):
     """The weighted list of scorers."""
 
     def accepts(self, value: object) -> bool:
-        return isinstance(value, tuple) and bool(value) and all(isinstance(one, Weighted) for one in value)
+        if not isinstance(value, tuple) or not 1 <= len(value) <= MOST_SCORERS:
+            return False
+        return all(isinstance(one, Weighted) for one in value)
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/weighted"}}
+        return {"type": "array", "minItems": 1, "maxItems": MOST_SCORERS, "items": {"$ref": "#/$defs/weighted"}}
 
     def __str__(self) -> str:
-        return "a list of at least one scorer"
+        return f"a list of 1 to {MOST_SCORERS} scorers"
 
 
 @attrs.frozen
@@ -143,3 +147,6 @@ class PolicySpec:
     protect: Protect = parameter(Nested(Protect), Protect(), help="what is never evicted")
     summary: str = parameter(Text(), "", help="one line for people")
     reference: str = parameter(Text(), "", help="where the method was published")
+
+    def __attrs_post_init__(self) -> None:
+        check_writable(self)

@@ -9,8 +9,8 @@ from typing import Any, Final
 import attrs
 
 from kvpolicy.errors import ParameterError, PluginError, described, did_you_mean, one_line, shown
-from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, ScoreRule, Weighted
-from kvpolicy.spec.tree import Item, Problems, below
+from kvpolicy.spec.policy import BESIDE, MOST_SCORERS, SCHEMA_VERSION, PolicySpec, ScoreRule, Weighted
+from kvpolicy.spec.tree import MAX_DEPTH, Item, Problems, below
 from kvpolicy.stages.contracts import Plugin
 from kvpolicy.stages.hooks import PROJECT
 from kvpolicy.stages.parameters import Nested, Plugged, Rule, is_required, rule_of
@@ -109,6 +109,9 @@ def _built(item: Item, kind: type, values: dict[str, Any], path: str, problems: 
 
 def _plugin(item: Item, stage: str, path: str, problems: Problems, beside: tuple[str, ...] = ()) -> Plugin | Any:
     """A plugin, written as a word or as a mapping with `use`."""
+    if path.count(".") > MAX_DEPTH:  # a default may lead to itself, without an end
+        problems.add(item.place, path, f"must be nested at most {MAX_DEPTH} deep")
+        return INVALID
     kind = _kind(item, stage, path, problems)
     if kind is INVALID:
         return INVALID
@@ -135,7 +138,7 @@ def _kind(item: Item, stage: str, path: str, problems: Problems) -> type[Plugin]
 
 
 def _score(item: Item, rule: Rule, path: str, problems: Problems) -> Any:
-    if not isinstance(item.value, tuple) or not item.value:
+    if not isinstance(item.value, tuple) or not 1 <= len(item.value) <= MOST_SCORERS:
         problems.add(item.place, path, f"must be {rule}: {shown(item.plain)}")
         return INVALID
     parts = [_weighted(part, below(path, number), problems) for number, part in enumerate(item.value)]

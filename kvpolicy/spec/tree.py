@@ -7,6 +7,8 @@ import attrs
 
 from kvpolicy.errors import PolicyError, Problem, shown
 
+MAX_BYTES = 64 * 1024
+MAX_EVENTS = 2048
 MAX_DEPTH = 16
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 

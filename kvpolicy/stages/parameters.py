@@ -136,16 +136,18 @@ class Flag(Rule):
 
 @attrs.frozen
 class Text(Rule):
-    """A line of text."""
+    """A line of text, of at most `longest` characters."""
+
+    longest: int = 1000
 
     def accepts(self, value: object) -> bool:
-        return type(value) is str and re.search(_FORBIDDEN, value) is None
+        return type(value) is str and len(value) <= self.longest and re.search(_FORBIDDEN, value) is None
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "string", "not": {"pattern": _FORBIDDEN}}
+        return {"type": "string", "maxLength": self.longest, "not": {"pattern": _FORBIDDEN}}
 
     def __str__(self) -> str:
-        return "a line of text"
+        return f"a line of text, {self.longest} characters at most"
 
 
 @attrs.frozen

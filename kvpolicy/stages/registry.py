@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import attrs
@@ -66,17 +67,16 @@ class Registry:
 
     def reference(self, kind: type[Plugin]) -> str:
         """The name under which `find` gives `kind`."""
-        named = _distinct(self._of(kind.stage))
-        return next((name for name, record in named.items() if record.kind is kind), kind.name)
+        return self._references.get(kind, kind.name)
 
     def identity(self, kind: type[Plugin]) -> str:
         """A name for `kind` that does not depend on what else is installed."""
-        record = next((one for one in self._of(kind.stage) if one.kind is kind), None)
+        record = self._records.get(kind)
         return kind.name if record is None or record.distribution == PROJECT else record.qualified
 
     def owner(self, kind: type[Plugin]) -> str:
         """The distribution that offers `kind`; the project's own for a class that nobody offers."""
-        record = next((one for one in self._of(kind.stage) if one.kind is kind), None)
+        record = self._records.get(kind)
         return PROJECT if record is None else normalised(record.distribution)
 
     def policies(self) -> dict[str, Path]:
@@ -108,12 +108,24 @@ class Registry:
         return tuple(record for stage in STAGES for _, record in sorted(_distinct(self._of(stage)).items()))
 
     def _of(self, stage: str) -> list[Record]:
-        return [
-            Record(kind.name, stage, offer.source.distribution, offer.source.version, kind)
-            for offer in self.offers
-            for kind in offer.kinds
-            if kind.stage == stage
-        ]
+        return [one for one in self._records.values() if one.stage == stage]
+
+    @cached_property
+    def _records(self) -> dict[type[Plugin], Record]:
+        """By class: policies are written and compared by the names of their plugins, many times over.
+
+        A class that a second distribution offers, too, is the first one's.
+        """
+        found: dict[type[Plugin], Record] = {}
+        for offer in self.offers:
+            for kind in offer.kinds:
+                record = Record(kind.name, kind.stage, offer.source.distribution, offer.source.version, kind)
+                found.setdefault(kind, record)
+        return found
+
+    @cached_property
+    def _references(self) -> dict[type[Plugin], str]:
+        return {record.kind: name for stage in STAGES for name, record in _distinct(self._of(stage)).items()}
 
     def _suspects(self, name: str) -> list[PluginError]:
         """Why plugins that might have had the name are not there; the entry point of that name first."""

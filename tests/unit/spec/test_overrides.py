@@ -49,7 +49,7 @@ def test_override_may_mend_what_the_file_has_wrong():
             "override score[0].queries: must be an integer from 1 to 4096: 'many'",
         ),
         ({"score": [{"use": "history"}]}, "override score[0].of: must be given: a plugin of the stage 'score'"),
-        ({"score": []}, "override score: must be a list of at least one scorer: an empty list"),
+        ({"score": []}, "override score: must be a list of 1 to 64 scorers: an empty list"),
         (
             {"score": [{"use": "recency", "weight": float("nan")}]},
             "override score[0].weight: must be a number from -1e+09 to 1e+09: nan",
@@ -60,7 +60,7 @@ def test_override_may_mend_what_the_file_has_wrong():
             "override select: must be plain data (dict, list, str, int, float, bool): a Python object",
         ),
         ({"select": {"use": b"topk"}}, "override select.use: must be plain data"),
-        ({"name": "\ud800"}, "override name: must be a line of text: "),
+        ({"name": "\ud800"}, "override name: must be a line of text, 1000 characters at most: "),
         ({"kvpolicy": 2}, "override kvpolicy: must be 1, the version of policy files: 2"),
     ],
 )
