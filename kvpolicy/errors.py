@@ -2,11 +2,14 @@
 
 import difflib
 import functools
+import re
 from collections.abc import Iterable
 
 import attrs
 
 _LONGEST_SHOWN = 60
+_LONGEST_LINE = 300
+_UNSEEN = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]")  # would garble a terminal or end a line
 
 
 class KVPolicyError(Exception):
@@ -22,7 +25,7 @@ class Problem:
     """One thing that is wrong in a policy file."""
 
     where: str  # "rkv.yaml:7:11: score[0].queries"
-    message: str  # "must be an integer >= 1: 'many'"
+    message: str  # "must be an integer from 1 to 4096: 'many'"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
@@ -96,11 +99,33 @@ def shown(value: object) -> str:
         kind = "mapping" if isinstance(value, dict) else "list"
         return f"a {kind}" if value else f"an empty {kind}"
     if type(value) not in (int, float, str):
-        return f"a Python {type(value).__name__}"
+        return f"a Python {one_line(type(value).__name__, _LONGEST_SHOWN)}"
     if isinstance(value, int) and value.bit_length() > 2 * _LONGEST_SHOWN:
         return f"an integer of {value.bit_length()} bits"  # Python refuses to print very long ones
     text = repr(value[: _LONGEST_SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…{text[0]}"
+
+
+def one_line(value: object, longest: int = _LONGEST_LINE) -> str:
+    """`str(value)` as one line of at most `longest` characters, whatever class a third party gave us.
+
+    The first line that says anything, without control characters; a placeholder where `str` raises.
+    """
+    try:
+        text = str(value)[: 64 * longest]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a message is made of it, nothing more
+        return f"<{type(value).__name__[:40]}, whose text cannot be had: {type(error).__name__[:40]}>"
+    lines = (_UNSEEN.sub(" ", line) for line in text.splitlines())
+    line = next((line.strip() for line in lines if line.strip()), "")
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def described(error: BaseException) -> str:
+    """An error of another library or of a plugin as our messages tell of it: its kind and its first line."""
+    kind, text = one_line(type(error).__name__, _LONGEST_SHOWN), one_line(error)
+    return f"{kind}: {text}" if text else kind
 
 
 def did_you_mean(name: str, known: Iterable[str], label: str) -> str:

@@ -112,7 +112,7 @@ def _rkv(scale: Scale, clock: Clock) -> Result:
 
 
 def _compaction(scale: Scale, clock: Clock) -> Result:
-    verdicts, cases, policy = [], [], load("snapkv", budget=scale.budget)
+    verdicts, cases, policy = [], [], load("kvpolicy:snapkv", budget=scale.budget)
     for gate, length, least in (("compaction", scale.moved, 4.0), ("compaction-prompt", scale.snapkv, None)):
         case = Compaction(policy, scale.moving, length, _CPU, torch.float32).measure(clock)
         claim = f"compaction, {length} to {scale.budget} entries: times faster than an expanded gather"
@@ -122,7 +122,7 @@ def _compaction(scale: Scale, clock: Clock) -> Result:
 
 
 def _decode(scale: Scale, clock: Clock) -> Result:
-    policy = load("snapkv", budget=scale.budget, **_DRAFT)
+    policy = load("kvpolicy:snapkv", budget=scale.budget, **_DRAFT)
     protocol = Protocol(scale.rounds, warm_up=2)
     full = (DYNAMIC, PREALLOCATED, STATIC)
     setup = DecodeSetup((policy,), scale.model, (scale.decode,), _CPU, torch.float32, full=full, protocol=protocol)
@@ -143,7 +143,7 @@ def _decode(scale: Scale, clock: Clock) -> Result:
 
 
 def _attach(scale: Scale, clock: Clock) -> Result:
-    policy = load("rkv", budget=scale.short + 100_000)
+    policy = load("kvpolicy:rkv", budget=scale.short + 100_000)
     protocol = Protocol(6 * scale.rounds, warm_up=3)
     case = Overhead(policy, scale.short, protocol).measure(_model(scale.model, scale.short), clock)
     claim = "attached with a budget above the length: decode time as a multiple of the plain model's"
@@ -151,7 +151,7 @@ def _attach(scale: Scale, clock: Clock) -> Result:
 
 
 def _age(scale: Scale, clock: Clock) -> Result:
-    policy = load("rkv", budget=scale.budget, **_DRAFT)
+    policy = load("kvpolicy:rkv", budget=scale.budget, **_DRAFT)
     age = Age(policy, 2 * scale.budget, scale.old)
     case = age.measure(_model(scale.small, scale.old), clock)
     between = noise(case.samples["young"], case.samples["young again"])
@@ -177,7 +177,7 @@ def judge(names: tuple[str, ...], scale: Scale, clock: Clock) -> Iterator[tuple[
 
 
 def _compressed(name: str, length: int, dtype: torch.dtype, scale: Scale, clock: Clock) -> Case:
-    policy = load(name, budget=scale.budget)
+    policy = load(f"kvpolicy:{name}", budget=scale.budget)
     setup = CompressSetup((policy,), scale.attention, (length,), _CPU, dtype, protocol=Protocol(scale.rounds))
     case = measure_one(setup, policy, length, clock, Deadline(), _fail)
     if NAIVE not in case.samples:

@@ -57,9 +57,9 @@ class GpuSetup:
 def setup_for(sizes: Sizes, budget: int, device: torch.device, dtype: torch.dtype, *, graph: bool) -> GpuSetup:
     """All parts at these sizes; attention heads are those of the 8B model unless the sizes are tiny."""
     shape = attrs.evolve(model_shape(sizes.model), layers=sizes.layers)
-    policies = tuple(load(name, budget=budget) for name in COMPRESSED)
-    decoded = tuple(load(name, budget=budget, **sizes.overrides) for name in DECODED)
-    tenth = tuple(load(name, budget=max(_LEAST, sizes.new // 10), **sizes.overrides) for name in DECODED)
+    policies = tuple(load(f"kvpolicy:{name}", budget=budget) for name in COMPRESSED)
+    decoded = tuple(load(f"kvpolicy:{name}", budget=budget, **sizes.overrides) for name in DECODED)
+    tenth = tuple(load(f"kvpolicy:{name}", budget=max(_LEAST, sizes.new // 10), **sizes.overrides) for name in DECODED)
     memory = Budget.parse(sizes.memory)
     protocol = Protocol(sizes.rounds, warm_up=2)
     common: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -77,7 +77,7 @@ def shipped(names: Sequence[str], budget: int, **overrides: Any) -> "tuple[Polic
     found: list[Policy] = []
     for name in names:
         try:
-            found += policies_of([name], budget, **overrides)
+            found += policies_of([f"kvpolicy:{name}"], budget, **overrides)
         except KVPolicyError as error:
             line(f"not measured: {name}: {error}", error=True)
     return tuple(found)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvpolicy.evaluate.setup import Setup
     from kvpolicy.policy import Policy
 
-POLICIES = ("streaming_llm", "h2o", "snapkv", "rkv", "blend")
+POLICIES = tuple(f"kvpolicy:{name}" for name in ("streaming_llm", "h2o", "snapkv", "rkv", "blend"))
 SHARES = ("25%", "10%")
 RETAINED = Fraction(1, 4)
 QUICK: dict[str, Any] = {"items": 2, "length": 128, "rows": 2}

@@ -13,7 +13,7 @@ from kvpolicy.cli.prompt import read_prompt
 
 def run(
     model: Annotated[str, typer.Argument(help="Path or id of a model; `testbed` is the one that comes with kvpolicy.")],
-    policy: Annotated[str, typer.Option(help="A policy's name, or a file.")] = "full",
+    policy: Annotated[str | None, typer.Option(help="A policy's name, or a file; by default full.")] = None,
     budget: Budget = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt; - is stdin, as without it.")] = None,
@@ -30,7 +30,7 @@ def run(
 
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1: {max_new_tokens}")
-    loaded = load(policy, **budget_override(budget))
+    loaded = load("kvpolicy:full" if policy is None else policy, **budget_override(budget))
     target, kind = device_of(device), dtype_of(dtype)
     text = read_prompt(prompt, prompt_file)
     loaded.check(config_of(model), calibration)  # refuses what cannot go together before weights are read

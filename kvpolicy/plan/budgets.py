@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from kvpolicy.errors import BudgetWarning, PolicyError, Problem
+from kvpolicy.errors import BudgetWarning, PolicyError, Problem, one_line
 from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Geometry, LayerRequest
@@ -129,10 +129,11 @@ class Budgets:
         )
         allocator = self.spec.allocate.layers
         shares = allocator.allocate(request)
-        if len(shares) != request.layers or any(type(one) is not int or one < request.protected for one in shares):
-            expected = f"expected {request.layers} integers >= {request.protected}"
-            raise contract_error(allocator, f"returned {shares}, {expected}")
-        return shares
+        sound = isinstance(shares, Sequence) and len(shares) == request.layers
+        if not sound or not all(type(one) is int and request.protected <= one <= seen for one in shares):
+            expected = f"{request.layers} integers from {request.protected} to {seen}"
+            raise contract_error(allocator, f"returned {one_line(shares, 100)}, expected {expected}")
+        return tuple(shares)
 
 
 def _noted(known: dict[int, _PerLayer], seen: int, found: _PerLayer) -> _PerLayer:

@@ -1,7 +1,6 @@
 """What is updated at every forward from the attention that is computed anyway."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 
 import attrs
 import torch
@@ -9,8 +8,11 @@ from torch import Tensor
 
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Glimpse
+from kvpolicy.stages.checks import check_state
 from kvpolicy.stages.contracts import Observer
+from kvpolicy.stages.declared import needs_of, slot_state_of
 from kvpolicy.stages.formats import ALL
+from kvpolicy.stages.untouched import debugging, tensors_of_glimpse, untouched
 
 ATTENTION = "attention"
 MERGE_STATE = "merge."
@@ -43,22 +45,36 @@ def followers_of(spec: PolicySpec) -> tuple[Follower, ...]:
 
 def _followers(spec: PolicySpec) -> Iterator[Follower]:
     plugins = observers(spec)
-    if any(plugin.needs().attention for plugin, _ in plugins):
+    if any(needs_of(plugin).attention for plugin, _ in plugins):
         yield Follower(ALL, {ATTENTION: ATTENTION}, _mass)
     for plugin, prefix in plugins:
-        if plugin.needs().followed:
-            columns = {state.name: prefix + state.name for state in plugin.slot_state()}
-            yield Follower(plugin.needs().followed, columns, partial(_followed, plugin))
+        followed = needs_of(plugin).followed
+        if followed:
+            columns = {state.name: prefix + state.name for state in slot_state_of(plugin)}
+            yield Follower(followed, columns, Follows(plugin, debugging()))
+
+
+@attrs.frozen
+class Follows:
+    """`follow` of a plugin, whose answer is checked."""
+
+    plugin: Observer
+    watched: bool  # told when the plan is made: this is called at every token, and traced by compilers
+
+    def __call__(self, glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        told = _told(glimpse)  # of NaN it would remember NaN for good
+        if self.watched:
+            with untouched(self.plugin, tensors_of_glimpse(told, state)):
+                fresh = self.plugin.follow(told, state)
+        else:
+            fresh = self.plugin.follow(told, state)
+        check_state(self.plugin, fresh, state)
+        return fresh
 
 
 def _mass(glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Attention received, [B, K, T, G], summed over the queries; one whose attention is NaN counts for nothing."""
     return {ATTENTION: state[ATTENTION] + glimpse.probabilities.nansum(3).transpose(-1, -2)}
-
-
-def _followed(plugin: Observer, glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What a plugin makes of the logits that say something: it would remember NaN for good."""
-    return plugin.follow(_told(glimpse), state)
 
 
 def _told(glimpse: Glimpse) -> Glimpse:

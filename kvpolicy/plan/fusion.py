@@ -4,7 +4,9 @@ from typing import Any
 
 import attrs
 import torch
+from torch import Tensor
 
+from kvpolicy.errors import described, one_line, shown
 from kvpolicy.spec.policy import PolicySpec, Weighted
 from kvpolicy.stages import HeadAllocator, Scorer
 from kvpolicy_kernels import Finish, Tile
@@ -64,11 +66,14 @@ def _again(weighted: Weighted, tiled: bool, reason: str) -> Term:
 
 def _offered(scorer: Scorer) -> Tile | str:
     try:
-        return scorer.tile()
+        offered: object = scorer.tile()
     except ModuleNotFoundError as error:  # most tile functions are imported where they are asked for
         return "Triton is not installed" if error.name == "triton" else f"its tile function needs {error.name}"
     except Exception as error:  # noqa: BLE001 - a third party's code: its reference runs instead, and the plan says why
-        return f"its tile function failed: {type(error).__name__}: {error}"
+        return f"its tile function failed: {described(error)}"
+    if isinstance(offered, str):
+        return one_line(offered) or "gives no reason"
+    return offered if isinstance(offered, Tile) else f"its tile function is none: {shown(offered)}"
 
 
 def _against_dividing(allocator: HeadAllocator) -> str:
@@ -76,5 +81,7 @@ def _against_dividing(allocator: HeadAllocator) -> str:
     try:
         divided = allocator.divide(one, lambda total: total[:, None], one[0])
     except Exception as error:  # noqa: BLE001 - as above
-        return f"dividing failed: {type(error).__name__}: {error}"
-    return divided if isinstance(divided, str) else ""
+        return f"dividing failed: {described(error)}"
+    if isinstance(divided, str):
+        return one_line(divided) or "gives no reason"
+    return "" if isinstance(divided, Tensor) else f"dividing gives no counts: {shown(divided)}"

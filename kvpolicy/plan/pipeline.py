@@ -1,7 +1,7 @@
 """One compression of one layer: score, allocate, select, merge. A pure function of the view."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -12,8 +12,10 @@ from kvpolicy.plan.finite import Sound, faults_of, is_finite, kept_finite, warn_
 from kvpolicy.plan.followers import MERGE_STATE, state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Entries, Scorer, View
-from kvpolicy.stages.checks import check_scores, check_tensor, seen_shape
+from kvpolicy.stages.checks import check_scores, check_state, check_tensor, contract_error, seen_shape
+from kvpolicy.stages.declared import slot_state_of
 from kvpolicy.stages.slots import indices_of
+from kvpolicy.stages.untouched import tensors_of, watching
 
 
 @attrs.frozen(eq=False)
@@ -99,17 +101,22 @@ def scored(scorer: Scorer, prefix: str, view: View) -> tuple[Tensor, dict[str, T
     """The scores [B, K, T] of one scorer, and its new slot state, whose names begin with `prefix` in the store."""
     own = _own_state(view, prefix)
     seen = view.with_state(own)
-    fresh = scorer.observe(seen) if own else {}
+    fresh: Mapping[str, Tensor] = {}
+    if own:
+        with watching(scorer, lambda: tensors_of(seen)):
+            fresh = scorer.observe(seen)
+        check_state(scorer, fresh, own)
     if fresh:
         seen = seen.with_state({**own, **fresh})
-    scores = scorer.score(seen)
+    with watching(scorer, lambda: tensors_of(seen)):
+        scores = scorer.score(seen)
     check_scores(scorer, scores, view)
     return scores, {prefix + name: _remembered(scorer, name, values) for name, values in fresh.items()}
 
 
 def _remembered(scorer: Scorer, name: str, values: Tensor) -> Tensor:
     """State to be carried on: NaN is told by this round's scores, and forgotten, or it would stay for good."""
-    fill = next((state.fill for state in scorer.slot_state() if state.name == name), 0.0)
+    fill = next((state.fill for state in slot_state_of(scorer) if state.name == name), 0.0)
     return values.masked_fill(values.isnan(), fill)
 
 
@@ -119,7 +126,9 @@ def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int]
     total = torch.as_tensor(budget, dtype=torch.int64, device=view.positions.device) * heads
     free = (total - view.protected.sum((1, 2))).clamp(min=0)
     competing = view.in_sequence(scores), view.in_sequence(view.candidates)
-    counts = spec.allocate.heads.allocate(*competing, free)
+    shown = dict(zip(("scores", "candidates", "budget"), (*competing, free), strict=True))
+    with watching(spec.allocate.heads, lambda: shown):
+        counts = spec.allocate.heads.allocate(*competing, free)
     rows = {"batch": scores.shape[0], "kv_heads": heads}
     check_tensor(spec.allocate.heads, counts, rows, torch.int64, scores.device)
     return counts
@@ -127,7 +136,9 @@ def allocate(spec: PolicySpec, view: View, scores: Tensor, budget: Sequence[int]
 
 def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tensor:
     """The candidates that stay, bool [B, K, T]."""
-    chosen = spec.select.select(view.in_sequence(scores), view.in_sequence(view.candidates), counts)
+    shown = {"scores": view.in_sequence(scores), "candidates": view.in_sequence(view.candidates), "counts": counts}
+    with watching(spec.select, lambda: shown):
+        chosen = spec.select.select(*shown.values())
     check_tensor(spec.select, chosen, seen_shape(view), torch.bool, scores.device)
     return view.in_slots(chosen) & view.candidates
 
@@ -148,7 +159,10 @@ def merge(spec: PolicySpec, view: View, kept: Tensor, *, faults: int) -> Entries
 
 def _merged(spec: PolicySpec, view: View, kept: Tensor) -> Entries:
     """What the merger gives, checked; `view` shows its own state."""
-    entries = spec.merge.merge(view, kept)
+    with watching(spec.merge, lambda: {**tensors_of(view), "kept": kept}):
+        entries: object = spec.merge.merge(view, kept)
+    if not isinstance(entries, Entries):
+        raise contract_error(spec.merge, f"returned {type(entries).__name__}, expected Entries")
     slots = dict(zip(("batch", "kv_heads", "kept"), kept.shape, strict=True))
     for found, source in ((entries.keys, view.keys), (entries.values, view.values)):
         check_tensor(spec.merge, found, {**slots, "dim": source.shape[-1]}, source.dtype, source.device)
@@ -156,6 +170,11 @@ def _merged(spec: PolicySpec, view: View, kept: Tensor) -> Entries:
         check_tensor(spec.merge, entries.log_votes, slots, torch.float32, view.keys.device)
     if entries.changed is not None:
         check_tensor(spec.merge, entries.changed, slots, torch.bool, view.keys.device)
+    states = (
+        {name: state.new_empty(kept.shape) for name, state in seen.slot_state.items()} if entries.slot_state else {}
+    )
+    check_state(spec.merge, entries.slot_state, states)
+    check_state(spec.merge, entries.row_state, seen.row_state)
     return entries
 
 

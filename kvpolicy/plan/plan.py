@@ -7,7 +7,7 @@ from functools import cached_property
 import attrs
 import torch
 
-from kvpolicy.errors import CalibrationError, ParameterError, PolicyError, Problem, UnsupportedModelError
+from kvpolicy.errors import CalibrationError, ParameterError, PolicyError, Problem, UnsupportedModelError, one_line
 from kvpolicy.plan.budgets import Budgets
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.followers import ATTENTION, Follower, followers_of, observers
@@ -16,6 +16,16 @@ from kvpolicy.plan.fusion import Fusion, fusion_of
 from kvpolicy.plan.trial import tried
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Column, Format, Formats, Geometry, Needs, Rotary, Site
+from kvpolicy.stages.declared import (
+    any_order_of,
+    flag_of,
+    formats_of,
+    needs_of,
+    pages_of,
+    row_state_of,
+    slot_state_of,
+)
+from kvpolicy.stages.registry import registry
 from kvpolicy_kernels import obstacle
 
 POSITIONS = "positions"
@@ -48,7 +58,7 @@ class Plan:
     @cached_property
     def selective(self) -> bool:
         """Whether decode steps may attend to less than all that is held."""
-        return self.spec.read.name != READ_ALL
+        return registry().identity(type(self.spec.read)) != READ_ALL  # another's reader may have that name, too
 
     def wants_order(self, ordinal: int) -> bool:
         """Whether pads must not stand between entries once a forward is over: they would leave a mark on a group."""
@@ -127,6 +137,7 @@ def compile_policy(
     `kernels` says whether Triton kernels are used; by default where there is a GPU for them.
     """
     device, dtype = _device(device), _floating(dtype)
+    _check_declared(spec)
     sites = _sites(spec, geometry, dtype, rotary, calibration)
     formats = tuple(_formats(spec, site) for site in sites)
     pages = tuple(_pages(spec, site) for site in sites)
@@ -147,6 +158,21 @@ def compile_policy(
         budgets=Budgets(spec, geometry, footprint),
         fusion=_fusion(spec, geometry, device, dtype, kernels),
     )
+
+
+def _check_declared(spec: PolicySpec) -> None:
+    """Raise PluginContractError for plugins that say of themselves what makes no sense."""
+    for weighted in spec.score:
+        any_order_of(weighted.scorer)
+    row_state_of(spec.merge)
+    for plugin, names in (
+        (spec.allocate.heads, ("ragged",)),
+        (spec.select, ("best",)),
+        (spec.merge, ("moves_only", "votes", "reads_window")),
+        (spec.store, ("joint", "calibrated")),
+    ):
+        for name in names:
+            flag_of(plugin, name)
 
 
 def _fusion(
@@ -184,20 +210,20 @@ def _check_calibrations(spec: PolicySpec, sites: Sequence[Site]) -> None:
 
 def _formats(spec: PolicySpec, site: Site) -> Formats:
     try:
-        return spec.store.formats(site)
+        return formats_of(spec.store, site)
     except ParameterError as error:
-        raise PolicyError([Problem("store", str(error))]) from error
+        raise PolicyError([Problem("store", one_line(error))]) from error
 
 
 def _pages(spec: PolicySpec, site: Site) -> Format | None:
     try:
-        return spec.read.pages(site)
+        return pages_of(spec.read, site)
     except ParameterError as error:
-        raise PolicyError([Problem("read", str(error))]) from error
+        raise PolicyError([Problem("read", one_line(error))]) from error
 
 
 def _needs(spec: PolicySpec) -> Needs:
-    needs = [plugin.needs() for plugin, _ in observers(spec)]
+    needs = [needs_of(plugin) for plugin, _ in observers(spec)]
     return Needs(
         queries=max(one.queries for one in needs),
         attention=any(one.attention for one in needs),
@@ -212,7 +238,7 @@ def _columns(spec: PolicySpec, geometry: Geometry) -> dict[str, Column]:
     if _needs(spec).attention:
         columns[ATTENTION] = Column((geometry.group,), torch.float32)
     for plugin, prefix in observers(spec):
-        for state in plugin.slot_state():
+        for state in slot_state_of(plugin):
             columns[prefix + state.name] = Column((), torch.float32, state.fill)
     return columns
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kvpolicy.errors import described
 from kvpolicy.stages import Geometry, Scorer, View
+from kvpolicy.stages.declared import needs_of, slot_state_of
 
 _ONLY_METADATA = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point"})
 _SLOTS = 16  # of the small view, on top of the observation window
@@ -30,7 +32,7 @@ def reads_of(scorer: Scorer, geometry: Geometry) -> Reads:
         with watch, torch.no_grad():
             _run(scorer, view)
     except Exception as error:  # noqa: BLE001 - a third party's scorer: the plan can still be explained
-        return Reads(tuple(_tensors_by_column(view)), f"{type(error).__name__}: {error}")
+        return Reads(tuple(_tensors_by_column(view)), described(error))
     return Reads(tuple(name for name in watch.columns if name in watch.touched))
 
 
@@ -77,7 +79,7 @@ def small_view(
     dtype: torch.dtype = torch.float32,
 ) -> View:
     """One row of few random entries, with all that these scorers need; the names of slot state begin with the keys."""
-    needs = [scorer.needs() for scorer in scorers.values()]
+    needs = [needs_of(scorer) for scorer in scorers.values()]
     window = max(need.queries for need in needs)
     heads, dim, slots = geometry.kv_heads, geometry.head_dim, _SLOTS + window
     random = torch.Generator().manual_seed(0)
@@ -88,7 +90,7 @@ def small_view(
     mass = (
         torch.rand(1, heads, slots, geometry.group, generator=random, dtype=torch.float32).to(device).transpose(-1, -2)
     )
-    fills = {prefix + one.name: one.fill for prefix, scorer in scorers.items() for one in scorer.slot_state()}
+    fills = {prefix + one.name: one.fill for prefix, scorer in scorers.items() for one in slot_state_of(scorer)}
     return View(
         keys=normal(1, heads, slots, dim),
         values=normal(1, heads, slots, dim),

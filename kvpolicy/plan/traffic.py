@@ -110,7 +110,7 @@ def _select(plan: Plan, shapes: Shapes) -> Step:
 def _merge(plan: Plan, shapes: Shapes) -> Step:
     """Dropping touches kept entries only; any other merger may look at all of them."""
     heads, name = plan.geometry.kv_heads, registry().reference(type(plan.spec.merge))
-    looked_at = shapes.kept if plan.spec.merge.name == _DROP else shapes.held
+    looked_at = shapes.kept if registry().identity(type(plan.spec.merge)) == _DROP else shapes.held
     return Step("merge", name, looked_at * heads * _pair(plan), shapes.kept * heads * _pair(plan), ("keys", "values"))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import attrs
 import torch
 
+from kvpolicy.errors import described
 from kvpolicy.plan.followers import state_name
 from kvpolicy.plan.fused import choose_together
 from kvpolicy.plan.fusion import Fusion, Term
@@ -37,5 +38,5 @@ def _problem(spec: PolicySpec, fusion: Fusion, view: View) -> str:
     try:
         choose_together(spec, fusion, [view], [budget])
     except Exception as error:  # noqa: BLE001 - a third party's function, or Triton's compiler: the plan says what
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return described(error)
     return ""

@@ -20,6 +20,7 @@ from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.dump import plugin_digest
 from kvpolicy.spec.policy import NEVER, Compress, PolicySpec, Protect
 from kvpolicy.stages import Needs, Sample
+from kvpolicy.stages.hooks import PROJECT
 from kvpolicy.stages.registry import registry
 
 
@@ -58,6 +59,6 @@ def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterat
 
 def _keeping_all(spec: PolicySpec) -> PolicySpec:
     plain: dict[str, Any] = {"merge": "drop", "store": "plain", "read": READ_ALL}
-    changes: dict[str, Any] = {stage: registry().find(stage, name)() for stage, name in plain.items()}
+    changes: dict[str, Any] = {stage: registry().find(stage, name, PROJECT)() for stage, name in plain.items()}
     whole = Budget(share=Fraction(1))
     return attrs.evolve(spec, budget=whole, compress=Compress(prefill=False, every=NEVER), protect=Protect(), **changes)

@@ -15,6 +15,8 @@ from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
 from kvpolicy.stages.slots import by_position, indices_of, take
 
+_ROOM = 1024  # slots that a compression may leave room for, however few entries stay
+
 
 def view_of(
     plan: Plan,
@@ -89,12 +91,13 @@ def put_in_order(held: Holdings) -> None:
 
 def layout_after(plan: Plan, held: Holdings, move: Move, limit: int) -> Layout:
     """How all segments of a layer are laid out once some rows have been reduced."""
-    slack, lengths = plan.budgets.slack, list(held.slots.lengths)
+    lengths = list(held.slots.lengths)
     for row, counts in zip(move.rows, move.lengths, strict=True):
         lengths[row] = counts
+    longest = max(max(row) for row in lengths)
+    slack = min(plan.budgets.slack, max(longest, _ROOM))  # storage follows the tokens, whatever `every` says
     if plan.ragged:
         return Layout(tuple(_with_room(row, slack, limit) for row in lengths))
-    longest = max(max(row) for row in lengths)
     return Layout.even(len(lengths), len(lengths[0]), max(longest, min(longest + slack, limit)))
 
 

@@ -19,7 +19,7 @@ from kvpolicy.runtime.lending import LendingLayer
 from kvpolicy.runtime.logical import require_rows
 from kvpolicy.runtime.modes import exactly, taking_states
 from kvpolicy.runtime.padding import Arrival
-from kvpolicy.runtime.question import question_of
+from kvpolicy.runtime.question import chosen_by, question_of
 from kvpolicy.runtime.rounds import Round
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.trigger import entries_allowed
@@ -162,7 +162,7 @@ class PolicyLayer(LendingLayer):
         """The slots [B, K, n] that the reader picks for a decode step; None = all."""
         if asked.queries.shape[2] > 1 or not self.plan.selective or self._unsettled:  # pages of those are not made yet
             return None
-        return self.plan.spec.read.choose(question_of(self.plan, self.held, asked, self.ordinal))
+        return chosen_by(self.plan.spec.read, question_of(self.plan, self.held, asked, self.ordinal))
 
     def _note_reading(self, asked: Asked, slots: Tensor | None) -> None:
         if asked.queries.shape[2] == 1:

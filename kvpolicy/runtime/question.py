@@ -1,11 +1,14 @@
 """What a reader is told about a decode step."""
 
 import torch
+from torch import Tensor
 
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.holdings import Holdings
-from kvpolicy.stages import Question
+from kvpolicy.stages import Question, Reader
+from kvpolicy.stages.checks import check_tensor
+from kvpolicy.stages.untouched import tensors_of_question, watching
 
 
 def question_of(plan: Plan, held: Holdings, asked: Asked, ordinal: int) -> Question:
@@ -23,3 +26,15 @@ def question_of(plan: Plan, held: Holdings, asked: Asked, ordinal: int) -> Quest
         packed={name: rows.of(keys.packed, name) for name in keys.form.columns},
         pages={name: rows.of(held.pages.store, name) for name in held.pages.store.columns},
     )
+
+
+def chosen_by(reader: Reader, question: Question) -> Tensor | None:
+    """The slots [B, K, n] that the reader picks; None = all. Raises PluginContractError for anything else."""
+    with watching(reader, lambda: tensors_of_question(question)):
+        chosen: object = reader.choose(question)
+    if chosen is None:
+        return None
+    width = chosen.shape[-1] if isinstance(chosen, Tensor) and chosen.ndim else 0
+    rows, heads = question.positions.shape[:2]
+    sizes = {"batch": rows, "kv_heads": heads, "chosen": width}
+    return check_tensor(reader, chosen, sizes, torch.int64, question.positions.device)

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_ROOM = 64  # queries for which a buffer has room from the start
+
 
 class Window:
     """The newest W queries of each row, oldest first; where a row has had fewer, the first ones have position -1.
 
-    The buffer holds W: a new query overwrites the oldest one in place, and they are put in order when they are read.
+    The buffer holds W once there have been as many queries, less before: a new query overwrites the oldest one in
+    place, and they are put in order when they are read.
     """
 
     def __init__(self, size: int) -> None:
@@ -33,6 +36,7 @@ class Window:
             self._put(queries, positions)
             return
         count = queries.shape[2]
+        self._reserve(min(self.size, self._filled + count))
         start = (self._oldest + self._filled) % self.size
         first = min(count, self.size - start)  # what fits behind the others; the rest goes to the front
         self._queries[:, :, start : start + first] = queries[:, :, :first]
@@ -80,13 +84,26 @@ class Window:
         """Hold the newest of these, oldest first, and nothing else."""
         queries, positions = queries[:, :, -self.size :], positions[:, -self.size :]
         count = queries.shape[2]
-        if not self._filled:
-            self._queries = queries.new_empty((*queries.shape[:2], self.size, queries.shape[3]))
-            self._positions = positions.new_empty((positions.shape[0], self.size))
-            self._measure()
+        if not self._filled or self._queries.shape[2] < count:
+            self._allocate(queries, positions, count)
         self._queries[:, :, :count] = queries
         self._positions[:, :count] = positions
         self._filled, self._oldest = count, 0
+
+    def _reserve(self, count: int) -> None:
+        """Have room for as many; while there is less than W, the oldest query comes first."""
+        if self._queries.shape[2] < count:
+            queries, positions = self._ordered()
+            self._allocate(queries, positions, count)
+            self._queries[:, :, : self._filled] = queries
+            self._positions[:, : self._filled] = positions
+
+    def _allocate(self, queries: Tensor, positions: Tensor, count: int) -> None:
+        """A buffer for `count` queries or more of the shape of these; it grows with the tokens, whatever W is."""
+        room = min(self.size, max(2 * count, _ROOM))
+        self._queries = queries.new_empty((*queries.shape[:2], room, queries.shape[3]))
+        self._positions = positions.new_empty((positions.shape[0], room))
+        self._measure()
 
     def _measure(self) -> None:
         self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in (self._queries, self._positions))

@@ -5,9 +5,10 @@ from fractions import Fraction
 
 import attrs
 
-from kvpolicy.stages.parameters import BEYOND
+from kvpolicy.stages.parameters import LARGEST
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_MOST_BYTES = 2**60
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?) ?%", re.ASCII)
 _BYTES = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(B|[KMG]i?B)", re.ASCII)
 
@@ -28,7 +29,7 @@ class Budget:
     def parse(cls, value: object) -> "Budget | None":
         """`1024`, `"10%"` or `"2GiB"`; None when `value` is none of these."""
         if type(value) is int:
-            return cls(tokens=value) if 1 <= value < BEYOND else None
+            return cls(tokens=value) if 1 <= value <= LARGEST else None
         if not isinstance(value, str):
             return None
         if match := _PERCENT.fullmatch(value):
@@ -36,7 +37,7 @@ class Budget:
             return cls(share=share) if 0 < share <= 1 else None
         if match := _BYTES.fullmatch(value):
             size = int(Fraction(match[1]) * _UNITS[match[2]])
-            return cls(size=size) if size >= 1 else None
+            return cls(size=size) if 1 <= size <= _MOST_BYTES else None
         return None
 
     def dump(self) -> int | str:

@@ -1,7 +1,10 @@
 """Rules between the keys of a policy, which no single key can keep."""
 
+from kvpolicy.errors import PluginError
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.spec.tree import Item, Place, Problems
+from kvpolicy.stages.declared import flag_of, needs_of
+from kvpolicy.stages.registry import registry
 
 
 def check(spec: PolicySpec, root: Item, problems: Problems) -> None:
@@ -23,7 +26,7 @@ def _check_budget_covers_protected(spec: PolicySpec, root: Item, problems: Probl
 
 def _check_merger_has_logits(spec: PolicySpec, root: Item, problems: Problems) -> None:
     plugins = [*(one.scorer for one in spec.score), spec.merge]
-    if spec.merge.reads_window and not any(plugin.needs().queries for plugin in plugins):
+    if spec.merge.reads_window and not any(needs_of(plugin).queries for plugin in plugins):
         message = (
             f"{spec.merge.name} weighs by the logits of observed queries, and no scorer of this policy observes any"
         )
@@ -31,15 +34,24 @@ def _check_merger_has_logits(spec: PolicySpec, root: Item, problems: Problems) -
 
 
 def _check_store_suits_heads(spec: PolicySpec, root: Item, problems: Problems) -> None:
-    if spec.store.joint and spec.allocate.heads.ragged:
+    if flag_of(spec.store, "joint") and flag_of(spec.allocate.heads, "ragged"):
         message = f"{spec.store.name} holds the heads of a layer together: allocate.heads must give them equally many"
         problems.add(_place(root, "store"), "store", f"{message} entries: {spec.allocate.heads.name}")
 
 
 def _check_reader_has_its_store(spec: PolicySpec, root: Item, problems: Problems) -> None:
-    if spec.read.stores and spec.store.name not in spec.read.stores:
+    if spec.read.stores and not any(_is_meant(spec, name) for name in spec.read.stores):
         wanted = " or ".join(spec.read.stores)
         problems.add(_place(root, "read"), "read", f"{spec.read.name} needs store: {wanted}: {spec.store.name}")
+
+
+def _is_meant(spec: PolicySpec, name: str) -> bool:
+    """Whether the store is the one that the reader calls so: its distribution's own, or a built-in one."""
+    known = registry()
+    try:
+        return known.find(spec.store.stage, name, known.owner(type(spec.read))) is type(spec.store)
+    except PluginError:  # a class that nobody offers
+        return spec.store.name == name
 
 
 def _place(root: Item, key: str) -> Place:

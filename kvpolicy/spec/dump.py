@@ -26,14 +26,23 @@ def to_yaml(spec: PolicySpec) -> str:
 
     Reading it back gives an equal policy.
     """
-    lines = [f"{VERSION_KEY}: {SCHEMA_VERSION}"]
+    lines = []
+    for key, value in plain(spec).items():
+        if key == "score":
+            lines += ["score:", *(f"  - {_flow(one)}" for one in value)]
+        else:
+            lines.append(f"{key}: {_flow(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def plain(spec: PolicySpec) -> dict[str, Any]:
+    """What `to_yaml` writes, as dicts, lists and scalars."""
+    data: dict[str, Any] = {VERSION_KEY: SCHEMA_VERSION}
     for key in _ORDER:
         value = getattr(spec, key)
-        if key == "score":
-            lines += ["score:", *(f"  - {_flow(_short(one))}" for one in value)]
-        elif value != getattr(attrs.fields(PolicySpec), key).default or key in _ALWAYS:
-            lines.append(f"{key}: {_flow(_short(value))}")
-    return "\n".join(lines) + "\n"
+        if value != getattr(attrs.fields(PolicySpec), key).default or key in _ALWAYS:
+            data[key] = _short(value)
+    return data
 
 
 def digest(spec: PolicySpec) -> str:

@@ -1,15 +1,16 @@
 """From a path or a name to a checked policy."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvpolicy.errors import InputError, UnknownPolicyError, did_you_mean, shown
 from kvpolicy.spec.checks import check
 from kvpolicy.spec.overrides import override
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.spec.reader import MAX_BYTES, read
+from kvpolicy.spec.reader import read
 from kvpolicy.spec.structure import structure
-from kvpolicy.spec.tree import Problems
+from kvpolicy.spec.tree import MAX_BYTES, Problems
 from kvpolicy.stages.registry import registry
 
 _SUFFIXES = (".yaml", ".yml")
@@ -27,7 +28,7 @@ def read_policy(source: "str | os.PathLike[str]", /, **overrides: object) -> tup
         PolicyError: the policy cannot be used as written; all problems at once.
     """
     path = _resolve(source)
-    return parse_policy(_bytes(path), str(path), default_name=path.stem, **overrides), str(path)
+    return _parsed(_bytes(path), str(path), path.stem, overrides, registry().home(path)), str(path)
 
 
 def parse_policy(
@@ -38,8 +39,14 @@ def parse_policy(
     Raises:
         PolicyError: the policy cannot be used as written; all problems at once.
     """
+    return _parsed(data, label, default_name, overrides)
+
+
+def _parsed(
+    data: bytes | str, label: str, default_name: str, overrides: Mapping[str, object], home: str = ""
+) -> PolicySpec:
     problems = Problems()
-    root = override(read(data, label, problems), overrides, problems)
+    root = override(read(data, label, problems).brought_by(home), overrides, problems)
     spec = structure(root, default_name, problems)
     if spec is not None:
         check(spec, root, problems)
@@ -63,13 +70,13 @@ def _resolve(source: object) -> Path:
 
 
 def _installed(name: str) -> Path:
-    policies = registry().policies()
-    if name not in policies:
+    found, policies = registry().policy(name), registry().policies()
+    if found is None:
         several = [key for key in policies if key.endswith(f":{name}")]
         close = f"; write {' or '.join(map(repr, several))}" if several else did_you_mean(name, policies, "installed")
         broken = "".join(f"; not loaded: {one}" for one in registry().broken)
         raise UnknownPolicyError(f"unknown policy {shown(name)}{close}{broken}")
-    return policies[name]
+    return found
 
 
 def _bytes(path: Path) -> bytes:

@@ -5,6 +5,7 @@ from typing import Any
 import attrs
 
 from kvpolicy.spec.budget import Budget, Part
+from kvpolicy.spec.writable import check_writable
 from kvpolicy.stages.contracts import (
     Codec,
     HeadAllocator,
@@ -15,6 +16,7 @@ from kvpolicy.stages.contracts import (
     Selector,
 )
 from kvpolicy.stages.parameters import (
+    LARGEST,
     Choice,
     Flag,
     Integer,
@@ -28,6 +30,9 @@ from kvpolicy.stages.parameters import (
 
 SCHEMA_VERSION = 1
 NEVER = "never"
+MOST_SCORERS = 64  # far more than any method sums, and few enough to be written out
+_EVERY = Integer(minimum=1)
+_COUNT = Integer(minimum=0)
 
 
 @attrs.frozen
@@ -42,10 +47,12 @@ class BudgetRule(Rule):
 
     def schema(self) -> dict[str, Any]:
         text = {"type": "string", "pattern": r"^\d+(\.\d+)? ?(%|B|[KMG]i?B)$"}
-        return {"anyOf": [{"type": "integer", "minimum": 1}, text]}
+        return {"anyOf": [{"type": "integer", "minimum": 1, "maximum": LARGEST}, text]}
 
     def __str__(self) -> str:
-        return 'a number of tokens >= 1, a share such as "10%", or a size such as "2GiB"'
+        return (
+            f'a number of tokens from 1 to {LARGEST}, a share such as "10%", or a size such as "2GiB", up to 2^60 bytes'
+        )
 
 
 @attrs.frozen
@@ -53,13 +60,13 @@ class EveryRule(Rule):
     """How many new tokens may come on top of the budget."""
 
     def accepts(self, value: object) -> bool:
-        return value == NEVER or Integer(minimum=1).accepts(value)
+        return value == NEVER or _EVERY.accepts(value)
 
     def schema(self) -> dict[str, Any]:
-        return {"anyOf": [{"type": "integer", "minimum": 1}, {"const": NEVER}]}
+        return {"anyOf": [_EVERY.schema(), {"const": NEVER}]}
 
     def __str__(self) -> str:
-        return f"an integer >= 1, or {NEVER}"
+        return f"{_EVERY}, or {NEVER}"
 
 
 @attrs.frozen
@@ -69,17 +76,17 @@ class CountRule(Rule):
     def accepts(self, value: object) -> bool:
         if isinstance(value, Part):
             return Part.parse(value.dump()) == value
-        return Integer(minimum=0).accepts(value)
+        return _COUNT.accepts(value)
 
     def convert(self, value: Any) -> Any:
         return Part.parse(value) or value
 
     def schema(self) -> dict[str, Any]:
         text = {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"}
-        return {"anyOf": [{"type": "integer", "minimum": 0}, text]}
+        return {"anyOf": [_COUNT.schema(), text]}
 
     def __str__(self) -> str:
-        return 'an integer >= 0, or a share of the budget such as "50%"'
+        return f'{_COUNT}, or a share of the budget such as "50%"'
 
 
 @attrs.frozen
@@ -87,13 +94,15 @@ class ScoreRule(Rule):
     """The weighted list of scorers."""
 
     def accepts(self, value: object) -> bool:
-        return isinstance(value, tuple) and bool(value) and all(isinstance(one, Weighted) for one in value)
+        if not isinstance(value, tuple) or not 1 <= len(value) <= MOST_SCORERS:
+            return False
+        return all(isinstance(one, Weighted) for one in value)
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/weighted"}}
+        return {"type": "array", "minItems": 1, "maxItems": MOST_SCORERS, "items": {"$ref": "#/$defs/weighted"}}
 
     def __str__(self) -> str:
-        return "a list of at least one scorer"
+        return f"a list of 1 to {MOST_SCORERS} scorers"
 
 
 @attrs.frozen
@@ -180,3 +189,6 @@ class PolicySpec:
     protect: Protect = parameter(Nested(Protect), Protect(), help="what is never evicted")
     summary: str = parameter(Text(), "", help="one line for people")
     reference: str = parameter(Text(), "", help="where the method was published")
+
+    def __attrs_post_init__(self) -> None:
+        check_writable(self)

@@ -12,10 +12,8 @@ import yaml
 
 from kvpolicy.errors import PolicyError, Problem, shown
 from kvpolicy.spec.scalars import resolve
-from kvpolicy.spec.tree import MAX_DEPTH, Item, Place, Problems, below
+from kvpolicy.spec.tree import MAX_BYTES, MAX_DEPTH, MAX_EVENTS, Item, Place, Problems, below
 
-MAX_BYTES = 64 * 1024
-MAX_EVENTS = 2048
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 

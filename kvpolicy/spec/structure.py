@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import attrs
 
-from kvpolicy.errors import ParameterError, PluginError, did_you_mean, shown
-from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, ScoreRule, Weighted
-from kvpolicy.spec.tree import Item, Problems, below
+from kvpolicy.errors import ParameterError, PluginError, described, did_you_mean, one_line, shown
+from kvpolicy.spec.policy import BESIDE, MOST_SCORERS, SCHEMA_VERSION, PolicySpec, ScoreRule, Weighted
+from kvpolicy.spec.tree import MAX_DEPTH, Item, Problems, below
 from kvpolicy.stages.contracts import Plugin
+from kvpolicy.stages.hooks import PROJECT
 from kvpolicy.stages.parameters import Nested, Plugged, Rule, is_required, rule_of
 from kvpolicy.stages.registry import registry
 
@@ -55,11 +56,13 @@ def _value(item: Item, rule: Rule, path: str, problems: Problems) -> Any:
     try:
         value = rule.convert(item.plain)
         accepted = rule.accepts(value)
-    except Exception as error:  # noqa: BLE001 - a third party's rule, given a value that it did not expect
-        problems.add(item.place, path, f"must be {rule}: {shown(item.plain)}", error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a third party's rule, given a value that it did not expect
+        problems.add(item.place, path, f"must be {one_line(rule)}: {shown(item.plain)}", error)
         return INVALID
     if not accepted:
-        problems.add(item.place, path, f"must be {rule}: {shown(item.plain)}")
+        problems.add(item.place, path, f"must be {one_line(rule)}: {shown(item.plain)}")
     return value if accepted else INVALID
 
 
@@ -87,22 +90,28 @@ def _left_out(item: Item, field: "attrs.Attribute[Any]", path: str, problems: Pr
     if is_required(field):
         problems.add(item.place, path, f"must be given: {rule}")
         return INVALID
-    default = Item(rule.default, item.place) if isinstance(rule, Plugged) else Item({}, item.place)
-    return _value(default, rule, path, problems)
+    if isinstance(rule, Plugged):  # nobody wrote the name: another plugin that has it, too, must not come between
+        return _plugin(Item(rule.default, attrs.evolve(item.place, home=PROJECT)), rule.stage, path, problems)
+    return _value(Item({}, item.place), rule, path, problems)
 
 
 def _built(item: Item, kind: type, values: dict[str, Any], path: str, problems: Problems) -> Any:
     try:
         return kind(**values)
     except ParameterError as error:  # a rule between parameters, checked by the class itself
-        problems.add(item.place, path, str(error), error)
-    except Exception as error:  # noqa: BLE001 - a third party's class must not end the reading of a file
-        problems.add(item.place, path, f"{kind.__qualname__} failed: {type(error).__name__}: {error}", error)
+        problems.add(item.place, path, one_line(error), error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a third party's class must not end the reading of a file
+        problems.add(item.place, path, f"{one_line(kind.__qualname__, 60)} failed: {described(error)}", error)
     return INVALID
 
 
 def _plugin(item: Item, stage: str, path: str, problems: Problems, beside: tuple[str, ...] = ()) -> Plugin | Any:
     """A plugin, written as a word or as a mapping with `use`."""
+    if path.count(".") > MAX_DEPTH:  # a default may lead to itself, without an end
+        problems.add(item.place, path, f"must be nested at most {MAX_DEPTH} deep")
+        return INVALID
     kind = _kind(item, stage, path, problems)
     if kind is INVALID:
         return INVALID
@@ -122,14 +131,14 @@ def _kind(item: Item, stage: str, path: str, problems: Problems) -> type[Plugin]
         problems.add(named.place, path, f"must be the name of a plugin{form}: {shown(named.plain)}")
         return INVALID
     try:
-        return registry().find(stage, named.value)
+        return registry().find(stage, named.value, named.place.home)
     except PluginError as error:
         problems.add(named.place, path, str(error), error)
         return INVALID
 
 
 def _score(item: Item, rule: Rule, path: str, problems: Problems) -> Any:
-    if not isinstance(item.value, tuple) or not item.value:
+    if not isinstance(item.value, tuple) or not 1 <= len(item.value) <= MOST_SCORERS:
         problems.add(item.place, path, f"must be {rule}: {shown(item.plain)}")
         return INVALID
     parts = [_weighted(part, below(path, number), problems) for number, part in enumerate(item.value)]

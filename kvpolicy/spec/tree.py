@@ -7,6 +7,8 @@ import attrs
 
 from kvpolicy.errors import PolicyError, Problem, shown
 
+MAX_BYTES = 64 * 1024
+MAX_EVENTS = 2048
 MAX_DEPTH = 16
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
@@ -20,6 +22,7 @@ class Place:
     label: str  # "rkv.yaml", "override"
     line: int = 0  # from 1; 0 = no file
     column: int = 0
+    home: str = ""  # the distribution that brought the file, whose plugins are meant where two have a name
 
     def at(self, path: str) -> str:
         """`"rkv.yaml:7:11: score[0].queries"` or `"override budget"`."""
@@ -45,6 +48,15 @@ class Item:
         if isinstance(self.value, tuple):
             return tuple(item.plain for item in self.value)
         return self.value
+
+    def brought_by(self, home: str) -> "Item":
+        """The same, written in a file of the distribution `home`."""
+        value = self.value
+        if isinstance(value, Mapping):
+            value = {key: item.brought_by(home) for key, item in value.items()}
+        elif isinstance(value, tuple):
+            value = tuple(item.brought_by(home) for item in value)
+        return attrs.evolve(self, value=value, place=attrs.evolve(self.place, home=home))
 
     def only(self, keys: set[str]) -> "Item":
         """A mapping cut down to `keys`; anything else as it is."""

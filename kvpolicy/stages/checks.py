@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import PluginContractError
+from kvpolicy.errors import PluginContractError, one_line, shown
 from kvpolicy.stages.contracts import Plugin
 from kvpolicy.stages.registry import registry
 from kvpolicy.stages.view import View
@@ -37,8 +37,8 @@ def seen_shape(view: View) -> dict[str, int]:
 
 def check_tensor(
     plugin: Plugin, found: object, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Refuses anything but a tensor of that shape (sizes by name), dtype and device.
+) -> Tensor:
+    """The tensor, if it has that shape (sizes by name), dtype and device.
 
     Raises:
         PluginContractError: naming the plugin, what it returned and what was expected.
@@ -52,13 +52,31 @@ def check_tensor(
         raise contract_error(plugin, f"returned {found.dtype}, expected {dtype}")
     if found.device != device:
         raise contract_error(plugin, f"returned a tensor on {found.device}, expected {device}")
+    return found
+
+
+def check_state(plugin: Plugin, fresh: object, held: Mapping[str, Tensor]) -> None:
+    """Refuses new values of state, by name, that the plugin has not declared, or that are not like those held.
+
+    Raises:
+        PluginContractError: naming the plugin, what it returned and what was expected.
+    """
+    if not isinstance(fresh, Mapping):
+        raise contract_error(plugin, f"returned {shown(fresh)} as its state, expected tensors by name")
+    unknown = [shown(name) for name in fresh if name not in held]
+    if unknown:
+        raise contract_error(plugin, f"returned state {unknown[0]}, expected only {sorted(held)}")
+    for name, values in fresh.items():
+        sizes = {f"{name}[{place}]": size for place, size in enumerate(held[name].shape)}
+        check_tensor(plugin, values, sizes, held[name].dtype, held[name].device)
 
 
 def contract_error(plugin: Plugin, what: str) -> PluginContractError:
     """The error that says `what` a plugin did; names the plugin and the distribution it came with."""
     origin = _distribution(type(plugin))
     noun = _NOUNS.get(plugin.stage, plugin.stage)
-    return PluginContractError(f"plugin {plugin.name!r}{origin}: {noun} {plugin.name!r} {what}")
+    name = one_line(plugin.name, 60)
+    return PluginContractError(f"plugin {name!r}{origin}: {noun} {name!r} {what}")
 
 
 def _distribution(kind: type[Plugin]) -> str:

@@ -1,9 +1,10 @@
 """Finds the distributions that offer plugins, and brings each in on its own: a broken one breaks no other."""
 
 import importlib
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import attrs
 import pluggy
 
-from kvpolicy.errors import PluginError
+from kvpolicy.errors import PluginError, described, one_line
 from kvpolicy.stages.admission import admit
 from kvpolicy.stages.contracts import Plugin
 from kvpolicy.stages.hooks import PROJECT, Hooks
@@ -19,6 +20,7 @@ from kvpolicy.stages.hooks import PROJECT, Hooks
 GROUP = "kvpolicy"
 ALLOW = "KVPOLICY_PLUGINS"
 BUILT_IN = "kvpolicy_plugins"
+_MOST = 1000  # plugins or policies of one distribution
 
 
 @attrs.frozen
@@ -31,7 +33,8 @@ class Source:
     load: Callable[[], Any] = attrs.field(repr=False, eq=False)
 
     def __str__(self) -> str:
-        return f"plugin {self.name!r} ({self.distribution} {self.version})"
+        name, owner = one_line(self.name, 100), one_line(f"{self.distribution} {self.version}", 100)
+        return f"plugin {name!r} ({owner})"
 
 
 @attrs.frozen
@@ -59,6 +62,10 @@ def discover() -> Iterator[Offer | Broken]:
     yield _bring_in(built_in())
     by_name: dict[str, list[Source]] = {}
     for source in _allowed(_installed()):
+        if normalised(source.distribution) == PROJECT:  # its plugins could not be told from the built-in ones
+            error = PluginError(f"{source}: a distribution of this name offers no plugins of its own")
+            yield Broken(source, error)
+            continue
         by_name.setdefault(source.name, []).append(source)
     for sources in by_name.values():
         yield _clash(sources) if len(sources) > 1 else _bring_in(sources[0])
@@ -84,10 +91,11 @@ def _installed() -> Iterator[Source]:
         try:
             points = [point for point in distribution.entry_points if point.group == GROUP]
             name, version = distribution.metadata["Name"], distribution.version
+            known = normalised(name)
         except Exception:  # noqa: BLE001, S112 - damaged files of a distribution that need not concern us
             continue
-        if points and normalised(name) not in seen:  # an earlier folder of sys.path hides a later one
-            seen.add(normalised(name))
+        if points and known not in seen:  # an earlier folder of sys.path hides a later one
+            seen.add(known)
             yield from (Source(point.name, name, version, point.load) for point in points)
 
 
@@ -106,15 +114,25 @@ def _clash(sources: list[Source]) -> Broken:
 def _bring_in(source: Source) -> Offer | Broken:
     try:
         hooks = _hooks(source)
-        kinds = [admit(kind) for given in hooks.kvpolicy_stages() for kind in given]
-        packages = [package for given in hooks.kvpolicy_policies() for package in given]
+        kinds = [admit(kind) for kind in _few(hooks.kvpolicy_stages())]
+        packages = _few(hooks.kvpolicy_policies())
         _check_distinct(kinds)
         policies = dict(found for package in packages for found in _policies(package))
         return Offer(source, tuple(kinds), policies)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a third party's import does, others must work
-        broken = PluginError(f"{source}: {type(error).__name__}: {_first_line(error)}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - whatever a third party's import does, others must work
+        broken = PluginError(f"{source}: {described(error)}")
         broken.__cause__ = error
         return Broken(source, broken)
+
+
+def _few(given: Iterable[Iterable[Any]]) -> list[Any]:
+    """All that the hooks of a distribution give, which may come from a generator without end."""
+    found = list(itertools.islice(itertools.chain.from_iterable(given), _MOST + 1))
+    if len(found) > _MOST:
+        raise PluginError(f"a hook gives more than {_MOST} things")
+    return found
 
 
 def _hooks(source: Source) -> Any:
@@ -139,7 +157,3 @@ def _policies(package: str) -> Iterator[tuple[str, Path]]:
     for file in resources.files(package).iterdir():
         if file.name.endswith(".yaml") and isinstance(file, Path):
             yield file.name.removesuffix(".yaml"), file
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -7,9 +7,10 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.errors import ParameterError, shown
+from kvpolicy.errors import ParameterError, one_line, shown
 
 BEYOND = 10**18  # policy files have integers of at most 18 digits, and Python gets no longer ones in
+LARGEST = 10**9  # bound of a rule that gives none: more than any sequence has tokens, and sums of it fit 64 bits
 _REQUIRED = attrs.NOTHING
 # control characters would garble reports, half surrogates cannot be written at all
 _FORBIDDEN = r"[\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]"
@@ -35,47 +36,60 @@ class Rule(abc.ABC):
 
     def __call__(self, _instance: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
         if not self.accepts(value):
-            raise ParameterError(f"{attribute.name}: must be {self}: {shown(value)}")
+            raise ParameterError(f"{attribute.name}: must be {one_line(self)}: {shown(value)}")
 
 
 @attrs.frozen
 class Integer(Rule):
-    """An integer, optionally bounded or odd."""
+    """An integer between two bounds, optionally odd.
 
-    minimum: int | None = None
-    maximum: int | None = None
+    A bound that is left out is `LARGEST` away from 0, so that no file can ask for more than memory and time allow
+    by a factor that nobody thought of. Give a bound where a plugin allocates or loops by the number.
+    """
+
+    minimum: int = -LARGEST
+    maximum: int = LARGEST
     odd: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        _check_bounds(self.minimum, self.maximum)
 
     def accepts(self, value: object) -> bool:
         if type(value) is not int or (self.odd and value % 2 == 0):
             return False
-        return abs(value) < BEYOND and _within(value, self.minimum, self.maximum)
+        return abs(value) < BEYOND and self.minimum <= value <= self.maximum
 
     def schema(self) -> dict[str, Any]:
         odd = {"not": {"multipleOf": 2}} if self.odd else {}
-        return {"type": "integer", **_bounds(self.minimum, self.maximum), **odd}
+        return {"type": "integer", "minimum": self.minimum, "maximum": self.maximum, **odd}
 
     def __str__(self) -> str:
-        return f"an {'odd ' if self.odd else ''}integer{_bounds_text(self.minimum, self.maximum)}"
+        return f"an {'odd ' if self.odd else ''}integer from {self.minimum} to {self.maximum}"
 
 
 @attrs.frozen
 class Number(Rule):
-    """A finite number, optionally bounded; `above` is an exclusive lower bound."""
+    """A finite number between two bounds; `above` is an exclusive lower bound.
 
-    minimum: float | None = None
-    maximum: float | None = None
+    A bound that is left out is `LARGEST` away from 0: products of such numbers stay finite in float32.
+    """
+
+    minimum: float = -float(LARGEST)
+    maximum: float = float(LARGEST)
     above: float | None = None
+
+    def __attrs_post_init__(self) -> None:
+        _check_bounds(self.minimum if self.above is None else self.above, self.maximum)
 
     def accepts(self, value: object) -> bool:
         number = self.convert(value)
         if type(number) is not float or not math.isfinite(number):
             return False
-        return _within(number, self.minimum, self.maximum) and (self.above is None or number > self.above)
+        return self.minimum <= number <= self.maximum and (self.above is None or number > self.above)
 
     def schema(self) -> dict[str, Any]:
-        exclusive = {} if self.above is None else {"exclusiveMinimum": self.above}
-        return {"type": "number", **_bounds(self.minimum, self.maximum), **exclusive}
+        least = {"minimum": self.minimum} if self.above is None else {"exclusiveMinimum": self.above}
+        return {"type": "number", **least, "maximum": self.maximum}
 
     def convert(self, value: Any) -> Any:
         if type(value) not in (int, float):
@@ -86,8 +100,8 @@ class Number(Rule):
             return math.inf
 
     def __str__(self) -> str:
-        above = "" if self.above is None else f" > {self.above:g}"
-        return f"a number{above}{_bounds_text(self.minimum, self.maximum)}"
+        least = f"from {self.minimum:g} to" if self.above is None else f"above {self.above:g}, up to"
+        return f"a number {least} {self.maximum:g}"
 
 
 @attrs.frozen
@@ -122,16 +136,18 @@ class Flag(Rule):
 
 @attrs.frozen
 class Text(Rule):
-    """A line of text."""
+    """A line of text, of at most `longest` characters."""
+
+    longest: int = 1000
 
     def accepts(self, value: object) -> bool:
-        return type(value) is str and re.search(_FORBIDDEN, value) is None
+        return type(value) is str and len(value) <= self.longest and re.search(_FORBIDDEN, value) is None
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "string", "not": {"pattern": _FORBIDDEN}}
+        return {"type": "string", "maxLength": self.longest, "not": {"pattern": _FORBIDDEN}}
 
     def __str__(self) -> str:
-        return "a line of text"
+        return f"a line of text, {self.longest} characters at most"
 
 
 @attrs.frozen
@@ -212,18 +228,6 @@ def _property(field: "attrs.Attribute[Any]") -> dict[str, Any]:
     return described
 
 
-def _within(value: float, minimum: float | None, maximum: float | None) -> bool:
-    return (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
-
-
-def _bounds(minimum: float | None, maximum: float | None) -> dict[str, Any]:
-    pairs = {"minimum": minimum, "maximum": maximum}
-    return {key: bound for key, bound in pairs.items() if bound is not None}
-
-
-def _bounds_text(minimum: float | None, maximum: float | None) -> str:
-    if minimum is not None and maximum is not None:
-        return f" from {minimum:g} to {maximum:g}"
-    if minimum is not None:
-        return f" >= {minimum:g}"
-    return "" if maximum is None else f" <= {maximum:g}"
+def _check_bounds(least: object, most: object) -> None:
+    if not (isinstance(least, (int, float)) and isinstance(most, (int, float)) and least <= most):  # NaN is neither
+        raise ParameterError(f"a rule must have a minimum and a maximum that is no less: from {least} to {most}")

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import attrs
@@ -40,13 +41,19 @@ class Registry:
     offers: tuple[Offer, ...]
     broken: tuple[Broken, ...]
 
-    def find(self, stage: str, name: str) -> type[Plugin]:
+    def find(self, stage: str, name: str, home: str = "") -> type[Plugin]:
         """The plugin class of `stage` called `name`, or `distribution:name` where two have the name.
+
+        Where two have it, `home` says whose is meant: a policy file that a distribution brings along means its own
+        plugins first, then the built-in ones, whatever else is installed beside it.
 
         Raises:
             PluginError: no such plugin, more than one, or a distribution that should have it is broken.
         """
         found = [one for one in self._of(stage) if name in (one.name, one.qualified)]
+        if len(found) > 1 and home:
+            nearest = [one for owner in (home, PROJECT) for one in found if normalised(one.distribution) == owner]
+            found = nearest[:1] or found
         if len(found) > 1:
             choices = " or ".join(repr(one.qualified) for one in found)
             raise PluginError(f"more than one plugin has the name {shown(name)}; write {choices}")
@@ -60,13 +67,17 @@ class Registry:
 
     def reference(self, kind: type[Plugin]) -> str:
         """The name under which `find` gives `kind`."""
-        named = _distinct(self._of(kind.stage))
-        return next((name for name, record in named.items() if record.kind is kind), kind.name)
+        return self._references.get(kind, kind.name)
 
     def identity(self, kind: type[Plugin]) -> str:
         """A name for `kind` that does not depend on what else is installed."""
-        record = next((one for one in self._of(kind.stage) if one.kind is kind), None)
+        record = self._records.get(kind)
         return kind.name if record is None or record.distribution == PROJECT else record.qualified
+
+    def owner(self, kind: type[Plugin]) -> str:
+        """The distribution that offers `kind`; the project's own for a class that nobody offers."""
+        record = self._records.get(kind)
+        return PROJECT if record is None else normalised(record.distribution)
 
     def policies(self) -> dict[str, Path]:
         """The installed policies by name, sorted; `distribution:name` where two have the name."""
@@ -78,17 +89,43 @@ class Registry:
             paths[owner + name] = offer.policies[name]
         return dict(sorted(paths.items()))
 
+    def policy(self, name: str) -> Path | None:
+        """The installed policy of that name, or `distribution:name`; None if there is none, or more than one."""
+        qualified = {
+            f"{normalised(offer.source.distribution)}:{one}": path
+            for offer in self.offers
+            for one, path in offer.policies.items()
+        }
+        return self.policies().get(name) or qualified.get(name)
+
+    def home(self, path: Path) -> str:
+        """The distribution that brought the policy file, empty for a file of the user's own."""
+        homes = (offer.source.distribution for offer in self.offers if path in offer.policies.values())
+        return normalised(next(homes, ""))
+
     def plugins(self) -> tuple[Record, ...]:
         """Every plugin, in the order of the stages, then of their names."""
         return tuple(record for stage in STAGES for _, record in sorted(_distinct(self._of(stage)).items()))
 
     def _of(self, stage: str) -> list[Record]:
-        return [
-            Record(kind.name, stage, offer.source.distribution, offer.source.version, kind)
-            for offer in self.offers
-            for kind in offer.kinds
-            if kind.stage == stage
-        ]
+        return [one for one in self._records.values() if one.stage == stage]
+
+    @cached_property
+    def _records(self) -> dict[type[Plugin], Record]:
+        """By class: policies are written and compared by the names of their plugins, many times over.
+
+        A class that a second distribution offers, too, is the first one's.
+        """
+        found: dict[type[Plugin], Record] = {}
+        for offer in self.offers:
+            for kind in offer.kinds:
+                record = Record(kind.name, kind.stage, offer.source.distribution, offer.source.version, kind)
+                found.setdefault(kind, record)
+        return found
+
+    @cached_property
+    def _references(self) -> dict[type[Plugin], str]:
+        return {record.kind: name for stage in STAGES for name, record in _distinct(self._of(stage)).items()}
 
     def _suspects(self, name: str) -> list[PluginError]:
         """Why plugins that might have had the name are not there; the entry point of that name first."""

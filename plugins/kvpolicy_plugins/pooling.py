@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpolicy.stages import Choice, Integer, View, parameter
+from kvpolicy_plugins.limits import WIDEST_POOL
 
 
 @attrs.frozen
@@ -13,7 +14,7 @@ class Pool:
     """A sliding window over the candidates, with the padding of the published codes at their edges."""
 
     kind: str = parameter(Choice(("none", "max", "average")), "none", help="how neighbours are combined")
-    size: int = parameter(Integer(minimum=1, odd=True), 7, help="entries under the window")
+    size: int = parameter(Integer(minimum=1, maximum=WIDEST_POOL, odd=True), 7, help="entries under the window")
 
     def over(self, view: View, scores: Tensor) -> Tensor:
         """Scores [B, K, ..., T] of a view, pooled over neighbours in its sequence; void where there is no candidate."""
@@ -27,9 +28,11 @@ class Pool:
 
         Beyond the edges `max` sees -inf and `average` sees zeros that its divisor counts.
         """
-        if self.kind == "none":
+        if self.kind == "none" or not scores.numel():
             return scores
         outside = -torch.inf if self.kind == "max" else 0.0
         rows = scores.masked_fill(~candidates, outside).reshape(1, -1, scores.shape[-1])
+        size = min(self.size, max(1, 2 * scores.shape[-1] - 1))  # so wide a window reaches from any entry to all others
         pool = functional.max_pool1d if self.kind == "max" else functional.avg_pool1d
-        return pool(rows, self.size, stride=1, padding=self.size // 2).reshape(scores.shape)
+        pooled: Tensor = pool(rows, size, stride=1, padding=size // 2).reshape(scores.shape)
+        return pooled * (size / self.size) if size < self.size and self.kind == "average" else pooled

@@ -6,7 +6,7 @@ from fractions import Fraction
 import attrs
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.errors import ParameterError, PolicyError
@@ -18,7 +18,7 @@ from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
 from kvpolicy.stages.parameters import (
-    BEYOND,
+    LARGEST,
     Choice,
     Flag,
     Integer,
@@ -30,9 +30,10 @@ from kvpolicy.stages.parameters import (
     rule_of,
 )
 from kvpolicy.stages.registry import registry
+from kvpolicy_plugins.pooling import Pool
 
 BUDGETS = st.one_of(
-    st.integers(1, BEYOND - 1),
+    st.integers(1, LARGEST),
     st.from_regex(r"([1-9][0-9]?(\.[0-9]{1,6})?|100|0\.[0-9]{0,5}[1-9]) ?%", fullmatch=True),
     st.from_regex(r"[0-9]{1,9}(\.[0-9]{1,6})? ?(B|[KMG]i?B)", fullmatch=True),
 ).filter(Budget.parse)
@@ -42,14 +43,13 @@ def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
     """Every value that keeps a rule: one strategy per kind of rule, none per plugin."""
     match rule:
         case Integer():
-            low = 1 - BEYOND if rule.minimum is None else rule.minimum
-            high = BEYOND - 1 if rule.maximum is None else rule.maximum
+            low, high = rule.minimum, rule.maximum
             found = st.one_of(st.integers(low, min(high, low + 9)), st.integers(low, high))
             return found.map(lambda number: number | 1).filter(rule.accepts) if rule.odd else found
         case Number():
             low = rule.minimum if rule.above is None else rule.above
             floats = st.floats(low, rule.maximum, allow_nan=False, allow_infinity=False)
-            whole = st.integers(math.ceil(low or -9), math.floor(rule.maximum or 9 + (low or 0)))
+            whole = st.integers(math.ceil(low), math.floor(rule.maximum))
             return st.one_of(floats, whole).filter(rule.accepts)
         case Choice():
             return st.sampled_from(rule.words)
@@ -63,7 +63,7 @@ def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
         case CountRule():
             return st.integers(0, BEYOND - 1) | st.integers(1, 10**8).map(lambda n: Part(Fraction(n, 10**8)))
         case EveryRule():
-            return st.one_of(st.just("never"), st.integers(1, BEYOND - 1))
+            return st.one_of(st.just("never"), st.integers(1, LARGEST))
         case Nested():
             return built(rule.kind, depth)
         case Plugged():
@@ -138,6 +138,44 @@ def test_policy_survives_being_written(spec):
     assert parse_policy(text) == spec
     assert to_yaml(parse_policy(text)) == text
     assert digest(parse_policy(text)) == digest(spec)
+
+
+@st.composite
+def large_specs(draw):
+    """Policies about as large as the reader takes: most are below its limits, some beyond them."""
+    few = draw(st.lists(plugins("score", 0).flatmap(weighted), min_size=1, max_size=3))
+    terms = draw(st.sampled_from((1, 30, 63, 64, 65, 900)))
+    letters = st.sampled_from(("a", "é", "\U0001f600", '"', "\xad"))
+    texts = {name: draw(letters) * draw(st.sampled_from((0, 999, 1000, 1001))) for name in ("summary", "reference")}
+    return {"score": tuple(few * terms)[:terms], **texts}
+
+
+REFUSED = r"^(score: must be a list of 1 to 64 scorers|\w+: must be a line of text, 1000|a policy must .* as in a file)"
+
+
+@settings(max_examples=40)
+@given(specs(), large_specs())
+def test_policy_that_can_be_had_can_be_written_and_read(spec, changes):
+    try:
+        large = attrs.evolve(spec, **changes)
+    except ParameterError:
+        with pytest.raises(ParameterError, match=REFUSED):
+            attrs.evolve(spec, **changes)
+    else:
+        assert parse_policy(to_yaml(large)) == large
+
+
+def test_policy_with_more_keys_than_a_file_may_have_is_refused_in_python_too():
+    attention = registry().find("score", "attention")(
+        queries=31, softmax="candidates", pool=Pool("max", 9), shared=True
+    )
+    long = Weighted(registry().find("score", "history")(attention, "mean", 0.5, "none", Pool("average", 9)), 0.5, "max")
+    spec = parse_policy("kvpolicy: 1\nbudget: 64\nscore: [recency]\n")
+
+    with pytest.raises(ParameterError, match="a policy must have at most 2048 keys and values, as in a file: 2"):
+        attrs.evolve(spec, score=(long,) * 64)
+    most = attrs.evolve(spec, score=(long,) * 50)
+    assert parse_policy(to_yaml(most)) == most
 
 
 @given(specs(), specs(), st.sampled_from(attrs.fields(PolicySpec)))

@@ -8,7 +8,7 @@ import pytest
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.spec.reader import MAX_BYTES
+from kvpolicy.spec.tree import MAX_BYTES
 
 OK = "kvpolicy: 1\nbudget: 64\nscore: [recency]\n"
 KEPT = {path.stem: path.read_bytes() for path in (Path(__file__).parent / "attacks").glob("*.yaml")}

@@ -77,7 +77,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: str, *,
 @torch.inference_mode()
 def catch(model: PreTrainedModel, tokens: Tensor, valid: Tensor) -> tuple[Traced, ...]:
     """What the attention of each layer sees, with everything kept, of tokens [B, T] of which `valid` are real."""
-    plan = compile_policy(load("full").spec, geometry_of(model.config), model.device, model.dtype)
+    plan = compile_policy(load("kvpolicy:full").spec, geometry_of(model.config), model.device, model.dtype)
     plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), followers=())
     call: Any = {"attention_mask": valid.long(), "position_ids": places_of(valid), "logits_to_keep": 1}
     with Attachment(plan, model) as attachment:

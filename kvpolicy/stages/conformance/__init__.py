@@ -16,20 +16,20 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from kvpolicy.errors import PluginContractError
+from kvpolicy.errors import PluginContractError, described
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.conformance import allocators, codecs, every, mergers, readers, scorers, selectors
+from kvpolicy.stages.conformance import allocators, codecs, every, mergers, observers, readers, scorers, selectors
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.contracts import Plugin
 
 __all__ = ["Promises", "check_plugin", "conformance_cases"]
 
 _CHECKS: dict[str, tuple[Callable[[Any, Promises], None], ...]] = {
-    "score": scorers.CHECKS,
+    "score": (*observers.CHECKS, *scorers.CHECKS),
     "allocate.layers": allocators.LAYER_CHECKS,
     "allocate.heads": allocators.HEAD_CHECKS,
     "select": selectors.CHECKS,
-    "merge": mergers.CHECKS,
+    "merge": (*observers.CHECKS, *mergers.CHECKS),
     "store": codecs.CHECKS,
     "read": readers.CHECKS,
 }
@@ -64,4 +64,4 @@ def _run(check: Callable[[Any, Promises], None], plugin: Plugin, promises: Promi
     except PluginContractError:
         raise
     except Exception as error:
-        raise contract_error(plugin, f"raised {type(error).__name__}: {error}") from error
+        raise contract_error(plugin, f"raised {described(error)}") from error

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kvpolicy.stages.checks import check_tensor, contract_error
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import expect_untouched, sample_view
+from kvpolicy.stages.conformance.samples import sample_view
 from kvpolicy.stages.contracts import HeadAllocator, LayerAllocator, LayerRequest
+from kvpolicy.stages.untouched import untouched
 
 _REQUESTS = tuple(
     LayerRequest(layers=layers, budget=budget, protected=protected, length=length)
@@ -102,9 +103,11 @@ def _ownership(scores: Tensor, candidates: Tensor) -> Callable[[Tensor], Tensor]
 def leaves_its_input_alone(allocator: HeadAllocator, _promises: Promises) -> None:
     for scores, candidates, budget in _head_samples():
         inputs = {"scores": scores, "candidates": candidates, "budget": budget}
-        before = {name: tensor.clone() for name, tensor in inputs.items()}
-        allocator.allocate(scores, candidates, budget)
-        expect_untouched(allocator, *({name: t.nan_to_num() for name, t in d.items()} for d in (before, inputs)))
+        with untouched(allocator, inputs):
+            allocator.allocate(scores, candidates, budget)
+        room = candidates.sum(-1)
+        with untouched(allocator, {"room": room, "budget": budget}):
+            allocator.divide(room, _ownership(scores, candidates), budget)
 
 
 def _head_samples() -> list[tuple[Tensor, Tensor, Tensor]]:

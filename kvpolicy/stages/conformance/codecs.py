@@ -10,11 +10,13 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages.checks import check_tensor, contract_error
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import expect_close, expect_untouched
+from kvpolicy.stages.conformance.samples import expect_close
 from kvpolicy.stages.contracts import Codec
-from kvpolicy.stages.formats import Format, Formats, Sample, Site
+from kvpolicy.stages.declared import formats_of
+from kvpolicy.stages.formats import Format, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.rotary import Rotary
+from kvpolicy.stages.untouched import untouched
 
 LAYERS, BATCH, HEADS, GROUP, UNITS = 3, 3, 2, 2, 3
 USUAL_DIMS = (64, 128, 256)
@@ -28,9 +30,7 @@ _Columns = Mapping[str, Tensor]
 
 def holds_a_usual_model(codec: Codec, _promises: Promises) -> None:
     for dtype in DTYPES:
-        formats = codec.formats(_site(codec, dtype))
-        if not isinstance(formats, Formats):
-            raise contract_error(codec, f"gave {type(formats).__name__}, expected Formats")
+        formats = formats_of(codec, _site(codec, dtype))
         if (formats.keys.joint or formats.values.joint) and not codec.joint:
             raise contract_error(codec, "gave a joint format, expected `joint` to say so")
 
@@ -142,12 +142,16 @@ def ignores_empty_slots(codec: Codec, _promises: Promises) -> None:
 def leaves_its_input_alone(codec: Codec, _promises: Promises) -> None:
     for half, vectors, positions in _samples(codec):
         inputs = {"vectors": vectors, "positions": positions}
-        before = {name: tensor.clone() for name, tensor in inputs.items()}
-        columns = half.encode(vectors, positions)
-        expect_untouched(codec, before, inputs)
-        packed = {name: column.clone() for name, column in columns.items()}
-        half.decode(columns, positions)
-        expect_untouched(codec, {**before, **packed}, {**inputs, **columns})
+        with untouched(codec, inputs):
+            columns = half.encode(vectors, positions)
+        with untouched(codec, {**inputs, **columns}):
+            half.decode(columns, positions)
+    site = _site(codec, torch.float32)
+    with untouched(codec, site.calibration):
+        codec.formats(site)
+    sample = _sample(0, site.geometry.head_dim)
+    with untouched(codec, {name: getattr(sample, name) for name in ("queries", "keys", "values")}):
+        codec.calibrate([sample])
 
 
 def is_deterministic(codec: Codec, _promises: Promises) -> None:

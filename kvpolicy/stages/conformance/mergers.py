@@ -1,46 +1,26 @@
 """Mergers: as many entries as were kept, nothing changed without saying so, and state as it was declared."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import check_tensor, contract_error, seen_shape
+from kvpolicy.stages.checks import check_tensor, contract_error
+from kvpolicy.stages.conformance.observers import expect_declared
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import (
     expect_close,
-    expect_untouched,
     glimpse_of,
     rows_of,
     sample_view,
-    tensors_of,
     with_junk,
 )
-from kvpolicy.stages.contracts import Entries, Merger, State
+from kvpolicy.stages.contracts import Entries, Merger
+from kvpolicy.stages.declared import needs_of
 from kvpolicy.stages.slots import gather, indices_of
+from kvpolicy.stages.untouched import tensors_of, untouched
 from kvpolicy.stages.view import View
-
-
-def declares_state_once(merger: Merger, _promises: Promises) -> None:
-    for what, states in (("slot", merger.slot_state()), ("row", merger.row_state())):
-        if len({one.name for one in states}) < len(states):
-            raise contract_error(merger, f"declares {what} state of the same name twice: {states}")
-
-
-def follows_what_it_declared(merger: Merger, _promises: Promises) -> None:
-    if not merger.needs().followed:
-        return
-    view = sample_view(merger)
-    glimpse = glimpse_of(merger, view)
-    before = {name: tensor.clone() for name, tensor in {**view.slot_state, "logits": glimpse.logits}.items()}
-    followed = merger.follow(glimpse, view.slot_state)
-    expect_untouched(merger, before, {**view.slot_state, "logits": glimpse.logits})
-    _expect_declared(merger, "followed", followed, merger.slot_state())
-    for name, state in followed.items():
-        check_tensor(merger, state, seen_shape(view), torch.float32, view.keys.device)
-        if state[view.valid].isnan().any():
-            raise contract_error(merger, f"followed with NaN in {name!r}")
 
 
 def returns_the_kept_slots(merger: Merger, _promises: Promises) -> None:
@@ -112,9 +92,8 @@ def leaves_its_input_alone(merger: Merger, _promises: Promises) -> None:
     """The entries are written where the view's tensors are, so they must be tensors of their own."""
     for view, kept in _samples(merger):
         mine = tensors_of(view)
-        before = {name: tensor.clone() for name, tensor in mine.items()}
-        entries = merger.merge(view, kept)
-        expect_untouched(merger, before, mine)
+        with untouched(merger, {**mine, "kept": kept}):
+            entries = merger.merge(view, kept)
         taken = {tensor.untyped_storage().data_ptr() for tensor in mine.values() if tensor.numel()}
         for name, tensor in _parts(entries).items():
             if tensor.numel() and tensor.untyped_storage().data_ptr() in taken:
@@ -126,7 +105,7 @@ def leaves_its_input_alone(merger: Merger, _promises: Promises) -> None:
 def _view(merger: Merger, **sizes: tuple[tuple[int, ...], ...]) -> View:
     """What the merger is shown by a cache that has been followed for one forward."""
     view = sample_view(merger, **sizes)
-    if not merger.needs().followed:
+    if not needs_of(merger).followed:
         return view
     followed = merger.follow(glimpse_of(merger, view), view.slot_state)
     return attrs.evolve(view, slot_state={**view.slot_state, **followed})
@@ -152,8 +131,8 @@ def _check_entries(merger: Merger, view: View, kept: Tensor, entries: Entries) -
         raise contract_error(merger, "returned log-votes, expected `votes` to say so")
     if entries.changed is not None:
         check_tensor(merger, entries.changed, sizes, torch.bool, device)
-    _expect_declared(merger, "returned slot state", entries.slot_state, merger.slot_state())
-    _expect_declared(merger, "returned row state", entries.row_state, merger.row_state())
+    expect_declared(merger, "returned slot state", entries.slot_state, merger.slot_state())
+    expect_declared(merger, "returned row state", entries.row_state, merger.row_state())
     for states, shape in ((entries.slot_state, sizes), (entries.row_state, {"batch": kept.shape[0]})):
         for state in states.values():
             check_tensor(merger, state, shape, torch.float32, device)
@@ -163,12 +142,6 @@ def _check_entries(merger: Merger, view: View, kept: Tensor, entries: Entries) -
 def _expect_finite(merger: Merger, what: str, found: Tensor) -> None:
     if not found.isfinite().all():
         raise contract_error(merger, f"returned {what} that are not finite")
-
-
-def _expect_declared(merger: Merger, did: str, found: Mapping[str, Tensor], states: Iterable[State]) -> None:
-    declared = {one.name for one in states}
-    if not found.keys() <= declared:
-        raise contract_error(merger, f"{did} {sorted(found)}, expected only {sorted(declared)}")
 
 
 def _expect_gather(merger: Merger, view: View, kept: Tensor) -> None:
@@ -203,8 +176,6 @@ def _expect_same(
 
 
 CHECKS = (
-    declares_state_once,
-    follows_what_it_declared,
     returns_the_kept_slots,
     gives_finite_entries,
     copes_with_nothing_to_keep,

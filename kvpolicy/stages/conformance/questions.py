@@ -53,7 +53,8 @@ def _keys_format(reader: Reader, dtype: torch.dtype, layer: int) -> tuple[Format
     site = Site(GEOMETRY, dtype, layer, _ROTARY)
     if not reader.stores:
         return AsIs(), site
-    codec = registry().find(Codec.stage, reader.stores[0])()
+    known = registry()
+    codec = known.find(Codec.stage, reader.stores[0], known.owner(type(reader)))()
     if not isinstance(codec, Codec):
         raise contract_error(reader, f"reads the store {codec.name!r}, which is no codec")
     if codec.calibrated:
@@ -98,10 +99,3 @@ def row_alone(question: Question, row: int) -> Question:
         packed={name: column[[row], :, :packed] for name, column in question.packed.items()},
         pages={name: column[[row]] for name, column in question.pages.items()},
     )
-
-
-def tensors_of(question: Question) -> dict[str, Tensor]:
-    """Everything in a question that a reader could write to."""
-    own = {name: getattr(question, name) for name in ("queries", "query_positions", "positions", "sealed")}
-    own = {**own, **question.packed, **question.pages}
-    return {name: tensor for name, tensor in own.items() if tensor is not None}

@@ -12,12 +12,12 @@ from kvpolicy.stages.conformance.questions import (
     entries,
     questions,
     row_alone,
-    tensors_of,
     whole_units,
 )
-from kvpolicy.stages.conformance.samples import expect_untouched
 from kvpolicy.stages.contracts import Question, Reader
+from kvpolicy.stages.declared import pages_of
 from kvpolicy.stages.formats import Site
+from kvpolicy.stages.untouched import tensors_of_question, untouched
 
 
 def chooses_held_slots_in_order(reader: Reader, _promises: Promises) -> None:
@@ -40,7 +40,7 @@ def reads_something_of_every_head(reader: Reader, _promises: Promises) -> None:
 
 def encodes_pages_to_their_columns(reader: Reader, _promises: Promises) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        form = reader.pages(Site(GEOMETRY, dtype, MIDDLE))
+        form = pages_of(reader, Site(GEOMETRY, dtype, MIDDLE))
         if form is None:
             return
         keys, positions = entries(dtype)
@@ -76,9 +76,8 @@ def is_deterministic(reader: Reader, _promises: Promises) -> None:
 
 def leaves_its_input_alone(reader: Reader, _promises: Promises) -> None:
     for question in questions(reader):
-        before = {name: tensor.clone() for name, tensor in tensors_of(question).items()}
-        reader.choose(question)
-        expect_untouched(reader, before, tensors_of(question))
+        with untouched(reader, tensors_of_question(question)):
+            reader.choose(question)
 
 
 def _expect_in_order(reader: Reader, chosen: Tensor, positions: Tensor) -> None:

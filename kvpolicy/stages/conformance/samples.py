@@ -6,8 +6,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import one_line
 from kvpolicy.stages.checks import contract_error
 from kvpolicy.stages.contracts import Glimpse, Merger, Observer, Plugin
+from kvpolicy.stages.declared import needs_of, row_state_of, slot_state_of
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.slots import take
 from kvpolicy.stages.view import View
@@ -43,15 +45,15 @@ def sample_view(observer: Observer | None = None, *, lengths: tuple[tuple[int, .
 
 def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> View:
     batch, heads, slots = view.positions.shape
-    needs = observer.needs()
+    needs = needs_of(observer)
     window = max(needs.queries, WINDOW if isinstance(observer, Merger) and observer.reads_window else 0)
     queries = normal(batch, heads * GROUP, window, DIM) if window else None
     attention = normal(batch, heads, GROUP, slots).abs() if needs.attention else None
-    state = {one.name: torch.full(view.positions.shape, one.fill, dtype=torch.float32) for one in observer.slot_state()}
+    state = {one.name: torch.full(view.positions.shape, one.fill, dtype=torch.float32) for one in slot_state_of(observer)}
     view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
     if not isinstance(observer, Merger):
         return view
-    rows = {one.name: torch.full((batch,), one.fill, dtype=torch.float32) for one in observer.row_state()}
+    rows = {one.name: torch.full((batch,), one.fill, dtype=torch.float32) for one in row_state_of(observer)}
     votes = normal(*view.positions.shape).abs() if observer.votes else None
     return attrs.evolve(view, row_state=rows, log_votes=votes)
 
@@ -60,7 +62,7 @@ def glimpse_of(observer: Observer, view: View) -> Glimpse:
     """What as many queries as `observer` follows see: the newest of them everything, one before it one entry less."""
     random = torch.Generator().manual_seed(2)
     batch, heads, slots = view.positions.shape
-    count = observer.needs().followed
+    count = needs_of(observer).followed
     logits = torch.randn(batch, heads, GROUP, count, slots, generator=random, dtype=torch.float32)
     back = torch.arange(count - 1, -1, -1)[:, None]
     seen = view.valid[:, :, None] & (view.age[:, :, None] >= back)
@@ -146,25 +148,9 @@ def heads_swapped(view: View) -> View:
     )
 
 
-def tensors_of(view: View) -> dict[str, Tensor]:
-    """Everything in a view that a plugin could write to."""
-    names = ("keys", "values", "positions", "queries", "attention", "log_votes")
-    own = {name: getattr(view, name) for name in names}
-    own.update(view.slot_state)
-    own.update({f"{name} of the row": state for name, state in view.row_state.items()})
-    return {name: tensor for name, tensor in own.items() if tensor is not None}
-
-
 def expect_close(plugin: Plugin, found: Tensor, expected: Tensor, when: str) -> None:
     """Refuses a difference that rounding does not explain; NaN equals NaN."""
     try:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     except AssertionError as error:
-        raise contract_error(plugin, f"gives something else {when}: {error}") from error
-
-
-def expect_untouched(plugin: Plugin, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Refuses inputs that differ from their copies of before."""
-    for name, tensor in after.items():
-        if not torch.equal(before[name], tensor):
-            raise contract_error(plugin, f"changed its input {name!r}, expected it to be read only")
+        raise contract_error(plugin, f"gives something else {when}: {one_line(error)}") from error

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from kvpolicy.stages.checks import check_tensor, contract_error
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import expect_untouched, sample_view
+from kvpolicy.stages.conformance.samples import sample_view
 from kvpolicy.stages.contracts import Selector
+from kvpolicy.stages.untouched import untouched
 
 
 def chooses_as_many_as_asked(selector: Selector, _promises: Promises) -> None:
@@ -56,9 +57,8 @@ def keeps_rows_apart(selector: Selector, _promises: Promises) -> None:
 def leaves_its_input_alone(selector: Selector, _promises: Promises) -> None:
     for scores, candidates, counts in _samples():
         inputs = {"scores": scores, "candidates": candidates, "counts": counts}
-        before = {name: tensor.clone().nan_to_num() for name, tensor in inputs.items()}
-        selector.select(scores, candidates, counts)
-        expect_untouched(selector, before, {name: tensor.nan_to_num() for name, tensor in inputs.items()})
+        with untouched(selector, inputs):
+            selector.select(scores, candidates, counts)
 
 
 def _samples() -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -23,7 +23,7 @@ class Pyramid(LayerAllocator):
     name: ClassVar[str] = "pyramid"
     reference: ClassVar[str] = "arXiv:2406.02069"
 
-    beta: float = parameter(Number(above=0), 20, help="how much narrower the top is than the mean")
+    beta: float = parameter(Number(above=0, maximum=1e6), 20, help="how much narrower the top is than the mean")
     rounding: str = parameter(Choice(("conserve", "floor_step")), "conserve", help="exact sum, or the published code")
 
     def allocate(self, request: LayerRequest) -> tuple[int, ...]:
@@ -48,6 +48,6 @@ class Pyramid(LayerAllocator):
         return tuple(shares.tolist())
 
     def _floored_ramp(self, mean: int, most: int, layers: int) -> tuple[int, ...]:
-        high = min(2 * mean - int(mean // self.beta), most)
+        high = min(2 * mean - int(min(mean // self.beta, 2 * mean)), most)
         step = (2 * high - 2 * mean) // (layers - 1)
         return tuple(high - layer * step for layer in range(layers))

@@ -30,6 +30,7 @@ from kvpolicy_plugins.affine import (
     quantise_tokens,
     scale_dtype,
 )
+from kvpolicy_plugins.limits import MOST_CHANNELS
 from kvpolicy_plugins.packing import packed_size
 
 
@@ -118,7 +119,9 @@ class Kivi(Codec):
 
     bits: int = parameter(BITS, 4, help="bits per number")
     value_bits: int = parameter(Choice((0, 2, 4, 8)), 0, help="bits per number of the values; 0 = as `bits`")
-    group: int = parameter(Integer(minimum=1), 32, help="tokens of a key group, and channels of a value group")
+    group: int = parameter(
+        Integer(minimum=1, maximum=MOST_CHANNELS), 32, help="tokens of a key group, and channels of a value group"
+    )
     residual: int = parameter(Integer(minimum=1), 128, help="how many of the newest entries stay as they are")
     scales: str = parameter(SCALES, "half", help="scales and minima in float16, or in the model's own precision")
 

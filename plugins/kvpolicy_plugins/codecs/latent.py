@@ -11,6 +11,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Number, Rotary, Sample, Site, parameter
 from kvpolicy_plugins.affine import BITS, SCALES, check_divides, narrowed, scale_dtype
 from kvpolicy_plugins.codecs.kivi import PerToken
+from kvpolicy_plugins.limits import MOST_CHANNELS
 
 _SIGNS = 8
 _TOLERANCE = 1e-3  # float32 rounds the numbers of a basis, a thousand of them are summed
@@ -33,7 +34,9 @@ class Latent(Codec):
 
     rank: float = parameter(Number(above=0, maximum=1), 0.25, help="size of a latent, as a share of all heads' keys")
     value_bits: int = parameter(BITS, 4, help="bits per number of a value")
-    value_group: int = parameter(Integer(minimum=1), 32, help="channels of a value that share a scale")
+    value_group: int = parameter(
+        Integer(minimum=1, maximum=MOST_CHANNELS), 32, help="channels of a value that share a scale"
+    )
     scales: str = parameter(SCALES, "half", help="scales and minima in float16, or in the model's own precision")
     residual: int = parameter(Integer(minimum=0), 0, help="newest entries that are kept exactly")
 

@@ -12,6 +12,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Site, parameter
 from kvpolicy_plugins.affine import SCALES, narrowed, scale_dtype, working
 from kvpolicy_plugins.codebook import codebook, edges_between
+from kvpolicy_plugins.limits import SEED
 from kvpolicy_plugins.packing import pack, packed_size, unpack
 
 _BLOCK = 32  # up to here a matrix product is faster than halving on
@@ -65,7 +66,7 @@ class Rotation(Codec):
     reference: ClassVar[str] = "arXiv:2504.19874"
 
     bits: int = parameter(Integer(minimum=1, maximum=4), 4, help="bits per number")
-    seed: int = parameter(Integer(minimum=0), 0, help="seed of the random signs")
+    seed: int = parameter(SEED, 0, help="seed of the random signs")
     residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries stay as they are")
     scales: str = parameter(SCALES, "half", help="norms in float16, or in the model's own precision")
 

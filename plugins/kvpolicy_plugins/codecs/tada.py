@@ -33,6 +33,7 @@ from kvpolicy_plugins.affine import (
     working,
 )
 from kvpolicy_plugins.bit_widths import least_error
+from kvpolicy_plugins.limits import MOST_CHANNELS
 from kvpolicy_plugins.packing import packed_size
 
 _WIDTHS = (2, 4, 8)
@@ -103,7 +104,7 @@ class Tada(Codec):
     reference: ClassVar[str] = "arXiv:2506.04642"
 
     bits: int | str = parameter(Choice((*_WIDTHS, "auto")), 4, help="bits per number; auto = calibrated for each layer")
-    group: int = parameter(Integer(minimum=0), 0, help="channels of a group; 0 = all of a head")
+    group: int = parameter(Integer(minimum=0, maximum=MOST_CHANNELS), 0, help="channels of a group; 0 = all of a head")
     residual: int = parameter(Integer(minimum=0), 128, help="how many of the newest entries stay as they are")
     batch: int = parameter(Integer(minimum=1), 32, help="how many entries are compressed at one time")
     scales: str = parameter(SCALES, "half", help="means, scales and minima in float16, or in the model's own precision")

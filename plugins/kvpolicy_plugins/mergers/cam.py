@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.stages import Choice, Entries, Integer, Merger, Needs, View, parameter
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.assignment import entries_of, following
+from kvpolicy_plugins.limits import QUERIES_OR_ALL, SEED
 from kvpolicy_plugins.merging import count_by_target, evicted_of, statistics_of, sum_by_target
 from kvpolicy_plugins.scorers.attention import Attention
 
@@ -41,9 +42,9 @@ class CaM(Merger):
         Choice(("targets", "recent")), "targets", help="whose mean attention an entry is compared with"
     )
     queries: int = parameter(
-        Integer(minimum=0), 1, help="how many of the last queries attention is averaged over; 0 = all observed"
+        QUERIES_OR_ALL, 1, help="how many of the last queries attention is averaged over; 0 = all observed"
     )
-    seed: int = parameter(Integer(minimum=0), 0, help="of the draws")
+    seed: int = parameter(SEED, 0, help="of the draws")
 
     def needs(self) -> Needs:
         return Needs(queries=self.queries)

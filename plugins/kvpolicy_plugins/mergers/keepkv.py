@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Choice, Entries, Glimpse, Integer, Merger, Needs, Number, State, View, parameter
+from kvpolicy.stages import Choice, Entries, Glimpse, Merger, Needs, Number, State, View, parameter
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.estimates import Estimate, MovingAverage, ScoreFold, WindowMean
+from kvpolicy_plugins.limits import QUERIES
 from kvpolicy_plugins.merging import (
     Groups,
     count_by_target,
@@ -112,17 +113,17 @@ class KeepKV(Merger):
     votes: ClassVar[bool] = True
 
     threshold: float = parameter(
-        Number(minimum=-1), 0.8, help="cosine similarity of keys from which entries merge; -1 = all do"
+        Number(minimum=-1, maximum=1), 0.8, help="cosine similarity of keys from which entries merge; -1 = all do"
     )
     estimate: str = parameter(
         Choice(("ema", "window")), "ema", help="scores: moving average, or mean over the last `window` queries"
     )
     alpha: float = parameter(Number(minimum=0, maximum=1), 0.9, help="what the moving average keeps at each query")
-    window: int = parameter(Integer(minimum=1), 32, help="how many of the newest queries of a forward count")
+    window: int = parameter(QUERIES, 32, help="how many of the newest queries of a forward count")
     key: str = parameter(
         Choice(("scale", *LOSSLESS, "mean")), "scale", help="how a merged key keeps its mass; `mean` does not"
     )
-    scale_max: float = parameter(Number(above=0), 1.0, help="largest factor that `scale` puts on a key")
+    scale_max: float = parameter(Number(above=0, maximum=1e6), 1.0, help="largest factor that `scale` puts on a key")
     fallback: str = parameter(Choice(LOSSLESS), "additive", help="what `scale` does where the factor is out of bounds")
     gqa: str = parameter(
         Choice(("shared", "lstsq")), "shared", help="one score for a GQA group, or keys fitted to each query head"

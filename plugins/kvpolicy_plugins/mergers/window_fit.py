@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Choice, Entries, Integer, Merger, Needs, Number, View, parameter
+from kvpolicy.stages import Choice, Entries, Merger, Needs, Number, View, parameter
 from kvpolicy.stages.slots import gather
+from kvpolicy_plugins.limits import QUERIES_OR_ALL
 from kvpolicy_plugins.merging import (
     Groups,
     evicted_of,
@@ -125,12 +126,14 @@ class WindowFit(Merger):
 
     assign: str = parameter(Choice(("cosine", "ward")), "cosine", help="how an evicted entry finds its survivor")
     threshold: float = parameter(
-        Number(minimum=-1), -1.0, help="cosine similarity of keys from which entries merge; -1 = all do"
+        Number(minimum=-1, maximum=1), -1.0, help="cosine similarity of keys from which entries merge; -1 = all do"
     )
     attended: float = parameter(
-        Number(minimum=0), 1.0, help="attention a survivor needs to take others in, relative to the mean of evicted"
+        Number(minimum=0, maximum=1e6),
+        1.0,
+        help="attention a survivor needs to take others in, relative to the mean of evicted",
     )
-    queries: int = parameter(Integer(minimum=0), 0, help="how many of the last queries are fitted; 0 = all observed")
+    queries: int = parameter(QUERIES_OR_ALL, 0, help="how many of the last queries are fitted; 0 = all observed")
 
     def __attrs_post_init__(self) -> None:
         if self.assign == "ward" and self.threshold != -1:

@@ -10,7 +10,6 @@ from kvpolicy.stages import (
     Choice,
     Finish,
     Flag,
-    Integer,
     Needs,
     Nested,
     Number,
@@ -21,6 +20,7 @@ from kvpolicy.stages import (
     parameter,
 )
 from kvpolicy_plugins.grouping import GROUP, reduce_group
+from kvpolicy_plugins.limits import QUERIES
 from kvpolicy_plugins.pooling import Pool
 
 
@@ -39,7 +39,7 @@ class Attention(Scorer):
     name: ClassVar[str] = "attention"
     reference: ClassVar[str] = "arXiv:2404.14469"
 
-    queries: int = parameter(Integer(minimum=1), 32, help="W, how many of the last queries vote")
+    queries: int = parameter(QUERIES, 32, help="W, how many of the last queries vote")
     softmax: str = parameter(
         Choice(("all", "candidates")), "all", help="which entries the probabilities are normalised over"
     )
@@ -50,7 +50,7 @@ class Attention(Scorer):
     reduce: str = parameter(Choice(("mean", "sum")), "mean", help="how the queries are reduced to one")
     pool: Pool = parameter(Nested(Pool), Pool(), help="smoothing over neighbouring candidates")
     deviation: float = parameter(
-        Number(minimum=0), 0.0, help="weight of the standard deviation over the queries (CAKE)"
+        Number(minimum=0, maximum=1e6), 0.0, help="weight of the standard deviation over the queries (CAKE)"
     )
     causal: bool = parameter(Flag(), True, help="hide from each query what came after it")
     shared: bool = parameter(Flag(), False, help="average over KV heads: all heads of a layer keep one set")

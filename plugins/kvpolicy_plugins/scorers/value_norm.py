@@ -16,7 +16,7 @@ class ValueNorm(Scorer):
     name: ClassVar[str] = "value_norm"
     reference: ClassVar[str] = "arXiv:2406.12335"
 
-    order: float = parameter(Number(above=0), 2, help="p of the p-norm")
+    order: float = parameter(Number(minimum=0.1, maximum=100), 2, help="p of the p-norm")
 
     def in_any_order(self) -> bool:
         return True

@@ -103,8 +103,8 @@ def test_a_step_too_small_for_float16_leaves_the_minimum():
     ("parameters", "message"),
     [
         ({"residual": 100}, "residual: must be a multiple of group, which is 32: 100"),
-        ({"residual": 0}, "residual: must be an integer >= 1: 0"),
-        ({"group": 0}, "group: must be an integer >= 1: 0"),
+        ({"residual": 0}, "residual: must be an integer from 1 to 1000000000: 0"),
+        ({"group": 0}, "group: must be an integer from 1 to 4096: 0"),
         ({"bits": 3}, "bits: must be one of 2, 4, 8: 3"),
         ({"value_bits": 1}, "value_bits: must be one of 0, 2, 4, 8: 1"),
         ({"scales": "quarter"}, "scales: must be one of half, full: 'quarter'"),

@@ -151,10 +151,10 @@ def test_what_does_not_go_with_the_model_is_refused(sample):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rank": 0}, "rank: must be a number > 0 <= 1: 0"),
+        ({"rank": 0}, "rank: must be a number above 0, up to 1: 0"),
         ({"rank": 1.5}, "rank: must be"),
         ({"value_bits": 3}, "value_bits: must be one of 2, 4, 8: 3"),
-        ({"residual": -1}, "residual: must be an integer >= 0: -1"),
+        ({"residual": -1}, "residual: must be an integer from 0 to 1000000000: -1"),
         ({"scales": "double"}, "scales: must be one of half, full"),
     ],
 )

@@ -125,9 +125,9 @@ def test_it_asks_for_its_queries():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"window": 0}, "window: must be an integer >= 1: 0"),
-        ({"queries": -1}, "queries: must be an integer >= 0: -1"),
-        ({"seed": -1}, "seed: must be an integer >= 0: -1"),
+        ({"window": 0}, "window: must be an integer from 1 to 1000000000: 0"),
+        ({"queries": -1}, "queries: must be an integer from 0 to 4096: -1"),
+        ({"seed": -1}, "seed: must be an integer from 0 to 4294967295: -1"),
         ({"mode": "mean"}, "mode: must be one of bernoulli, expected: 'mean'"),
         ({"over": "all"}, "over: must be one of targets, recent: 'all'"),
     ],

@@ -157,7 +157,7 @@ def test_what_takes_nothing_in_stays_bit_for_bit():
         (Weighted, {"merge_keys": "no"}, "merge_keys: must be true or false: 'no'"),
         (Pivot, {"merge_keys": 1}, "merge_keys: must be true or false: 1"),
         (ToMe, {"threshold": -0.5}, "threshold: must be a number from 0 to 1: -0.5"),
-        (ToMe, {"fraction": 0}, "fraction: must be a number > 0"),
+        (ToMe, {"fraction": 0}, "fraction: must be a number above 0, up to 1"),
     ],
 )
 def test_wrong_parameters_are_refused(kind, wrong, message):

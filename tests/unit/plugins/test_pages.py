@@ -116,10 +116,10 @@ def test_pages_keep_the_extremes_exactly_in_the_dtype_of_the_keys():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"page": 0}, "page: must be an integer >= 1: 0"),
+        ({"page": 0}, "page: must be an integer from 1 to 1000000000: 0"),
         ({"page": 16, "budget": 15}, "budget: must be at least one page of 16 entries: 15"),
         ({"group": "median"}, "group: must be one of mean, max, sum"),
-        ({"dense_first": -1}, "dense_first: must be an integer >= 0: -1"),
+        ({"dense_first": -1}, "dense_first: must be an integer from 0 to 1000000000: -1"),
     ],
 )
 def test_parameters_keep_their_rules(parameters, message):

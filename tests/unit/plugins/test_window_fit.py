@@ -130,9 +130,9 @@ def test_logits_beyond_the_range_of_exp():
     ("wrong", "message"),
     [
         ({"assign": "nearest"}, "assign: must be one of cosine, ward: 'nearest'"),
-        ({"threshold": -2}, "threshold: must be a number >= -1: -2"),
-        ({"attended": -1}, "attended: must be a number >= 0: -1"),
-        ({"queries": -1}, "queries: must be an integer >= 0: -1"),
+        ({"threshold": -2}, "threshold: must be a number from -1 to 1: -2"),
+        ({"attended": -1}, "attended: must be a number from 0 to 1e+06: -1"),
+        ({"queries": -1}, "queries: must be an integer from 0 to 4096: -1"),
         ({"assign": "ward", "threshold": 0.5}, "threshold: must be -1 unless entries are assigned by cosine: 0.5"),
     ],
 )

@@ -37,8 +37,8 @@ def test_override_may_mend_what_the_file_has_wrong():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"budget": 0}, "override budget: must be a number of tokens >= 1"),
-        ({"budget": True}, "override budget: must be a number of tokens >= 1"),
+        ({"budget": 0}, "override budget: must be a number of tokens from 1 to 1000000000"),
+        ({"budget": True}, "override budget: must be a number of tokens from 1 to 1000000000"),
         ({"budget": 10**5000}, ": an integer of 16610 bits"),
         ({"budgt": 5}, "override budgt: unknown key; did you mean 'budget'? known: kvpolicy, name"),
         ({"protect": {"sink": 3}}, "override protect.sink: unknown key; did you mean 'sinks'? known: sinks, recent"),
@@ -46,18 +46,21 @@ def test_override_may_mend_what_the_file_has_wrong():
         ({"protect": None}, "override protect: must be a mapping with sinks, recent: null"),
         (
             {"score": [{"use": "attention", "queries": "many"}]},
-            "override score[0].queries: must be an integer >= 1: 'many'",
+            "override score[0].queries: must be an integer from 1 to 4096: 'many'",
         ),
         ({"score": [{"use": "history"}]}, "override score[0].of: must be given: a plugin of the stage 'score'"),
-        ({"score": []}, "override score: must be a list of at least one scorer: an empty list"),
-        ({"score": [{"use": "recency", "weight": float("nan")}]}, "override score[0].weight: must be a number: nan"),
+        ({"score": []}, "override score: must be a list of 1 to 64 scorers: an empty list"),
+        (
+            {"score": [{"use": "recency", "weight": float("nan")}]},
+            "override score[0].weight: must be a number from -1e+09 to 1e+09: nan",
+        ),
         ({"score": DEEP}, "must be nested at most 16 deep"),
         (
             {"select": object()},
             "override select: must be plain data (dict, list, str, int, float, bool): a Python object",
         ),
         ({"select": {"use": b"topk"}}, "override select.use: must be plain data"),
-        ({"name": "\ud800"}, "override name: must be a line of text: "),
+        ({"name": "\ud800"}, "override name: must be a line of text, 1000 characters at most: "),
         ({"kvpolicy": 2}, "override kvpolicy: must be 1, the version of policy files: 2"),
     ],
 )

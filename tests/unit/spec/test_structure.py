@@ -45,7 +45,9 @@ def spelt_out():
     signs = {f"<{stage}>": ", ".join(registry().names(stage)) for stage in STAGES}
     signs["<attention>"] = ", ".join(field.name for field in attrs.fields(registry().find("score", "attention")))
     signs["<top>"] = "kvpolicy, " + ", ".join(field.name for field in attrs.fields(PolicySpec))
-    signs["<budget>"] = 'a number of tokens >= 1, a share such as "10%", or a size such as "2GiB"'
+    signs["<budget>"] = (
+        'a number of tokens from 1 to 1000000000, a share such as "10%", or a size such as "2GiB", up to 2^60 bytes'
+    )
 
     def spell_out(messages):
         for sign, words in signs.items():
@@ -68,7 +70,10 @@ def test_messages_come_one_by_one_too():
         parse_policy(HEAD + "score:\n  - {use: attention, queries: many}\nselect: topk2\n", "rkv.yaml")
 
     first, second = caught.value.problems
-    assert (first.where, first.message) == ("rkv.yaml:4:31: score[0].queries", "must be an integer >= 1: 'many'")
+    assert (first.where, first.message) == (
+        "rkv.yaml:4:31: score[0].queries",
+        "must be an integer from 1 to 4096: 'many'",
+    )
     assert second.where == "rkv.yaml:5:9: select"
 
 
@@ -121,7 +126,7 @@ def test_plugin_of_a_third_party_is_read_by_its_rules(install, scorer_source):
     text = HEAD + "score:\n  - {use: mine, size: SIZE}\n"
 
     assert parse_policy(text.replace("SIZE", "3")).score[0].scorer.size == 3
-    with pytest.raises(PolicyError, match=r"^p:4:23: score\[0\].size: must be an integer >= 2: 1$"):
+    with pytest.raises(PolicyError, match=r"^p:4:23: score\[0\].size: must be an integer from 2 to 1000000000: 1$"):
         parse_policy(text.replace("SIZE", "1"), "p")
 
 
@@ -163,5 +168,5 @@ def test_python_may_build_a_policy_too():
     parts = {field.name: getattr(spec, field.name) for field in attrs.fields(PolicySpec)}
 
     assert PolicySpec(**{**parts, "budget": 64}) == spec
-    with pytest.raises(ParameterError, match="budget: must be a number of tokens >= 1"):
+    with pytest.raises(ParameterError, match="budget: must be a number of tokens from 1 to 1000000000"):
         PolicySpec(**{**parts, "budget": 0})

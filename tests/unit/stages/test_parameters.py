@@ -23,16 +23,16 @@ from kvpolicy.stages.parameters import (
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 TABLE = [
-    (Integer(), [0, -5, 7], [True, 1.5, "1", None, [1], NAN]),
+    (Integer(), [0, -5, 7, 10**9, -(10**9)], [True, 1.5, "1", None, [1], NAN, 10**9 + 1, -(10**9) - 1]),
     (Integer(minimum=1), [1, 2], [0, -1, False]),
     (Integer(minimum=1, maximum=3), [1, 3], [0, 4]),
     (Integer(minimum=1, odd=True), [1, 7], [2, -1, 0]),
-    (Number(), [0, -1.5, 3], [True, "1", None]),
+    (Number(), [0, -1.5, 3, 1e9], [True, "1", None, 1.1e9, -1e300]),
     (Number(minimum=0, maximum=1), [0, 1, 0.5], [-0.1, 1.01]),
     (Number(above=0), [0.1, 1], [0, 0.0, -1]),
     (Choice(("a", "b")), ["a", "b"], ["c", "", 1, None, ["a"]]),
     (Flag(), [True, False], [1, 0, "true", None]),
-    (Text(), ["", "a b", "é", "x" * 1000], ["a\nb", "a\n", "\x00", "\t", "\x85", "\u2028", 1, None]),
+    (Text(), ["", "a b", "é", "x" * 1000], ["x" * 1001, "a\nb", "a\n", "\x00", "\t", "\x85", "\u2028", 1, None]),
 ]
 CASES = [(rule, value, good) for rule, yes, no in TABLE for good, part in ((True, yes), (False, no)) for value in part]
 
@@ -49,9 +49,10 @@ def test_number_is_finite_and_fits_a_float(value):
 
 
 def test_integer_is_no_longer_than_a_file_can_say():
-    assert Integer().accepts(10**18 - 1)
-    assert not Integer().accepts(10**18)
-    assert not Integer().accepts(-(10**18))
+    widest = Integer(-(10**20), 10**20)
+    assert widest.accepts(10**18 - 1)
+    assert not widest.accepts(10**18)
+    assert not widest.accepts(-(10**18))
 
 
 def test_half_surrogate_is_no_text():
@@ -61,15 +62,15 @@ def test_half_surrogate_is_no_text():
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
-        (Integer(), "an integer"),
-        (Integer(minimum=1), "an integer >= 1"),
-        (Integer(minimum=1, odd=True), "an odd integer >= 1"),
-        (Integer(maximum=9), "an integer <= 9"),
+        (Integer(), "an integer from -1000000000 to 1000000000"),
+        (Integer(minimum=1), "an integer from 1 to 1000000000"),
+        (Integer(minimum=1, odd=True), "an odd integer from 1 to 1000000000"),
+        (Integer(maximum=9), "an integer from -1000000000 to 9"),
         (Number(minimum=0, maximum=1), "a number from 0 to 1"),
-        (Number(above=0), "a number > 0"),
+        (Number(above=0), "a number above 0, up to 1e+09"),
         (Choice(("a", "b")), "one of a, b"),
         (Flag(), "true or false"),
-        (Text(), "a line of text"),
+        (Text(), "a line of text, 1000 characters at most"),
         (Plugged("score"), "a plugin of the stage 'score'"),
     ],
     ids=str,
@@ -96,7 +97,7 @@ def test_python_gets_the_message_that_a_file_gets():
     with pytest.raises(ParameterError) as caught:
         Inner(size="many")
 
-    assert str(caught.value) == "size: must be an integer >= 1: 'many'"
+    assert str(caught.value) == "size: must be an integer from 1 to 1000000000: 'many'"
 
 
 @pytest.mark.parametrize("value", [HUGE, "x" * 10**6, object()])
@@ -131,7 +132,8 @@ def test_schema_of_an_object_has_help_defaults_and_no_other_keys():
 
     assert schema["required"] == ["must", "other"]
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["share"] == {"type": "number", "description": "a number", "default": 1}
+    bounds = {"minimum": -1e9, "maximum": 1e9}
+    assert schema["properties"]["share"] == {"type": "number", **bounds, "description": "a number", "default": 1}
     assert schema["properties"]["scorer"]["default"] == "recency"
     assert schema["properties"]["inner"]["properties"]["size"]["default"] == 7
 

@@ -60,6 +60,73 @@ BROKEN = {
         FROZEN + SCORE + FROZEN.replace("Fake", "Other") + SCORE + HOOK.replace("Fake", "Fake, Other"),
         "two plugins of the stage 'score' have the name 'fake'",
     ),
+    "import ends a generator": ("raise GeneratorExit('bye')", "GeneratorExit: bye"),
+    "import raises what nobody catches": ("class Odd(BaseException): pass\nraise Odd('odd')", "Odd: odd"),
+    "error without words": (
+        "class Mute(Exception):\n    def __str__(self):\n        raise RuntimeError('no')\nraise Mute",
+        "Mute: <Mute, whose text cannot be had: RuntimeError>",
+    ),
+    "error whose words end the process": (
+        "class Mute(BaseException):\n    def __str__(self):\n        raise SystemExit('no')\nraise Mute",
+        "Mute: <Mute, whose text cannot be had: SystemExit>",
+    ),
+    "error with control characters": ("raise RuntimeError('\\n\\x1b[31mred\\rmore')", "RuntimeError: [31mred"),
+    "generator that raises midway": (
+        FROZEN + SCORE + "@hookimpl\ndef kvpolicy_stages():\n    yield Fake\n    raise OSError('midway')",
+        "OSError: midway",
+    ),
+    "generator without end": (
+        FROZEN + SCORE + "@hookimpl\ndef kvpolicy_stages():\n    while True:\n        yield Fake",
+        "a hook gives more than 1000 things",
+    ),
+    "entry point that is no module": (
+        "import sys\nclass Odd:\n    def __dir__(self):\n        raise OSError('dir')\nsys.modules[__name__] = Odd()",
+        "OSError: dir",
+    ),
+    "class with a repr that raises": (
+        "class Odd(type):\n    def __repr__(cls):\n        raise OSError('repr')\n"
+        "class Fake(metaclass=Odd): pass\n" + HOOK,
+        "must be a subclass of kvpolicy.stages.Plugin",
+    ),
+    "name that raises": (
+        "import abc\nclass Odd(abc.ABCMeta):\n    @property\n    def name(cls):\n        raise OSError('name')\n"
+        "@attrs.frozen(slots=False)\nclass Fake(Scorer, metaclass=Odd):\n" + SCORE + HOOK,
+        "OSError: name",
+    ),
+    "stage that raises": (
+        "import abc\nclass Odd(abc.ABCMeta):\n    @property\n    def stage(cls):\n        raise OSError('stage')\n"
+        "@attrs.frozen(slots=False)\nclass Fake(Scorer, metaclass=Odd):\n    name = 'fake'\n" + SCORE + HOOK,
+        "OSError: stage",
+    ),
+    "name that is a property": (
+        "@attrs.frozen\nclass Fake(Scorer):\n    name = property(lambda self: 'fake')\n" + SCORE + HOOK,
+        "must have a `name` in lower case",
+    ),
+    "name without end": (FROZEN.replace("'fake'", "'a' * 10**6") + SCORE + HOOK, "must have a `name` in lower case"),
+    "reference that is no text": (FROZEN + "    reference = 7\n" + SCORE + HOOK, "must have text as its docstring"),
+    "flag that is no flag": (
+        "@attrs.frozen\nclass Fake(Selector):\n    name = 'fake'\n    best = 'yes'\n"
+        "    def select(self, scores, candidates, counts):\n        return candidates\n" + HOOK,
+        "must say true or false as ragged, best, moves_only, votes, reads_window",
+    ),
+    "rule without words": (
+        "class Mute(Integer):\n    def __str__(self):\n        raise RuntimeError('no')\n"
+        + FROZEN + "    x: int = parameter(Mute(), 1, help='x')\n" + SCORE + HOOK,
+        "Fake.x: has a rule that cannot be told: RuntimeError: no",
+    ),
+    "rule with a schema that is none": (
+        "class Odd(Integer):\n    def schema(self):\n        return {'minimum': {1}}\n"
+        + FROZEN + "    x: int = parameter(Odd(), 1, help='x')\n" + SCORE + HOOK,
+        "Fake.x: has a rule that cannot be told: TypeError",
+    ),
+    "rule of no stage": (
+        FROZEN + "    x: object = parameter(Plugged('scored'), help='x')\n" + SCORE + HOOK,
+        "Fake.x: must be of one stage: score, ",
+    ),
+    "bounds in the wrong order": (
+        FROZEN + "    x: int = parameter(Integer(2, 1), 1, help='x')\n" + SCORE + HOOK,
+        "a rule must have a minimum and a maximum that is no less: from 2 to 1",
+    ),
     "no such policy package": ("@hookimpl\ndef kvpolicy_policies():\n    return ['fake_not_there']", "fake_not_there"),
 }  # fmt: skip
 
@@ -72,6 +139,29 @@ def test_broken_source_is_recorded_and_breaks_nothing_else(install, case):
     assert message in str(registry().broken[0])
     assert str(registry().broken[0]).startswith("plugin 'mykv' (my-kv 1.2): ")
     assert registry().find("score", "recency").name == "recency"
+
+
+def test_message_of_a_broken_source_is_one_line_however_long_the_error(install):
+    install("my-kv", "raise RuntimeError('long ' * 10**6)", entry="mykv")
+
+    message = str(registry().broken[0])
+    assert message.startswith("plugin 'mykv' (my-kv 1.0): RuntimeError: long long")
+    assert len(message) < 400
+    assert "\n" not in message
+
+
+def test_interrupt_while_plugins_are_imported_ends_the_reading(install):
+    install("my-kv", "raise KeyboardInterrupt")
+
+    with pytest.raises(KeyboardInterrupt):
+        registry()
+
+
+def test_distribution_named_like_the_project_offers_nothing(install, scorer_source):
+    install("KV.policy".replace(".", ""), scorer_source("mine"), entry="mykv")
+
+    assert "a distribution of this name offers no plugins of its own" in str(registry().broken[0])
+    assert "mine" not in registry().names("score")
 
 
 @pytest.mark.parametrize("name", ["mykv", "something_else"])
