@@ -12,23 +12,23 @@ from tests.rounding import ROUNDING, close
 class SameTokens(LogitsProcessor):
     """Lets a greedy generation go on with the tokens [B, n] of another one, which must be its own up to rounding."""
 
-    def __init__(self, tokens):
-        self.left = list(tokens.unbind(1))
+    def __init__(self, tokens, rounding=ROUNDING):
+        self.left, self.rounding = list(tokens.unbind(1)), rounding
 
     def __call__(self, _tokens, logits):
         token = self.left.pop(0)[:, None]
         best, given = logits.amax(-1, keepdim=True), logits.gather(-1, token)
-        assert (best - given <= 2 * ROUNDING * logits.abs().max()).all(), "another token, by more than rounding"
+        assert (best - given <= 2 * self.rounding * logits.abs().max()).all(), "another token, by more than rounding"
         return torch.full_like(logits, -torch.inf).scatter(-1, token, 0.0)
 
 
-def repeat(expected, rows, one, tokens, mask=None, *, count=24, **options):
+def repeat(expected, rows, one, tokens, mask=None, *, count=24, rounding=ROUNDING, **options):
     """A generation that takes the tokens of some rows of another one; asserts that the logits of all steps agree."""
-    given = LogitsProcessorList([SameTokens(expected.sequences[rows, -count:])])
+    given = LogitsProcessorList([SameTokens(expected.sequences[rows, -count:], rounding)])
     found = generate(one, tokens, mask, count=count, logits_processor=given, **options)
     assert torch.equal(found.sequences[:, -count:], expected.sequences[rows, -count:])
     for own, theirs in zip(found.logits, expected.logits, strict=True):
-        assert close(own, theirs[rows]), (own - theirs[rows]).abs().max() / theirs[rows].abs().max()
+        assert close(own, theirs[rows], rounding), (own - theirs[rows]).abs().max() / theirs[rows].abs().max()
     return found
 
 

@@ -12,7 +12,7 @@ from kvpolicy.stages import Entries, Format
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
-from tests.rounding import Decision, noisy, noisy_columns
+from tests.rounding import ROUNDING, Decision, noisy, noisy_columns
 
 READERS = (LatentTopK, Pages)
 
@@ -72,8 +72,8 @@ def _kept(settle, spec, view, budget, mask):
         part, own = row_of(view, row), budget[row : row + 1]
         width = part.positions.shape[2]
 
-        def decide(random, part=part, own=own):
-            other = noisy_view(part, random)
+        def decide(noise, part=part, own=own):
+            other = noisy_view(part, noise)
             return {"kept": _mask(other, choose(spec, other, own).kept)}
 
         found = Decision(part.positions, _told(part), {"kept": mask[row : row + 1, :, :width]}, decide)
@@ -101,11 +101,11 @@ def row_of(view, row):
     return attrs.evolve(view, **cut, slot_state=slot_state, row_state=row_state)
 
 
-def noisy_view(view, random):
+def noisy_view(view, noise):
     """A view whose numbers differ by rounding."""
     names = ("keys", "values", "queries", "attention", "log_votes")
-    states = {name: noisy_columns(getattr(view, name), random) for name in ("slot_state", "row_state")}
-    return attrs.evolve(view, **{name: noisy(getattr(view, name), random) for name in names}, **states)
+    states = {name: noisy_columns(getattr(view, name), noise) for name in ("slot_state", "row_state")}
+    return attrs.evolve(view, **{name: noisy(getattr(view, name), noise) for name in names}, **states)
 
 
 def _told(view):
@@ -124,8 +124,8 @@ def _merged(settle, spec, view, kept, entries):
         width = max(1, int((kept[row] >= 0).sum(-1).max()))
         own = kept[row : row + 1, :, :width]
 
-        def decide(random, part=part, own=own):
-            return _numbers(merge(spec, noisy_view(part, random), own), own)
+        def decide(noise, part=part, own=own):
+            return _numbers(merge(spec, noisy_view(part, noise), own), own)
 
         mine = _entries_of(entries, row, width)
         exact = torch.cat([part.positions, gather(part.positions[..., None], own)[..., 0]], -1)
@@ -198,17 +198,17 @@ class Packing(Decision):
         columns = {name: column[:, :, : count // self.form.unit] for name, column in self.payload.items()}
         return Packing(self.exact[:, :, :count], numbers, payload=columns, form=self.form)
 
-    def same_answer(self, other):
+    def same_answer(self, other, rounding=ROUNDING):
         """Whether the columns are the same, or what they stand for agrees up to rounding."""
         if all(torch.equal(column, other.payload[name]) for name, column in self.payload.items()):
             return True
         self.outcome["decoded"] = self.form.decode(self.payload, self.exact)
         other.outcome["decoded"] = self.form.decode(other.payload, other.exact)
-        return super().same_answer(other)
+        return super().same_answer(other, rounding)
 
-    def under_noise(self, random):
+    def under_noise(self, noise):
         """What the same entries would stand for."""
-        columns = self.form.encode(noisy(self.numbers[0], random), self.exact)
+        columns = self.form.encode(noisy(self.numbers[0], noise), self.exact)
         return {"decoded": self.form.decode(columns, self.exact)}
 
 
@@ -251,8 +251,8 @@ def _reading(settle, inner):
         for row in range(len(valid)):
             width = max(1, int(valid[row].sum(-1).max()))
 
-            def decide(random, row=row, width=width):
-                queries, pages = noisy(question.queries, random), noisy_columns(question.pages, random)
+            def decide(noise, row=row, width=width):
+                queries, pages = noisy(question.queries, noise), noisy_columns(question.pages, noise)
                 found = inner(reader, attrs.evolve(question, queries=queries, pages=pages))
                 return {"read": (valid if found is None else _mask(question, found))[row : row + 1, :, :width]}
 

@@ -15,12 +15,14 @@ from collections import defaultdict
 from unittest import mock
 
 from tests.deciding import places
+from tests.rounding import ROUNDING
 
 
 class Decisions:
     """Those of a first run, for others to repeat."""
 
-    def __init__(self):
+    def __init__(self, rounding=ROUNDING):
+        self.rounding = rounding
         self.known = defaultdict(list)
         self.repeated, self.disputed = 0, 0  # decisions found again; those of them that hung on rounding
 
@@ -38,15 +40,16 @@ class Decisions:
 
     def _follow(self, kind, own):
         pairs = (own.beside(theirs) for theirs in reversed(self.known[kind]))
-        found = next((pair for pair in pairs if pair[0].same_question(pair[1])), None)
+        found = next((pair for pair in pairs if pair[0].same_question(pair[1], self.rounding)), None)
         if found is None:
             return own
         own, theirs = found
         self.repeated += 1
-        if own.same_answer(theirs):
+        if own.same_answer(theirs, self.rounding):
             return own
         self.disputed += 1
-        assert own.hangs_on_rounding(theirs), f"{kind[0]}: decided otherwise, by more than rounding"
+        tie = own.hangs_on_rounding(theirs, self.rounding)
+        assert tie, f"{kind[0]}: decided otherwise, by more than rounding"
         return theirs
 
     @contextlib.contextmanager

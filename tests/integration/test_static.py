@@ -45,10 +45,8 @@ def test_other_architectures(architecture, steps):
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "gkv"])
 def test_half_precision(name, steps):
     one = model(dtype=torch.bfloat16)
-    (free, fixed), _, _ = both(small(name), one, *prompt(30, 22), count=30)
+    both(small(name), one, *prompt(30, 22), rounding=2**-5, count=30)
     assert len(steps) == 28
-    first = [torch.stack(output.logits[:9]) for output in (free, fixed)]  # until entries of equal worth may part ways
-    assert (first[0] - first[1]).abs().max() <= 2**-4 * first[0].abs().max()
 
 
 def test_sampling_draws_the_same_tokens(steps):
