@@ -44,3 +44,11 @@ def assert_rows_alone(one, attachment, tokens, mask, count=24):
             repeat(batch, [row], one, tokens[row : row + 1, -length:], count=count, past_key_values=own)
         assert [rows[0] for rows in held(own)] == [rows[row] for rows in held(cache)]
     return decisions
+
+
+def assert_greedy(one, sequences, start):
+    """Every token from `start` on is the model's most likely one, or as likely as that up to rounding."""
+    with torch.no_grad():
+        logits = one(sequences[:, :-1], use_cache=False).logits[:, start - 1 :]
+    given = logits.gather(-1, sequences[:, start:, None])[..., 0]
+    assert (logits.amax(-1) - given <= 2 * ROUNDING * logits.abs().max()).all()

@@ -19,7 +19,8 @@ READERS = (LatentTopK, Pages)
 
 def places(settle):
     """Owner, name and wrapped function of each; `settle(kind, decision)` gives the decision that is to stand."""
-    chosen, together, kernels = evict._chosen, fused._chosen, choose_together
+    chosen, layer, together, kernels = evict._chosen, evict._evict_one, fused._chosen, choose_together
+    waiting = []  # which rows of the static layer at hand are due
     merged, encoded = merge, Half._encoded
 
     def one_view(spec, view, budget):
@@ -34,13 +35,17 @@ def places(settle):
         ]
         return [Chosen(indices_of(mask), result.observed) for mask, result in zip(masks, results, strict=True)]
 
+    def static_layer(plan, held, view, rows, budget, nan):
+        waiting.append(rows.flatten().tolist())
+        return layer(plan, held, view, rows, budget, nan)
+
     def static(plan, view, scores, budget):
-        return _kept(settle, plan.spec, view, budget, chosen(plan, view, scores, budget))
+        return _kept(settle, plan.spec, view, budget, chosen(plan, view, scores, budget), waiting.pop())
 
     def static_in_kernels(plan, layers, due, budgets):
         kept, wrong, observed = together(plan, layers, due, budgets)
-        for own, view, budget in zip(kept, layers.views, budgets, strict=True):
-            indices = indices_of(_kept(settle, plan.spec, view, budget, _mask(view, own)))
+        for own, view, budget, rows in zip(kept, layers.views, budgets, due.tolist(), strict=True):
+            indices = indices_of(_kept(settle, plan.spec, view, budget, _mask(view, own), rows))
             own.fill_(-1)[..., : indices.shape[-1]] = indices
         return kept, wrong, observed
 
@@ -53,6 +58,7 @@ def places(settle):
     yield from (
         (execute, "choose", one_view),
         (execute, "choose_together", views_in_kernels),
+        (evict, "_evict_one", static_layer),
         (evict, "_chosen", static),
         (fused, "_chosen", static_in_kernels),
         (pipeline, "merge", merging),
@@ -65,10 +71,13 @@ def places(settle):
 # -- which entries stay --------------------------------------------------------------------------------------------
 
 
-def _kept(settle, spec, view, budget, mask):
-    """The slots that stay, bool [B, K, T], row by row."""
+def _kept(settle, spec, view, budget, mask, due=None):
+    """The slots that stay, bool [B, K, T], row by row; of rows that are not due, nothing is decided."""
     rows = []
     for row in range(len(mask)):
+        if due is not None and not due[row]:
+            rows.append(mask[row : row + 1])
+            continue
         part, own = row_of(view, row), budget[row : row + 1]
         width = part.positions.shape[2]
 

@@ -72,10 +72,14 @@ class Decision:
         return self.again(noise)
 
     def hangs_on_rounding(self, other, rounding=ROUNDING):
-        """Whether each number of another outcome lies where those of this one and of decisions under noise lie."""
+        """Whether each number of both outcomes lies where those of decisions under noise lie."""
         noise = Noise(rounding, torch.Generator().manual_seed(0))
-        drawn = [self.outcome, *(self.under_noise(noise) for _ in range(PROBES))]
-        return all(_among(number, [one[name] for one in drawn], rounding) for name, number in other.outcome.items())
+        drawn = [self.under_noise(noise) for _ in range(PROBES)]
+        return all(
+            _among(number, [one[name] for one in drawn], rounding)
+            for outcome in (self.outcome, other.outcome)
+            for name, number in outcome.items()
+        )
 
 
 def _among(number, drawn, rounding):
