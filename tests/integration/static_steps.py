@@ -5,27 +5,34 @@ import itertools
 import pytest
 import torch
 
-from tests.models import difference, generate
+from tests.alone import repeat
+from tests.decisions import Decisions
+from tests.models import generate
 from tests.policies import held
+from tests.rounding import ROUNDING
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 TOLERANCE = 5e-5
 
 
-def both(policy, one, tokens, mask, **options):
-    """What generate gives without fixed shapes and with them, the reports, and the positions held in the end."""
-    found = []
-    for graph in (False, True):
-        with policy.attach(one, graph=graph) as attachment:
-            output = generate(one, tokens, mask, past_key_values=(cache := attachment.cache()), **options)
-            found.append((output, attachment.report(), held(cache)))
+def both(policy, one, tokens, mask, rounding=ROUNDING, **options):
+    """What generate gives without fixed shapes and with them, the reports, and the positions held in the end.
+
+    The second one takes the decisions of the first one where rounding decides.
+    """
+    decisions, found = Decisions(rounding), []
+    with policy.attach(one) as attachment, decisions.watched():
+        free = generate(one, tokens, mask, past_key_values=(cache := attachment.cache()), **options)
+        found.append((free, attachment.report(), held(cache)))
+    with policy.attach(one, graph=True) as attachment, decisions.followed():
+        cache = attachment.cache()
+        fixed = repeat(free, slice(None), one, tokens, mask, rounding=rounding, past_key_values=cache, **options)
+        found.append((fixed, attachment.report(), held(cache)))
     return zip(*found, strict=True)
 
 
 def assert_alike(policy, one, tokens, mask, **options):
-    (free, fixed), reports, positions = both(policy, one, tokens, mask, **options)
-    assert torch.equal(free.sequences, fixed.sequences)
-    assert difference(free, fixed) <= TOLERANCE
+    _, reports, positions = both(policy, one, tokens, mask, **options)
     assert positions[0] == positions[1]
     for layer, other in zip(*(report.layers for report in reports), strict=True):
         assert (layer.seen, layer.held, layer.compressions, layer.decode_steps) == (

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheError
-from tests.models import build, generate, model, prompt
+from tests.alone import assert_greedy
+from tests.decisions import Decisions
+from tests.models import build, difference, generate, model, prompt
 from tests.policies import held, small
 
 NAMES = ("snapkv", "h2o", "adakv")
@@ -29,10 +31,14 @@ def ways(assistant):
 @pytest.mark.parametrize("way", ["lookup", "model"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_large_budget_gives_what_plain_decoding_gives(name, way, assistant):
-    tokens = repeating()
-    plain = generate(model(), tokens).sequences
+    """Bit for bit what the same way of decoding gives; and that is what one token at a time would have given."""
+    tokens, options = repeating(), ways(assistant)[way]
+    plain = generate(model(), tokens, **options)
     with small(name, budget=200).attach(model()):
-        assert torch.equal(generate(model(), tokens, **ways(assistant)[way]).sequences, plain)
+        attached = generate(model(), tokens, **options)
+    assert torch.equal(attached.sequences, plain.sequences)
+    assert difference(attached, plain) == 0
+    assert_greedy(model(), attached.sequences, tokens.shape[1])
 
 
 @pytest.mark.parametrize("way", ["lookup", "model"])
@@ -59,11 +65,10 @@ def test_entries_leave_in_crop_only_and_the_bound_holds_after_it(name, way, assi
 def test_a_policy_on_the_assistant_keeps_what_a_rollback_needs(assistant):
     """The assistant's own cache is handed back to its `generate` every round, and cropped in between."""
     tokens = repeating()
-    plain = generate(model(), tokens).sequences
     with small("streaming_llm").attach(assistant) as attachment:
         out = generate(model(), tokens, assistant_model=assistant)
         assert all(layer.compressions for layer in attachment.report().layers)
-    assert torch.equal(out.sequences, plain)
+    assert_greedy(model(), out.sequences, tokens.shape[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,18 +92,16 @@ def test_verified_tokens_leave_what_they_would_have_left_one_by_one(name):
     """Rejected candidates leave no trace: neither entries nor votes nor attention."""
     tokens, _ = prompt(50)
     with small(name, budget=30, every=20).attach(model()) as attachment, torch.no_grad():
-        caches = [attachment.cache(), attachment.cache()]
-        for cache in caches:
-            cache.activate_past_recording()
-            model()(tokens[:, :20], past_key_values=cache)
-            cache.crop(0)
-        model()(tokens[:, 20:25], past_key_values=caches[0])
-        caches[0].crop(-4)
-        model()(tokens[:, 20:21], past_key_values=caches[1])
-        caches[1].crop(0)
-        for cache in caches:
-            model()(tokens[:, 21:], past_key_values=cache)
-            cache.crop(0)
+        caches, decisions = [attachment.cache(), attachment.cache()], Decisions()
+        for cache, mode, candidates in zip(caches, (decisions.watched, decisions.followed), (5, 1), strict=True):
+            with mode():
+                cache.activate_past_recording()
+                model()(tokens[:, :20], past_key_values=cache)
+                cache.crop(0)
+                model()(tokens[:, 20 : 20 + candidates], past_key_values=cache)
+                cache.crop(1 - candidates)
+                model()(tokens[:, 21:], past_key_values=cache)
+                cache.crop(0)
     assert held(caches[0]) == held(caches[1])
     assert [layer.held.slots.lengths for layer in caches[0].managed] != [((50, 50),)] * 3
 

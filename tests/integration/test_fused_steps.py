@@ -10,6 +10,8 @@ from kvpolicy.runtime import rounds
 from kvpolicy.runtime.attachment import Attachment
 from kvpolicy.runtime.support import geometry_of
 from kvpolicy_kernels import UnsupportedInputError
+from tests.alone import repeat
+from tests.decisions import Decisions
 from tests.models import build, generate, prompt
 from tests.policies import small
 
@@ -30,10 +32,13 @@ def test_kernels_choose_what_the_references_choose(name, rows):
     """Token by token, in a batch with a shorter row, over several compressions."""
     model = build("llama", num_hidden_layers=LAYERS)
     tokens, mask = prompt(*rows)
-    expected, plain = _generate(model, POLICIES[name], tokens, mask, kernels=False)
-    found, fused = _generate(model, POLICIES[name], tokens, mask, kernels=True)
+    decisions = Decisions()
+    with decisions.watched():
+        expected, plain = _generate(model, POLICIES[name], tokens, mask, kernels=False)
+    with decisions.followed():
+        _, fused = _generate(model, POLICIES[name], tokens, mask, expected, kernels=True)
 
-    assert torch.equal(found.sequences, expected.sequences)
+    assert decisions.repeated
     assert [one.held for one in fused.layers] == [one.held for one in plain.layers]
     assert max(one.compressions for one in fused.layers) >= 2
 
@@ -72,7 +77,9 @@ def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog):
     assert "no such luck" in caplog.text
 
 
-def _generate(model, policy: kvpolicy.Policy, tokens, mask, *, kernels):
+def _generate(model, policy: kvpolicy.Policy, tokens, mask, expected=None, *, kernels):
     plan = compile_policy(policy.spec, geometry_of(model.config), "cpu", torch.float32, kernels=kernels)
     with Attachment(plan, model) as attachment:
-        return generate(model, tokens, mask, count=STEPS), attachment.report()
+        if expected is None:
+            return generate(model, tokens, mask, count=STEPS), attachment.report()
+        return repeat(expected, slice(None), model, tokens, mask, count=STEPS), attachment.report()

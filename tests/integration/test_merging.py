@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvpolicy.runtime.attachment import attached as attachment_of
+from tests.alone import assert_rows_alone
 from tests.integration.test_concurrency import together
 from tests.integration.test_stores import READERS, STORES, attached
 from tests.models import build, generate, model, prompt
@@ -31,13 +32,8 @@ SHAPES = {
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
 @pytest.mark.parametrize("name", ["snapkv", "adakv"])
 def test_rows_are_independent_whatever_is_merged(name, merge):
-    one, (tokens, mask) = model(), prompt(*LENGTHS)
-    with small(name, merge=merge).attach(one):
-        batch = generate(one, tokens, mask)
-        assert all(logits.isfinite().all() for logits in batch.logits)
-        for row, length in enumerate(LENGTHS):
-            alone = generate(one, tokens[row : row + 1, -length:])
-            assert torch.equal(batch.sequences[row, -24:], alone.sequences[0, -24:])
+    with small(name, merge=merge).attach(model()) as attachment:
+        assert_rows_alone(model(), attachment, *prompt(*LENGTHS))
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}])

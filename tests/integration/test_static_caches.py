@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheError
+from tests.alone import repeat
+from tests.decisions import Decisions
 from tests.integration.static_steps import TOLERANCE, assert_alike, fed
 from tests.models import build, generate, model, prompt
 from tests.policies import held, small
@@ -14,13 +16,13 @@ from tests.policies import held, small
 
 def test_two_caches_take_turns():
     texts = [prompt(30, seed=seed)[0] for seed in (0, 1)]
-    alone = {}
-    for graph, turns in (
-        (False, [0] * 9),
-        (False, [1] * 9),
-        (True, [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0]),
+    alone, decisions = {}, Decisions()
+    for graph, mode, turns in (
+        (False, decisions.watched, [0] * 9),
+        (False, decisions.watched, [1] * 9),
+        (True, decisions.followed, [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0]),
     ):
-        with small("gkv").attach(model(), graph=graph) as attachment, torch.no_grad():
+        with small("gkv").attach(model(), graph=graph) as attachment, mode(), torch.no_grad():
             caches, said = [attachment.cache() for _ in texts], {0: [], 1: []}
             for turn in turns:
                 cache, start = caches[turn], caches[turn].get_seq_length()
@@ -50,16 +52,20 @@ def conversation(graph):
 
 
 def test_turns_rollbacks_and_moved_rows_come_in_between(steps):
-    (free, ours), (fixed, theirs) = conversation(graph=False), conversation(graph=True)
+    decisions = Decisions()
+    with decisions.watched():
+        free, ours = conversation(graph=False)
+    with decisions.followed():
+        fixed, theirs = conversation(graph=True)
     assert (free - fixed).abs().max() <= TOLERANCE
     assert ours == theirs
     assert len(steps) == 5 + 7 + 5 + 5 + 7  # all decode steps but the first of each stretch
 
 
 def test_tokens_that_may_be_undone_are_left_to_the_model(steps):
-    tokens, found = prompt(50)[0], []
-    for graph in (False, True):
-        with small("snapkv").attach(model(), graph=graph) as attachment, torch.no_grad():
+    tokens, found, decisions = prompt(50)[0], [], Decisions()
+    for graph, mode in ((False, decisions.watched), (True, decisions.followed)):
+        with small("snapkv").attach(model(), graph=graph) as attachment, mode(), torch.no_grad():
             cache = attachment.cache()
             fed(model(), cache, tokens, 20, *range(21, 26))
             cache.activate_past_recording()
@@ -72,12 +78,11 @@ def test_tokens_that_may_be_undone_are_left_to_the_model(steps):
 
 
 def test_threads_take_turns():
-    texts = [prompt(30, 21, seed=seed) for seed in (0, 1)]
-    with small("rkv").attach(model()):
-        expected = [generate(model(), *text).sequences for text in texts]
-    with small("rkv").attach(model(), graph=True), ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda text: generate(model(), *text).sequences, texts))
-    assert all(map(torch.equal, expected, found))
+    texts, decisions = [prompt(30, 21, seed=seed) for seed in (0, 1)], Decisions()
+    with small("rkv").attach(model()), decisions.watched():
+        expected = [generate(model(), *text) for text in texts]
+    with small("rkv").attach(model(), graph=True), decisions.followed(), ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda text, theirs: repeat(theirs, slice(None), model(), *text), texts, expected))
 
 
 def test_a_copied_cache_goes_its_own_way(steps):

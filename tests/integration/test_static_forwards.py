@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import fingerprint
+from tests.decisions import Decisions
 from tests.integration.static_steps import TOLERANCE, fed
 from tests.models import build, generate, model, prompt
 from tests.policies import small
@@ -61,11 +62,11 @@ def test_gradients_are_left_to_the_model(steps):
 
 
 def test_a_pad_among_decoded_tokens_is_left_to_the_model(steps):
-    found = []
+    found, decisions = [], Decisions()
     tokens, mask = prompt(30, 30)[0], torch.ones(2, 30, dtype=torch.long)
     mask[1, 26] = 0
-    for graph in (False, True):
-        with small("rkv").attach(model(), graph=graph) as attachment, torch.no_grad():
+    for graph, mode in ((False, decisions.watched), (True, decisions.followed)):
+        with small("rkv").attach(model(), graph=graph) as attachment, mode(), torch.no_grad():
             cache = attachment.cache()
             found.append(
                 [

@@ -10,6 +10,8 @@ from kvpolicy.runtime.static import evict, fused
 from kvpolicy.runtime.static.runners import Mode
 from kvpolicy.runtime.support import geometry_of
 from kvpolicy_kernels import UnsupportedInputError
+from tests.alone import repeat
+from tests.decisions import Decisions
 from tests.models import build, generate, prompt
 from tests.policies import held, small
 
@@ -27,21 +29,37 @@ def rounds(monkeypatch):
     return found
 
 
-def run(name, *, kernels, backend=None):
+def both(name, *, backend=None):
+    """The sequences, the positions held and the compressions without kernels and with them, which repeat decisions."""
+    decisions = Decisions()
+    with decisions.watched():
+        expected, *plain = run(name, kernels=False)
+    yield expected.sequences, *plain
+    with decisions.followed():
+        found, *layers = run(name, expected, kernels=True, backend=backend)
+    yield found.sequences, *layers
+
+
+def run(name, expected=None, *, kernels, backend=None):
     model = build("llama", num_hidden_layers=LAYERS)
     policy = small(name, 20, 4, protect={"recent": 4})
     plan = compile_policy(policy.spec, geometry_of(model.config), "cpu", torch.float32, kernels=kernels)
     with Attachment(plan, model, Mode(backend)) as attachment:
-        output = generate(model, *prompt(*ROWS), count=STEPS, past_key_values=(cache := attachment.cache()))
-        return output.sequences, held(cache), [layer.compressions for layer in attachment.report().layers]
+        options = {"count": STEPS, "past_key_values": (cache := attachment.cache())}
+        if expected is None:
+            output = generate(model, *prompt(*ROWS), **options)
+        else:
+            output = repeat(expected, slice(None), model, *prompt(*ROWS), **options)
+        return output, held(cache), [layer.compressions for layer in attachment.report().layers]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_keep_what_the_references_keep(name, rounds):
-    expected = run(name, kernels=False)
+    runs = both(name)
+    expected = next(runs)
     assert not any(rounds)
     rounds.clear()
-    found = run(name, kernels=True)
+    found = next(runs)
 
     assert torch.equal(found[0], expected[0])
     assert found[1:] == expected[1:]
@@ -51,9 +69,10 @@ def test_kernels_keep_what_the_references_keep(name, rounds):
 
 def test_a_compiled_step_compresses_in_kernels_too(rounds):
     """As one operator, which is given the storages themselves."""
-    expected = run("rkv", kernels=False)
+    runs = both("rkv", backend="aot_eager")
+    expected = next(runs)
     rounds.clear()
-    found = run("rkv", kernels=True, backend="aot_eager")
+    found = next(runs)
 
     assert torch.equal(found[0], expected[0])
     assert found[1:] == expected[1:]
@@ -63,16 +82,16 @@ def test_a_compiled_step_compresses_in_kernels_too(rounds):
 
 def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog, rounds):
     """The references run instead, with the same tokens."""
-    expected = run("gkv", kernels=False)
+    expected, *plain = run("gkv", kernels=False)
 
     def refuse(*_args):
         raise UnsupportedInputError("no such luck")
 
     monkeypatch.setattr(fused, "_compact", refuse)
-    found = run("gkv", kernels=True)
+    found, *layers = run("gkv", kernels=True)
 
-    assert torch.equal(found[0], expected[0])
-    assert found[1:] == expected[1:]
+    assert torch.equal(found.sequences, expected.sequences)
+    assert layers == plain
     assert len(rounds) >= 2
     assert not any(rounds)
     assert [one.message for one in caplog.records if "no such luck" in one.message] == [caplog.records[0].message]

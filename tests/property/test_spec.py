@@ -61,7 +61,7 @@ def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
         case BudgetRule():
             return BUDGETS.map(Budget.parse)
         case CountRule():
-            return st.integers(0, BEYOND - 1) | st.integers(1, 10**8).map(lambda n: Part(Fraction(n, 10**8)))
+            return st.integers(0, LARGEST) | st.integers(1, 10**8).map(lambda n: Part(Fraction(n, 10**8)))
         case EveryRule():
             return st.one_of(st.just("never"), st.integers(1, LARGEST))
         case Nested():

@@ -110,8 +110,8 @@ class DecodeForward:
             return None
         tokens, mask, places = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         rows, seen = cache.rows, cache.managed[0].get_seq_length()
-        if not isinstance(tokens, Tensor) or tokens.shape != (rows, 1):  # of other rows, the cache will say what is wrong
-            return None
+        if not isinstance(tokens, Tensor) or tokens.shape != (rows, 1):
+            return None  # of other rows, the cache will say what is wrong
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, seen + 1)):
             return None
         if places is not None and (not isinstance(places, Tensor) or places.shape not in {(rows, 1), (1, 1)}):

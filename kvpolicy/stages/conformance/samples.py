@@ -49,7 +49,8 @@ def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> 
     window = max(needs.queries, WINDOW if isinstance(observer, Merger) and observer.reads_window else 0)
     queries = normal(batch, heads * GROUP, window, DIM) if window else None
     attention = normal(batch, heads, GROUP, slots).abs() if needs.attention else None
-    state = {one.name: torch.full(view.positions.shape, one.fill, dtype=torch.float32) for one in slot_state_of(observer)}
+    shape, states = view.positions.shape, slot_state_of(observer)
+    state = {one.name: torch.full(shape, one.fill, dtype=torch.float32) for one in states}
     view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
     if not isinstance(observer, Merger):
         return view
