@@ -14,6 +14,8 @@ import torch
 
 from tests.oracle import attending_by
 
+Contents = dict[tuple[int, int], list[dict[int, tuple[np.ndarray, np.ndarray, float]]]]  # by layer, row; head; position
+
 
 @attrs.define
 class Entry:
@@ -157,13 +159,27 @@ class Simulation:
         ]
 
 
-def simulate(model, method: Method, tokens, mask, sizes):  # noqa: ANN001, ANN201
-    """What is held after each forward: positions [forward][layer][row][head]."""
+    def refresh(self, contents: Contents) -> None:
+        """Give entries the keys, values and votes that they have become: packed, or merged with others."""
+        for place, heads in self.heads.items():
+            for head, known in zip(heads, contents[place], strict=True):
+                for entry in head.entries:
+                    if entry.position in known:  # else another method holds it, which will be told
+                        entry.key, entry.value, entry.votes = known[entry.position]
+
+
+def simulate(model, method: Method, tokens, mask, sizes, contents=None):  # noqa: ANN001, ANN201, PLR0913
+    """What is held after each forward: positions [forward][layer][row][head].
+
+    `contents`, after each forward, are what entries hold where a policy packs or merges them.
+    """
     simulation = Simulation(method, mask.bool().numpy(), model.config.num_hidden_layers)
     held, cache, start = [], None, 0
     with attending_by(model, simulation), torch.no_grad():
-        for size in sizes:
+        for step, size in enumerate(sizes):
             end = start + size
+            if contents is not None and step:
+                simulation.refresh(contents[step - 1])
             given = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
             cache = model(tokens[:, start:end], **given).past_key_values
             held.append(simulation.held())

@@ -24,6 +24,21 @@ class Blend(Adaptive):
         return by_largest(np.array([np.linalg.norm(head.entries[slot].value) for slot in self.candidates(head)]))
 
 
+class OfTwo(Blend):
+    """Half attention, half redundancy, the same for every head."""
+
+    def scores(self, heads: list[Head]) -> list[np.ndarray]:
+        return [0.5 * self.votes(head) - 0.5 * self.alike(head) for head in heads]
+
+    def shares(self, scores: list[np.ndarray], each: int) -> list[int]:
+        return [each] * len(scores)
+
+
 def test_all_three_count_and_heads_compete():
     given = 12, 3, 1, 4
     assert_holds_what_the_oracle_holds(shipped("blend", *given, queries=4), Blend, *given, 4)
+
+
+def test_attention_and_redundancy_of_packed_keys():
+    given = 12, 3, 2, 4
+    assert_holds_what_the_oracle_holds(shipped("blend3", *given, queries=4), OfTwo, *given, 4, changes=True)

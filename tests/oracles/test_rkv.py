@@ -34,3 +34,9 @@ def test_what_is_attended_to_and_not_redundant_stays():
 def test_sinks_count_as_look_alikes_and_are_never_evicted():
     given = 12, 2, 2, 4
     assert_holds_what_the_oracle_holds(shipped("rkv", *given, queries=3), Redundant, *given, 3)
+
+
+def test_packed_keys_are_compared_as_they_are_held():
+    given = 12, 4, 0, 4
+    policy = shipped("rkv_int4", *given, queries=4, store={"use": "kivi", "bits": 4, "group": 4, "residual": 4})
+    assert_holds_what_the_oracle_holds(policy, Redundant, *given, 4, changes=True)
