@@ -3,6 +3,8 @@
 import multiprocessing
 from multiprocessing.connection import Connection
 
+import torch
+
 from tests.models_sweep.examine import NOT_TRIED, WRONG, Verdict, examine
 from tests.models_sweep.pairs import Pair
 
@@ -30,8 +32,6 @@ def examine_apart(pair: Pair, seconds: float = SECONDS) -> Verdict:
 
 
 def _send(pair: Pair, there: Connection) -> None:
-    import torch
-
     torch.set_num_threads(1)
     there.send(examine(pair))
     there.close()

@@ -7,6 +7,8 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests.models_sweep.variants import VARIANTS
+
 HEADS = {
     "text": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "image": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,  # given text only
@@ -43,3 +45,9 @@ def default_pairs() -> Iterator[Pair]:
         for model_type, name in sorted(names.items()):
             if head == "text" or HEADS["text"].get(model_type) != name:
                 yield Pair(head, model_type)
+
+
+def all_pairs() -> Iterator[Pair]:
+    """Those, and the configurations beside the default ones."""
+    yield from default_pairs()
+    yield from map(Pair.of, VARIANTS)

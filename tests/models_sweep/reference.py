@@ -6,6 +6,7 @@ of the model's own. Nothing of the product computes anything here.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -56,7 +57,8 @@ def through(model: PreTrainedModel, cache: PolicyCache, batch: Batch, sizes: Seq
 
 def as_held(model: PreTrainedModel, batch: Batch, sizes: Sequence[int], record: Record | None) -> Tensor:
     """Logits [B, T, V] of a plain model that sees what the record says, or everything; it stays with our attention."""
-    attention = _Attention(batch.pads)
+    cache = _Everything(config=model.config.get_text_config(decoder=True))
+    attention = _Attention(cache, batch.pads)
     steps = iter(record or [{}] * len(sizes))
 
     def before(start: int) -> None:
@@ -66,7 +68,7 @@ def as_held(model: PreTrainedModel, batch: Batch, sizes: Sequence[int], record: 
     AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
         model.set_attn_implementation(NAME)
-        return _in_chunks(model, own_cache(model), batch, sizes, before)
+        return _in_chunks(model, cache, batch, sizes, before)
     finally:
         del ALL_ATTENTION_FUNCTIONS._global_mapping[NAME], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[NAME]
 
@@ -74,6 +76,19 @@ def as_held(model: PreTrainedModel, batch: Batch, sizes: Sequence[int], record: 
 def own_cache(model: PreTrainedModel) -> DynamicCache:
     """The cache that the library would make."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+class _Everything(DynamicCache):
+    """The library's cache, which tells the attention that follows an update whose keys these are.
+
+    The number of the module does not: some models go through their modules several times.
+    """
+
+    updated: int | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.updated = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def _held_by(cache: PolicyCache) -> dict[int, Held]:
@@ -103,15 +118,16 @@ def _in_chunks(
 class _Attention:
     """Attention written out, with what is held in place of what there is."""
 
+    cache: _Everything
     pads: Tensor
     start: int = 0  # tokens of earlier forwards
     held: dict[int, Held] = attrs.field(factory=dict)
 
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **call):  # noqa: ANN001, ANN003, ANN204, ARG002
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **call):
         _require_known(call)
         group = query.shape[1] // key.shape[1]
         hidden, added = _hidden(module, query, key, attention_mask)
-        held = self.held.get(getattr(module, "layer_idx", None))
+        held, self.cache.updated = self.held.get(self.cache.updated), None
         if held is not None:
             key, value, seen = self._with(held, key, value)
             hidden = hidden | ~seen.repeat_interleave(group, 1)[:, :, None]
@@ -132,14 +148,14 @@ class _Attention:
         return key, value, seen
 
 
-def _require_known(call) -> None:  # noqa: ANN001
+def _require_known(call) -> None:
     for name, given in call.items():
-        if isinstance(given, Tensor) or given not in (None, False):
-            if name not in _WITHOUT_EFFECT and not name.startswith("output_"):
-                raise NotImplementedError(f"the reference knows nothing of {name}")
+        nothing = not isinstance(given, Tensor) and given in (None, False)
+        if not nothing and name not in _WITHOUT_EFFECT and not name.startswith("output_"):
+            raise NotImplementedError(f"the reference knows nothing of {name}")
 
 
-def _hidden(module, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:  # noqa: ANN001
+def _hidden(module, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
     """What a query does not see, bool [B, 1 or H, q, T], and what is added to its logits."""
     count, length = query.shape[2], key.shape[2]
     if mask is None:

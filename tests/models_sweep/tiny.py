@@ -6,7 +6,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tests.models_sweep.pairs import Pair
-from tests.models_sweep.variants import SPECIAL
+from tests.models_sweep.variants import SPECIAL, VARIANTS
 
 VOCABULARY = 97
 MOST_PARAMETERS = 20_000_000
@@ -42,8 +42,7 @@ _TEXT = {
     "encoder_layers": 2,
     "encoder_attention_heads": _HEADS,
     "num_attention_groups": 2,
-    "attention_window": 16,
-    "sliding_window": 16,
+    **dict.fromkeys(("sliding_window", "attention_window", "attention_chunk_size"), 16),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,  # every generation has the length that was asked for
@@ -58,6 +57,7 @@ _OTHER = {  # of encoders of images and sounds, which are built and not run
     "image_size": 32,
     "patch_size": 8,
 }
+_WINDOWS = ("sliding_window", "attention_window", "attention_chunk_size")
 _TEXT_PARTS = ("text_config", "decoder", "decoder_config", "llm_config")
 
 
@@ -76,8 +76,16 @@ def tiny_config(config_class: type[PretrainedConfig], special: dict[str, Any]) -
 
 
 def _those_of(config: PretrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """The values that a configuration has a place for: some are computed, some refuse to be read for all layers."""
-    return {name: value for name, value in values.items() if name in vars(config) or _settable(config, name)}
+    """The values that a configuration has a place for: some are computed, some refuse to be read for all layers.
+
+    A window that is None by default stays so: there is none.
+    """
+    absent = {name for name in _WINDOWS if vars(config).get(name, 0) is None}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in absent and (name in vars(config) or _settable(config, name))
+    }
 
 
 def _settable(config: PretrainedConfig, name: str) -> bool:
@@ -96,19 +104,19 @@ def build(pair: Pair) -> PreTrainedModel:
     """
     try:
         model_class, config_class = pair.classes()
-        config = tiny_config(config_class, SPECIAL.get(pair.name, SPECIAL.get(pair.model_type, {})))
-        if model_class.config_class is config_class.sub_configs.get("text_config"):
-            config = config.get_text_config()  # as transformers' own Auto classes do
+        special = {**SPECIAL.get(pair.model_type, {}), **VARIANTS.get(pair.name, {})}
+        config = tiny_config(config_class, special)
+        for name, part in config_class.sub_configs.items():
+            if part is model_class.config_class:  # as transformers' own Auto classes do
+                config = getattr(config, name)
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in model_class(config).parameters())
-        if count > MOST_PARAMETERS:
-            raise CannotBuildError(f"{count} parameters")
         torch.manual_seed(0)
-        model = model_class(config).float().eval()
-    except CannotBuildError:
-        raise
+        model = model_class(config).float().eval() if count <= MOST_PARAMETERS else None
     except Exception as error:
         raise CannotBuildError(f"{type(error).__name__}: {error}") from error
+    if model is None:
+        raise CannotBuildError(f"{count} parameters are too many")
     _fill(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

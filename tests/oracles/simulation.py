@@ -98,7 +98,7 @@ class Simulation:
     heads: dict[tuple[int, int], list[Head]] = attrs.field(factory=dict)  # by layer and row
     tokens: dict[tuple[int, int], int] = attrs.field(factory=dict)
 
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, **call):  # noqa: ANN001, ANN003, ANN204, ARG002
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **call):
         rows, kv_heads, length = key.shape[:3]
         count = query.shape[2]
         output = torch.zeros(rows, count, query.shape[1], value.shape[3])
@@ -112,7 +112,7 @@ class Simulation:
             self._evict(module.layer_idx, row, decoding=count == 1)
         return output, None
 
-    def _row(self, heads, columns, first, before, query, key, value):  # noqa: ANN001, ANN202, PLR0913
+    def _row(self, heads, columns, first, before, query, key, value):
         """One forward of a row: append, attend, observe. [q, H, D]."""
         group = query.shape[0] // len(heads)
         output = np.zeros((query.shape[1], query.shape[0], value.shape[2]))
@@ -146,9 +146,7 @@ class Simulation:
         for head, own, share in zip(heads, scores, shares, strict=True):
             slots = method.candidates(head)
             kept = {slots[index] for index in method.best(own, share)}
-            head.entries = [
-                entry for slot, entry in enumerate(head.entries) if slot in kept or slot not in set(slots)
-            ]
+            head.entries = [entry for slot, entry in enumerate(head.entries) if slot in kept or slot not in set(slots)]
 
     def held(self) -> list[list[list[list[int]]]]:
         """Positions, [layer][row][head]."""
@@ -157,7 +155,6 @@ class Simulation:
             [[[entry.position for entry in head.entries] for head in self.heads[layer, row]] for row in rows]
             for layer in range(self.layers)
         ]
-
 
     def refresh(self, contents: Contents) -> None:
         """Give entries the keys, values and votes that they have become: packed, or merged with others."""
@@ -168,7 +165,7 @@ class Simulation:
                         entry.key, entry.value, entry.votes = known[entry.position]
 
 
-def simulate(model, method: Method, tokens, mask, sizes, contents=None):  # noqa: ANN001, ANN201, PLR0913
+def simulate(model, method: Method, tokens, mask, sizes, contents=None):
     """What is held after each forward: positions [forward][layer][row][head].
 
     `contents`, after each forward, are what entries hold where a policy packs or merges them.
