@@ -15,7 +15,7 @@ from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.calibrate import calibrate, model_digest
 from kvpolicy.runtime.rotation import rotary_of, rotary_of_config
 from kvpolicy.runtime.static.runners import mode_of
-from kvpolicy.runtime.support import check_model, geometry_of
+from kvpolicy.runtime.support import check_model, device_of, geometry_of
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
 from kvpolicy.spec.policy import PolicySpec
@@ -62,8 +62,8 @@ class Policy:
             kind, rotary = dtype or torch.float32, rotary_of_config(model) if self.spec.store.calibrated else None
             return compile_policy(self.spec, geometry, device or "cpu", kind, rotary, measured)
         check_model(model)
-        geometry, measured = geometry_of(model.config), self._calibration(calibration, model)
-        place, kind = device or model.device, dtype or model.dtype
+        geometry, measured = geometry_of(model), self._calibration(calibration, model)
+        place, kind = device or device_of(model), dtype or model.dtype
         return compile_policy(self.spec, geometry, place, kind, rotary_of(model), measured)
 
     def check(self, config: PretrainedConfig, calibration: CalibrationSource | None = None) -> None:
@@ -95,9 +95,10 @@ class Policy:
 
         The model must have a policy attached, this one or another: the cache follows its own.
         """
-        if attached(model) is None:
+        attachment = attached(model)
+        if attachment is None:
             raise AttachError("attach a policy to the model first: without it nothing would be compressed")
-        return PolicyCache(self.compile(model, calibration=calibration), model.config)
+        return attachment.adopt(PolicyCache(self.compile(model, calibration=calibration), model.config))
 
     def _calibration(self, given: CalibrationSource | None, model: PreTrainedModel | None) -> Calibration | None:
         """What was given, if the store needs one; raises CalibrationError unless it is for this policy and model."""

@@ -80,6 +80,18 @@ class Plan:
         moves_only = self.spec.merge.moves_only and not self.packs and not self.ragged
         return indifferent and moves_only and self.compresses_while_decoding and bool(self.fusion.off)
 
+    def first(self, layers: int) -> "Plan | None":
+        """The plan for the model's first `layers` layers; None when it manages none of them."""
+        geometry = self.geometry
+        managed = tuple(index for index in geometry.managed if index < layers)
+        if not managed:
+            return None
+        shorter = attrs.evolve(geometry, managed=managed)
+        formats, pages = self.formats[: len(managed)], self.page_formats[: len(managed)]
+        footprint = Footprint(shorter, self.dtype, self.columns, formats, pages)
+        budgets = Budgets(self.spec, shorter, footprint)
+        return attrs.evolve(self, geometry=shorter, formats=formats, page_formats=pages, budgets=budgets)
+
     @property
     def footprint(self) -> Footprint:
         """The bytes that entries take."""

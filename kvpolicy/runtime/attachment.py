@@ -1,32 +1,47 @@
 """A plan bound to a live model, and how the model is given back as it was."""
 
-import warnings
-from collections.abc import Iterator
+import copy
 from types import TracebackType
 from typing import Any, Self
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
-from kvpolicy.errors import AttachError, UncompressedWarning, UnsupportedCallError, UnsupportedModelError
+from kvpolicy.errors import AttachError
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.attention import NAME, managed_modules, register
+from kvpolicy.runtime.attention import managed_modules, register
 from kvpolicy.runtime.cache import PolicyCache
+from kvpolicy.runtime.forwards import ForwardHooks
+from kvpolicy.runtime.guard import Restoring, inspect_model
+from kvpolicy.runtime.implementation import NAME_KEY, configs_of, implementation_of, is_ours, name_for
+from kvpolicy.runtime.misses import Misses
+from kvpolicy.runtime.origin import Origin
+from kvpolicy.runtime.provider import PROVIDER, CacheProvider
 from kvpolicy.runtime.report import Report
 from kvpolicy.runtime.static.decode import FORWARD, DecodeForward
 from kvpolicy.runtime.static.limits import require_static
 from kvpolicy.runtime.static.runners import Mode
 from kvpolicy.runtime.stats import LayerStats
-from kvpolicy.runtime.support import check_model
+from kvpolicy.runtime.support import check_model, require_interface
 
-_PROVIDER = "_prepare_cache_for_generation"  # the method by which `generate` gets its cache
-_NAME_KEY = "_attn_implementation_internal"  # where a configuration keeps the name of the attention function
+_RETIRED = (
+    "the policy that this cache was made for has been detached from its model: what the cache holds cannot be "
+    "attended to without it; attach a policy, and start with a new cache"
+)
 
 
 class Attachment:
     """While attached, `generate` runs in the memory that the policy allows. A context manager; or call `detach`.
 
-    Two things change, both on this instance: the name of its attention function, and where `generate` gets its cache
-    from; with `mode` a third, its `forward`. No weight, class or global function is touched.
+    Three things change, all on this instance: the name of the attention function in the configuration of its decoder,
+    where `generate` gets its cache from, and a hook before and one after its forward, which see to it that the cache
+    that was given is the one in use; with `mode` a fourth, its `forward`. No weight, class or function of the library
+    is touched. Before any of that the model is run on a few tokens, to see whether it uses its cache as a policy needs;
+    `unchecked` says why, when it could not be run (None when it was).
+
+    Raises AttachError, UnsupportedModelError, or PolicyError for `mode`; the model is then as it was. An interrupt, at
+    whatever line of attaching or of `detach`, leaves the model as it was or attached as a whole.
     """
 
     def __init__(self, plan: Plan, model: PreTrainedModel, mode: Mode | None = None) -> None:
@@ -34,46 +49,72 @@ class Attachment:
         _require_free(model)
         if mode is not None:
             require_static(plan, model)
+        self._previous = [(config, vars(config)[NAME_KEY]) for config in configs_of(model)]
+        originals = [(config, implementation_of(config)) for config, _ in self._previous]
+        require_interface(model, [config for config, _ in self._previous])
+        register(*(original for _, original in originals))
+        found = inspect_model(model, plan.geometry, originals)
         self.plan = plan
         self.model = model
+        self.unchecked = found.unchecked
+        self.misses = Misses()
+        self._names = [(config, name_for(original)) for config, original in originals]
         self._stats: list[LayerStats] = []
-        self._previous = [(config, vars(config)[_NAME_KEY]) for config in _configs(model)]
-        register()
-        try:
-            model.set_attn_implementation(NAME)
-            _require_ours(model)
-        except BaseException:
-            self._restore()
-            raise
-        self._modules = [m for m in model.modules() if getattr(m, "layer_idx", None) in plan.geometry.managed]
-        managed_modules.update(self._modules)
-        model.__dict__[_PROVIDER] = CacheProvider(self)
+        self._modules = list(_possible_modules(model, plan) if found.modules is None else found.modules)
+        self._config = copy.deepcopy(model.config)  # what is changed in it later is not meant for caches
+        self._cut = False  # whether a draft has been made with the first layers alone
+        self._origin = Origin()
+        self._hooks = ForwardHooks(self._origin, self.misses)
         self._decode = None if mode is None else DecodeForward(plan, model, mode)
-        if self._decode is not None:
-            model.__dict__[FORWARD] = self._decode
+        self.complete = False
+        with Restoring(self.undo, only_after_errors=True), Restoring(self.undo, only_after_errors=True):
+            self._install()
 
     def cache(self) -> PolicyCache:
-        """A new cache for one batch, to be passed as `past_key_values`; `generate` makes its own without asking."""
+        """A new cache for one batch, to be passed as `past_key_values`; `generate` makes its own without asking.
+
+        It goes with this attachment: once that is detached, or on another model, it raises CacheError.
+        """
         self._require_attached()
-        cache = PolicyCache(self.plan, self.model.config)
+        self._uncut()
+        cache = PolicyCache(self.plan, self._config)
+        self._origin.adopt(cache)
         self._stats = cache.stats
+        return cache
+
+    def draft_cache(self) -> DynamicCache:
+        """A cache for the drafts of assisted decoding, which may be made with the model's first layers alone."""
+        layers = int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+        if layers == self._layers:
+            return self.cache()
+        self._cut = True
+        plan = self.plan.first(layers)
+        if plan is None:
+            return DynamicCache(config=self.model.config)
+        cache = PolicyCache(plan, self.model.config)
+        self._origin.adopt(cache)
+        return cache
+
+    def adopt(self, cache: PolicyCache) -> PolicyCache:
+        """Let a cache of another policy run on this model, until this attachment is detached."""
+        self._require_attached()
+        self._origin.adopt(cache)
         return cache
 
     def report(self) -> Report:
         """What each managed layer saw and holds, for the cache that was made last."""
         if self._decode is not None:
             self._decode.flush()
-        return Report.of(self.plan, self._stats)
+        return Report.of(self.plan, self._stats, self.misses.forwards)
 
     def detach(self) -> None:
-        """Give the model back as it was. Raises AttachError when that has been done already."""
+        """Give the model back as it was. Raises AttachError when that has been done already.
+
+        Caches that were handed out refuse to go on: without the policy's attention they would be read wrongly.
+        """
         self._require_attached()
-        del self.model.__dict__[_PROVIDER]
-        for module in self._modules:
-            managed_modules.discard(module)
-        self._restore()
-        if self._decode is not None:
-            self._decode.detach()
+        with Restoring(self.undo), Restoring(self.undo):
+            pass
 
     def __enter__(self) -> Self:
         return self
@@ -87,94 +128,85 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is copied or unpickled while attached comes with an attachment of its own."""
         self.__dict__.update(state)
-        register()
-        managed_modules.update(self._modules)
+        self._origin = self._hooks.origin = Origin()
+        register(*(name for _, name in self._previous if name is not None))
+        self._mark()
+
+    @property
+    def _layers(self) -> int:
+        return int(self._config.get_text_config(decoder=True).num_hidden_layers)
 
     def _require_attached(self) -> None:
         if attached(self.model) is not self:
             raise AttachError("this attachment has been detached")
 
-    def _restore(self) -> None:
+    def _install(self) -> None:
+        """The provider comes first: by it a model is known to be attached, and what is missing or left is found."""
+        model = self.model
+        model.__dict__[PROVIDER] = CacheProvider(self)
+        for config, name in self._names:
+            vars(config)[NAME_KEY] = name
+        self._mark()
+        model.register_forward_pre_hook(self._hooks.before, with_kwargs=True)
+        model.register_forward_hook(self._hooks.after, with_kwargs=True)
+        if self._decode is not None:
+            model.__dict__[FORWARD] = self._decode
+        self.complete = True
+
+    def _mark(self) -> None:
+        for module in self._modules:
+            managed_modules[module] = self.misses
+
+    def undo(self) -> None:
+        """Whatever of `_install` has been done. May be called again, from the start, after it was interrupted."""
+        self.complete = False
+        self._origin.retire(_RETIRED)
+        _remove(self.model, self._hooks)
         for config, name in self._previous:
-            vars(config)[_NAME_KEY] = name
+            vars(config)[NAME_KEY] = name
+        for module in self._modules:
+            managed_modules.pop(module, None)
+        self._uncut()
+        if self._decode is not None:
+            self._decode.detach()
+        provider = self.model.__dict__.get(PROVIDER)
+        if isinstance(provider, CacheProvider) and provider.attachment is self:
+            del self.model.__dict__[PROVIDER]
 
-
-class CacheProvider:
-    """Stands on an attached model in place of the method that makes a cache for `generate`.
-
-    An object rather than a closure, so that a model can be copied and pickled while attached.
-    """
-
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
-
-    def __call__(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Put our cache into `model_kwargs`, or check the one that the caller gave."""
-        given = model_kwargs.get("past_key_values")
-        _require_dynamic(generation_config)
-        if given is not None:
-            _require_policy_cache(given)
-            if not generation_config.is_assistant:  # the assistant's cache comes back every round, to be cropped
-                given.stop_recording()
-            model = self.attachment.model
-            getattr(type(model), _PROVIDER)(model, generation_config, model_kwargs, *args, **kwargs)
-        elif generation_config.use_cache is False:
-            warnings.warn("use_cache=False: the policy has no cache to bound", UncompressedWarning, stacklevel=4)
-        else:
-            model_kwargs["past_key_values"] = self.attachment.cache()
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+    def _uncut(self) -> None:
+        """A draft that failed has left the configuration with the layers that it used."""
+        if self._cut:
+            self.model.config.get_text_config(decoder=True).num_hidden_layers = self._layers
+            self._cut = False
 
 
 def attached(model: PreTrainedModel) -> Attachment | None:
     """The attachment of a model, None when there is none."""
-    provider = model.__dict__.get(_PROVIDER)
+    provider = model.__dict__.get(PROVIDER)
     return provider.attachment if isinstance(provider, CacheProvider) else None
 
 
 def _require_free(model: PreTrainedModel) -> None:
-    if attached(model) is not None:
+    present = attached(model)
+    if present is not None and present.complete:
         raise AttachError("a policy is attached to this model already; detach it first")
-    if vars(model.config)[_NAME_KEY] == NAME:
+    if present is not None:  # it was interrupted, and interrupted again while it was undone
+        present.undo()
+    if is_ours(vars(model.config.get_text_config(decoder=True))[NAME_KEY]):
         raise AttachError(
             "this model shares its configuration with a model that has a policy attached; "
             "give it its own: model.config = copy.deepcopy(model.config)"
         )
 
 
-def _require_ours(model: PreTrainedModel) -> None:
-    text = model.config.get_text_config(decoder=True)
-    if vars(text)[_NAME_KEY] != NAME:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not call its attention through transformers' AttentionInterface"
-        )
+def _possible_modules(model: PreTrainedModel, plan: Plan) -> list[nn.Module]:
+    """The modules that may be the attention of a managed layer, where that could not be seen."""
+    return [module for module in model.modules() if getattr(module, "layer_idx", None) in plan.geometry.managed]
 
 
-def _configs(model: PreTrainedModel) -> Iterator[PretrainedConfig]:
-    found = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    waiting = list(found.values())
-    while waiting:
-        config = waiting.pop()
-        yield config
-        for name in config.sub_configs:
-            below = getattr(config, name, None)
-            if below is not None and id(below) not in found:
-                found[id(below)] = below
-                waiting.append(below)
-
-
-def _require_dynamic(generation_config: GenerationConfig) -> None:
-    wanted = generation_config.cache_implementation
-    if wanted not in (None, "dynamic"):
-        raise UnsupportedCallError(
-            f"cache_implementation={wanted!r} cannot be had while a policy is attached: the policy brings its own cache"
-        )
-
-
-def _require_policy_cache(given: object) -> None:
-    if not isinstance(given, PolicyCache):
-        raise UnsupportedCallError(
-            f"past_key_values must be a cache made by attachment.cache(): {type(given).__name__}"
-        )
+def _remove(model: nn.Module, hooks: ForwardHooks) -> None:
+    """Take our hooks off, whichever of them are there."""
+    for ours, name in ((hooks.before, "_forward_pre_hooks"), (hooks.after, "_forward_hooks")):
+        for key in [key for key, hook in vars(model)[name].items() if hook == ours]:
+            vars(model)[f"{name}_with_kwargs"].pop(key, None)
+            del vars(model)[name][key]

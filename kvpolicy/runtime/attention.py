@@ -1,27 +1,29 @@
 """The attention function registered with transformers under our name."""
 
-import warnings
 import weakref
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvpolicy.errors import UncompressedWarning, UnsupportedCallError
+from kvpolicy.errors import UnsupportedCallError
+from kvpolicy.runtime.arguments import changing
 from kvpolicy.runtime.asked import Asked
+from kvpolicy.runtime.implementation import EAGER, NAME, SDPA, attention_function, mask_function, name_for
 from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.misses import Misses
+from kvpolicy.runtime.modes import exact, outside_graphs, widened
 from kvpolicy.runtime.padding import arrival_of, is_foreign, policy_mask
 from kvpolicy.runtime.static.attend import attend_static
 from kvpolicy.runtime.static.layer import StaticLayer
+from kvpolicy.runtime.watched import Attended, States, WatchedLayer
 
-NAME = "kvpolicy"
+__all__ = ["NAME", "managed_modules", "policy_attention", "register"]
 
-# What a call may carry without changing what is attended. Anything else could change the maths, and is refused.
-_HARMLESS = frozenset({"position_ids", "use_cache", "output_hidden_states", "cache_position", "layer_idx"})
-
-managed_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # attention modules of attached models
+# Attention modules of attached models, and where it is noted that one of them ran without the cache of the policy.
+managed_modules: "weakref.WeakKeyDictionary[nn.Module, Misses]" = weakref.WeakKeyDictionary()
 
 
 def policy_attention(
@@ -32,50 +34,84 @@ def policy_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    original: str = SDPA,
     **call: Any,
-) -> tuple[Tensor, None]:
+) -> Attended:
     """Attend, then let the layer that came with the keys observe and compress. [B, q, H, Dv].
 
-    Keys without a layer belong to a sliding window, a vision tower or a forward without cache: the stock call.
-    Until entries are evicted or packed the stock call is made with the stock mask, so that the bits are those of the
-    plain model.
+    `original` is the implementation that the model was loaded with. It makes every call that is not ours to change:
+    keys without a layer belong to a sliding window, a vision tower or a forward without cache; and until entries are
+    evicted or packed it makes all others, with the very arguments and mask that it would get, so that the bits are
+    those of the plain model.
+
+    Raises UnsupportedCallError when entries are evicted, packed or chosen among, and an argument or a mask asks for
+    something else than every query's attention to all tokens up to its own (see `arguments.changing`).
     """
-    layer: PolicyLayer | StaticLayer | None = getattr(key, "kvpolicy_layer", None)
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: PolicyLayer | StaticLayer | WatchedLayer | None = getattr(key, "kvpolicy_layer", None)
     if isinstance(layer, StaticLayer):
-        return attend_static(layer, query, factor), None
-    if layer is None:
-        _warn_if_uncompressed(module, call)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **call
+        return attend_static(layer, query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    if isinstance(layer, WatchedLayer):
+        stock = attention_function(original, module)
+        return layer.watch(stock, module, (query, key, value, attention_mask), dropout, scaling, call)
+    if isinstance(layer, PolicyLayer):
+        output: Attended = _attend(
+            layer, module, (query, key, value, attention_mask), dropout, scaling, original, call
         )
-    _refuse_unknown(layer, attention_mask, call)
-    arrival = arrival_of(attention_mask)
-    positions = layer.arrive(arrival)
-    asked = Asked(query, positions, padded=arrival is not None and arrival.padded, scaling=factor)
-    attended = layer.attend(asked, dropout)
+        return output
+    _note_uncompressed(module, query, key, call)
+    stock = attention_function(original, module)
+    output = stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **call)
+    return output
+
+
+@outside_graphs
+def _attend(
+    layer: PolicyLayer,
+    module: nn.Module,
+    states: States,
+    dropout: float,
+    scaling: float | None,
+    original: str,
+    call: dict[str, Any],
+) -> Attended:
+    """Attention over what a layer holds, which is then observed and compressed."""
+    query, _, _, mask = states
+    _refuse_changing(layer, query, mask, call)
+    arrival, kind = arrival_of(mask), query.device.type
+    padded, factor = arrival is not None and arrival.padded, query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries = widened(query, layer.plan.dtype)
+    with exact(kind):
+        asked = Asked(queries, layer.arrive(arrival), padded=padded, scaling=factor)
+        attended = layer.attend(asked, dropout)
+    output: Attended
     if attended is not None:
-        output = attended.transpose(1, 2).contiguous()
+        output = attended.transpose(1, 2).contiguous().to(query.dtype), None
     else:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **call
+        output = attention_function(original, module)(module, *states, dropout=dropout, scaling=scaling, **call)
+    with exact(kind):
+        layer.settle(asked)
+    return output
+
+
+def register(*originals: str) -> None:
+    """Make our attention and its mask function known to transformers, beside the stock ones, for each implementation.
+
+    Those of `eager` and `sdpa` are known from the start, so that a model that was attached can be unpickled.
+    """
+    for original in originals:
+        AttentionInterface.register(name_for(original), partial(policy_attention, original=original))
+        AttentionMaskInterface.register(name_for(original), partial(policy_mask, mask_function(original)))
+
+
+def _refuse_changing(layer: PolicyLayer, query: Tensor, mask: Tensor | None, call: dict[str, Any]) -> None:
+    if not layer.altered and not layer.would_alter():
+        return
+    for name in changing(call, query.shape[1], query.shape[2], layer.get_seq_length()):
+        raise UnsupportedCallError(
+            f"attention argument {name!r} cannot be carried across an eviction; "
+            "raise the budget above the length, or detach the policy"
         )
-    layer.settle(asked)
-    return output, None
-
-
-def register() -> None:
-    """Make our attention and its mask function known to transformers, beside the stock ones."""
-    AttentionInterface.register(NAME, policy_attention)
-    AttentionMaskInterface.register(NAME, policy_mask)
-
-
-def _refuse_unknown(layer: PolicyLayer, mask: Tensor | None, call: dict[str, Any]) -> None:
-    for name, value in call.items():
-        without_effect = value is True if name == "is_causal" else value is False or name in _HARMLESS
-        if value is not None and not without_effect:
-            raise UnsupportedCallError(f"attention argument {name!r} cannot be carried across an eviction")
-    if _hides_more(layer, mask) and (layer.altered or layer.would_alter()):
+    if _hides_more(layer, mask):
         raise UnsupportedCallError(
             "a mask that hides more than pads and later tokens cannot be carried across an eviction; "
             "raise the budget above the length, or detach the policy"
@@ -87,11 +123,11 @@ def _hides_more(layer: PolicyLayer, mask: Tensor | None) -> bool:
     return is_foreign(mask) or (arrival is not None and arrival.earlier != layer.real)
 
 
-def _warn_if_uncompressed(module: nn.Module, call: dict[str, Any]) -> None:
-    if call.get("use_cache") and module in managed_modules:
-        warnings.warn(
-            "this forward fills a cache that the attached policy does not bound; "
-            "pass past_key_values=attachment.cache(), or use_cache=False",
-            UncompressedWarning,
-            stacklevel=2,
-        )
+def _note_uncompressed(module: nn.Module, query: Tensor, key: Tensor, call: dict[str, Any]) -> None:
+    """Managed attention without a layer of ours, where another cache takes part: it is filled, or attended to."""
+    misses = managed_modules.get(module)
+    if misses is not None and (call.get("use_cache") or key.shape[-2] > query.shape[-2]):
+        misses.warn("this forward uses a cache that the attached policy does not bound")
+
+
+register(EAGER, SDPA)

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
+from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.origin import Origin
 from kvpolicy.runtime.rounds import Round
 from kvpolicy.runtime.stats import LayerStats
 
@@ -16,6 +19,9 @@ class PolicyCache(DynamicCache):
 
     Layers with a sliding window, which are bounded already, stay as the model's library makes them.
     """
+
+    origin: Origin | None = None  # of the attachment that it was made for
+    _retired: str | None = None
 
     def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
         super().__init__(config=config)
@@ -52,6 +58,28 @@ class PolicyCache(DynamicCache):
         """Raise CacheError when a layer contradicts itself; for tests and debugging."""
         for layer in self.managed:
             layer.held.check_integrity()
+
+    def begin_forward(self) -> None:
+        """A forward of the attached model is about to use this cache. Raises CacheError when it cannot go on."""
+        if self._retired is not None:
+            raise CacheError(self._retired)
+
+    def end_forward(self) -> None:
+        """That forward has returned."""
+
+    def retire(self, reason: str) -> None:
+        """From now on every change raises CacheError with this reason."""
+        self._retired = reason
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.begin_forward()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy belongs to the attachment of the first; one that is unpickled, to the first that uses it."""
+        self.__dict__.update(state)
+        if self.origin is not None:
+            self.origin.adopt(self)
 
     def __iter__(self) -> Any:
         raise TypeError("a compressed cache has no plain keys and values to iterate over; see PolicyCache.managed")

@@ -14,6 +14,7 @@ from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.lending import LendingLayer
+from kvpolicy.runtime.modes import exactly, taking_states
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import question_of
 from kvpolicy.runtime.rounds import Round
@@ -40,6 +41,7 @@ class PolicyLayer(LendingLayer):
         self.record_past = False
         self.reset()
 
+    @exactly
     def reset(self) -> None:
         self.reclaim()
         self.is_initialized = False
@@ -81,6 +83,7 @@ class PolicyLayer(LendingLayer):
         self._make_room(key_states.shape[0], self.device)
         self.is_initialized = True
 
+    @taking_states
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append post-RoPE [B, K, q, D]; returns all entries while nothing was altered, else the new ones."""
         if not self.is_initialized:
@@ -234,6 +237,7 @@ class PolicyLayer(LendingLayer):
         self.reclaim()
         self.record_past = self._prompting = True
 
+    @exactly
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the newest `-tokens_to_remove` tokens; a positive number is the length to return to.
 
@@ -276,6 +280,7 @@ class PolicyLayer(LendingLayer):
         self._unsettled = _without_newest(self._unsettled, count)
         self.window.forget(torch.tensor(self.real, device=self.device))
 
+    @exactly
     def select_rows(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
             self._begin()

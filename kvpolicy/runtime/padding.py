@@ -1,5 +1,6 @@
 """Which of the tokens of a forward are real: read from the 2-D mask that transformers hands to our mask function."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -40,13 +41,14 @@ class Arrival:
         return any(count < self.valid.shape[1] for count in self.counts)
 
 
-def policy_mask(**call: Any) -> Tensor | None:
+def policy_mask(stock: Callable[..., Tensor | None] = sdpa_mask, **call: Any) -> Tensor | None:
     """The mask function registered beside our attention: the stock mask, and with it which new tokens are real.
 
-    A mask that is more than causal and padding (packed sequences, image blocks) is not tagged: what it hides is known
-    for slots in order only, so it can not be carried across an eviction.
+    `stock` makes the mask that the model's own attention takes, bool or float. A mask that is more than causal and
+    padding (packed sequences, image blocks) is not tagged: what it hides is known for slots in order only, so it can
+    not be carried across an eviction.
     """
-    mask = sdpa_mask(**call)
+    mask = stock(**call)
     padding = call.get("attention_mask")
     if mask is not None and call.get("mask_function", causal_mask_function) is causal_mask_function:
         end = call["kv_length"] + call.get("kv_offset", 0)

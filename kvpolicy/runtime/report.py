@@ -18,11 +18,12 @@ class Report:
 
     policy: str
     layers: tuple[LayerStats, ...]
+    forwards_without_cache: int = 0  # of the attached model, that used another cache than the policy's
 
     @classmethod
-    def of(cls, plan: Plan, stats: Sequence[LayerStats]) -> "Report":
+    def of(cls, plan: Plan, stats: Sequence[LayerStats], forwards_without_cache: int = 0) -> "Report":
         """The state right now; later tokens do not change it."""
-        return cls(plan.spec.name, tuple(attrs.evolve(one) for one in stats))
+        return cls(plan.spec.name, tuple(attrs.evolve(one) for one in stats), forwards_without_cache)
 
     @property
     def nbytes(self) -> int:
@@ -34,12 +35,15 @@ class Report:
         return {
             "policy": self.policy,
             "bytes_held": self.nbytes,
+            "forwards_without_cache": self.forwards_without_cache,
             "layers": [attrs.asdict(layer) for layer in self.layers],
         }
 
     def table(self) -> Table:
         """The report as a rich table."""
         table = Table(title=f"policy {self.policy}: {human_bytes(self.nbytes)} held")
+        if self.forwards_without_cache:
+            table.caption = f"forwards without the policy's cache: {self.forwards_without_cache}"
         for heading in (
             "layer",
             "tokens seen",

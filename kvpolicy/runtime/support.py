@@ -1,16 +1,26 @@
 """Which models can carry a policy: read from the configuration, before anything is changed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvpolicy.errors import KVPolicyError, UnsupportedModelError
 from kvpolicy.stages import Geometry
 
+_SHARDED = ("DTensor", "FlatParameter")  # types of parameters of which a process has a part
+_CAN_SET = "_can_set_attn_implementation"
+_DROPPED = ("layerdrop", "decoder_layerdrop")
 
-def geometry_of(config: PretrainedConfig) -> Geometry:
-    """The geometry of a model's decoder. Raises UnsupportedModelError with every reason that was found."""
+
+def geometry_of(source: PreTrainedModel | PretrainedConfig) -> Geometry:
+    """The geometry of a model's decoder. Raises UnsupportedModelError with every reason that was found.
+
+    Layers that a configuration counts and a live model does not have (those of an encoder) are left out.
+    """
+    config = source.config if isinstance(source, PreTrainedModel) else source
     text = config.get_text_config(decoder=True)
     reasons = list(_refusals(config, text))
     if reasons:
@@ -18,17 +28,68 @@ def geometry_of(config: PretrainedConfig) -> Geometry:
     heads = int(text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Geometry(_managed(text), heads, int(kv_heads), int(head_dim))
+    managed = _managed(text)
+    if isinstance(source, PreTrainedModel):
+        present = {getattr(module, "layer_idx", None) for module in source.modules()}
+        managed = tuple(index for index in managed if index in present) or managed
+    return Geometry(managed, heads, int(kv_heads), int(head_dim))
 
 
 def check_model(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError when this instance cannot be attached to, whatever its configuration says."""
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "_prepare_cache_for_generation"):
         raise UnsupportedModelError(f"must be a transformers model that can generate: {type(model).__name__}")
-    if model.device.type == "meta":
-        raise UnsupportedModelError("the model has no weights yet (device meta)")
+    device_of(model)
     if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
         raise UnsupportedModelError("attention with learned sinks is not supported: eviction would change their share")
+
+
+def require_interface(model: PreTrainedModel, configs: Sequence[PretrainedConfig]) -> None:
+    """Raise UnsupportedModelError when a part of the model that uses these configurations bypasses the interface."""
+    ours = {id(config) for config in configs}
+    for module in model.modules():
+        if module is not model and not (isinstance(module, PreTrainedModel) and id(module.config) in ours):
+            continue
+        if isinstance(module, PreTrainedModel) and not getattr(module, _CAN_SET)():
+            raise UnsupportedModelError(
+                f"{type(module).__name__} does not call its attention through transformers' AttentionInterface"
+            )
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the forwards of a model begin, wherever its weights wait. Raises UnsupportedModelError when it has none."""
+    first = model.device
+    if first.type != "meta":
+        return first
+    for module in model.modules():
+        for hook in _offloading_hooks(module):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    raise UnsupportedModelError("the model has no weights yet (device meta)")
+
+
+def runs_elsewhere(model: PreTrainedModel) -> str | None:
+    """Why a forward of this model would cost more than its computation, or needs other processes; None if neither."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return "weights are offloaded"
+    if any(type(parameter).__name__ in _SHARDED or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "weights are sharded"
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        return "gradient checkpointing runs forwards without a cache"
+    if model.training and any(getattr(model.config, name, 0) for name in _DROPPED):
+        return "layers are dropped at random while it trains"
+    return None
+
+
+def _offloading_hooks(module: nn.Module) -> Iterator[object]:
+    """The hooks that accelerate put on a module."""
+    waiting = [getattr(module, "_hf_hook", None)]
+    while waiting:
+        hook = waiting.pop()
+        if hook is not None:
+            waiting.extend(getattr(hook, "hooks", ()))
+            yield hook
 
 
 def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]:

@@ -125,7 +125,7 @@ def test_hiding_tokens_that_were_seen_is_refused_after_an_eviction():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("softcap", 20.0), ("s_aux", torch.zeros(4)), ("is_causal", False), ("unheard_of", 1)]
+    ("name", "value"), [("softcap", 20.0), ("s_aux", torch.zeros(4)), ("is_causal", False), ("unheard_of", torch.ones(1, 1, 20, 20))]
 )
 def test_an_argument_that_changes_what_is_attended_is_refused(name, value):
     with small("snapkv").attach(model()) as attachment, pytest.raises(UnsupportedCallError, match=name):

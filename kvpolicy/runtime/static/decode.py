@@ -66,10 +66,13 @@ class DecodeForward:
             self._session.tally.flush()
 
     def detach(self) -> None:
-        """Give the model its `forward` back and let go of the storage; the cache that is in goes on without."""
-        if self.previous is None:
+        """Give the model its `forward` back and let go of the storage; the cache that is in goes on without.
+
+        May be called again after it was interrupted.
+        """
+        if self.model.__dict__.get(FORWARD) is self and self.previous is None:
             del self.model.__dict__[FORWARD]
-        else:
+        elif self.model.__dict__.get(FORWARD) is self:
             self.model.__dict__[FORWARD] = self.previous
         session = self._session
         self._forget()

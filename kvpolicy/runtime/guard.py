@@ -1,0 +1,157 @@
+"""Whether a live model uses its cache as kvpolicy assumes: found out by running it on a few tokens."""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from kvpolicy.errors import UnsupportedModelError
+from kvpolicy.runtime.implementation import NAME_KEY, name_for
+from kvpolicy.runtime.sample import sample_tokens
+from kvpolicy.runtime.snapshot import Snapshot
+from kvpolicy.runtime.support import device_of, runs_elsewhere
+from kvpolicy.runtime.watched import WatchedLayer
+from kvpolicy.stages import Geometry
+
+_PROMPT, _STEP, _PADS = 5, 1, 2  # tokens of the two forwards, and pads before those of the second row
+_TYPES_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")  # which some models demand while they train
+# Hooks of libraries are part of how a model runs; others watch it, and are not shown what the guard does.
+_LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "optimum", "kvpolicy")
+
+
+@attrs.frozen
+class Finding:
+    """What a run of the guard found."""
+
+    unchecked: str | None = None  # why the model was not run
+    modules: tuple[nn.Module, ...] | None = None  # the attention modules of the managed layers; None = not known
+    dtype: torch.dtype | None = None  # of the keys
+
+
+class WatchedCache(DynamicCache):
+    """The model's own cache, whose managed layers are watched."""
+
+    def __init__(self, config: PretrainedConfig, geometry: Geometry, real: Tensor) -> None:
+        super().__init__(config=config)
+        for index in geometry.managed:
+            self.layers[index] = WatchedLayer(index, geometry, real)
+
+    @property
+    def watched(self) -> list[WatchedLayer]:
+        """The managed layers."""
+        return [layer for layer in self.layers if isinstance(layer, WatchedLayer)]
+
+
+class Restoring:
+    """A `with` block after which something is undone. Entered twice, it is undone though an interrupt falls into it."""
+
+    def __init__(self, undo: Callable[[], None], *, only_after_errors: bool = False) -> None:
+        self.undo, self.only_after_errors = undo, only_after_errors
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None or not self.only_after_errors:
+            self.undo()
+
+
+def inspect_model(
+    model: PreTrainedModel, geometry: Geometry, originals: Sequence[tuple[PretrainedConfig, str]]
+) -> Finding:
+    """Run the model on a prompt of a few tokens, padded and not, and on one token more.
+
+    `originals` are the configurations of the decoder and the attention implementations that they name. The model is
+    left as it was, random generators included. Raises UnsupportedModelError, naming the layer and what was found, when
+    it does not call attention once for each update of a managed layer, or when a forward fails.
+    """
+    why = runs_elsewhere(model)
+    if why is not None:
+        return Finding(unchecked=why)
+    snapshot = Snapshot(model)
+
+    def prepare(*, with_hooks: bool) -> None:
+        snapshot.restore()
+        if not with_hooks:
+            _set_foreign_hooks_aside(model)
+        for config, original in originals:
+            vars(config)[NAME_KEY] = name_for(original)
+
+    with Restoring(snapshot.restore), Restoring(snapshot.restore), _eagerly(), torch.no_grad():
+        return _look(model, geometry, prepare)
+
+
+def _look(model: PreTrainedModel, geometry: Geometry, prepare: Callable[..., None]) -> Finding:
+    """The first of several ways to run the model that does not fail. What is found in one of them is final."""
+    real = torch.ones(2, _PROMPT + _STEP, dtype=torch.bool, device=device_of(model))
+    real[1, :_PADS] = False
+    failures = []
+    for rows, with_hooks in ((real, False), (real[:1], False), (real[:1], True)):
+        prepare(with_hooks=with_hooks)
+        try:
+            return _run(model, geometry, rows)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a model raises says that it cannot be run
+            failures.append(error)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} cannot be run on a few tokens with a cache: "
+        f"{type(failures[-1]).__name__}: {str(failures[-1])[:200]}"
+    ) from failures[-1]
+
+
+def _run(model: PreTrainedModel, geometry: Geometry, real: Tensor) -> Finding:
+    tokens = sample_tokens(model, real.shape[0], real.shape[1], real.device)
+    cache = WatchedCache(model.config, geometry, real)
+    padded = bool((~real).any())
+    for new in (slice(0, _PROMPT), slice(_PROMPT, _PROMPT + _STEP)):
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if padded:
+            options["attention_mask"] = real[:, : new.stop].long()
+        model(input_ids=tokens[:, new], **options, **_demanded(model, tokens[:, new]))
+        for layer in cache.watched:
+            layer.end()
+    found = cache.watched
+    modules = tuple(layer.module for layer in found if layer.module is not None)
+    return Finding(modules=modules, dtype=found[0].dtype)
+
+
+def _demanded(model: PreTrainedModel, tokens: Tensor) -> Mapping[str, Tensor]:
+    """What some models want to be told while they train: that all tokens are text."""
+    if not model.training:
+        return {}
+    names = inspect.signature(type(model).forward).parameters
+    return {name: torch.zeros_like(tokens) for name in _TYPES_OF_TOKENS if name in names}
+
+
+def _set_foreign_hooks_aside(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (vars(module)["_forward_hooks"], vars(module)["_forward_pre_hooks"]):
+            for key in [key for key, hook in hooks.items() if not _is_of_a_library(hook)]:
+                del hooks[key]
+
+
+def _is_of_a_library(hook: Any) -> bool:
+    hook = getattr(hook, "func", hook)
+    written_in = getattr(hook, "__module__", None) or type(hook).__module__
+    return str(written_in).partition(".")[0] in _LIBRARIES
+
+
+@contextlib.contextmanager
+def _eagerly() -> Iterator[None]:
+    """Nothing is compiled for these few tokens, though parts of the model may be meant to be."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,48 @@
+"""Which attachment a cache belongs to, and what becomes of the caches of one that is detached."""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from kvpolicy.errors import CacheError
+
+if TYPE_CHECKING:
+    from kvpolicy.runtime.cache import PolicyCache
+
+
+class Origin:
+    """Common to all caches of one attachment and to their copies. It does not keep them alive."""
+
+    def __init__(self) -> None:
+        self._caches: weakref.WeakSet[PolicyCache] = weakref.WeakSet()
+
+    def adopt(self, cache: "PolicyCache") -> None:
+        """From now on the cache belongs here."""
+        cache.origin = self
+        self._caches.add(cache)
+
+    def require(self, cache: "PolicyCache") -> None:
+        """Raise CacheError unless the cache belongs here. One that was made by hand, or unpickled, does from now on."""
+        if cache.origin is None:
+            self.adopt(cache)
+        if cache.origin is not self:
+            raise CacheError(
+                "this cache was made for another attachment: a cache goes with the model and the attachment "
+                "that it was made for; use attachment.cache() of the one that is in place"
+            )
+
+    def retire(self, reason: str) -> None:
+        """Have every cache that is still alive refuse to go on."""
+        for cache in list(self._caches):
+            cache.retire(reason)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "Origin":
+        """A copied cache belongs where the first one does."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A cache that is unpickled belongs to nobody yet."""
+        return _none, ()
+
+
+def _none() -> None:
+    return None
