@@ -20,7 +20,6 @@ from tests.models_sweep.tiny import VOCABULARY, CannotBuildError, build
 PROMPT, NEW = 20, 5
 CHUNKS = (PROMPT, *[1] * 4, 3, *[1] * 3)
 TOLERANCE = 1e-4  # of the largest logit: rounding is a hundredth of it
-ROOM = 4096
 KEEPING = ("kivi",)  # policies that evict nothing
 
 EXACT, REFUSED, WRONG, NOT_TRIED = "exact", "refused", "wrong", "not tried"
@@ -37,8 +36,7 @@ class Verdict:
     notes: dict[str, Any] = attrs.field(factory=dict)
 
 
-def policies() -> dict[str, kvpolicy.Policy]:
-    """Policies so small that the prompt is compressed, and later tokens in several rounds."""
+def _policies() -> dict[str, kvpolicy.Policy]:
     small = {"budget": 10, "compress": {"every": 3}, "protect": {"sinks": 2, "recent": 4}}
     kivi = {"use": "kivi", "bits": 2, "group": 4, "residual": 4}
     rotation = {"use": "rotation", "bits": 3}
@@ -49,6 +47,10 @@ def policies() -> dict[str, kvpolicy.Policy]:
         "kivi": kvpolicy.load("kivi2", store=kivi),
         "snapkv+rotation": kvpolicy.load("snapkv", store=rotation, **small),
     }
+
+
+POLICIES = _policies()  # so small that the prompt is compressed, and later tokens in several rounds
+_ROOMY = kvpolicy.load("snapkv", budget=4096)
 
 
 def examine(pair: Pair) -> Verdict:
@@ -71,8 +73,8 @@ class _Examination:
 
     def verdict(self) -> Verdict:
         before = self._fingerprints()
-        checked = _raised(lambda: _roomy().check(self.model.config))
-        attached = _raised(lambda: _roomy().attach(self.model).detach())
+        checked = _raised(lambda: _ROOMY.check(self.model.config))
+        attached = _raised(lambda: _ROOMY.attach(self.model).detach())
         self.notes["check"] = _told(checked) if checked else "passes"
         self._expect_unchanged(before, "after attach")
         if isinstance(attached, UnsupportedModelError):
@@ -91,7 +93,7 @@ class _Examination:
         self._try("room for all", self._with_room)
         self._try("a loop without the cache", self._without_cache)
         self._try("the reference", self._reference)
-        for name, policy in policies().items():
+        for name, policy in POLICIES.items():
             self._try(name, lambda name=name, policy=policy: self._as_held(name, policy))
         _plain_runs(self.model)
         self._expect_unchanged(before, "at the end")
@@ -121,7 +123,7 @@ class _Examination:
 
     def _with_room(self) -> Iterator[str]:
         for padding, plain in self.runs.items():
-            with _roomy().attach(self.model) as attachment, warnings.catch_warnings(record=True) as caught:
+            with _ROOMY.attach(self.model) as attachment, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 found = _generate(self.model, padding)
                 report = attachment.report()
@@ -137,7 +139,7 @@ class _Examination:
                 yield f"{padding}: the report says that {sorted(seen)} tokens were seen"
 
     def _without_cache(self) -> Iterator[str]:
-        with _roomy().attach(self.model), warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        with _ROOMY.attach(self.model), warnings.catch_warnings(record=True) as caught, torch.no_grad():
             warnings.simplefilter("always")
             cache = self.model(_batch("unpadded").tokens, use_cache=True).past_key_values
             self.model(_batch("unpadded").tokens[:, :1], past_key_values=cache, use_cache=True)
@@ -173,10 +175,6 @@ class _Examination:
 
     everything: Any = None
     runs: Any = None
-
-
-def _roomy() -> kvpolicy.Policy:
-    return kvpolicy.load("snapkv", budget=ROOM)
 
 
 def _batch(padding: str) -> Batch:

@@ -4,7 +4,7 @@ import attrs
 import pytest
 import torch
 
-from tests.models_sweep.examine import CHUNKS, TOLERANCE, long_batch, off, policies
+from tests.models_sweep.examine import CHUNKS, POLICIES, TOLERANCE, long_batch, off
 from tests.models_sweep.pairs import Pair
 from tests.models_sweep.reference import as_held, through
 from tests.models_sweep.tiny import build
@@ -17,7 +17,7 @@ def models():
 
 @pytest.fixture(scope="module", params=["snapkv", "snapkv+rotation"])
 def run(models, request):
-    with policies()[request.param].attach(models[0]) as attachment:
+    with POLICIES[request.param].attach(models[0]) as attachment:
         return through(models[0], attachment.cache(), long_batch(), CHUNKS)
 
 

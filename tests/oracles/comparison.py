@@ -14,7 +14,7 @@ from tests.models import build, model, prompt
 from tests.oracles.simulation import Contents, Method, simulate
 from tests.policies import held
 
-SIZES = (24, *[1] * 9, 5, *[1] * 6)  # a prompt, decoding, another turn, decoding
+SIZES = (22, 2, *[1] * 8, 5, *[1] * 6)  # a prompt, a short turn, decoding, another turn, decoding
 CLEAR = 2e-5  # as a share of the largest score: a hundred times what rounding does to one
 PROMPTS = 8
 
