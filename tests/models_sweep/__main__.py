@@ -1,6 +1,7 @@
 """`python -m tests.models_sweep` tries all classes anew and writes the record and docs/reference/models.md.
 
-`--page` writes the page alone, from the record as it is; names of pairs (`text:llama`) print their verdicts.
+Names of pairs (`text:llama`) are tried alone, and replace what the record says of them; `--page` writes the page from
+the record as it is.
 """
 
 import sys
@@ -20,8 +21,7 @@ def main(arguments: list[str]) -> None:
         verdicts.append(verdict := examine_apart(pair))
         sys.stdout.write(f"{verdict.name}: {verdict.kind} {'; '.join(verdict.why)}\n")
         sys.stdout.flush()
-    if not arguments:
-        record.write(verdicts)
+    record.write(verdicts, record.read()["verdicts"] if arguments else {})
 
 
 if __name__ == "__main__":

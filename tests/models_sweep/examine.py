@@ -145,8 +145,8 @@ class _Examination:
             self.model(_batch("unpadded").tokens[:, :1], past_key_values=cache, use_cache=True)
         count = sum(issubclass(warning.category, UncompressedWarning) for warning in caught)
         self.notes["warnings without the cache"] = count
-        if not count:
-            yield "no warning"
+        if count != 1:
+            yield f"{count} warnings"
 
     def _reference(self) -> Iterator[str]:
         """The reference must be the model itself when everything is held: else it says nothing."""

@@ -21,9 +21,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
 
 
-def write(verdicts: Iterable[Verdict]) -> None:
-    """Replace the record, and the page with it."""
-    known = {one.name: {"class": one.model_class, "kind": one.kind, "why": list(one.why)} for one in verdicts}
+def write(verdicts: Iterable[Verdict], others: dict[str, Any]) -> None:
+    """Replace the record, which keeps the `others`, and the page with it."""
+    new = {one.name: {"class": one.model_class, "kind": one.kind, "why": list(one.why)} for one in verdicts}
+    known = {**others, **new}
     text = json.dumps({"versions": versions(), "verdicts": dict(sorted(known.items()))}, indent=1)
     RECORD.write_text(text + "\n", encoding="utf-8")
     write_page()
