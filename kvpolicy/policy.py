@@ -16,6 +16,7 @@ from kvpolicy.runtime.calibrate import calibrate, model_digest
 from kvpolicy.runtime.rotation import rotary_of, rotary_of_config
 from kvpolicy.runtime.static.runners import mode_of
 from kvpolicy.runtime.support import check_model, device_of, geometry_of
+from kvpolicy.runtime.verdict import check_structure
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
 from kvpolicy.spec.policy import PolicySpec
@@ -62,13 +63,14 @@ class Policy:
             kind, rotary = dtype or torch.float32, rotary_of_config(model) if self.spec.store.calibrated else None
             return compile_policy(self.spec, geometry, device or "cpu", kind, rotary, measured)
         check_model(model)
-        geometry, measured = geometry_of(model), self._calibration(calibration, model)
+        geometry, measured = geometry_of(model.config), self._calibration(calibration, model)
         place, kind = device or device_of(model), dtype or model.dtype
         return compile_policy(self.spec, geometry, place, kind, rotary_of(model), measured)
 
     def check(self, config: PretrainedConfig, calibration: CalibrationSource | None = None) -> None:
         """Raise what `attach` would raise, as far as the configuration of a model tells; no weights are needed."""
-        self.compile(config, calibration=calibration)
+        plan = self.compile(config, calibration=calibration)
+        check_structure(config, plan.geometry)
 
     def attach(
         self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None, graph: bool | str = False

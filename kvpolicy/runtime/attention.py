@@ -54,14 +54,12 @@ def policy_attention(
         stock = attention_function(original, module)
         return layer.watch(stock, module, (query, key, value, attention_mask), dropout, scaling, call)
     if isinstance(layer, PolicyLayer):
-        output: Attended = _attend(
-            layer, module, (query, key, value, attention_mask), dropout, scaling, original, call
-        )
+        output: Attended = _attend(layer, module, (query, key, value, attention_mask), dropout, scaling, original, call)
         return output
     _note_uncompressed(module, query, key, call)
     stock = attention_function(original, module)
     output = stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **call)
-    return output
+    return output  # noqa: RET504 - it has a type here
 
 
 @outside_graphs

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvpolicy.errors import UnsupportedModelError
 from kvpolicy.runtime.implementation import NAME_KEY, name_for
@@ -44,6 +44,12 @@ class WatchedCache(DynamicCache):
         for index in geometry.managed:
             self.layers[index] = WatchedLayer(index, geometry, real)
 
+    def require_no_others(self) -> None:
+        """Raise UnsupportedModelError when a layer that is not managed has taken entries that nothing bounds."""
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                raise UnsupportedModelError(f"layer {index} cannot be managed: the configuration does not count it")
+
     @property
     def watched(self) -> list[WatchedLayer]:
         """The managed layers."""
@@ -67,15 +73,19 @@ class Restoring:
 
 
 def inspect_model(
-    model: PreTrainedModel, geometry: Geometry, originals: Sequence[tuple[PretrainedConfig, str]]
+    model: PreTrainedModel,
+    geometry: Geometry,
+    originals: Sequence[tuple[PretrainedConfig, str]],
+    device: torch.device | None = None,
 ) -> Finding:
     """Run the model on a prompt of a few tokens, padded and not, and on one token more.
 
     `originals` are the configurations of the decoder and the attention implementations that they name. The model is
     left as it was, random generators included. Raises UnsupportedModelError, naming the layer and what was found, when
-    it does not call attention once for each update of a managed layer, or when a forward fails.
+    it does not call attention once for each update of a managed layer, or when a forward fails. On the `device` meta,
+    where there are no numbers, they are not looked at, and a forward that fails tells nothing.
     """
-    why = runs_elsewhere(model)
+    why = runs_elsewhere(model) if device is None else None
     if why is not None:
         return Finding(unchecked=why)
     snapshot = Snapshot(model)
@@ -88,45 +98,60 @@ def inspect_model(
             vars(config)[NAME_KEY] = name_for(original)
 
     with Restoring(snapshot.restore), Restoring(snapshot.restore), _eagerly(), torch.no_grad():
-        return _look(model, geometry, prepare)
+        return _look(model, geometry, prepare, device or device_of(model))
 
 
-def _look(model: PreTrainedModel, geometry: Geometry, prepare: Callable[..., None]) -> Finding:
+def _look(model: PreTrainedModel, geometry: Geometry, prepare: Callable[..., None], device: torch.device) -> Finding:
     """The first of several ways to run the model that does not fail. What is found in one of them is final."""
-    real = torch.ones(2, _PROMPT + _STEP, dtype=torch.bool, device=device_of(model))
+    real = torch.ones(2, _PROMPT + _STEP, dtype=torch.bool, device=device)
     real[1, :_PADS] = False
-    failures = []
-    for rows, with_hooks in ((real, False), (real[:1], False), (real[:1], True)):
+    ways: list[tuple[nn.Module, Tensor, bool]] = [
+        (model, real, False),
+        (model, real[:1], False),
+        (model, real[:1], True),
+    ]
+    ways += [(decoder, real[:1], False) for decoder in _decoders(model)]  # a model may insist on an image
+    failures: list[Exception] = []
+    for runnable, rows, with_hooks in ways:
         prepare(with_hooks=with_hooks)
         try:
-            return _run(model, geometry, rows)
+            return _run(model, runnable, geometry, rows)
         except UnsupportedModelError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a model raises says that it cannot be run
             failures.append(error)
+    if device.type == "meta":
+        return Finding(unchecked="it cannot be run without weights")
     raise UnsupportedModelError(
         f"{type(model).__name__} cannot be run on a few tokens with a cache: "
-        f"{type(failures[-1]).__name__}: {str(failures[-1])[:200]}"
-    ) from failures[-1]
+        f"{type(failures[0]).__name__}: {str(failures[0])[:200]}"
+    ) from failures[0]
 
 
-def _run(model: PreTrainedModel, geometry: Geometry, real: Tensor) -> Finding:
+def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The language models inside of a model."""
+    text = model.config.get_text_config(decoder=True)
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)
+    return [part for part in parts if part.config is text and model.config is not text]
+
+
+def _run(model: PreTrainedModel, runnable: nn.Module, geometry: Geometry, real: Tensor) -> Finding:
     tokens = sample_tokens(model, real.shape[0], real.shape[1], real.device)
     cache = WatchedCache(model.config, geometry, real)
-    padded = bool((~real).any())
     for new in (slice(0, _PROMPT), slice(_PROMPT, _PROMPT + _STEP)):
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-        if padded:
+        if real.shape[0] > 1:
             options["attention_mask"] = real[:, : new.stop].long()
-        model(input_ids=tokens[:, new], **options, **_demanded(model, tokens[:, new]))
+        runnable(input_ids=tokens[:, new], **options, **_demanded(runnable, tokens[:, new]))
         for layer in cache.watched:
             layer.end()
+        cache.require_no_others()
     found = cache.watched
     modules = tuple(layer.module for layer in found if layer.module is not None)
     return Finding(modules=modules, dtype=found[0].dtype)
 
 
-def _demanded(model: PreTrainedModel, tokens: Tensor) -> Mapping[str, Tensor]:
+def _demanded(model: nn.Module, tokens: Tensor) -> Mapping[str, Tensor]:
     """What some models want to be told while they train: that all tokens are text."""
     if not model.training:
         return {}

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvpolicy.errors import KVPolicyError, UnsupportedModelError
+from kvpolicy.runtime.shape import differences, is_set, shape_of
 from kvpolicy.stages import Geometry
 
 _SHARDED = ("DTensor", "FlatParameter")  # types of parameters of which a process has a part
@@ -15,24 +16,16 @@ _CAN_SET = "_can_set_attn_implementation"
 _DROPPED = ("layerdrop", "decoder_layerdrop")
 
 
-def geometry_of(source: PreTrainedModel | PretrainedConfig) -> Geometry:
-    """The geometry of a model's decoder. Raises UnsupportedModelError with every reason that was found.
-
-    Layers that a configuration counts and a live model does not have (those of an encoder) are left out.
-    """
-    config = source.config if isinstance(source, PreTrainedModel) else source
-    text = config.get_text_config(decoder=True)
+def geometry_of(config: PretrainedConfig) -> Geometry:
+    """The geometry of a model's decoder. Raises UnsupportedModelError with every reason that was found."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{config.model_type} cannot carry a policy: {error}") from error
     reasons = list(_refusals(config, text))
     if reasons:
         raise UnsupportedModelError(f"{config.model_type} cannot carry a policy: " + "; ".join(reasons))
-    heads = int(text.num_attention_heads)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    managed = _managed(text)
-    if isinstance(source, PreTrainedModel):
-        present = {getattr(module, "layer_idx", None) for module in source.modules()}
-        managed = tuple(index for index in managed if index in present) or managed
-    return Geometry(managed, heads, int(kv_heads), int(head_dim))
+    return Geometry(_managed(text), *shape_of(text, _managed(text)))
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -40,6 +33,11 @@ def check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "_prepare_cache_for_generation"):
         raise UnsupportedModelError(f"must be a transformers model that can generate: {type(model).__name__}")
     device_of(model)
+    require_no_sinks(model)
+
+
+def require_no_sinks(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError when attention has a learned entry that no token stands for."""
     if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
         raise UnsupportedModelError("attention with learned sinks is not supported: eviction would change their share")
 
@@ -48,9 +46,8 @@ def require_interface(model: PreTrainedModel, configs: Sequence[PretrainedConfig
     """Raise UnsupportedModelError when a part of the model that uses these configurations bypasses the interface."""
     ours = {id(config) for config in configs}
     for module in model.modules():
-        if module is not model and not (isinstance(module, PreTrainedModel) and id(module.config) in ours):
-            continue
-        if isinstance(module, PreTrainedModel) and not getattr(module, _CAN_SET)():
+        uses = isinstance(module, PreTrainedModel) and id(module.config) in ours
+        if uses and not getattr(module, _CAN_SET)():
             raise UnsupportedModelError(
                 f"{type(module).__name__} does not call its attention through transformers' AttentionInterface"
             )
@@ -75,7 +72,7 @@ def runs_elsewhere(model: PreTrainedModel) -> str | None:
         return "weights are offloaded"
     if any(type(parameter).__name__ in _SHARDED or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "weights are sharded"
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing runs forwards without a cache"
     if model.training and any(getattr(model.config, name, 0) for name in _DROPPED):
         return "layers are dropped at random while it trains"
@@ -95,13 +92,15 @@ def _offloading_hooks(module: nn.Module) -> Iterator[object]:
 def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]:
     if config.is_encoder_decoder:
         yield "it is an encoder-decoder model"
-    if getattr(text, "attn_logit_softcapping", None) is not None:
+    if getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention"):
+        yield "its attention looks at later tokens, unless its configuration says is_decoder=True"
+    if is_set(text, "attn_logit_softcapping"):
         yield "its attention logits are soft-capped"
-    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
+    if is_set(text, "num_kv_shared_layers") or is_set(text, "kv_sharing_modes"):
         yield "layers share the keys of other layers"
-    if getattr(text, "kv_lora_rank", None):
+    if is_set(text, "kv_lora_rank"):
         yield "its attention is latent (MLA): there are no keys per head to evict"
-    if not hasattr(text, "num_attention_heads"):
+    if not is_set(text, "num_attention_heads"):
         yield "it has no attention heads"
         return
     layers = _stock_layers(text)
@@ -109,11 +108,15 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
         yield "it has layers with linear attention or a recurrent state"
     elif not any(type(layer) is DynamicLayer for layer in layers):
         yield "no layer has full attention: a sliding window bounds its cache already"
+    else:
+        yield from differences(text, _managed(text))
 
 
 def _managed(text: PretrainedConfig) -> tuple[int, ...]:
     # The exact type: subclasses hold more than keys and values (indexers, windows, quantised states).
-    return tuple(index for index, layer in enumerate(_stock_layers(text)) if type(layer) is DynamicLayer)
+    full = tuple(index for index, layer in enumerate(_stock_layers(text)) if type(layer) is DynamicLayer)
+    decoders = getattr(text, "decoder_layers", None)  # the layers of an encoder are counted beside them
+    return full if decoders is None else tuple(index for index in full if index < decoders)
 
 
 def _stock_layers(text: PretrainedConfig) -> list[object]:
