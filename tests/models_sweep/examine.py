@@ -22,6 +22,8 @@ CHUNKS = (PROMPT, *[1] * 4, 3, *[1] * 3)
 TOLERANCE = 1e-4  # of the largest logit: rounding is a hundredth of it
 KEEPING = ("kivi",)  # policies that evict nothing
 
+_SEEN_IN_NUMBERS = "more than a softmax"  # what a configuration, which has no weights, cannot tell
+
 EXACT, REFUSED, WRONG, NOT_TRIED = "exact", "refused", "wrong", "not tried"
 
 
@@ -78,6 +80,8 @@ class _Examination:
         self.notes["check"] = _told(checked) if checked else "passes"
         self._expect_unchanged(before, "after attach")
         if isinstance(attached, UnsupportedModelError):
+            if checked is None and _SEEN_IN_NUMBERS not in str(attached):
+                self.wrong.append(f"check passes what attach refuses: {_told(attached)}")
             return self._done(REFUSED, (_one_line(attached),))
         try:
             self.runs = _plain_runs(self.plain)
