@@ -29,7 +29,7 @@ def of_library():
             name: function
             for registry in registries
             for name, function in {**registry._global_mapping, **registry._local_mapping}.items()
-            if name != _OURS
+            if not name.startswith(_OURS)
         },
         dict(vars(DynamicLayer)),
     ]

@@ -48,12 +48,13 @@ def masked_forward(model, tokens, seen):
         weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
         return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), None
 
-    with _registered(attention, model), torch.no_grad():
+    with attending_by(model, attention), torch.no_grad():
         return model(tokens, use_cache=False).logits
 
 
 @contextlib.contextmanager
-def _registered(attention, model):
+def attending_by(model, attention):
+    """While this lasts the model attends by this function, with the stock masks."""
     before = model.config._attn_implementation
     AttentionInterface.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, sdpa_mask)

@@ -1,0 +1,32 @@
+"""Which entries stay where the others are merged: D2O (arXiv:2406.13035) and KeepKV (2504.09936).
+
+Merging changes keys and values; what it made of them is taken from the cache, so that this is about the selection.
+"""
+
+import numpy as np
+import pytest
+
+from tests.oracles.comparison import assert_holds_what_the_oracle_holds, shipped
+from tests.oracles.observed import attention
+from tests.oracles.simulation import Head, Method
+from tests.oracles.test_h2o import HeavyHitters
+
+
+class Attended(Method):
+    """KeepKV: the mean over the window's queries and the group of the attention that an entry gets, all its votes."""
+
+    def scores(self, heads: list[Head]) -> list[np.ndarray]:
+        return [attention(head).mean((0, 1))[self.candidates(head)] for head in heads]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_d2o_keeps_heavy_hitters_between_sinks_and_recent(every):
+    given = 12, every, 2, 4
+    assert_holds_what_the_oracle_holds(shipped("d2o", *given), HeavyHitters, *given, changes=True)
+
+
+@pytest.mark.parametrize("threshold", [0.8, -1.0])
+def test_keepkv_keeps_what_the_window_attends_to(threshold):
+    given = 12, 2, 2, 5
+    policy = shipped("keepkv", *given, queries=5, threshold=threshold)
+    assert_holds_what_the_oracle_holds(policy, Attended, *given, 5, changes=True)
