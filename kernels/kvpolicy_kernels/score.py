@@ -149,7 +149,11 @@ def _launch(
 
 
 def _shape(reads: _Reads, tiles: Sequence[Tile]) -> Pass:
-    return pass_of(reads.window, reads.keys, held=any(tile.keys or tile.values for tile in tiles), widest=128)
+    keys, values = any(tile.keys for tile in tiles), any(tile.values for tile in tiles)
+    shape = pass_of(reads.window, reads.keys, held=keys or values, widest=128)
+    if reads.window is not None and keys and values:  # both beside the logits: four warps lack the registers
+        return attrs.evolve(shape, warps=max(8, shape.warps))
+    return shape
 
 
 def _addresses(column: Column | None) -> Tensor | None:

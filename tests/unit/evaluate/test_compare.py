@@ -151,6 +151,15 @@ def test_an_answer_counts_up_to_its_first_mistake(written, whole, share):
     assert before_mistake(item, written) == share
 
 
+@pytest.mark.parametrize(("said", "own"), [("2.13.0", "2.13.0+cu130"), ("2.13.0+cpu", "2.13.0+cpu")])
+def test_record_says_which_build_of_torch_ran(monkeypatch, said, own):
+    """The metadata of the public index's CUDA builds leaves the build out."""
+    monkeypatch.setattr(record.metadata, "version", lambda _name: said)
+    monkeypatch.setattr(torch, "__version__", own)
+
+    assert record.versions()["torch"] == own
+
+
 def test_record_is_complete_json(outcomes, setup):
     """Versions, machine, seed, digests, and that the question was visible."""
     data = json.loads(json.dumps(record.record(setup, outcomes[0])))
