@@ -11,7 +11,10 @@ from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import POSITIONS, compile_policy
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend
-from kvpolicy.stages import Geometry, Rotary, Sample
+from kvpolicy.spec.policy import Weighted
+from kvpolicy.stages import Entries, Geometry, Merger, Rotary, Sample
+from kvpolicy.stages.registry import registry
+from kvpolicy.stages.slots import gather
 from tests import driving
 from tests.driving import feed, new_layer
 from tests.holdings import segment, stores
@@ -181,13 +184,49 @@ def test_what_is_packed_moves_bit_for_bit_when_other_entries_are_evicted(store):
     assert survivors
 
 
-def test_nan_and_infinity_are_refused_by_name():
-    for wrong in (torch.nan, torch.inf):
-        layer = new_layer(plan_of("fp8"))
-        keys, values, queries = entries(torch.Generator().manual_seed(0), 1, 6)
-        values[0, 0, 2, 3] = wrong
-        with pytest.raises(kvpolicy.errors.CacheError, match="values of this layer hold NaN or infinity"):
-            feed(layer, keys, values, queries)
+@attrs.frozen
+class Adding(Merger):
+    """Adds 10 to the keys and values of the entries at some positions, and says so."""
+
+    name = "adding"
+    positions: tuple[int, ...] = ()
+
+    def merge(self, view, kept):
+        there = gather(view.positions, kept)
+        changed = (kept >= 0) & torch.isin(there, torch.tensor(self.positions))
+        keys, values = (gather(one, kept) + 10 * changed[..., None] for one in (view.keys, view.values))
+        return Entries(keys, values, changed=changed)
+
+
+@pytest.mark.parametrize("changed", [(), (5,), (0, 7)])
+@pytest.mark.parametrize("store", [name for name in STORES if name != "plain"])
+def test_units_that_were_merged_into_are_packed_anew_and_the_others_not(store, changed):
+    """The oldest entries stay where they are, so that their units would be moved bit for bit."""
+    plan, generator = plan_of(store, 20, recent=0), torch.Generator().manual_seed(0)
+    oldest = Weighted(registry().find("score", "recency")(), weight=-1.0)
+    plan = attrs.evolve(plan, spec=attrs.evolve(plan.spec, score=(oldest,), merge=Adding(changed)))
+    layer = new_layer(attrs.evolve(plan, spec=attrs.evolve(plan.spec, merge=Adding())))
+    feed(layer, *entries(generator, 2, 20))
+    before = {name: [[segment(layer.held, name, row, head).clone() for head in range(HEADS)] for row in range(2)]
+              for name in ("keys", "values")}  # fmt: skip
+    layer.plan = layer.round.plan = plan
+    for _ in range(4):
+        feed(layer, *entries(generator, 2, 1))
+    assert layer.held.slots.lengths == ((20, 20),) * 2
+    for name, rows in before.items():
+        form = getattr(plan.formats[0], name)
+        sealed, touched = form.sealed(20), {position // form.unit for position in changed}
+        assert sealed >= 8
+        for row in range(2):
+            for head in range(HEADS):
+                old, new = rows[row][head], segment(layer.held, name, row, head)
+                assert layer.held.slots.segment(POSITIONS, row, head)[:20].tolist() == list(range(20))
+                for unit in range(sealed // form.unit):
+                    slots = slice(unit * form.unit, (unit + 1) * form.unit)
+                    if unit not in touched:
+                        assert torch.equal(new[slots], old[slots])
+                for position in changed:
+                    assert (new[position] - old[position]).mean() > 5  # of 10, whatever is lost
 
 
 def test_a_reader_with_pages_reads_what_attention_would_find_and_keeps_the_rest():
