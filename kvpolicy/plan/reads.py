@@ -85,7 +85,9 @@ def small_view(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(device, dtype)
 
-    mass = torch.rand(1, heads, slots, geometry.group, generator=random).to(device).transpose(-1, -2)
+    mass = (
+        torch.rand(1, heads, slots, geometry.group, dtype=torch.float32, generator=random).to(device).transpose(-1, -2)
+    )
     fills = {prefix + one.name: one.fill for prefix, scorer in scorers.items() for one in scorer.slot_state()}
     return View(
         keys=normal(1, heads, slots, dim),
@@ -95,5 +97,8 @@ def small_view(
         scaling=dim**-0.5,
         queries=normal(1, geometry.query_heads, window, dim) if window else None,
         attention=mass if any(need.attention for need in needs) else None,
-        slot_state={name: torch.full((1, heads, slots), fill, device=device) for name, fill in fills.items()},
+        slot_state={
+            name: torch.full((1, heads, slots), fill, dtype=torch.float32, device=device)
+            for name, fill in fills.items()
+        },
     )

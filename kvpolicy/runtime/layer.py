@@ -65,7 +65,9 @@ class PolicyLayer(LendingLayer):
         self._held = Holdings(self.plan, self.ordinal, rows, device)
         self.real = [0] * rows  # tokens of each row, pads excluded
         states = self.plan.spec.merge.row_state()
-        self.row_state = {state.name: torch.full((rows,), state.fill, device=device) for state in states}
+        self.row_state = {
+            state.name: torch.full((rows,), state.fill, dtype=torch.float32, device=device) for state in states
+        }
 
     # -- one forward -------------------------------------------------------------------------------------------
 
@@ -172,7 +174,8 @@ class PolicyLayer(LendingLayer):
     def _compress_if_due(self, *, decoding: bool) -> None:
         if self.altered:
             self._close_gaps()
-        self.plan.budgets.say_if_raised(self.real)
+        if self.ordinal == 0:
+            self.plan.budgets.say_if_raised(self.real)
         rows = self._due(self.real, decoding=decoding)
         if rows:
             self._close_gaps()

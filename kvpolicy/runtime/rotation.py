@@ -44,7 +44,7 @@ def _agrees(module: nn.Module, rotary: Rotary) -> bool:
     device = rotary.frequencies.device
     positions = torch.tensor([_SOME_POSITIONS], device=device)
     width = 2 * rotary.frequencies.shape[0]
-    vectors = torch.linspace(-1, 1, 4 * width, device=device).reshape(1, 1, 4, width)
+    vectors = torch.linspace(-1, 1, 4 * width, dtype=torch.float32, device=device).reshape(1, 1, 4, width)
     for arguments in _arguments(module, vectors, positions):
         try:
             cos, sin = module(*arguments)
