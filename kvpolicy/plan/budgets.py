@@ -25,11 +25,15 @@ class Budgets:
     # By tokens seen: asked many times a token. The object's own, so that it goes when the plan goes.
     _allocated: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
     _ahead: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
+    _sized: list[int] = attrs.field(init=False, factory=list, repr=False)  # entries that a budget in bytes affords
     _said: list[str] = attrs.field(init=False, factory=list, repr=False)  # what has been warned of
 
     def __attrs_post_init__(self) -> None:
         size = self.spec.budget.size
-        if size is not None and self.affordable(size) <= self.spec.protect.total:
+        if size is None:
+            return
+        self._sized.append(self.affordable(size))
+        if self._sized[0] <= self.spec.protect.total:
             least = self.footprint.nbytes(self.spec.protect.total + 1 + self.slack) + self._beside
             raise PolicyError([Problem("budget", f"must be at least {least} bytes for this model: {self.spec.budget}")])
 
@@ -58,7 +62,7 @@ class Budgets:
         if budget.tokens is not None:
             return budget.tokens
         if budget.size is not None:
-            return self.affordable(budget.size)
+            return self._sized[0]
         return max(self._asked(seen), self.spec.protect.total, 1)
 
     def protected(self, seen: int) -> tuple[int, int]:

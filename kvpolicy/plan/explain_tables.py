@@ -50,8 +50,10 @@ def _budgets(one: "Explanation") -> Table:
         name = str(start) if start == layer.layer else f"{start} to {layer.layer}"
         table.add_row(name, str(layer.budget), str(layer.capacity))
         first = last + 1
+    sinks, recent = one.protected
+    table.caption = f"of these protected: {sinks} sinks, the newest {recent}"
     if one.raised:
-        table.caption = one.raised
+        table.caption += f"\n{one.raised}"
     return table
 
 

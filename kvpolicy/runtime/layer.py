@@ -206,7 +206,8 @@ class PolicyLayer(LendingLayer):
     def _compress_if_due(self, *, decoding: bool) -> None:
         if self.altered:
             self._close_gaps()
-        self.plan.budgets.say_if_raised(self.real)
+        if self.ordinal == 0:
+            self.plan.budgets.say_if_raised(self.real)
         rows = self._due(self.real, decoding=decoding)
         if rows:
             self._close_gaps()
@@ -266,19 +267,16 @@ class PolicyLayer(LendingLayer):
         """Slots per KV head beyond which storage does not grow."""
         return self.plan.capacity(self.ordinal, max(self.seen, 1))
 
-    def _sample(self) -> None:
-        """Note what is held; of what is carried beside that, a few numbers are left to `count`."""
-        held, unsettled = self.held, bytes_of(tensors_of(self._unsettled)) if self._unsettled else 0
-        self.stats.sample(self.seen, held.slots.average, held.nbytes, self.window.nbytes, unsettled)
+    def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
+        beside = [*index, *self.row_state.values(), *tensors_of(self._unsettled)]
+        average = self.stats.held if self._reclaim else self._held.slots.average
+        state = bytes_of(beside, counted) if beside else 0
+        self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, state)
 
     def count(self, counted: set[int]) -> None:
-        """Bring `stats` up to date, to the last byte; what layers share is told by `counted`, see `bytes_of`."""
+        """Bring `stats` up to date, to the last byte; what layers share is in `counted`. What is lent stays lent."""
         if self.is_initialized:
-            beside = bytes_of(
-                [*self.row_state.values(), *self._held.index_tensors, *tensors_of(self._unsettled)], counted
-            )
-            average = self.stats.held if self._reclaim else self._held.slots.average  # nobody is had back for that
-            self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, beside)
+            self._sample(self._held.index_tensors, counted)
 
     # -- undoing, and moving rows ---------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ def test_what_is_reported_in_bytes_is_what_is_held(steps):
         generate(model(), *prompt(40, 20), past_key_values=cache)
         reported = attachment.report()
     stored = [layer.held.nbytes for layer in cache.managed]
-    assert [layer.nbytes for layer in reported.layers] == stored
+    assert [layer.entry_bytes for layer in reported.layers] == stored
     slots, entry = 2 * 2 * (12 + 4), 2 * 8 * 4 + 4 + 2 * 4  # rows, heads, slots; key and value, position, attention
     assert stored == [slots * entry] * 3
 

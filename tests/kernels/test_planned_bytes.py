@@ -76,14 +76,15 @@ def _view(plan, slots):
     shape = (1, GEOMETRY.kv_heads, slots)
     window, dim = plan.needs.queries, GEOMETRY.head_dim
     mass = torch.rand(*shape, GEOMETRY.group, generator=numbers) if plan.needs.attention else None
+    sinks, recent = plan.budgets.protected(slots)
     return View(
         keys=torch.randn(*shape, dim, generator=numbers).to(plan.dtype),
         values=torch.randn(*shape, dim, generator=numbers).to(plan.dtype),
         positions=torch.arange(slots, dtype=torch.int32).expand(shape).contiguous(),
         geometry=GEOMETRY,
         scaling=dim**-0.5,
-        sinks=plan.spec.protect.sinks,
-        recent=plan.spec.protect.recent,
+        sinks=sinks,
+        recent=recent,
         queries=torch.randn(1, GEOMETRY.query_heads, window, dim, generator=numbers).to(plan.dtype) if window else None,
         attention=None if mass is None else mass.transpose(-1, -2),
     )

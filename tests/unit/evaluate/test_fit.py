@@ -45,16 +45,16 @@ def test_only_sizes_change(tiny, name):
 
 
 def test_windows_are_scaled(tiny):
-    """A quarter of the budget is recent at most; policies made of recency keep their proportions."""
+    """A quarter of the budget is recent at most; shares of the budget stay what they are."""
     model, _ = tiny
     sizes = {"length": 1024, "share": Fraction(1, 10)}
     snapkv, h2o, streaming = (fit(kvpolicy.load(name), model, **sizes) for name in ("snapkv", "h2o", "streaming_llm"))
 
     assert snapkv.spec.protect.recent == snapkv.spec.budget.tokens // 4
     assert snapkv.spec.score[0].scorer.queries == snapkv.spec.budget.tokens // 12
-    assert h2o.spec.protect.recent == h2o.spec.budget.tokens // 2
-    assert streaming.spec.protect.total == streaming.spec.budget.tokens
-    assert streaming.spec.protect.sinks == 4
+    assert h2o.spec.protect == kvpolicy.load("h2o").spec.protect
+    assert h2o.spec.protect.of(h2o.spec.budget.tokens) == (0, h2o.spec.budget.tokens // 2)
+    assert streaming.spec.protect.of(streaming.spec.budget.tokens) == (4, streaming.spec.budget.tokens - 4)
 
 
 def test_scorers_inside_scorers_are_scaled_too(tiny):
@@ -177,6 +177,6 @@ def test_a_share_of_the_tokens_is_the_budget(tiny):
 
     assert [spec.budget.tokens for spec in specs] == [512] * 3
     assert [spec.compress.every for spec in specs] == [64, 1, 64]
-    assert specs[1].protect.recent == 256
+    assert specs[1].protect.of(512) == (0, 256)
     assert keeps_everything(quest)
     assert reads(quest.read) == 512

@@ -140,7 +140,8 @@ def test_dictionary_is_json_and_table_has_the_key_lines():
 
     assert data["digest"] == kvpolicy.load("pyramidkv", **SMALL).digest
     assert sum(layer["budget"] for layer in data["layers"]) == 16 * LAYERS
-    assert data["share_of_full"] == found.held_bytes / found.full_bytes
+    assert data["total_bytes"] == found.held_bytes + found.window_bytes
+    assert data["share_of_full"] == data["total_bytes"] / found.full_bytes
     for expected in ("Entries per KV head", "entries held, at capacity", "+1 attention", "reference", "positions 4"):
         assert expected in text
 

@@ -114,3 +114,23 @@ def test_digest_does_not_depend_on_what_else_is_installed(install, scorer_source
 def test_digest_of_an_installed_policy_is_stable():
     """If this fails, digests noted with earlier measurements no longer tell which policy was measured."""
     assert digest(parse_policy(WRITTEN)) == "75f2491453659445"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("snapkv", {}, "fb510d4f49c9d1f3"),
+        ("rkv", {}, "41bbd67eb87401eb"),
+        ("h2o", {"protect": {"sinks": 3, "recent": 400}}, "b3b8d9f4b32d334b"),
+    ],
+)
+def test_digests_of_policies_without_shares_stay(name, overrides, expected):
+    """As they were before what is protected could be a share of the budget."""
+    assert digest(read_policy(name, **overrides)[0]) == expected
+
+
+def test_shares_are_written_and_told_apart():
+    found = [read_policy("h2o", protect={"recent": share})[0] for share in ("50%", "50.0 %", "50.000001%", 50)]
+    assert found[0] == found[1]
+    assert len({digest(spec) for spec in found}) == 3
+    assert 'protect: {sinks: 0, recent: "50.000001%"}' in to_yaml(found[2])
