@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy.cli.console import line, out
+from kvpolicy.cli.files import make_folder, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,12 +17,8 @@ if TYPE_CHECKING:
 def opened(name: str, folder: Path, options: dict[str, Any], file: str = "") -> "Result":
     """An empty result that is kept in a file of the folder. Raises InputError when that cannot be."""
     from kvpolicy.bench.result import Result
-    from kvpolicy.errors import InputError
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be made: {error.strerror}") from error
+    make_folder(folder, "--out ")
     result = Result(name, options, file=folder / f"{file or name}.json")
     result.write()
     return result
@@ -42,7 +39,7 @@ def finish(result: "Result") -> None:
         line(f"not measured: {one['what']}: {one['why']}", error=True)
     if file is None:
         return
-    file.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+    write_text(file.with_suffix(".md"), markdown(result))
     drawn = can_plot() and draw(result, file.with_suffix(".png"))
     if not can_plot():
         line(MISSING, error=True)

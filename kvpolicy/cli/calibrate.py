@@ -47,12 +47,12 @@ def calibrate(
 
 def _cut(tokenizer: Any, text: str, sequences: int, length: int) -> Any:
     """Token ids [S, T]: the text cut into sequences of one length, what is left over dropped."""
-    from kvpolicy.errors import InputError
+    from kvpolicy.errors import InputError, one_line
 
     try:
         ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
     except Exception as error:  # tokenizers raises this very class, for a word that is not in its vocabulary
-        raise InputError(f"the text has words that the tokenizer does not know: {error}") from error
+        raise InputError(f"the text has words that the tokenizer does not know: {one_line(error)}") from error
     if len(ids) < 2:
         raise InputError("the text has fewer than 2 tokens")
     length = min(length, len(ids))

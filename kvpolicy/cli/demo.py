@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli.console import err, line, out, print_json
+from kvpolicy.cli.files import make_folder, write_text
 from kvpolicy.cli.options import Json
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def demo(
     shares = tuple(_share(text) for text in share or SHARES)
     setup = Setup(_policies(policy or POLICIES), shares, items=items, length=length, seed=seed, question=question)
     setup = evolve(setup, **QUICK) if quick else setup
-    _require_folder(out_dir)
+    make_folder(out_dir, "--out ")
     outcomes, kept = _measure(setup)
     results = _write(out_dir, setup, outcomes, kept)
     print_json(results) if json else out().print(_tables(setup, outcomes))
@@ -70,16 +71,6 @@ def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
     if any(one.name == "full" for one in policies):
         raise InputError("the full cache is part of every comparison: leave the policy 'full' out")
     return policies
-
-
-def _require_folder(folder: Path) -> None:
-    """Make the folder now: an hour of results must not be lost to a mistyped name."""
-    from kvpolicy.errors import InputError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be made: {error.strerror}") from error
 
 
 def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
@@ -111,7 +102,7 @@ def _write(folder: Path, setup: "Setup", outcomes: "tuple[Outcome, ...]", kept: 
     from kvpolicy.evaluate.record import record
 
     results = record(setup, outcomes, kept)
-    (folder / "results.json").write_text(dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.json", dumps(results, indent=1) + "\n")
     if can_plot():
         from kvpolicy.evaluate.heatmap import plot_retention
         from kvpolicy.evaluate.tradeoff import plot_tradeoff

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli.console import line
+from kvpolicy.cli.files import make_folder, read_text, write_text
 from kvpolicy.cli.progress import bars
 
 if TYPE_CHECKING:
@@ -68,10 +69,7 @@ def _require_places(*files: Path | None) -> None:
     for file in files:
         if file is None:
             continue
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{file.parent}: cannot be made: {error.strerror}") from error
+        make_folder(file.parent)
         if file.is_dir():
             raise InputError(f"{file}: is a folder")
 
@@ -79,13 +77,13 @@ def _require_places(*files: Path | None) -> None:
 def _read(file: Path) -> dict[str, Any]:
     import json
 
-    from kvpolicy.errors import InputError
+    from kvpolicy.errors import InputError, one_line
     from kvpolicy.evaluate.table.record import FORM
 
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--from {file}: cannot be read: {error}") from error
+        found: dict[str, Any] = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--from {file}: cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict) or found.get("form") != FORM:
         raise InputError(f"--from {file}: is not a record of kvpolicy evaluate (form {FORM})")
     return found
@@ -108,7 +106,7 @@ def _write_record(file: Path, found: dict[str, Any]) -> None:
 
     from kvpolicy.evaluate.plots import MISSING, can_plot
 
-    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if not can_plot():
         line(MISSING, error=True)
         return
@@ -124,4 +122,4 @@ def _write_page(file: Path | None, found: dict[str, Any]) -> None:
     if file is None:
         line(page.rstrip())
     else:
-        file.write_text(page, encoding="utf-8")
+        write_text(file, page)

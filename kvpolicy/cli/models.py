@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-from kvpolicy.errors import InputError, did_you_mean
+from kvpolicy.errors import InputError, KVPolicyError, described, did_you_mean, one_line
 
 TESTBED = "testbed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,6 +64,8 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 def _read(model: str, what: str, read: Callable[[], _T]) -> _T:
     try:
         return read()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:  # what from_pretrained raises
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{model}: its {what} cannot be read: {first}") from error
+    except KVPolicyError:
+        raise
+    except Exception as error:  # from_pretrained raises whatever the class of the model does with odd numbers
+        reason = one_line(error) if isinstance(error, (OSError, ValueError)) else described(error)
+        raise InputError(f"{one_line(model)}: its {what} cannot be read: {reason}") from error

@@ -63,12 +63,12 @@ def _generate(
 
 
 def _encode(tokenizer: Any, prompt: str) -> Any:
-    from kvpolicy.errors import InputError
+    from kvpolicy.errors import InputError, one_line
 
     try:
         inputs = tokenizer(prompt, return_tensors="pt")
     except Exception as error:  # tokenizers raises this very class, for a word that is not in its vocabulary
-        raise InputError(f"the prompt has words that the tokenizer does not know: {error}") from error
+        raise InputError(f"the prompt has words that the tokenizer does not know: {one_line(error)}") from error
     if not inputs["input_ids"].shape[1]:
         raise InputError("the prompt has no tokens")
     return inputs

@@ -81,12 +81,19 @@ def _installed(name: str) -> Path:
 
 def _bytes(path: Path) -> bytes:
     if not _is_file(path):  # a pipe or a device could keep us waiting for ever
-        raise UnknownPolicyError(f"{shown(str(path))}: no such file")
+        raise UnknownPolicyError(f"{shown(str(path))}: {'is no regular file' if _exists(path) else 'no such file'}")
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _is_file(path: Path) -> bool:
