@@ -171,10 +171,10 @@ def _merged(spec: PolicySpec, view: View, kept: Tensor) -> Entries:
     if entries.changed is not None:
         check_tensor(spec.merge, entries.changed, slots, torch.bool, view.keys.device)
     states = (
-        {name: state.new_empty(kept.shape) for name, state in seen.slot_state.items()} if entries.slot_state else {}
+        {name: state.new_empty(kept.shape) for name, state in view.slot_state.items()} if entries.slot_state else {}
     )
     check_state(spec.merge, entries.slot_state, states)
-    check_state(spec.merge, entries.row_state, seen.row_state)
+    check_state(spec.merge, entries.row_state, view.row_state)
     return entries
 
 

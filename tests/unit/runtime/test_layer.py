@@ -166,8 +166,8 @@ def test_statistics_follow(ragged):
     layer = new_layer(worth_plan(budget=6, every=3, ragged=ragged))
     drive(layer, 20, 1, 1, 1)
     assert (layer.stats.seen, layer.stats.held, layer.stats.compressions) == (23, 6.0, 2)
-    assert layer.stats.nbytes == layer.held.nbytes == 9 * HEADS * bytes_per_slot(layer.plan)
-    assert layer.stats.peak_bytes >= 20 * layer.stats.nbytes // 9
+    assert layer.stats.entry_bytes == layer.held.nbytes == 9 * HEADS * bytes_per_slot(layer.plan)
+    assert layer.stats.peak_entry_bytes >= 20 * layer.stats.entry_bytes // 9
     assert layer.stats.seconds > 0
 
 

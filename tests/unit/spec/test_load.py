@@ -113,7 +113,7 @@ def test_what_is_no_path_and_no_name_is_refused(source):
 def test_pipe_is_refused_rather_than_waited_for(empty_working_directory):
     os.mkfifo(empty_working_directory / "pipe.yaml")
 
-    with pytest.raises(UnknownPolicyError, match=r"pipe.yaml': no such file"):
+    with pytest.raises(UnknownPolicyError, match=r"pipe.yaml': is no regular file"):
         read_policy("pipe.yaml")
 
 
