@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from kvpolicy.errors import AttachError, UncompressedWarning, UnsupportedCallError, UnsupportedModelError
@@ -112,10 +113,12 @@ class CacheProvider:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Put our cache into `model_kwargs`, or check the one that the caller gave."""
-        given = model_kwargs.get("past_key_values")
+        given, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        prompt_end = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         _require_dynamic(generation_config)
         if given is not None:
             _require_policy_cache(given)
+            given.expect_prompt(prompt_end)
             if not generation_config.is_assistant:  # the assistant's cache comes back every round, to be cropped
                 given.stop_recording()
             model = self.attachment.model
@@ -124,6 +127,7 @@ class CacheProvider:
             warnings.warn("use_cache=False: the policy has no cache to bound", UncompressedWarning, stacklevel=4)
         else:
             model_kwargs["past_key_values"] = self.attachment.cache()
+            model_kwargs["past_key_values"].expect_prompt(prompt_end)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
 

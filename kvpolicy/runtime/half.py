@@ -1,5 +1,6 @@
 """The keys or the values of a layer: the oldest packed by a format, the newest as the model gave them."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from operator import sub
 from typing import NoReturn
@@ -220,6 +221,12 @@ class Half:
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment, none of which is packed."""
         self.tail.truncate(count)
+
+    def copied(self) -> "Half":
+        """A copy that shares no storage."""
+        other = copy.copy(self)
+        other.packed, other.tail = self.packed.copied(), self.tail.copied()
+        return other
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order."""

@@ -50,6 +50,13 @@ class Window:
             return queries, positions
         return queries[list(rows)], positions[list(rows)]
 
+    def copied(self) -> "Window":
+        """A copy that shares nothing."""
+        other = Window(self.size)
+        other._queries, other._positions = self._queries.clone(), self._positions.clone()
+        other._filled = self._filled
+        return other
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order."""
         if self._filled:

@@ -101,11 +101,9 @@ class DecodeForward:
         if any(_asks_for_more(name, value) for name, value in given.items()):
             return None
         tokens, mask, places = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[1] != 1:
+        if not isinstance(tokens, Tensor) or tokens.shape != (cache.rows, 1):
             return None
         rows, seen = tokens.shape[0], cache.managed[0].get_seq_length()
-        if rows != cache.rows:
-            return None  # the cache will say what is wrong
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, seen + 1)):
             return None
         if places is not None and (not isinstance(places, Tensor) or places.shape not in {(rows, 1), (1, 1)}):
