@@ -41,19 +41,3 @@ class Asked:
         """The queries of one row that attend to one KV head."""
         own = self.queries[row : row + 1, head * group : (head + 1) * group]
         return attrs.evolve(self, queries=own, positions=self.positions[row : row + 1])
-
-
-def tensors_of(asked: Sequence[Asked]) -> list[Tensor]:
-    """Queries and positions of several calls."""
-    return [tensor for one in asked for tensor in (one.queries, one.positions)]
-
-
-def without_newest(asked: Sequence[Asked], count: int) -> list[Asked]:
-    """The queries of several calls, less the newest `count`."""
-    left: list[Asked] = []
-    for one in reversed(asked):
-        size = one.queries.shape[2]
-        if count < size:
-            left.append(one.first(size - count))
-        count = max(0, count - size)
-    return left[::-1]

@@ -87,6 +87,10 @@ class PolicyCache(DynamicCache):
             self._round.end()
         self.integrity.end_forward()
 
+    def expect_prompt(self, end: int | None) -> None:
+        """Say that the prompt of a generation ends behind `end` tokens: what follows in its forward are candidates."""
+        self._round.prompt_end = end
+
     def retire(self, reason: str) -> None:
         """Refuse every further change with CacheError(reason); lengths, reports and copies can still be had."""
         self.integrity.retire(reason)

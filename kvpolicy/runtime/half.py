@@ -1,5 +1,6 @@
 """The keys or the values of a layer: the oldest packed by a format, the newest as the model gave them."""
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import sub
@@ -252,6 +253,12 @@ class Half:
         """Drop the newest `count` slots of every segment, none of which is packed."""
         self.tail.truncate(count)
         self._stuck = frozenset()
+
+    def copied(self) -> "Half":
+        """A copy that shares no storage."""
+        other = copy.copy(self)
+        other.packed, other.tail = self.packed.copied(), self.tail.copied()
+        return other
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order."""

@@ -1,5 +1,6 @@
 """All that one layer holds: what a slot carries, and the keys and values that stand in it."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -117,6 +118,13 @@ class Holdings:
         self.keys.truncate(count)
         self.values.truncate(count)
         self.slots.truncate(count)
+
+    def copied(self) -> "Holdings":
+        """A copy that shares no storage."""
+        other = copy.copy(self)
+        other.slots, other.keys, other.values = self.slots.copied(), self.keys.copied(), self.values.copied()
+        other.pages = self.pages.copied()
+        return other
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order."""

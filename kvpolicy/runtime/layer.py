@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, UnsupportedModelError
 from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
-from kvpolicy.runtime.asked import Asked, tensors_of, without_newest
+from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
 from kvpolicy.runtime.held_bytes import bytes_of
@@ -20,13 +20,15 @@ from kvpolicy.runtime.logical import require_rows
 from kvpolicy.runtime.modes import exactly, taking_states
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import chosen_by, question_of
+from kvpolicy.runtime.recording import Recording, Taken
 from kvpolicy.runtime.rounds import Round
+from kvpolicy.runtime.saved import Saved
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.trigger import entries_allowed
 from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
 
-_NOWHERE = torch.empty(0)  # positions, where none is waited for
+_NOWHERE = torch.empty(0, dtype=torch.int32)  # positions, where none is waited for
 
 
 class PolicyLayer(LendingLayer):
@@ -70,8 +72,9 @@ class PolicyLayer(LendingLayer):
         self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
         self._arriving = 0  # tokens appended whose attention has not run yet
         self._places = _NOWHERE  # and their positions, [B, q]
-        self._unsettled: list[Asked] = []  # queries that a rollback may still undo
-        self._prompting = True  # whether these, if any, are those of a prompt
+        self.recording = Recording()  # what a rollback may still undo
+        self._new: tuple[Tensor, Tensor] | None = None  # keys and values of this forward, while they are recorded
+        self._taken: Taken | None = None  # the tokens of this forward, while they are recorded
         self._followed = False  # whether followers have seen the queries of this forward
 
     def _make_room(self, rows: int, device: torch.device) -> None:
@@ -121,6 +124,7 @@ class PolicyLayer(LendingLayer):
         self.seen += self._arriving
         self._places = self.round.positions(self.real, self._arriving, self.device)
         self.held.append(key_states, value_states, self._spread(self._places), self.limit)
+        self._new = (key_states, value_states) if self.record_past else None
         keys, values = (key_states, value_states) if self.altered else self.held.stored()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
@@ -149,18 +153,28 @@ class PolicyLayer(LendingLayer):
 
     def attend(self, asked: Asked, dropout: float = 0.0) -> Tensor | None:
         """Attention over what is held and read, [B, H, q, D]; None when that is all there ever was: a stock call."""
+        if self._new is not None:
+            self._taken = Taken(*self._new, asked)
+            return self.recording.attend(self, self._taken, self.round.prompt_end, dropout)
         slots = self._chosen(asked)
-        self._note_reading(asked, slots)
         if not self.altered and slots is None:
+            self._note_reading(asked, None)
             return None
-        followers = () if self.record_past else self.plan.followers
-        self._followed = not self.record_past
-        kernels = self.plan.kernels
+        self._followed = True
+        return self._attended(asked, slots, dropout, followed=True)
+
+    def attended(self, asked: Asked, dropout: float, *, followed: bool) -> Tensor:
+        """Attention over what is held and read, [B, H, q, D]; `followed` says whether followers see it."""
+        return self._attended(asked, self._chosen(asked), dropout, followed=followed)
+
+    def _attended(self, asked: Asked, slots: Tensor | None, dropout: float, *, followed: bool) -> Tensor:
+        self._note_reading(asked, slots)
+        followers, kernels = self.plan.followers if followed else (), self.plan.kernels
         return attend(self.held, asked, slots, followers, pads=self.padded, dropout=dropout, kernels=kernels)
 
     def _chosen(self, asked: Asked) -> Tensor | None:
         """The slots [B, K, n] that the reader picks for a decode step; None = all."""
-        if asked.queries.shape[2] > 1 or not self.plan.selective or self._unsettled:  # pages of those are not made yet
+        if asked.queries.shape[2] > 1 or not self.plan.selective:
             return None
         return chosen_by(self.plan.spec.read, question_of(self.plan, self.held, asked, self.ordinal))
 
@@ -176,12 +190,13 @@ class PolicyLayer(LendingLayer):
         """After attention: observe the queries and compress the rows that are due; later, if it may be undone."""
         self.scaling = asked.scaling
         self._places = _NOWHERE
-        if self.record_past:
-            self._unsettled.append(asked)
+        if self._taken is not None:
+            self.recording.settle(self, self._taken, self.round.prompt_end)
+            self._taken = self._new = None
+            self._sample()
         else:
             self._observe(asked)
-        self._sample()
-        if not self.record_past:
+            self._sample()
             self._compress_if_due(decoding=asked.queries.shape[2] == 1)
             self._seal()
         self._followed = False
@@ -194,7 +209,8 @@ class PolicyLayer(LendingLayer):
         if self.plan.wants_order(self.ordinal):
             return True
         ahead = [real + self._arriving for real in self.real]
-        return bool(self._due(ahead, decoding=self._arriving == 1))
+        decoding = self._arriving == 1 or (self.record_past and not self.recording.prompting)
+        return bool(self._due(ahead, decoding=decoding))
 
     # -- compression -------------------------------------------------------------------------------------------
 
@@ -203,7 +219,7 @@ class PolicyLayer(LendingLayer):
         if self.plan.followers and not self._followed:
             follow_only(self.held, asked, self.plan.followers)
 
-    def _compress_if_due(self, *, decoding: bool) -> None:
+    def _compress_if_due(self, *, decoding: bool, at_once: bool = False) -> None:
         if self.altered:
             self._close_gaps()
         if self.ordinal == 0:
@@ -212,7 +228,7 @@ class PolicyLayer(LendingLayer):
         if rows:
             self._close_gaps()
             for alike in self.plan.budgets.protected_alike(self.real, rows):
-                self.round.due(self, alike, decoding=decoding)
+                self.round.due(self, alike, decoding=decoding, at_once=at_once)
 
     def _close_gaps(self) -> None:
         if self.padded:
@@ -228,10 +244,13 @@ class PolicyLayer(LendingLayer):
             self.altered, self._firm = self.altered or not self.held.is_plain, self.seen
             self._sample()
 
-    def _due(self, real: Sequence[int], *, decoding: bool) -> list[int]:
+    def _due(self, real: Sequence[int], *, decoding: bool, before: int = 0) -> list[int]:
+        """Rows that hold too much at `real` tokens, the newest `before` entries of every head left out."""
         heads = self.plan.geometry.kv_heads
         # Until the first eviction a row holds all its real tokens, whatever the pads beside them.
-        held = [sum(row) for row in self.held.slots.lengths] if self.altered else [tokens * heads for tokens in real]
+        held = [sum(row) - before * heads for row in self.held.slots.lengths]
+        if not self.altered:
+            held = [tokens * heads for tokens in real]
         allowed = [entries_allowed(self.plan, self.ordinal, tokens, decoding=decoding) for tokens in real]
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
@@ -268,9 +287,9 @@ class PolicyLayer(LendingLayer):
         return self.plan.capacity(self.ordinal, max(self.seen, 1))
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
-        beside = [*index, *self.row_state.values(), *tensors_of(self._unsettled)]
+        beside = [*index, *self.row_state.values(), *self.recording.tensors]
         average = self.stats.held if self._reclaim else self._held.slots.average
-        state = bytes_of(beside, counted) if beside else 0
+        state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, state)
 
     def count(self, counted: set[int]) -> None:
@@ -281,20 +300,26 @@ class PolicyLayer(LendingLayer):
     # -- undoing, and moving rows ---------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
-        """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back."""
+        """From now on keep what it takes to undo the tokens since the last `crop`: candidates of assisted decoding.
+
+        What comes next is a prompt. It is compressed, and what comes behind it evicts what it would evict token by
+        token, when another token follows, or in `crop`.
+        """
         with self._changing("activate_past_recording"):
             self.record()
 
     def record(self) -> None:
         """Do what `activate_past_recording` does, as part of a change of the whole cache."""
         self.prepare()
-        self.record_past = self._prompting = True
+        self.record_past = True
+        if self.recording.is_empty:
+            self.recording.prompting = True
 
     @exactly
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the newest `-tokens_to_remove` tokens; a positive number is the length to return to.
 
-        Then evict what has been recorded and is due. Raises CacheError when entries have been evicted since the tokens
+        Then evict what is due. Raises CacheError when entries have been evicted since the tokens
         to undo came: those do not come back.
         """
         count = self.undone_by(tokens_to_remove)
@@ -304,15 +329,10 @@ class PolicyLayer(LendingLayer):
 
     def remove(self, count: int) -> None:
         """Do what `crop` does to this layer, as part of a change of the whole cache: undo the newest `count` tokens."""
-        if count:
-            self._undo(count)
-        unsettled, self._unsettled = self._unsettled, []
-        for asked in unsettled:
-            self._observe(asked)
-        if unsettled:
-            self._compress_if_due(decoding=not self._prompting)
-            self._seal()
-            self._prompting = False
+        before = self.recording.crop(self, count)
+        if before:
+            self.drop(before)
+            self.window.forget(torch.tensor(self.real, device=self.device))
         if self.is_initialized:
             self._sample()
 
@@ -325,21 +345,71 @@ class PolicyLayer(LendingLayer):
             return 0
         asked = int(tokens_to_remove)  # transformers 5.16 and 5.17 give a tensor
         count = -asked if asked <= 0 else max(0, self.seen - asked)
-        if count > self.seen - self._firm:
+        saved = self.recording.saved
+        possible = self.seen - (self._firm if saved is None else saved.firm)
+        if count > possible:
             raise CacheError(
                 f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted or packed "
-                f"{self.seen - self._firm} tokens ago; call activate_past_recording() before tokens that may be undone"
+                f"{possible} tokens ago; call activate_past_recording() before tokens that may be undone"
             )
         return count
 
-    def _undo(self, count: int) -> None:
+    # -- what recording needs ----------------------------------------------------------------------------------
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every single token may change what the next one attends to."""
+        return self.plan.wants_order(self.ordinal)
+
+    @property
+    def watched(self) -> bool:
+        """Whether anything follows what is attended to."""
+        return bool(self.plan.followers)
+
+    def alters(self, before: int, *, decoding: bool) -> bool:
+        """Whether a row would have been compressed before the newest `before` tokens came."""
+        return bool(self._due([real - before for real in self.real], decoding=decoding, before=before))
+
+    def put(self, taken: Taken) -> None:
+        """Append tokens, whose positions are known."""
+        positions = taken.asked.positions
+        self.seen += taken.count
+        self.held.append(taken.keys, taken.values, self._spread(positions), self.limit)
+        counts = (positions >= 0).sum(1).tolist() if taken.asked.padded else [taken.count] * len(self.real)
+        self.real = [real + count for real, count in zip(self.real, counts, strict=True)]
+        self.padded = self.padded or min(counts) < taken.count
+
+    def digest(self, asked: Asked, *, decoding: bool, followed: bool) -> None:
+        """Observe queries, then compress and pack what is due; `followed` says that followers have seen them."""
+        self._followed = followed
+        self._observe(asked)
+        self._compress_if_due(decoding=decoding, at_once=True)
+        self._seal()
+        self._followed = False
+
+    def take_over(self, held: Holdings, window: Window, row_state: dict[str, Tensor]) -> None:
+        """Go on with other entries, observed queries and states of rows."""
+        self._held, self.window, self.row_state = held, window, row_state
+
+    def save(self) -> Saved:
+        """A copy of all that tokens change."""
+        return Saved.of(self)
+
+    def restore(self, saved: Saved) -> None:
+        """Go back to such a copy, which must not be used again."""
+        saved.into(self)
+
+    def drop(self, count: int) -> None:
+        """Drop the newest tokens, behind which nothing has been altered."""
+        if not count:
+            return
         for row, real in enumerate(self.real):
             newest = self.held.slots.segment(POSITIONS, row, 0)[-count:]
             self.real[row] = real - int((newest >= 0).sum())
         self.held.truncate(count)
         self.seen -= count
-        self._unsettled = without_newest(self._unsettled, count)
-        self.window.forget(torch.tensor(self.real, device=self.device))
+        if self.padded:  # once altered, pads are never older than a forward
+            self.padded = not self.altered and bool((self.held.slots.dense(POSITIONS) < 0).any())
 
     def select_rows(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
@@ -355,7 +425,7 @@ class PolicyLayer(LendingLayer):
             self.window.select_rows(rows)
             self.row_state = {name: values[list(rows)] for name, values in self.row_state.items()}
             self.real = [self.real[row] for row in rows]
-            self._unsettled = [asked.select_rows(rows) for asked in self._unsettled]
+            self.recording.select_rows(rows)
 
 
 def require_batch(layer: int, rows: int, *states: Tensor) -> None:

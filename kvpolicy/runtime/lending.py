@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.compaction import put_in_order
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.logical import LogicalLayer
+from kvpolicy.runtime.recording import Recording
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.window import Window
 
@@ -27,7 +27,7 @@ class LendingLayer(LogicalLayer):
     record_past: bool
     _held: Holdings
     _firm: int
-    _unsettled: list[Asked]
+    recording: Recording
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -47,7 +47,7 @@ class LendingLayer(LogicalLayer):
     @property
     def lendable(self) -> bool:
         """Whether a decode step may be served elsewhere: nothing is pending that would have to be known there."""
-        return self.is_initialized and self.integrity.is_whole and not self.record_past and not self._unsettled
+        return self.is_initialized and self.integrity.is_whole and not self.record_past and self.recording.is_empty
 
     def lend(self, reclaim: Callable[[], None]) -> Holdings:
         """The entries in order, without pads; until `reclaim` is called, decode steps are served elsewhere."""

@@ -1,5 +1,6 @@
 """What a reader keeps about pages of keys, beside the keys."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -58,6 +59,12 @@ class Pages:
         pages = tuple(tuple(length // size for length in row) for row in lengths)
         room = table(layout.rows, layout.heads, lambda b, k: layout.capacity[b][k] // size)
         self.store.replace(rows, columns, pages, Layout(room))
+
+    def copied(self) -> "Pages":
+        """A copy that shares no storage."""
+        other = copy.copy(self)
+        other.store = self.store.copied()
+        return other
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order."""

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy.errors import UnsupportedCallError
+from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.forwards import policy_cache_in
 
 if TYPE_CHECKING:
@@ -27,29 +29,40 @@ class CacheProvider:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Put our cache into `model_kwargs`, or check the one that the caller gave."""
-        given = model_kwargs.get("past_key_values")
+        given, prompt_end = model_kwargs.get("past_key_values"), _prompt_end(model_kwargs.get("attention_mask"))
         _require_dynamic(generation_config)
         if given is not None:
-            self._check(given, generation_config)
+            self._check(given, generation_config, prompt_end)
             model = self.attachment.model
             getattr(type(model), PROVIDER)(model, generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is False:
             self.attachment.misses.warn("use_cache=False: the policy has no cache to bound")
         elif generation_config.is_assistant:
-            model_kwargs["past_key_values"] = self.attachment.draft_cache()
-            model_kwargs["past_key_values"].activate_past_recording()
+            model_kwargs["past_key_values"] = draft = self.attachment.draft_cache()
+            if isinstance(draft, PolicyCache):
+                draft.expect_prompt(prompt_end)
+            draft.activate_past_recording()
         else:
-            model_kwargs["past_key_values"] = self.attachment.cache()
+            model_kwargs["past_key_values"] = cache = self.attachment.cache()
+            cache.expect_prompt(prompt_end)
 
-    def _check(self, given: object, generation_config: GenerationConfig) -> None:
+    def _check(self, given: object, generation_config: GenerationConfig, prompt_end: int | None) -> None:
         if generation_config.is_assistant:  # its cache comes back every round, to be cropped
             if not isinstance(given, DynamicCache):
                 raise _not_ours(given)
+            if isinstance(given, PolicyCache):
+                given.expect_prompt(prompt_end)
             return
         ours = policy_cache_in(given)
         if ours is None:
             raise _not_ours(given)
+        ours.expect_prompt(prompt_end)
         ours.stop_recording()
+
+
+def _prompt_end(mask: object) -> int | None:
+    """How many tokens the prompt of a generation ends behind, those in the cache included; None when not known."""
+    return mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _require_dynamic(generation_config: GenerationConfig) -> None:

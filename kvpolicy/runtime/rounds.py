@@ -47,6 +47,7 @@ class Round:
         self.plan = plan
         self.waits = waits  # whether somebody says when a step ends
         self._waiting: list[tuple[Compressible, Rows]] = []  # a layer may wait with several groups of rows
+        self.prompt_end: int | None = None  # how many tokens the prompt ends behind, where `generate` has told
         self._arrived: tuple[object, Tensor] | None = None
 
     def positions(self, real: Sequence[int], count: int, device: torch.device) -> Tensor:
@@ -57,16 +58,19 @@ class Round:
             self._arrived = key, (torch.tensor(real, device=device)[:, None] + places).to(torch.int32)
         return self._arrived[1]
 
-    def due(self, layer: Compressible, rows: Sequence[int], *, decoding: bool) -> None:
-        """Compress some rows of a layer, in which as many entries are protected, now or when the step ends."""
-        if decoding and self.waits:
+    def due(self, layer: Compressible, rows: Sequence[int], *, decoding: bool, at_once: bool = False) -> None:
+        """Compress some rows of a layer, in which as many entries are protected, now or when the step ends.
+
+        `at_once` = in any case now.
+        """
+        if decoding and self.waits and not at_once:
             self._waiting.append((layer, tuple(rows)))
         else:
             _compress(self.plan, [layer], rows, fills=decoding and self.plan.fills_holes)
 
     def clear(self) -> None:
         """Forget who was due: the cache has been emptied."""
-        self._waiting = []
+        self._waiting, self.prompt_end = [], None
 
     def end(self) -> None:
         """The step is over for all layers."""

@@ -1,5 +1,6 @@
 """The entries of one layer, and how they come, go and move."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from operator import add
 
@@ -119,6 +120,12 @@ class Store(Segmented):
             for name in self.columns:
                 self._write_tail(name, self._added - count, count, -1 if name == POSITIONS else 0)
             self._added -= count
+
+    def copied(self) -> "Store":
+        """A copy that shares no storage."""
+        other = copy.copy(self)
+        other.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return other
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order; a row may be named more than once."""

@@ -1,5 +1,6 @@
 """The last queries of a layer, kept for the scorers that let them vote."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -61,6 +62,12 @@ class Window:
         if len(rows) == queries.shape[0]:
             return queries, positions
         return queries[list(rows)], positions[list(rows)]
+
+    def copied(self) -> "Window":
+        """A copy that shares nothing."""
+        other = copy.copy(self)
+        other._queries, other._positions = self._queries.clone(), self._positions.clone()
+        return other
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order."""
