@@ -80,7 +80,7 @@ class EvaluationError(KVPolicyError):
 
 
 class NonFiniteScoreWarning(UserWarning):
-    """A scorer produced NaN; the entries concerned rank below every other candidate."""
+    """NaN or infinity in scores, entries or queries: such scores rank last, such entries are not merged or packed."""
 
 
 class BudgetWarning(UserWarning):

@@ -107,7 +107,9 @@ def _mass(
         votes = tl.load(VOTES + segment // PER_LAYER).to(tl.pointer_type(tl.float32))
         logits += tl.load(votes + start + slots, mask=there, other=0.0)[:, None]
     mass = tl.exp2(logits * _LOG2E - safe[None, :]) / tl.where(total == 0.0, 1.0, total)[None, :]
-    mass = tl.where(mass == mass, mass, 0.0)  # noqa: PLR0124 a query whose attention is NaN counts for nothing
+    # A query whose attention is NaN counts for nothing; an entry that alone is NaN has NaN, which is not itself.
+    mass = tl.where(mass == mass, mass, 0.0)  # noqa: PLR0124
+    mass = tl.where((logits != logits) & (peak > float("-inf"))[None, :], float("nan"), mass)  # noqa: PLR0124
     into = tl.load(MASS + segment // PER_LAYER).to(tl.pointer_type(tl.float32)) + start * G
     into = into + slots[:, None] * G + g[None, :]
     tl.store(into, tl.load(into, mask=mine, other=0.0) + mass, mask=mine)

@@ -73,8 +73,22 @@ class Follows:
 
 
 def _mass(glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Attention received, [B, K, T, G], summed over the queries; one whose attention is NaN counts for nothing."""
-    return {ATTENTION: state[ATTENTION] + glimpse.probabilities.nansum(3).transpose(-1, -2)}
+    """Attention received, [B, K, T, G], summed over the queries; as `_sound_mass` where something is NaN."""
+    received = glimpse.probabilities.sum(3)
+    # Only a host can look without making a device wait.
+    if received.device.type != "cpu" or bool(received.isnan().any()):
+        received = _sound_mass(glimpse)
+    return {ATTENTION: state[ATTENTION] + received.transpose(-1, -2)}
+
+
+def _sound_mass(glimpse: Glimpse) -> Tensor:
+    """[B, K, G, T]: a query whose attention is NaN counts for nothing, or one of them would spoil all entries for good.
+
+    An entry whose own logit is NaN, while others of that query are not, is itself what is wrong: its mass is NaN.
+    """
+    logits = glimpse.logits
+    some = (logits.abs() < torch.inf).any(-1, keepdim=True)
+    return glimpse.probabilities.nansum(3).masked_fill((logits.isnan() & some).any(3), torch.nan)
 
 
 def _told(glimpse: Glimpse) -> Glimpse:

@@ -1,5 +1,7 @@
 """What is not finite ranks last of all, and no plugin remembers it for good."""
 
+import warnings
+
 import attrs
 import pytest
 import torch
@@ -11,6 +13,8 @@ from kvpolicy.plan.followers import ATTENTION, followers_of
 from kvpolicy.plan.pipeline import choose, state_name
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry, Glimpse
+from tests.driving import feed, new_layer, plan_of, random_entries
+from tests.holdings import padded
 from tests.policies import small
 from tests.views import view_of
 
@@ -102,7 +106,32 @@ def test_the_attention_mass_of_a_query_that_is_not_finite_counts_for_nothing(wro
     torch.testing.assert_close(found[1, 0], start[ATTENTION][1, 0] + others)
     seldom = one.update(glimpse(place=20, wrong=wrong), start)[ATTENTION]
     only = glimpse().probabilities[1, 0, :, 0].transpose(0, 1)
-    torch.testing.assert_close(seldom[1, 0], start[ATTENTION][1, 0] + only)
+    others = torch.arange(SLOTS) != 20
+    torch.testing.assert_close(seldom[1, 0, others], (start[ATTENTION][1, 0] + only)[others])
+    assert seldom[1, 0, 20].isnan().all() == (wrong != torch.inf)  # an entry that alone is NaN is told from the others
+
+
+@pytest.mark.parametrize("wrong", ["keys", "queries"])
+def test_kernels_note_the_same_mass_and_give_the_same_output(wrong):
+    found = []
+    for kernels in (False, True):
+        layer = new_layer(plan_of(small("h2o", 20), kernels=kernels))
+        generator = torch.Generator().manual_seed(0)
+        for step, count in enumerate((24, 1, 1)):
+            keys, values, queries = random_entries(generator, 2, count)
+            if step == (0 if wrong == "keys" else 1):
+                {"keys": keys, "queries": queries}[wrong][1, 0, min(count - 1, 22)] = torch.nan
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NonFiniteScoreWarning)
+                output = feed(layer, keys, values, queries)
+        found.append((output, padded(layer.held, ATTENTION), padded(layer.held, "positions")))
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, equal_nan=True)
+    mass = found[0][1]
+    assert not mass[0].isnan().any()
+    assert mass[1].isnan().any() == (wrong == "keys")
+    assert mass[1, 0].isnan().any(-1).sum() <= 1
+    assert not mass[1, 1].isnan().any()
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
