@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def tables_of(one: "Explanation") -> tuple[Text | Table, ...]:
     """What is held, what each layer gets, what a compression moves."""
     where = f"one sequence of {one.length} tokens, {one.dtype} on {one.rates.name if one.rates else one.device}"
-    return Text(f"policy {one.policy} ({one.digest}): {where}"), _memory(one), _budgets(one), _steps(one)
+    raised = f"\n{one.raised}" if one.raised else ""
+    return Text(f"policy {one.policy} ({one.digest}): {where}{raised}"), _memory(one), _budgets(one), _steps(one)
 
 
 def _memory(one: "Explanation") -> Table:
@@ -51,9 +52,7 @@ def _budgets(one: "Explanation") -> Table:
         table.add_row(name, str(layer.budget), str(layer.capacity))
         first = last + 1
     sinks, recent = one.protected
-    table.caption = f"of these protected: {sinks} sinks, the newest {recent}"
-    if one.raised:
-        table.caption += f"\n{one.raised}"
+    table.caption = f"protected: {sinks} sinks\nand the newest {recent}"
     return table
 
 

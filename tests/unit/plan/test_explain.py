@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvpolicy
 from kvpolicy.errors import InputError
 from kvpolicy.plan.explain import explain
+from kvpolicy.plan.plan import compile_policy
 from kvpolicy.plan.reads import reads_of
 from kvpolicy.plan.units import human_bytes
 from kvpolicy.stages import Geometry, Scorer, parameter
@@ -178,3 +179,28 @@ def test_a_scorer_that_fails_may_read_everything():
 def test_bytes_for_people(count, text):
     """The largest unit that leaves something before the point."""
     assert human_bytes(count) == text
+
+
+def test_what_is_protected_is_said_and_what_raises_a_share():
+    """Half of 10 % of 200 tokens; 50 recent entries are more than that."""
+    fine = explained("h2o", 200, budget="10%", protect={"sinks": 4, "recent": "50%"}, compress={"every": 4})
+    raised = explained("h2o", 200, budget="10%", protect={"sinks": 4, "recent": 50}, compress={"every": 4})
+
+    assert (fine.protected, fine.raised) == ((4, 10), "")
+    assert "protected: 4 sinks and the newest 10" in " ".join(str(fine).split())
+    assert raised.protected == (4, 50)
+    assert raised.raised.startswith("policy h2o: 10% of 200 tokens is 20 entries, but 54 are held")
+    assert raised.raised in " ".join(str(raised).split())
+    assert [layer.budget for layer in raised.layers] == [54] * LAYERS
+
+
+def test_fused_steps_count_what_is_protected():
+    """As many bytes are read to choose among candidates, whether what is protected is a number or a share."""
+    found = []
+    for recent in (8, "50%"):
+        spec = kvpolicy.load("snapkv", budget=16, protect={"recent": recent}, compress={"every": 4}).spec
+        plan = compile_policy(spec, Geometry((0, 1), 4, 2, 16), "cpu", torch.float32, kernels=True)
+        found.append(explain(plan, 100))
+
+    assert [one.read for one in found[0].steps] == [one.read for one in found[1].steps]
+    assert step(found[1], "select").read < step(found[1], "compact").read
