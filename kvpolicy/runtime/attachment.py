@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy.errors import AttachError
+from kvpolicy.plan.fallback import note_once
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.attention import managed_modules, register
 from kvpolicy.runtime.cache import PolicyCache
@@ -54,6 +55,8 @@ class Attachment:
         require_interface(model, [config for config, _ in self._previous])
         register(*(original for _, original in originals))
         found = inspect_model(model, plan.geometry, originals)
+        if found.unchecked is not None:
+            note_once(f"{type(model).__name__} was not run before a policy was attached: {found.unchecked}")
         self.plan = plan
         self.model = model
         self.unchecked = found.unchecked

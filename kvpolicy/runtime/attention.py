@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy.errors import UnsupportedCallError
 from kvpolicy.runtime.arguments import changing
@@ -18,7 +19,7 @@ from kvpolicy.runtime.modes import exact, outside_graphs, widened
 from kvpolicy.runtime.padding import arrival_of, is_foreign, policy_mask
 from kvpolicy.runtime.static.attend import attend_static
 from kvpolicy.runtime.static.layer import StaticLayer
-from kvpolicy.runtime.watched import Attended, States, WatchedLayer
+from kvpolicy.runtime.watched import Attended, States, WatchedLayer, bystanders
 
 __all__ = ["NAME", "managed_modules", "policy_attention", "register"]
 
@@ -56,6 +57,8 @@ def policy_attention(
     if isinstance(layer, PolicyLayer):
         output: Attended = _attend(layer, module, (query, key, value, attention_mask), dropout, scaling, original, call)
         return output
+    for seen in bystanders:
+        seen.add(id(module))
     _note_uncompressed(module, query, key, call)
     stock = attention_function(original, module)
     output = stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **call)
@@ -97,8 +100,10 @@ def register(*originals: str) -> None:
     Those of `eager` and `sdpa` are known from the start, so that a model that was attached can be unpickled.
     """
     for original in originals:
-        AttentionInterface.register(name_for(original), partial(policy_attention, original=original))
-        AttentionMaskInterface.register(name_for(original), partial(policy_mask, mask_function(original)))
+        name = name_for(original)
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, partial(policy_mask, mask_function(original)))
+            AttentionInterface.register(name, partial(policy_attention, original=original))
 
 
 def _refuse_changing(layer: PolicyLayer, query: Tensor, mask: Tensor | None, call: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from kvpolicy.runtime.implementation import NAME_KEY, name_for
 from kvpolicy.runtime.sample import sample_tokens
 from kvpolicy.runtime.snapshot import Snapshot
 from kvpolicy.runtime.support import device_of, runs_elsewhere
-from kvpolicy.runtime.watched import WatchedLayer
+from kvpolicy.runtime.watched import WatchedLayer, bystanders
 from kvpolicy.stages import Geometry
 
 _PROMPT, _STEP, _PADS = 5, 1, 2  # tokens of the two forwards, and pads before those of the second row
@@ -88,17 +88,29 @@ def inspect_model(
     why = runs_elsewhere(model) if device is None else None
     if why is not None:
         return Finding(unchecked=why)
-    snapshot = Snapshot(model)
+    snapshot, others = Snapshot(model), set[int]()
+
+    def undo() -> None:
+        snapshot.restore()
+        bystanders[:] = [seen for seen in bystanders if seen is not others]
 
     def prepare(*, with_hooks: bool) -> None:
         snapshot.restore()
+        snapshot.spare_buffers(model)
         if not with_hooks:
             _set_foreign_hooks_aside(model)
         for config, original in originals:
             vars(config)[NAME_KEY] = name_for(original)
 
-    with Restoring(snapshot.restore), Restoring(snapshot.restore), _eagerly(), torch.no_grad():
-        return _look(model, geometry, prepare, device or device_of(model))
+    with Restoring(undo), Restoring(undo), _eagerly(), torch.no_grad():
+        bystanders.append(others)
+        found = _look(model, geometry, prepare, device or device_of(model))
+        for index, module in zip(geometry.managed, found.modules or (), strict=False):
+            if id(module) in others:
+                raise UnsupportedModelError(
+                    f"layer {index} cannot be managed: its attention is called with keys of its cache and with others"
+                )
+        return found
 
 
 def _look(model: PreTrainedModel, geometry: Geometry, prepare: Callable[..., None], device: torch.device) -> Finding:

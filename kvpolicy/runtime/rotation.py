@@ -30,7 +30,7 @@ def _read(module: nn.Module) -> Rotary | None:
         frequencies = getattr(module, f"{prefix}inv_freq", None)
         kind: Any = getattr(module, "rope_type", None)
         kind = kind.get(layer_type) if isinstance(kind, dict) else kind
-        if isinstance(frequencies, torch.Tensor) and kind in _FIXED:
+        if isinstance(frequencies, torch.Tensor) and frequencies.device.type != "meta" and kind in _FIXED:
             return Rotary(
                 frequencies.detach().float().clone(), float(getattr(module, f"{prefix}attention_scaling", 1.0))
             )

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-_SMALL = 2**16  # elements of a buffer up to which its contents are kept: statistics and frequencies are far smaller
+_SMALL = 2**16  # elements of a buffer up to which it is spared: statistics and frequencies are far smaller
 
 
 class Snapshot:
     """What modules, configurations and random generators were like. `restore` may be called again and again.
 
     Kept are: every attribute of every module and what its dictionaries and lists hold (parameters, buffers, hooks); the
-    contents of small buffers; the attributes of all configurations; the state of the random generators of torch, of
-    Python and of numpy. Not kept are the contents of weights.
+    attributes of all configurations; the state of the random generators of torch, of Python and of numpy. The contents
+    of tensors are not: `spare_buffers` keeps a forward from writing to those that layers write to.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -29,12 +29,6 @@ class Snapshot:
             for value in vars(one).values()
             if isinstance(value, (dict, list, set))
         ]
-        buffers = {id(buffer): buffer for buffer in model.buffers() if buffer.device.type != "meta"}
-        self._buffers = [
-            (buffer, _version(buffer), buffer.detach().clone())
-            for buffer in buffers.values()
-            if type(buffer) is Tensor and buffer.numel() <= _SMALL
-        ]
         self._random = list(_generators(model))
 
     def restore(self) -> None:
@@ -43,12 +37,17 @@ class Snapshot:
             _refill(vars(one), attributes, keep_order=False)
         for container, contents in self._containers:
             _refill(container, contents)
-        for buffer, version, copied in self._buffers:
-            if version is None or _version(buffer) != version:
-                with torch.inference_mode(mode=version is None), torch.no_grad():
-                    buffer.copy_(copied)
         for put_back, state in self._random:
             put_back(state)
+
+    def spare_buffers(self, model: PreTrainedModel) -> None:
+        """Put copies in the place of small buffers, so that what a forward writes to them in place is lost."""
+        copies: dict[int, Tensor] = {}
+        for module in model.modules():
+            buffers = vars(module)["_buffers"]
+            for name, buffer in buffers.items():
+                if type(buffer) is Tensor and buffer.numel() <= _SMALL:
+                    buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
@@ -73,10 +72,6 @@ def _generators(model: PreTrainedModel) -> Iterator[tuple[Any, Any]]:
         for device in {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}:
             state = torch.cuda.get_rng_state(device)
             yield (lambda kept, device=device: torch.cuda.set_rng_state(kept, device)), state
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else int(tensor._version)  # noqa: SLF001 - there is no other name for it
 
 
 def _refill(container: Any, contents: Any, *, keep_order: bool = True) -> None:

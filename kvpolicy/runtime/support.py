@@ -12,6 +12,13 @@ from kvpolicy.runtime.shape import differences, is_set, shape_of
 from kvpolicy.stages import Geometry
 
 _SHARDED = ("DTensor", "FlatParameter")  # types of parameters of which a process has a part
+_REFUSED = {  # by what a configuration says, under one of these names
+    "its attention logits are soft-capped": ("attn_logit_softcapping",),
+    "layers share the keys of other layers": ("num_kv_shared_layers", "kv_sharing_modes"),
+    "its attention is latent (MLA): there are no keys per head to evict": ("kv_lora_rank",),
+    "layers attend to an image instead of to tokens": ("cross_attention_layers",),
+}
+_OWN_ATTENTION = ("jetmoe",)
 _CAN_SET = "_can_set_attn_implementation"
 _DROPPED = ("layerdrop", "decoder_layerdrop")
 
@@ -94,12 +101,11 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
         yield "it is an encoder-decoder model"
     if getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention"):
         yield "its attention looks at later tokens, unless its configuration says is_decoder=True"
-    if is_set(text, "attn_logit_softcapping"):
-        yield "its attention logits are soft-capped"
-    if is_set(text, "num_kv_shared_layers") or is_set(text, "kv_sharing_modes"):
-        yield "layers share the keys of other layers"
-    if is_set(text, "kv_lora_rank"):
-        yield "its attention is latent (MLA): there are no keys per head to evict"
+    for reason, names in _REFUSED.items():
+        if any(is_set(text, name) for name in names):
+            yield reason
+    if text.model_type in _OWN_ATTENTION:
+        yield "its attention is computed by experts of its own"
     if not is_set(text, "num_attention_heads"):
         yield "it has no attention heads"
         return

@@ -1,7 +1,6 @@
 """What a configuration tells of the model that it is for: the model is built without weights, and looked at."""
 
 import copy
-
 from typing import Any
 
 import torch

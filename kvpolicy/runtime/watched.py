@@ -19,10 +19,14 @@ Attended = tuple[Tensor, Tensor | None]
 States = tuple[Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, mask
 
 
+# Where models are being watched: the ids of modules that called attention with keys of no managed layer.
+bystanders: list[set[int]] = []
+
+
 class WatchedLayer(LogicalLayer):
     """Stands in for a managed layer in a forward of a few tokens. All errors are UnsupportedModelError.
 
-    For every `update` there must be one attention call, with the very keys and values that
+    For every `update` there must be one attention call, by a module of this layer, with the very keys and values that
     `update` returned; and it must compute softmax(scaling * Q K^T) V over the real tokens up to each query's own, which
     is what attention over a compressed cache computes.
     """
@@ -93,6 +97,8 @@ class WatchedLayer(LogicalLayer):
         query, key, value, _ = states
         if self._given is None or key is not self._given[0] or value is not self._given[1]:
             self._refuse("attention is called with other keys or values than the cache gave back")
+        if getattr(module, "layer_idx", self.index) != self.index:
+            self._refuse(f"layer {getattr(module, 'layer_idx', None)} attends to its keys")
         heads = self.geometry.query_heads
         if query.shape[1] != heads or query.shape[3] != self.geometry.head_dim:
             self._refuse(f"queries must have {heads} heads of {self.geometry.head_dim}: {tuple(query.shape)}")

@@ -125,11 +125,31 @@ def test_hiding_tokens_that_were_seen_is_refused_after_an_eviction():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("softcap", 20.0), ("s_aux", torch.zeros(4)), ("is_causal", False), ("unheard_of", torch.ones(1, 1, 20, 20))]
+    ("name", "value"),
+    [("softcap", 20.0), ("s_aux", torch.zeros(4)), ("is_causal", False), ("unheard_of", torch.ones(1, 1, 20, 20))],
 )
 def test_an_argument_that_changes_what_is_attended_is_refused(name, value):
     with small("snapkv").attach(model()) as attachment, pytest.raises(UnsupportedCallError, match=name):
         model()(prompt(20)[0], past_key_values=attachment.cache(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "call", [{"unheard_of": 1}, {"tokenizer": object()}, {"shift_labels": torch.zeros(1, 20, dtype=torch.long)}]
+)
+def test_an_argument_that_has_nothing_to_do_with_attention_is_not(call):
+    tokens = prompt(20)[0]
+    with small("snapkv").attach(model()) as attachment, torch.no_grad():
+        plain = model()(tokens, past_key_values=attachment.cache()).logits
+        assert torch.equal(model()(tokens, past_key_values=attachment.cache(), **call).logits, plain)
+
+
+def test_until_something_would_be_evicted_every_argument_has_its_effect():
+    tokens = prompt(20)[0]
+    with torch.no_grad():
+        plain = model()(tokens, is_causal=False).logits
+        with small("snapkv", budget=64).attach(model()) as attachment:
+            found = model()(tokens, is_causal=False, past_key_values=attachment.cache()).logits
+    assert torch.equal(found, plain)
 
 
 def test_packed_sequences_are_refused():
