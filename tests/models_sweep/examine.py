@@ -14,7 +14,7 @@ import kvpolicy
 from kvpolicy.errors import UncompressedWarning, UnsupportedModelError
 from tests import fingerprint
 from tests.models_sweep.pairs import Pair
-from tests.models_sweep.reference import Batch, as_held, own_cache, through
+from tests.models_sweep.reference import Batch, as_held, forget_positions, plain_logits, through
 from tests.models_sweep.tiny import VOCABULARY, CannotBuildError, build
 
 PROMPT, NEW = 20, 5
@@ -22,6 +22,7 @@ CHUNKS = (PROMPT, *[1] * 4, 3, *[1] * 3)
 TOLERANCE = 1e-4  # of the largest logit: rounding is a hundredth of it
 KEEPING = ("kivi",)  # policies that evict nothing
 
+_CANNOT_RUN = "cannot be run on a few tokens"
 _SEEN_IN_NUMBERS = "more than a softmax"  # what a configuration, which has no weights, cannot tell
 
 EXACT, REFUSED, WRONG, NOT_TRIED = "exact", "refused", "wrong", "not tried"
@@ -72,6 +73,8 @@ class _Examination:
     plain: PreTrainedModel
     wrong: list[str] = attrs.field(factory=list)
     notes: dict[str, Any] = attrs.field(factory=dict)
+    runs: dict[str, Any] = attrs.field(factory=dict)  # of the plain model, by padding
+    everything: Any = None  # logits of the plain model
 
     def verdict(self) -> Verdict:
         before = self._fingerprints()
@@ -79,14 +82,13 @@ class _Examination:
         attached = _raised(lambda: _ROOMY.attach(self.model).detach())
         self.notes["check"] = _told(checked) if checked else "passes"
         self._expect_unchanged(before, "after attach")
-        if isinstance(attached, UnsupportedModelError):
+        runs = _raised(lambda: self.runs.update(_plain_runs(self.plain)))
+        if isinstance(attached, UnsupportedModelError) and not (runs and _CANNOT_RUN in str(attached)):
             if checked is None and _SEEN_IN_NUMBERS not in str(attached):
                 self.wrong.append(f"check passes what attach refuses: {_told(attached)}")
             return self._done(REFUSED, (_one_line(attached),))
-        try:
-            self.runs = _plain_runs(self.plain)
-        except Exception as error:  # noqa: BLE001 whatever a class raises, for tokens alone
-            return self._done(NOT_TRIED, (f"cannot be run on tokens alone: {_told(error)}",))
+        if runs is not None:
+            return self._done(NOT_TRIED, (f"cannot be run on tokens alone: {_told(runs)}",))
         if attached is not None:
             self.wrong.append(f"attach raises {_told(attached)}")
             return self._done(WRONG)
@@ -145,6 +147,7 @@ class _Examination:
     def _without_cache(self) -> Iterator[str]:
         with _ROOMY.attach(self.model), warnings.catch_warnings(record=True) as caught, torch.no_grad():
             warnings.simplefilter("always")
+            forget_positions(self.model)
             cache = self.model(_batch("unpadded").tokens, use_cache=True).past_key_values
             self.model(_batch("unpadded").tokens[:, :1], past_key_values=cache, use_cache=True)
         count = sum(issubclass(warning.category, UncompressedWarning) for warning in caught)
@@ -155,7 +158,7 @@ class _Examination:
     def _reference(self) -> Iterator[str]:
         """The reference must be the model itself when everything is held: else it says nothing."""
         batch = long_batch()
-        expected = _logits_of_plain(self.plain, batch)
+        expected = plain_logits(self.plain, batch, CHUNKS)
         found = as_held(self.plain, batch, CHUNKS, None)
         self.notes["reference"] = error = off(found, expected, batch)
         if not error < TOLERANCE:
@@ -176,9 +179,6 @@ class _Examination:
             yield f"nothing of it is seen in the logits: {effect:.2g}"
         if name not in KEEPING and any(layer.held >= layer.seen for layer in report.layers):
             yield "nothing was evicted"
-
-    everything: Any = None
-    runs: Any = None
 
 
 def _batch(padding: str) -> Batch:
@@ -207,16 +207,6 @@ def _generate(model: PreTrainedModel, padding: str) -> Any:
     given = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "max_new_tokens": NEW}
     with torch.no_grad():
         return model.generate(batch.tokens, attention_mask=batch.mask, **given)
-
-
-def _logits_of_plain(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    cache, logits, start = own_cache(model), [], 0
-    for size in CHUNKS:
-        given = {"attention_mask": batch.mask[:, : start + size], "past_key_values": cache, "use_cache": True}
-        with torch.no_grad():
-            logits.append(model(batch.tokens[:, start : start + size], **given).logits)
-        start += size
-    return torch.cat(logits, 1)
 
 
 def off(one: torch.Tensor, other: torch.Tensor, batch: Batch | None = None) -> float:

@@ -55,6 +55,12 @@ def through(model: PreTrainedModel, cache: PolicyCache, batch: Batch, sizes: Seq
     return logits, record
 
 
+def plain_logits(model: PreTrainedModel, batch: Batch, sizes: Sequence[int]) -> Tensor:
+    """Logits [B, T, V] of the model as it is, with the library's cache."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return _in_chunks(model, cache, batch, sizes, lambda _start: None)
+
+
 def as_held(model: PreTrainedModel, batch: Batch, sizes: Sequence[int], record: Record | None) -> Tensor:
     """Logits [B, T, V] of a plain model that sees what the record says, or everything; it stays with our attention."""
     cache = _Everything(config=model.config.get_text_config(decoder=True))
@@ -73,9 +79,11 @@ def as_held(model: PreTrainedModel, batch: Batch, sizes: Sequence[int], record: 
         del ALL_ATTENTION_FUNCTIONS._global_mapping[NAME], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[NAME]
 
 
-def own_cache(model: PreTrainedModel) -> DynamicCache:
-    """The cache that the library would make."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+def forget_positions(model: PreTrainedModel) -> None:
+    """Some models for images keep an offset of positions from their last prompt, and use it if they are not told."""
+    for part in model.modules():
+        if "rope_deltas" in vars(part):
+            part.rope_deltas = None
 
 
 class _Everything(DynamicCache):
@@ -103,6 +111,7 @@ def _held_by(cache: PolicyCache) -> dict[int, Held]:
 def _in_chunks(
     model: PreTrainedModel, cache: Cache, batch: Batch, sizes: Sequence[int], before: Callable[[int], None]
 ) -> Tensor:
+    forget_positions(model)
     logits, start = [], 0
     for size in sizes:
         before(start)

@@ -52,11 +52,12 @@ _OTHER = {  # of encoders of images and sounds, which are built and not run
     **dict.fromkeys(("encoder_ffn_dim",), 32),
     **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers", "num_global_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 2),
-    **dict.fromkeys(("out_hidden_size", "projector_input_dim", "projector_output_dim"), _WIDTH),
+    **dict.fromkeys(("out_hidden_size", "text_hidden_size", "projector_input_dim", "projector_output_dim"), _WIDTH),
     "vision_output_dim": 96,
     "image_size": 32,
     "patch_size": 8,
 }
+_SECTIONED = ("ernie4_5_vl", "glm4v", "glm46v", "glm_ocr", "hunyuan_vl", "paddleocr_vl", "qwen2_5", "qwen2_vl")
 _WINDOWS = ("sliding_window", "attention_window", "attention_chunk_size")
 _TEXT_PARTS = ("text_config", "decoder", "decoder_config", "llm_config")
 
@@ -64,28 +65,45 @@ _TEXT_PARTS = ("text_config", "decoder", "decoder_config", "llm_config")
 def tiny_config(config_class: type[PretrainedConfig], special: dict[str, Any]) -> PretrainedConfig:
     """The default configuration with small numbers, and `special` on top, for its text part if it has one."""
     default = config_class()
-    values = {**_those_of(default, _TEXT), **_those_of(default, special)}
+    values = {**_those_of(default, _TEXT), **_rotary(default), **_those_of(default, special)}
     for name in config_class.sub_configs:
         part = getattr(default, name, None)
         if part is None:
             continue
-        small = {**_those_of(part, _TEXT), **special} if name in _TEXT_PARTS else _those_of(part, _OTHER)
+        small = (
+            {**_those_of(part, _TEXT), **_rotary(part), **special} if name in _TEXT_PARTS else _those_of(part, _OTHER)
+        )
         if small:
             values[name] = {**small, **_those_of(part, {"model_type": part.model_type})}
     return config_class(**values)
 
 
 def _those_of(config: PretrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """The values that a configuration has a place for: some are computed, some refuse to be read for all layers.
+    """The values that a configuration has a place for: some are computed, some cannot be read for all layers at once.
 
     A window that is None by default stays so: there is none.
     """
     absent = {name for name in _WINDOWS if vars(config).get(name, 0) is None}
-    return {
+    found = {
         name: value
         for name, value in values.items()
         if name not in absent and (name in vars(config) or _settable(config, name))
     }
+    for name, value in found.items():
+        default = vars(config).get(name)
+        if isinstance(default, (list, tuple)) and isinstance(value, int):
+            found[name] = [value] * len(default)
+    return found
+
+
+def _rotary(config: PretrainedConfig) -> dict[str, Any]:
+    """Sections of positions in several dimensions, cut to the width of a head."""
+    default = vars(config).get("rope_parameters")
+    if not isinstance(default, dict) or not ("mrope_section" in default or config.model_type.startswith(_SECTIONED)):
+        return {}
+    pairs = int(_HEAD_DIM * default.get("partial_rotary_factor", 1.0)) // 2
+    sections = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    return {"rope_parameters": {**default, "mrope_section": sections}}
 
 
 def _settable(config: PretrainedConfig, name: str) -> bool:

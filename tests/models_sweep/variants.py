@@ -11,16 +11,18 @@ _ENCODERS = (
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 100},
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY},
-    },
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "cohere_compass": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
-    "dots3_note": {"num_key_value_heads": 4, "per_layer_config": None},
-    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": None},
+    "dots3_note": {"num_key_value_heads": 4, "per_layer_config": {}},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
     "gemma3": {"num_hidden_layers": 6},
     "gemma3_text": {"num_hidden_layers": 6},
     "gemma3n_text": {"num_kv_shared_layers": 5, "num_hidden_layers": 10},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "glm5_next": {"num_key_value_heads": 4},
     "gpt_bigcode": {"num_key_value_heads": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
