@@ -9,7 +9,6 @@ from typing import Any
 import typer
 from rich.console import Console
 
-
 _NARROWEST = 20  # columns; below that rich prints nothing that can be read, and at 0 nothing at all
 
 

@@ -25,8 +25,11 @@ class KVPolicyGroup(TyperGroup):
             try:
                 return super().main(*args, **options)
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:  # it is none when it was closed from outside
+                    sys.stdout.flush()
         except OSError as error:  # the help and the version are written before there is a command
+            if TRACEBACK in (options.get("args") or sys.argv):
+                raise
             sys.exit(_told(error))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
