@@ -13,6 +13,7 @@ from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend
 from kvpolicy.stages import Geometry, Rotary, Sample
 from tests import driving
+from tests.decisions import Decisions
 from tests.driving import feed, new_layer
 from tests.holdings import segment, stores
 
@@ -121,21 +122,25 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(store, lengths, steps
     longest, generator = max(lengths), torch.Generator().manual_seed(seed)
     prompt = entries(generator, len(lengths), longest)
     valid = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    batch, alone = new_layer(plan), [new_layer(plan) for _ in lengths]
-    outputs = [feed(batch, *prompt, valid)]
+    batch, alone, decisions = new_layer(plan), [new_layer(plan) for _ in lengths], Decisions()
+    with decisions.watched():
+        output = feed(batch, *prompt, valid)
     for row, length in enumerate(lengths):
-        own = feed(alone[row], *(one[row : row + 1, :, longest - length :] for one in prompt))
-        assert torch.allclose(outputs[0][row : row + 1, :, longest - length :], own, atol=1e-5)
+        with decisions.followed():
+            own = feed(alone[row], *(one[row : row + 1, :, longest - length :] for one in prompt))
+        assert torch.allclose(output[row : row + 1, :, longest - length :], own, atol=1e-5)
     for step in range(steps):
         real = (
             torch.ones(len(lengths), 1, dtype=torch.int64) if step != turn else torch.tensor(lengths)[:, None] % 4 + 2
         )
         count = int(real.max())  # another turn brings pads again
         new = entries(generator, len(lengths), count)
-        output = feed(batch, *new, torch.arange(count) >= count - real if count > 1 else None)
+        with decisions.watched():
+            output = feed(batch, *new, torch.arange(count) >= count - real if count > 1 else None)
         for row, layer in enumerate(alone):
             skipped = count - int(real[row])
-            own = feed(layer, *(one[row : row + 1, :, skipped:] for one in new))
+            with decisions.followed():
+                own = feed(layer, *(one[row : row + 1, :, skipped:] for one in new))
             assert torch.allclose(output[row : row + 1, :, skipped:], own, atol=1e-4)
         batch.held.check_integrity()
         for store_ in stores(batch.held):
