@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
@@ -16,6 +16,7 @@ from tests import driving
 from tests.decisions import Decisions
 from tests.driving import feed, new_layer
 from tests.holdings import segment, stores
+from tests.rounding import PROBES, Noise, close, noisy
 
 HEADS, GROUP, DIM = 2, 2, 8
 SCALING = driving.DIM**-0.5  # that of `feed`
@@ -75,6 +76,14 @@ def expected_entries(plan, keys, values):
     return seen
 
 
+def rounding_decides(plan, *given):
+    """Whether a last bit, which depends on how many entries are packed at one time, decides about a code."""
+    noise = Noise(1e-6, torch.Generator().manual_seed(0))
+    exact = expected_entries(plan, *given)
+    other = [expected_entries(plan, *(noisy(one, noise) for one in given)) for _ in range(PROBES)]
+    return not all(close(*pair) for drawn in other for pair in zip(drawn, exact, strict=True))
+
+
 def attention(queries, positions, keys, values):
     """[1, H, q, D] in float64; query i sees what is at or before `positions[i]`."""
     keys, values = (one.double().repeat_interleave(GROUP, 1) for one in (keys, values))
@@ -98,7 +107,9 @@ def test_attention_is_over_packed_past_exact_recent_and_the_new_tokens(store, pr
         seen = [torch.cat(pair, 2) for pair in zip(old, (new_keys, new_values), strict=True)]
         output = feed(layer, new_keys, new_values, queries)
         expected = attention(queries, torch.arange(keys.shape[2], keys.shape[2] + count), *seen)
-        assert torch.allclose(output.double(), expected, atol=1e-5)
+        if not torch.allclose(output.double(), expected, atol=1e-5):
+            assume(not rounding_decides(plan, keys, values))
+            raise AssertionError((output - expected).abs().max())
         keys, values = torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2)
         layer.held.check_integrity()
 
