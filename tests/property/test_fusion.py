@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
@@ -15,6 +15,8 @@ from kvpolicy.plan.pipeline import allocate, choose, score, select
 from kvpolicy.stages import Geometry, View
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_kernels import UnsupportedInputError
+from kvpolicy_plugins.scorers.redundancy import Redundancy
+from tests.references import near_threshold
 
 NONE = {"kind": "none"}
 # The interpreter computes with NumPy, which reports overflows in slots that are masked.
@@ -124,11 +126,19 @@ def view_of(spec, geometry, dtype, rows, numbers):
     )
 
 
+def rounding_decides(spec, views):
+    """Whether two keys are so nearly as much alike as a threshold of the policy that the last bits decide."""
+    thresholds = {weighted.scorer.threshold for weighted in spec.score if isinstance(weighted.scorer, Redundancy)}
+    heads = [keys for view in views for keys in view.keys.flatten(0, 1)]
+    return any(near_threshold(keys, threshold) for threshold in thresholds for keys in heads)
+
+
 @given(st.integers(0, 2**31))
 @settings(max_examples=40, phases=WITHOUT_SHRINKING)
 def test_fused_scores_are_those_of_the_references(seed):
     """Up to rounding, on every candidate; new slot state is the same."""
     spec, views = scene(seed)
+    assume(not rounding_decides(spec, views))
     layers = Layers.of(views)
     total, nan, observed = score_together(fusion_of(spec, ""), layers)
 
@@ -167,6 +177,7 @@ def test_fused_choice_follows_from_the_fused_scores(seed):
 def test_fused_choice_keeps_as_much_score(seed):
     """Where rounding makes another choice, it is one between equals."""
     spec, views = scene(seed)
+    assume(not rounding_decides(spec, views))
     budgets = [[spec.budget.tokens] * len(view.positions) for view in views]
     chosen = choose_together(spec, fusion_of(spec, ""), views, budgets)
     for one, view, budget in zip(chosen, views, budgets, strict=True):

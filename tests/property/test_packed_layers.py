@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
@@ -16,8 +16,10 @@ from kvpolicy.stages import Entries, Geometry, Merger, Rotary, Sample
 from kvpolicy.stages.registry import registry
 from kvpolicy.stages.slots import gather
 from tests import driving
+from tests.decisions import Decisions
 from tests.driving import feed, new_layer
 from tests.holdings import segment, stores
+from tests.rounding import PROBES, Noise, close, noisy
 
 HEADS, GROUP, DIM = 2, 2, 8
 SCALING = driving.DIM**-0.5  # that of `feed`
@@ -77,6 +79,14 @@ def expected_entries(plan, keys, values):
     return seen
 
 
+def rounding_decides(plan, *given):
+    """Whether a last bit, which depends on how many entries are packed at one time, decides about a code."""
+    noise = Noise(1e-6, torch.Generator().manual_seed(0))
+    exact = expected_entries(plan, *given)
+    other = [expected_entries(plan, *(noisy(one, noise) for one in given)) for _ in range(PROBES)]
+    return not all(close(*pair) for drawn in other for pair in zip(drawn, exact, strict=True))
+
+
 def attention(queries, positions, keys, values):
     """[1, H, q, D] in float64; query i sees what is at or before `positions[i]`."""
     keys, values = (one.double().repeat_interleave(GROUP, 1) for one in (keys, values))
@@ -100,7 +110,9 @@ def test_attention_is_over_packed_past_exact_recent_and_the_new_tokens(store, pr
         seen = [torch.cat(pair, 2) for pair in zip(old, (new_keys, new_values), strict=True)]
         output = feed(layer, new_keys, new_values, queries)
         expected = attention(queries, torch.arange(keys.shape[2], keys.shape[2] + count), *seen)
-        assert torch.allclose(output.double(), expected, atol=1e-5)
+        if not torch.allclose(output.double(), expected, atol=1e-5):
+            assume(not rounding_decides(plan, keys, values))
+            raise AssertionError((output - expected).abs().max())
         keys, values = torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2)
         layer.held.check_integrity()
 
@@ -124,21 +136,25 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(store, lengths, steps
     longest, generator = max(lengths), torch.Generator().manual_seed(seed)
     prompt = entries(generator, len(lengths), longest)
     valid = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    batch, alone = new_layer(plan), [new_layer(plan) for _ in lengths]
-    outputs = [feed(batch, *prompt, valid)]
+    batch, alone, decisions = new_layer(plan), [new_layer(plan) for _ in lengths], Decisions()
+    with decisions.watched():
+        output = feed(batch, *prompt, valid)
     for row, length in enumerate(lengths):
-        own = feed(alone[row], *(one[row : row + 1, :, longest - length :] for one in prompt))
-        assert torch.allclose(outputs[0][row : row + 1, :, longest - length :], own, atol=1e-5)
+        with decisions.followed():
+            own = feed(alone[row], *(one[row : row + 1, :, longest - length :] for one in prompt))
+        assert torch.allclose(output[row : row + 1, :, longest - length :], own, atol=1e-5)
     for step in range(steps):
         real = (
             torch.ones(len(lengths), 1, dtype=torch.int64) if step != turn else torch.tensor(lengths)[:, None] % 4 + 2
         )
         count = int(real.max())  # another turn brings pads again
         new = entries(generator, len(lengths), count)
-        output = feed(batch, *new, torch.arange(count) >= count - real if count > 1 else None)
+        with decisions.watched():
+            output = feed(batch, *new, torch.arange(count) >= count - real if count > 1 else None)
         for row, layer in enumerate(alone):
             skipped = count - int(real[row])
-            own = feed(layer, *(one[row : row + 1, :, skipped:] for one in new))
+            with decisions.followed():
+                own = feed(layer, *(one[row : row + 1, :, skipped:] for one in new))
             assert torch.allclose(output[row : row + 1, :, skipped:], own, atol=1e-4)
         batch.held.check_integrity()
         for store_ in stores(batch.held):

@@ -11,6 +11,7 @@ from kvpolicy_plugins.leading import leading
 from kvpolicy_plugins.ranking import best_first
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
+from tests.decisions import Decisions
 from tests.latents import formats_of, only_rows, question_of, samples
 from tests.property.layers import generators, layers, scored
 
@@ -97,14 +98,17 @@ def test_latent_topk_reads_the_first_the_last_and_as_many_as_it_says(question, r
 
 @given(latent_questions(), latent_readers, generators)
 def test_latent_topk_reads_of_a_row_what_it_would_read_alone(question, reader, random):
-    together = read_slots(reader, question)
+    decisions = Decisions()
+    with decisions.watched():
+        together = read_slots(reader, question)
     rows = torch.randperm(len(together), generator=random)
-    assert read_slots(reader, only_rows(question, rows)) == [together[row] for row in rows.tolist()]
-    for row in range(len(together)):
-        length = int((question.positions[row, 0] >= 0).sum())
-        alone = only_rows(question, [row])
-        alone = attrs.evolve(alone, positions=alone.positions[..., :length])
-        assert read_slots(reader, alone) == [together[row]]
+    with decisions.followed():
+        assert read_slots(reader, only_rows(question, rows)) == [together[row] for row in rows.tolist()]
+        for row in range(len(together)):
+            length = int((question.positions[row, 0] >= 0).sum())
+            alone = only_rows(question, [row])
+            alone = attrs.evolve(alone, positions=alone.positions[..., :length])
+            assert read_slots(reader, alone) == [together[row]]
 
 
 @given(latent_questions(), latent_readers, st.integers(1, 5))
@@ -165,8 +169,9 @@ def test_pages_reads_what_a_plain_search_finds(view, reader):
 
 @given(layers(contents=("normal", "clustered")), page_readers(), generators)
 def test_heads_and_rows_choose_their_pages_apart(view, reader, random):
-    question = asked_for_pages(view, reader)
-    together = read_slots(reader, question)
+    question, decisions = asked_for_pages(view, reader), Decisions()
+    with decisions.watched():
+        together = read_slots(reader, question)
     order = torch.randperm(view.keys.shape[1], generator=random)
     swapped = attrs.evolve(
         question,
@@ -182,7 +187,8 @@ def test_heads_and_rows_choose_their_pages_apart(view, reader, random):
             positions=question.positions[[row]],
             pages={name: column[[row]] for name, column in question.pages.items()},
         )
-        assert read_slots(reader, alone) == [together[row]]
+        with decisions.followed():
+            assert read_slots(reader, alone) == [together[row]]
 
 
 @given(layers(), st.integers(1, 20))

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy.plan.pipeline import choose
+from kvpolicy.plan import execute
 from kvpolicy.runtime.static import attend, evict
 from kvpolicy.stages import View
 from kvpolicy_kernels import UnsupportedInputError
+from tests.decisions import Decisions
 from tests.driving import DIM, GROUP, HEADS, plan_of
 from tests.policies import EVEN, small
 from tests.unit.runtime.static.filling import CAPACITY, filled
@@ -39,9 +40,12 @@ def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget,
     held = layer.slots
     view = held.view(plan, 0, layer.scaling)
     before = [copy_of(view, row, length) for row, length in enumerate(lengths)]
-    expected = [choose(plan.spec, one, [budget]) for one in before]
+    decisions = Decisions()
+    with decisions.watched():
+        expected = [execute.choose(plan.spec, one, [budget]) for one in before]
     due, nan = torch.tensor(due[: len(lengths)]), torch.zeros(2, dtype=torch.int64)
-    evict.evict([layer], due[None], torch.full((1, len(lengths)), budget), nan)
+    with decisions.followed():
+        evict.evict([layer], due[None], torch.full((1, len(lengths)), budget), nan)
     for row, (one, result) in enumerate(zip(before, expected, strict=True)):
         kept = result.kept[0] if due[row] else torch.arange(lengths[row]).expand(HEADS, -1)
         count = kept.shape[1]

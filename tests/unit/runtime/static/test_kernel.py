@@ -9,6 +9,7 @@ from kvpolicy.runtime.static import attend, evict
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Geometry, Needs, Scorer, State
 from kvpolicy_kernels import UnsupportedInputError
+from tests.decisions import Decisions
 from tests.driving import DIM, GROUP, HEADS
 from tests.policies import small
 from tests.unit.runtime.static.filling import CAPACITY, filled
@@ -95,12 +96,13 @@ def test_what_the_kernel_refuses_torch_does(monkeypatch, caplog):
 def test_layers_are_compressed_together_as_they_are_alone(name, due):
     """Two layers with different budgets; rows that are not due keep everything."""
     geometry = Geometry((0, 1), HEADS * GROUP, HEADS, DIM)
-    results = []
-    for kernels in (False, True):
+    results, decisions = [], Decisions()
+    for kernels, mode in ((False, decisions.watched), (True, decisions.followed)):
         plan = compile_policy(small(name, 7).spec, geometry, "cpu", torch.float32, kernels=kernels)
         pair = [filled(plan, [CAPACITY, 12, 13], seed) for seed in (1, 2)]
         budgets, nan = torch.tensor([[7, 8, 9], [9, 7, 8]]), torch.zeros(2, dtype=torch.int64)
-        evict.evict(pair, torch.tensor([due, due]), budgets, nan)
+        with mode():
+            evict.evict(pair, torch.tensor([due, due]), budgets, nan)
         results.append((pair, nan))
     (plain, expected), (fused, found) = results
 
