@@ -65,9 +65,7 @@ class Window:
 
     def copied(self) -> "Window":
         """A copy that shares nothing."""
-        other = copy.copy(self)
-        other._queries, other._positions = self._queries.clone(), self._positions.clone()
-        return other
+        return copy.deepcopy(self)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order."""
