@@ -5,7 +5,7 @@ import torch
 
 from kvpolicy.plan import execute, pipeline
 from kvpolicy.plan.fused import choose_together
-from kvpolicy.plan.pipeline import Chosen, choose, merge
+from kvpolicy.plan.pipeline import choose, merge
 from kvpolicy.runtime.half import Half
 from kvpolicy.runtime.static import evict, fused
 from kvpolicy.stages import Entries, Format
@@ -21,11 +21,11 @@ def places(settle):
     """Owner, name and wrapped function of each; `settle(kind, decision)` gives the decision that is to stand."""
     chosen, layer, together, kernels = evict._chosen, evict._evict_one, fused._chosen, choose_together
     waiting = []  # which rows of the static layer at hand are due
-    merged, encoded = merge, Half._encoded
+    merged, packed = merge, Half._packed
 
     def one_view(spec, view, budget):
         result = choose(spec, view, budget)
-        return Chosen(indices_of(_kept(settle, spec, view, budget, _mask(view, result.kept))), result.observed)
+        return _choosing(result, _kept(settle, spec, view, budget, _mask(view, result.kept)))
 
     def views_in_kernels(spec, fusion, views, budgets):
         results = kernels(spec, fusion, views, budgets)
@@ -33,7 +33,7 @@ def places(settle):
             _kept(settle, spec, view, budget, _mask(view, result.kept))
             for view, budget, result in zip(views, budgets, results, strict=True)
         ]
-        return [Chosen(indices_of(mask), result.observed) for mask, result in zip(masks, results, strict=True)]
+        return [_choosing(result, mask) for mask, result in zip(masks, results, strict=True)]
 
     def static_layer(plan, held, view, rows, budget, nan):
         waiting.append(rows.flatten().tolist())
@@ -49,11 +49,12 @@ def places(settle):
             own.fill_(-1)[..., : indices.shape[-1]] = indices
         return kept, wrong, observed
 
-    def merging(spec, view, kept):
-        return _merged(settle, spec, view, kept, merged(spec, view, kept))
+    def merging(spec, view, kept, *, faults):
+        return _merged(settle, spec, view, kept, merged(spec, view, kept, faults=faults))
 
-    def packing(half, vectors, positions):
-        return _packed(settle, half, vectors, positions, encoded(half, vectors, positions))
+    def packing(half, vectors, positions, counts):
+        found = packed(half, vectors, positions, counts)
+        return attrs.evolve(found, columns=_packed(settle, half, vectors, positions, found.columns))
 
     yield from (
         (execute, "choose", one_view),
@@ -62,7 +63,7 @@ def places(settle):
         (evict, "_chosen", static),
         (fused, "_chosen", static_in_kernels),
         (pipeline, "merge", merging),
-        (Half, "_encoded", packing),
+        (Half, "_packed", packing),
     )
     for reader in READERS:
         yield reader, "choose", _reading(settle, reader.choose)
@@ -89,6 +90,11 @@ def _kept(settle, spec, view, budget, mask, due=None):
         settled = settle(("kept", part.layer), found).outcome["kept"]
         rows.append(torch.nn.functional.pad(settled, (0, mask.shape[2] - width)))
     return torch.cat(rows)
+
+
+def _choosing(result, mask):
+    """The same with other entries chosen."""
+    return attrs.evolve(result, kept=indices_of(mask))
 
 
 def _mask(view, kept):
@@ -134,7 +140,7 @@ def _merged(settle, spec, view, kept, entries):
         own = kept[row : row + 1, :, :width]
 
         def decide(noise, part=part, own=own):
-            return _numbers(merge(spec, noisy_view(part, noise), own), own)
+            return _numbers(merge(spec, noisy_view(part, noise), own, faults=0), own)
 
         mine = _entries_of(entries, row, width)
         exact = torch.cat([part.positions, gather(part.positions[..., None], own)[..., 0]], -1)
