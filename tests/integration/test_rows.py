@@ -30,9 +30,11 @@ def test_rows_are_independent_in_every_architecture(architecture, name):
 
 
 @pytest.mark.parametrize("name", ["rkv", "adakv"])
-@pytest.mark.parametrize("budget", ["25%", "12KiB"])
+@pytest.mark.parametrize("budget", ["25%", "20KiB"])
 def test_rows_are_independent_when_their_budgets_differ(name, budget):
-    with small(name, budget=budget).attach(model()) as attachment:
+    """And with the budgets what is protected, where that is a share of them."""
+    policy = small(name, budget=budget, protect={"sinks": "10%", "recent": "40%"})
+    with policy.attach(model()) as attachment:
         assert_rows_alone(model(), attachment, *prompt(*LENGTHS))
 
 
