@@ -16,19 +16,25 @@ ROWS = {"one": (40,), "padded": (40, 25, 31), "short": (5,), "mixed": (7, 30)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("name", EVEN)
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        *((name, "padded") for name in EVEN),
+        *((name, rows) for name in ("h2o", "snapkv") for rows in ROWS if rows != "padded"),
+    ],
+)
 def test_tokens_and_entries_are_the_same(name, rows, device, steps):
+    """When rows are due follows from their lengths, whatever the policy."""
     tokens, mask = (one.to(device) for one in prompt(*ROWS[rows]))
-    assert_alike(small(name), build().to(device), tokens, mask, count=32)
-    assert len(steps) == 30  # all but the prompt's and the first
+    assert_alike(small(name), build().to(device), tokens, mask, count=24)
+    assert len(steps) == 22  # all but the prompt's and the first
 
 
 @pytest.mark.parametrize("every", [1, 2, 7])
 @pytest.mark.parametrize("name", ["h2o", "tova", "streaming_llm", "rkv"])
 def test_any_rhythm_of_compressions_is_kept(name, every, steps):
-    assert_alike(small(name, every=every), model(), *prompt(33, 14), count=30)
-    assert len(steps) == 28
+    assert_alike(small(name, every=every), model(), *prompt(33, 14), count=18)
+    assert len(steps) == 16
 
 
 @pytest.mark.parametrize("shape", [{"num_key_value_heads": 1}, {"num_key_value_heads": 4}], ids=["MQA", "MHA"])
@@ -47,8 +53,8 @@ def test_other_architectures(architecture, steps):
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "gkv"])
 def test_half_precision(name, steps):
     one = model(dtype=torch.bfloat16)
-    both(small(name), one, *prompt(30, 22), rounding=2**-5, count=30)
-    assert len(steps) == 28
+    both(small(name), one, *prompt(30, 22), rounding=2**-5, count=18)
+    assert len(steps) == 16
 
 
 def test_sampling_draws_the_same_tokens(steps):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.plan import execute
@@ -28,6 +28,7 @@ def copy_of(view, row, length):
 
 
 @pytest.mark.parametrize("name", EVEN)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(9, CAPACITY), min_size=1, max_size=3),
     due=st.lists(st.booleans(), min_size=3, max_size=3),
