@@ -73,7 +73,12 @@ def test_a_model_that_drops_the_cache_on_its_way_is_found_out():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "sliding_window": None}
+    shape |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "sliding_window": None,
+    }
     special = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None}
     torch.manual_seed(0)
     config = Phi3Config(**shape, **special, original_max_position_embeddings=24, rope_parameters=rope)
