@@ -131,8 +131,8 @@ def test_a_draft_that_fails_does_not_leave_the_model_with_its_first_layers(monke
             generate(model, tokens, count=4, assistant_early_exit=2)
         handle.remove()
         assert difference(generate(model, tokens, count=4), plain) == 0
+        handle = attention.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="on purpose"):
-            handle = attention.register_forward_pre_hook(fail)
             generate(model, tokens, count=4, assistant_early_exit=2)
     handle.remove()
     assert fingerprint.of_model(model) == before
