@@ -56,9 +56,10 @@ def test_shipped_policies_that_cannot_keep_so_few_are_named(kv):
     result = kv("bench", "compress", "--length", "64", "--budget", "24", "--heads", "4,2,16", "--rounds", "3")
 
     assert result.exit_code == 0, result.stderr
-    assert "not measured: h2o: " in result.stderr
+    assert "not measured: snapkv: " in result.stderr
     assert "gkv" in result.stdout
-    assert "h2o" not in result.stdout
+    assert "h2o" in result.stdout
+    assert "snapkv" not in result.stdout
 
 
 def test_decode_measures_attaching_and_old_sequences_too(kv, tmp_path):
