@@ -107,7 +107,7 @@ def _rotary(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _settable(config: PretrainedConfig, name: str) -> bool:
-    if getattr(getattr(type(config), name, None), "fset", True) is None:
+    if isinstance(getattr(type(config), name, None), property):
         return False
     try:
         return hasattr(config, name)
