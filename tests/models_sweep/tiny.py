@@ -9,7 +9,7 @@ from tests.models_sweep.pairs import Pair
 from tests.models_sweep.variants import SPECIAL, VARIANTS
 
 VOCABULARY = 97
-MOST_PARAMETERS = 20_000_000
+MOST_PARAMETERS = 50_000_000
 
 
 class CannotBuildError(Exception):
