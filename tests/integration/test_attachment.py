@@ -1,4 +1,4 @@
-"""Attaching changes a model in two places, and detaching gives it back as it was."""
+"""Attaching changes a model in a few places, and detaching gives it back as it was."""
 
 import copy
 import gc

@@ -101,7 +101,7 @@ def test_an_implementation_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "halved", sdpa_mask)
     model = build()
     model.set_attn_implementation("halved")
-    with pytest.raises(UnsupportedModelError, match="layer 0.*softmax"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 0.*softmax"):
         kvpolicy.load("full").attach(model)
 
 
@@ -110,7 +110,7 @@ def test_an_implementation_whose_masks_tell_nothing_is_refused(name):
     model = build()
     model.config._attn_implementation_internal = name
     before = fingerprint.of_model(model)
-    with pytest.raises(UnsupportedModelError, match="attention implementation .*'sdpa'"):
+    with pytest.raises(UnsupportedModelError, match=r"attention implementation .*'sdpa'"):
         kvpolicy.load("full").attach(model)
     assert fingerprint.of_model(model) == before
 
