@@ -13,6 +13,7 @@ from tests.models_sweep.pairs import Pair
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "reference" / "models.json"
+_LONGEST = 160  # characters of a reason
 PAGE = ROOT / "docs" / "reference" / "models.md"
 
 
@@ -53,8 +54,8 @@ _HEAD = """\
 Made by `python -m tests.models_sweep` from [its record](models.json); do not edit.
 
 Every class of transformers that generates text was built tiny and with random weights, and given to kvpolicy:
-{total} classes, of which {counts}. Run with transformers {transformers}, torch {torch} and Python {python}, on a CPU,
-in float32.
+{total} classes and configurations; {counts}. Run with transformers {transformers}, torch {torch} and
+Python {python}, on a CPU, in float32.
 
 - **Exact** is a class that passed all of these. With room for everything, tokens and logits are those of the plain
   model, bit for bit, for one sequence and for a batch with pads. With little room (`streaming_llm`, `snapkv`, `adakv`)
@@ -70,7 +71,7 @@ what a class is given to compute, not how well a policy serves a trained model."
 
 def _head(known: dict[str, str], verdicts: list[Verdict]) -> Iterator[str]:
     counts = {kind: sum(one.kind == kind for one in verdicts) for kind in (EXACT, REFUSED, NOT_TRIED, WRONG)}
-    told = ", ".join(f"{count} are {kind}" for kind, count in counts.items() if count)
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     yield _HEAD.format(total=len(verdicts), counts=told, **known)
 
 
@@ -99,8 +100,11 @@ def _title(verdict: Verdict) -> str:
 
 
 def _reason(verdict: Verdict) -> str:
-    """Why, without the names that differ from class to class."""
+    """Why, in short, without what differs from class to class."""
     text = "; ".join(verdict.why)
-    for name in filter(None, (verdict.model_class, Pair.of(verdict.name).model_type)):
-        text = re.sub(rf"^{re.escape(name)} (cannot carry a policy: )?", "", text)
-    return text.replace("|", "\\|")
+    text = re.sub(r"^\S+ cannot carry a policy: ", "", text)
+    text = re.sub(r"^layer \d+ cannot be managed: ", "in a layer ", text)
+    text = re.sub(r"^\w+ (does not call|cannot be run)", r"\1", text)
+    text = re.sub(r"^Strict\w+: .*? validator '\w+': ", "", text)
+    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+    return short.replace("|", "\\|")

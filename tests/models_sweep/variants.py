@@ -22,16 +22,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3_text": {"num_hidden_layers": 6},
     "gemma3n_text": {"num_kv_shared_layers": 5, "num_hidden_layers": 10},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": []},
     "glm5_next": {"num_key_value_heads": 4},
     "gpt_bigcode": {"num_key_value_heads": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "shieldgemma2": {"num_hidden_layers": 6},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layer_types": ["mamba", "mamba", "hybrid", "mamba"]},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"text:{name}:decoder": {"is_decoder": True} for name in _ENCODERS},
-    **{f"text:{name}:full": _FULL for name in ("doge", "ministral", "mistral", "mixtral", "moshi", "starcoder2")},
+    **{f"text:{name}:full": _FULL for name in ("doge", "mistral", "mixtral", "starcoder2")},
+    **{f"image:{name}:full": _FULL for name in ("idefics2", "mistral3")},
     "text:doge:sliding": {"sliding_window": 16},
     "text:falcon:alibi": {"alibi": True},
     "text:gpt_bigcode:heads": {"multi_query": False, "num_key_value_heads": 4},
