@@ -1,4 +1,6 @@
-"""Assisted decoding: candidates are verified, and entries leave only when no rollback can ask for them."""
+"""Assisted decoding: candidates are verified on what decoding alone would hold, so the answer is the same."""
+
+import contextlib
 
 import pytest
 import torch
@@ -39,6 +41,47 @@ def test_a_large_budget_gives_what_plain_decoding_gives(name, way, assistant):
     assert torch.equal(attached.sequences, plain.sequences)
     assert difference(attached, plain) == 0
     assert_greedy(model(), attached.sequences, tokens.shape[1])
+
+
+EVICTING = {
+    "snapkv": lambda: small("snapkv"),
+    "every token": lambda: small("h2o", every=1),
+    "ragged": lambda: small("adakv", every=3),
+    "merging": lambda: small("h2o", merge={"use": "d2o"}),
+    "votes": lambda: small("snapkv", merge={"use": "keepkv", "threshold": -1, "window": 4}),
+    "packing": lambda: small("snapkv", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}),
+    "pages": lambda: small("snapkv", read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0}),
+}
+
+
+@pytest.mark.parametrize("way", ["lookup", "model", "model with a policy"])
+@pytest.mark.parametrize("policy", EVICTING.values(), ids=EVICTING)
+def test_under_eviction_the_answer_is_that_of_decoding_alone(policy, way, assistant):
+    one, tokens = model(), repeating()
+    given = ways(assistant)[way.removesuffix(" with a policy")]
+    with policy().attach(one) as attachment, contextlib.ExitStack() as stack:
+        alone = generate(one, tokens)
+        if way.endswith("policy"):
+            stack.enter_context(small("streaming_llm").attach(assistant))
+        forwards = []
+        handle = one.register_forward_hook(lambda *_: forwards.append(1))
+        assisted = generate(one, tokens, **given)
+        handle.remove()
+        entries = [layer.held for layer in attachment.report().layers]
+    assert_same_answer(assisted, alone)
+    assert max(entries) < 20
+    if way == "lookup":
+        assert len(forwards) < 24
+
+
+def assert_same_answer(assisted, alone):
+    """Equal tokens and logits up to rounding; behind a near tie of two tokens the answers may part."""
+    for step, (left, right) in enumerate(zip(assisted.logits, alone.logits, strict=True)):
+        assert torch.allclose(left, right, rtol=0, atol=1e-3), step
+        best = right.topk(2).values[0]
+        if best[0] - best[1] < 1e-3:
+            return
+        assert assisted.sequences[0, 40 + step] == alone.sequences[0, 40 + step]
 
 
 @pytest.mark.parametrize("way", ["lookup", "model"])

@@ -100,7 +100,9 @@ class LayerMachine(RuleBasedStateMachine):
 
     def _empty(self):
         self.rows = [Row() for _ in range(self.batch)]
-        self.seen, self.unsettled, self.first_of_turn, self.evicted = 0, 0, self.layer.record_past, False
+        self.seen, self.evicted = 0, False
+        self.prompting, self.prompt = True, 0  # whether a recorded prompt comes next; its tokens, until it is digested
+        self.history, self.waiting = [], False  # rows before each recorded token; whether the last is not digested
 
     @rule(count=st.sampled_from([2, 3, 7, 12]), padded=st.booleans(), data=st.data())
     def prompt(self, count, padded, data):
@@ -120,6 +122,34 @@ class LayerMachine(RuleBasedStateMachine):
         self.names += keys.shape[0] * count
         output = feed(self.layer, keys, values, queries, given)
         valid = torch.ones(len(self.rows), count, dtype=torch.bool) if given is None else given
+        if self.layer.record_past and not self.prompting:
+            self._digest_prompt()
+            for column in range(count):
+                self._digest_token()
+                self.history.append(([row.copy() for row in self.rows], self.evicted))
+                self._take(
+                    *(one[:, :, column : column + 1] for one in (keys, values, queries, output)), valid[:, [column]]
+                )
+                self.waiting = True
+            return
+        self._take(keys, values, queries, output, valid)
+        if self.layer.record_past:
+            self.prompt, self.prompting = count, False
+        else:
+            self._compress(decoding=count == 1)
+
+    def _digest_prompt(self):
+        if self.prompt:
+            self._compress(decoding=self.prompt == 1)
+        self.prompt = 0
+
+    def _digest_token(self):
+        if self.waiting:
+            self._compress(decoding=True)
+        self.waiting = False
+
+    def _take(self, keys, values, queries, output, valid):
+        count = keys.shape[2]
         for place, row in enumerate(self.rows):
             positions = []
             for column in range(count):
@@ -129,10 +159,6 @@ class LayerMachine(RuleBasedStateMachine):
             expected = row.attention(queries[place], positions)
             assert torch.allclose(output[place].double(), expected, atol=1e-5), (output[place] - expected).abs().max()
         self.seen += count
-        if self.layer.record_past:
-            self.unsettled += count
-        else:
-            self._compress(decoding=count == 1)
 
     def _compress(self, *, decoding):
         due = [row for row in self.rows if self._is_due(row, decoding=decoding)]
@@ -151,7 +177,8 @@ class LayerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), absolute=st.booleans())
     def crop(self, data, absolute):
-        possible = len(self.rows[0].recent)
+        before = self.history[0][0] if self.history else self.rows
+        possible = len(self.history) + len(before[0].recent)
         count = data.draw(st.integers(0, min(self.seen, possible + 2)), "undone")
         absolute = absolute and 0 < count < self.seen
         given = self.seen - count if absolute else -count
@@ -160,24 +187,30 @@ class LayerMachine(RuleBasedStateMachine):
                 self.layer.crop(given)
             return
         self.layer.crop(given)
+        self.seen -= count
+        if self.history and count:
+            undone = min(count, len(self.history))
+            self.rows, self.evicted = self.history[-undone]
+            count -= undone
+        else:
+            self._digest_token()
         for row in self.rows:
             row.undo(count)
-        self.seen -= count
-        left, self.unsettled = max(0, self.unsettled - count), 0
-        if left:
-            self._compress(decoding=not self.first_of_turn)
-            self.first_of_turn = False
+        self.prompting = self.prompting or 0 < self.prompt <= count
+        self.prompt = max(0, self.prompt - count)
+        self._digest_prompt()
+        self.history, self.waiting = [], False
 
     @rule()
     def record(self):
         self.layer.activate_past_recording()
-        self.first_of_turn = True
+        self.prompting = self.prompting or not (self.prompt or self.history)
 
     @precondition(lambda self: self.seen and len(self.rows) < ROWS)
     @rule(repeats=st.integers(1, 2))
     def repeat(self, repeats):
         self.layer.batch_repeat_interleave(repeats)
-        self.rows = [row.copy() for row in self.rows for _ in range(repeats)]
+        self._move([place for place in range(len(self.rows)) for _ in range(repeats)])
 
     @precondition(lambda self: self.seen)
     @rule(data=st.data())
@@ -187,7 +220,11 @@ class LayerMachine(RuleBasedStateMachine):
             self.layer.reorder_cache(torch.tensor(order))
         else:
             self.layer.batch_select_indices(torch.tensor(order))
+        self._move(order)
+
+    def _move(self, order):
         self.rows = [self.rows[row].copy() for row in order]
+        self.history = [([rows[row].copy() for row in order], evicted) for rows, evicted in self.history]
 
     @rule(again=st.booleans())
     def reset(self, again):

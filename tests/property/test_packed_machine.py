@@ -45,8 +45,6 @@ class PackedMachine(RuleBasedStateMachine):
 
     def _empty(self):
         self.given = [([], []) for _ in range(self.batch)]  # keys and values [K, D] by position
-        self.pending = []  # which tokens of each recorded column are real
-        self.grown = -1  # compressions when tokens beyond the budget were last recorded: storage shrinks at the next
 
     def _forward(self, valid):
         keys, values, queries = entries(self.generator, self.batch, valid.shape[1])
@@ -61,8 +59,6 @@ class PackedMachine(RuleBasedStateMachine):
         for row, (own_keys, own_values) in enumerate(self.given):
             own_keys += list(keys[row][:, valid[row]].unbind(1))
             own_values += list(values[row][:, valid[row]].unbind(1))
-        if self.layer.record_past:
-            self.pending.append(valid)
 
     @rule(count=st.integers(1, 9))
     def tokens(self, count):
@@ -74,24 +70,6 @@ class PackedMachine(RuleBasedStateMachine):
         valid = torch.rand(self.batch, count, generator=torch.Generator().manual_seed(seed)) < 0.7
         valid[:, seed % count] = True
         self._forward(valid | torch.tensor(not padded))
-
-    @rule()
-    def record(self):
-        self.layer.activate_past_recording()
-
-    @precondition(lambda self: self.layer.record_past)
-    @rule(data=st.data(), over=st.booleans())
-    def crop(self, data, over):
-        recorded = torch.cat([torch.ones(self.batch, 0, dtype=torch.bool), *self.pending], 1)
-        count = data.draw(st.integers(0, recorded.shape[1]), "undone")
-        before = self.layer.stats.compressions
-        self.layer.crop(-count)
-        self.grown = self.layer.stats.compressions if self.layer.stats.compressions == before else -1
-        self.layer.record_past, self.pending = not over, []
-        gone = recorded[:, recorded.shape[1] - count :].sum(1).tolist()
-        self.given = [
-            tuple(one[: len(one) - less] for one in pair) for pair, less in zip(self.given, gone, strict=True)
-        ]
 
     @precondition(lambda self: self.layer.seen)
     @rule(data=st.data(), how=st.sampled_from(["reorder", "repeat", "select"]))
@@ -107,12 +85,10 @@ class PackedMachine(RuleBasedStateMachine):
             move(torch.tensor(rows))
         self.batch = len(rows)
         self.given = [tuple(list(one) for one in self.given[row]) for row in rows]
-        self.pending = [one[rows] for one in self.pending]
         for found, source in zip(held_by(self.layer), rows, strict=True):
             for one, old in zip(found, before[source], strict=True):
                 assert all(torch.equal(one[name], old[name]) for name in one)
 
-    @precondition(lambda self: not self.pending)
     @rule(again=st.sampled_from([False, False, True]))
     def reset(self, again):
         if again:
@@ -152,7 +128,7 @@ class PackedMachine(RuleBasedStateMachine):
     @invariant()
     def stays_within_the_bytes_of_the_plan(self):
         layer = self.layer
-        if not layer.seen or layer.record_past or layer.stats.compressions in (0, self.grown):
+        if not layer.seen or not layer.stats.compressions:
             return
         most = layer.plan.footprint.layer_bytes(0, BUDGET + self.every) * self.batch
         units = 0
@@ -202,23 +178,6 @@ def test_a_block_behind_what_is_packed_of_any_row_is_read_where_each_row_has_it(
             whole = half.read(layer.held.everything, 0, positions.shape[2], positions)
             read = [half.read(layer.held.everything, *one, positions) for one in blocks]
             assert torch.allclose(torch.cat(read, 2)[real], whole[real], atol=1e-6)
-
-
-@pytest.mark.parametrize("store", ["plain", "fp8"])
-def test_what_may_still_be_undone_is_read_whole(store):
-    """While tokens are recorded their pages are not made: a reader would not find them."""
-    plan = plan_of(store, "100%", read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0})
-    layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
-    layer.activate_past_recording()
-    feed(layer, *entries(generator, 1, 30))
-    before = held_by(layer)
-    keys, values, queries = entries(generator, 1, 1)
-    forward = Forward(queries, torch.tensor([[30]]))
-    expected = attention(appended(before, plan, forward, keys, values), forward)
-    assert torch.allclose(feed(layer, keys, values, queries).double(), expected, atol=1e-4)
-    layer.crop(0)
-    feed(layer, *entries(generator, 1, 1))
-    assert layer.stats.read < 30
 
 
 @pytest.mark.parametrize("count", [6, 40], ids=["pads leave", "pads leave and entries are packed"])

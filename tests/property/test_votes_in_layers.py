@@ -57,8 +57,7 @@ class VotesMachine(RuleBasedStateMachine):
         self._forward(torch.arange(PROMPT) >= torch.randint(PROMPT, (rows, 1), generator=self.generator))
 
     def _empty(self):
-        self.real, self.valid, self.unsettled = [0] * self.batch, [], []
-        self.grown = -1  # compressions when tokens beyond the budget were last undone: storage shrinks at the next
+        self.real, self.valid = [0] * self.batch, []
 
     def _positions(self, valid):
         places = torch.tensor(self.real)[:, None] + valid.cumsum(1) - 1
@@ -96,9 +95,7 @@ class VotesMachine(RuleBasedStateMachine):
         assert close, (output - attention(expected, forward)).abs().max()
         self.real = [real + int(new) for real, new in zip(self.real, valid.sum(1), strict=True)]
         self.valid.append(valid)
-        if self.layer.record_past:
-            self.unsettled.append(forward)
-        elif self._follows:
+        if self._follows:
             follow(expected, forward, self.merge)
         self._compare(expected)
 
@@ -112,41 +109,6 @@ class VotesMachine(RuleBasedStateMachine):
             for rows in zip(held, expected, strict=False):
                 for found, wanted in zip(*rows, strict=True):
                     assert_same_state(found, wanted)
-
-    @rule()
-    def record(self):
-        self.layer.activate_past_recording()
-
-    @precondition(lambda self: self.layer.record_past)
-    @rule(data=st.data(), over=st.booleans())
-    def crop(self, data, over):
-        """Undo some of the tokens that were recorded, then settle what is left of them."""
-        count = data.draw(st.integers(0, sum(one.positions.shape[1] for one in self.unsettled)), "undone")
-        flags = torch.cat([torch.ones(self.batch, 0, dtype=torch.bool), *self.valid], 1)
-        undone = flags[:, flags.shape[1] - count :]
-        self.valid = [flags[:, : flags.shape[1] - count]]
-        self.real = [real - int(gone) for real, gone in zip(self.real, undone.sum(1), strict=True)]
-        kept, unsettled = [], self.unsettled
-        for forward in reversed(unsettled):
-            size = forward.positions.shape[1]
-            if count < size:
-                kept.append(forward.oldest(size - count))
-            count = max(0, count - size)
-        self.unsettled = []
-        before = held_by(self.layer) if self.layer.seen else []
-        expected = [[self._older(one, row) for one in heads] for row, heads in enumerate(before)]
-        for forward in reversed(kept):
-            if self._follows:
-                follow(expected, forward, self.merge)
-        compressions = self.layer.stats.compressions
-        self.layer.crop(-undone.shape[1])
-        self.grown = compressions if self.layer.stats.compressions == compressions else -1
-        self.layer.record_past = not over
-        self._compare(expected)
-
-    def _older(self, one, row):
-        left = one["positions"] < self.real[row]
-        return {name: column[left] for name, column in one.items()}
 
     @precondition(lambda self: self.layer.seen)
     @rule(data=st.data(), how=st.sampled_from(["reorder", "repeat", "select"]))
@@ -162,13 +124,11 @@ class VotesMachine(RuleBasedStateMachine):
             move(torch.tensor(rows))
         self.batch, self.real = len(rows), [self.real[row] for row in rows]
         self.valid = [one[rows] for one in self.valid]
-        self.unsettled = [one.of_rows(rows) for one in self.unsettled]
         for found, source in zip(held_by(self.layer), rows, strict=True):
             for one, old in zip(found, before[source], strict=True):
                 assert one.keys() == old.keys()
                 assert all(torch.equal(one[name], old[name]) for name in one)
 
-    @precondition(lambda self: not self.unsettled)
     @rule(again=st.sampled_from([False, False, True]))
     def reset(self, again):
         if again:
@@ -191,8 +151,7 @@ class VotesMachine(RuleBasedStateMachine):
 
     @invariant()
     def stays_within_its_capacity(self):
-        settled = self.layer.stats.compressions not in (0, self.grown)
-        if self.layer.seen and settled and not self.layer.record_past:
+        if self.layer.seen and self.layer.stats.compressions:
             most = HEADS * (self.budget + self.every) * self.batch
             assert self.layer.held.slots.layout.slots <= most or self.layer.padded
 

@@ -81,18 +81,25 @@ def test_a_second_forward_before_the_first_was_settled_is_refused():
         layer.update(keys, values)
 
 
-def test_recorded_tokens_stay_until_crop():
+def test_recorded_tokens_evict_what_they_would_evict_one_by_one_and_can_be_undone():
     layer = new_layer(worth_plan(budget=6, every=3))
     layer.activate_past_recording()
-    drive(layer, 20, 4, 4)
-    assert lengths(layer) == [28, 28]
+    drive(layer, 20)
+    assert lengths(layer) == [20, 20]  # a prompt, which crop may still shorten
+    drive(layer, 4, 4)
+    assert lengths(layer) == [8, 8]
     layer.crop(-3)
     assert layer.seen == 25
-    assert lengths(layer) == [6, 6]
+    assert lengths(layer) == [8, 8]
     drive(layer, 4)
-    assert lengths(layer) == [10, 10]
-    layer.crop(-3)
-    assert lengths(layer) == [7, 7]
+    assert lengths(layer) == [9, 9]  # the newest waits: it may be undone as well
+    layer.crop(0)
+    assert lengths(layer) == [6, 6]
+    drive(layer, 2)
+    layer.crop(-2)
+    assert lengths(layer) == [6, 6]
+    with pytest.raises(CacheError, match="cannot undo 1 tokens"):
+        layer.crop(-1)
 
 
 def test_crop_takes_a_length_too():
