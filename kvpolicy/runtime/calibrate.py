@@ -15,7 +15,7 @@ from kvpolicy.plan.plan import READ_ALL, compile_policy
 from kvpolicy.runtime.attachment import Attachment
 from kvpolicy.runtime.model_digest import model_digest
 from kvpolicy.runtime.rotation import rotary_of
-from kvpolicy.runtime.support import geometry_of
+from kvpolicy.runtime.support import device_of, geometry_of
 from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.dump import plugin_digest
 from kvpolicy.spec.policy import NEVER, Compress, PolicySpec, Protect
@@ -44,12 +44,12 @@ def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calib
 
 def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterator[Sample]:
     """Each managed layer's queries, keys and values, of a forward in which everything is kept."""
-    geometry, rotary = geometry_of(model.config), rotary_of(model)
-    plan = compile_policy(_keeping_all(spec), geometry, model.device, model.dtype)
+    geometry, rotary, device = geometry_of(model.config), rotary_of(model), device_of(model)
+    plan = compile_policy(_keeping_all(spec), geometry, device, model.dtype)
     plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), followers=())
     with Attachment(plan, model) as attachment:
         cache = attachment.cache()
-        model(tokens.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(tokens.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for layer in cache.managed:
         queries, _ = layer.window.last(range(tokens.shape[0]))
         keys, values = layer.held.stored()
