@@ -267,18 +267,25 @@ def _reading(settle, inner):
             width = max(1, int(valid[row].sum(-1).max()))
 
             def decide(noise, row=row, width=width):
-                queries, pages = noisy(question.queries, noise), noisy_columns(question.pages, noise)
-                found = inner(reader, attrs.evolve(question, queries=queries, pages=pages))
+                columns = {name: noisy_columns(getattr(question, name), noise) for name in ("packed", "pages")}
+                found = inner(reader, attrs.evolve(question, queries=noisy(question.queries, noise), **columns))
                 return {"read": (valid if found is None else _mask(question, found))[row : row + 1, :, :width]}
 
             part = slice(row, row + 1)
             outcome = {"read": mask[part, :, :width]}
-            found = Decision(
-                question.positions[part, :, :width].clone(), (question.queries[part].clone(),), outcome, decide
-            )
+            numbers = (question.queries[part].clone(), *_looked_at(reader, question, part))
+            found = Decision(question.positions[part, :, :width].clone(), numbers, outcome, decide)
             settled = settle(("read", question.layer), found).outcome["read"]
             rows.append(torch.nn.functional.pad(settled, (0, valid.shape[2] - width)))
         settled = torch.cat(rows)
         return slots if torch.equal(settled, mask) else indices_of(settled)
 
     return choose_to_read
+
+
+def _looked_at(reader, question, row):
+    """What a reader judges by, of one row: in a first layer, rows with the same newest token ask alike."""
+    length = int((question.positions[row] >= 0).sum(-1).min())
+    units = 0 if question.sealed is None else int(question.sealed[row].min()) // question.format.unit
+    yield from (column[row, :, :units].clone() for column in question.packed.values())
+    yield from (column[row, :, : length // reader.page].clone() for column in question.pages.values())
