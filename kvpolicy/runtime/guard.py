@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,8 @@ _PROMPT, _STEP, _PADS = 5, 1, 2  # tokens of the two forwards, and pads before t
 _TYPES_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")  # which some models demand while they train
 # Hooks of libraries are part of how a model runs; others watch it, and are not shown what the guard does.
 _LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "optimum", "kvpolicy")
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @attrs.frozen
@@ -186,9 +188,9 @@ def _is_of_a_library(hook: Any) -> bool:
 
 @contextlib.contextmanager
 def _eagerly() -> Iterator[None]:
-    """Nothing is compiled for these few tokens, though parts of the model may be meant to be."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
+    """Nothing is compiled for these few tokens, though parts of the model may be meant to be.
+
+    Stances are those of the process: two threads that set and reset one would leave the other's behind.
+    """
+    with _ONE_AT_A_TIME, torch.compiler.set_stance("force_eager"):
         yield

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from kvpolicy.errors import AttachError, CacheError, UnsupportedCallError
+from kvpolicy.runtime.cache import PolicyCache
 from tests.models import ARCHITECTURES, build, difference, generate, model, prompt
 from tests.policies import NAMES, held, small
 
@@ -116,12 +117,10 @@ def test_a_cache_needs_an_attached_model():
 
 def test_a_cache_used_without_the_attention_of_the_policy_is_refused_at_the_second_forward():
     one = build()
-    attachment = small("snapkv").attach(one)
-    cache = attachment.cache()
-    attachment.detach()
+    cache = PolicyCache(small("snapkv").compile(one), one.config)
     with torch.no_grad():
         one(prompt(4)[0], past_key_values=cache)
-        with pytest.raises(CacheError, match="attach the policy"):
+        with pytest.raises(CacheError, match="attention"):
             one(prompt(4)[0], past_key_values=cache)
 
 
