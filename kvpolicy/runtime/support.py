@@ -18,7 +18,10 @@ _REFUSED = {  # by what a configuration says, under one of these names
     "its attention is latent (MLA): there are no keys per head to evict": ("kv_lora_rank",),
     "layers attend to an image instead of to tokens": ("cross_attention_layers",),
 }
-_OWN_ATTENTION = ("jetmoe",)
+_OWN_ATTENTION = {
+    "doge": "its attention makes masks of its own, from the values",
+    "jetmoe": "its attention is computed by experts of its own",
+}
 _CAN_SET = "_can_set_attn_implementation"
 _DROPPED = ("layerdrop", "decoder_layerdrop")
 
@@ -105,7 +108,7 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
         if any(is_set(text, name) for name in names):
             yield reason
     if text.model_type in _OWN_ATTENTION:
-        yield "its attention is computed by experts of its own"
+        yield _OWN_ATTENTION[text.model_type]
     if not is_set(text, "num_attention_heads"):
         yield "it has no attention heads"
         return

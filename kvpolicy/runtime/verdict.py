@@ -35,7 +35,7 @@ def _without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
         if type(config) in mapping:
             kind: Any = mapping[type(config)]
             try:
-                with _META:
+                with _META, torch.random.fork_rng(devices=[]):  # some constructors draw numbers, here for nothing
                     model: PreTrainedModel = (kind[0] if isinstance(kind, tuple) else kind)(copy.deepcopy(config))
             except Exception:  # noqa: BLE001 - a library that it needs is missing, or it cannot be made so
                 return None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kvpolicy.errors import UnsupportedModelError
 from kvpolicy.runtime.arguments import changing
 from kvpolicy.runtime.logical import LogicalLayer
+from kvpolicy.runtime.padding import is_foreign
 from kvpolicy.stages import Geometry
 
 _SPARE = 3  # slots that no token gets, so that what `update` returns is a part of a larger storage, as it will be
@@ -94,7 +95,7 @@ class WatchedLayer(LogicalLayer):
         self.calls += 1
         if self.calls > 1:
             self._refuse(f"attention is called {self.calls} times for one update of the cache")
-        query, key, value, _ = states
+        query, key, value, mask = states
         if self._given is None or key is not self._given[0] or value is not self._given[1]:
             self._refuse("attention is called with other keys or values than the cache gave back")
         if getattr(module, "layer_idx", self.index) != self.index:
@@ -104,6 +105,8 @@ class WatchedLayer(LogicalLayer):
             self._refuse(f"queries must have {heads} heads of {self.geometry.head_dim}: {tuple(query.shape)}")
         for name in changing(call, heads, query.shape[2], self.seen):
             self._refuse(f"its attention takes {name!r}, which cannot be carried across an eviction")
+        if query.shape[2] == 1 and not module.training and is_foreign(mask):
+            self._refuse("a mask of the model's own, made for one token, cannot be carried across an eviction")
         output = stock(module, *states, dropout=dropout, scaling=scaling, **call)
         plain = output if not dropout else stock(module, *states, dropout=0.0, scaling=scaling, **call)
         self._compare(plain[0], query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
