@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheError
-from kvpolicy.plan.budgets import _allocated
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.mergers.d2o import D2O
@@ -59,7 +58,7 @@ def test_after_a_stage_has_raised_all_is_well(stage, method, call, monkeypatch):
         expected, attached = generate(one, *tokens), fingerprint.of_model(one)
         for error in ERRORS:
             cache = attachment.cache()
-            _allocated.cache_clear()  # budgets that are known are not asked for again
+            attachment.plan.budgets._allocated.clear()  # budgets that are known are not asked for again
             with monkeypatch.context() as patch:
                 patch.setattr(stage, method, Failing(getattr(stage, method), call, error))
                 with pytest.raises(error, match="on purpose"):

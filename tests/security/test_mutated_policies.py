@@ -102,7 +102,8 @@ def run_once(data):
         budget = min(plan.budgets.per_layer(SLOTS)[0], SLOTS // 2)
     except KVPolicyError:
         return 0
-    view = attrs.evolve(tiny_view(), sinks=spec.protect.sinks, recent=spec.protect.recent)
+    sinks, recent = plan.budgets.protected(SLOTS)
+    view = attrs.evolve(tiny_view(), sinks=sinks, recent=recent)
     state = {name: torch.full((1, 2, SLOTS), column.fill) for name, column in plan.columns.items() if "." in name}
     rows = {one.name: torch.full((1,), one.fill) for one in spec.merge.row_state()}
     votes = torch.zeros(1, 2, SLOTS) if spec.merge.votes else None

@@ -229,7 +229,10 @@ def test_pipes_and_devices_are_no_files(tmp_path):
             Calibration.read(path)
 
 
-@pytest.mark.parametrize("path", ["a\0b", b"a\0b", "x" * 5000, 7, None, object()], ids=str)
+NO_PATHS = {"NUL": "a\0b", "NUL in bytes": b"a\0b", "long": "x" * 5000, "number": 7, "none": None, "object": object()}
+
+
+@pytest.mark.parametrize("path", NO_PATHS.values(), ids=NO_PATHS)
 def test_paths_that_are_none(path):
     with pytest.raises(CalibrationError, match="cannot be read"):
         Calibration.read(path)
