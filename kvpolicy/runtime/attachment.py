@@ -115,6 +115,8 @@ class CacheProvider:
         """Put our cache into `model_kwargs`, or check the one that the caller gave."""
         given, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         prompt_end = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if mask is None and generation_config.max_new_tokens is not None:  # a mask that hides nothing has been dropped
+            prompt_end = generation_config.max_length - generation_config.max_new_tokens
         _require_dynamic(generation_config)
         if given is not None:
             _require_policy_cache(given)
