@@ -82,7 +82,7 @@ def assert_same_answer(assisted, alone):
 
 @pytest.mark.parametrize("way", ["lookup", "model"])
 @pytest.mark.parametrize("name", NAMES)
-def test_entries_leave_in_crop_only_and_the_bound_holds_after_it(name, way, assistant, monkeypatch):
+def test_the_bound_holds_after_every_round(name, way, assistant, monkeypatch):
     with small(name).attach(model()) as attachment:
         cache = attachment.cache()
         after_forward, crop, seen = [], type(cache).crop, []
@@ -98,7 +98,7 @@ def test_entries_leave_in_crop_only_and_the_bound_holds_after_it(name, way, assi
         out = generate(model(), repeating(), past_key_values=cache, **ways(assistant)[way])
         assert out.sequences.shape[1] == 64
         assert all(layer.compressions for layer in attachment.report().layers)
-    assert after_forward[0] == [2 * seen[0]] * 3  # the whole prompt, until the candidates were verified
+    assert max(after_forward[0]) < 2 * 40 <= 2 * seen[0]  # the prompt was compressed before its candidates came
 
 
 def test_a_policy_on_the_assistant_keeps_what_a_rollback_needs(assistant):
