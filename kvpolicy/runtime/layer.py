@@ -153,6 +153,7 @@ class PolicyLayer(LendingLayer):
 
     def attend(self, asked: Asked, dropout: float = 0.0) -> Tensor | None:
         """Attention over what is held and read, [B, H, q, D]; None when that is all there ever was: a stock call."""
+        self.scaling = asked.scaling
         if self._new is not None:
             self._taken = Taken(*self._new, asked)
             return self.recording.attend(self, self._taken, self.round.prompt_end, dropout)

@@ -29,7 +29,7 @@ class CacheProvider:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Put our cache into `model_kwargs`, or check the one that the caller gave."""
-        given, prompt_end = model_kwargs.get("past_key_values"), _prompt_end(model_kwargs.get("attention_mask"))
+        given, prompt_end = model_kwargs.get("past_key_values"), _prompt_end(model_kwargs, generation_config)
         _require_dynamic(generation_config)
         if given is not None:
             self._check(given, generation_config, prompt_end)
@@ -60,8 +60,11 @@ class CacheProvider:
         ours.stop_recording()
 
 
-def _prompt_end(mask: object) -> int | None:
+def _prompt_end(model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> int | None:
     """How many tokens the prompt of a generation ends behind, those in the cache included; None when not known."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is None and generation_config.max_new_tokens is not None:  # a mask that hides nothing has been dropped
+        return int(generation_config.max_length) - int(generation_config.max_new_tokens)
     return mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 

@@ -54,15 +54,17 @@ EVICTING = {
 }
 
 
-@pytest.mark.parametrize("way", ["lookup", "model", "model with a policy"])
+@pytest.mark.parametrize("way", ["lookup", "model", "twin"])
 @pytest.mark.parametrize("policy", EVICTING.values(), ids=EVICTING)
 def test_under_eviction_the_answer_is_that_of_decoding_alone(policy, way, assistant):
-    one, tokens = model(), repeating()
-    given = ways(assistant)[way.removesuffix(" with a policy")]
+    """The twin of the model, with the same policy attached, guesses most tokens; the others guess few."""
+    one, tokens, twin = model(), repeating(), build()
+    twin.generation_config.num_assistant_tokens = 5
+    given = {**ways(assistant), "twin": {"assistant_model": twin}}[way]
     with policy().attach(one) as attachment, contextlib.ExitStack() as stack:
         alone = generate(one, tokens)
-        if way.endswith("policy"):
-            stack.enter_context(small("streaming_llm").attach(assistant))
+        if way == "twin":
+            stack.enter_context(policy().attach(twin))
         forwards = []
         handle = one.register_forward_hook(lambda *_: forwards.append(1))
         assisted = generate(one, tokens, **given)
@@ -70,8 +72,8 @@ def test_under_eviction_the_answer_is_that_of_decoding_alone(policy, way, assist
         entries = [layer.held for layer in attachment.report().layers]
     assert_same_answer(assisted, alone)
     assert max(entries) < 20
-    if way == "lookup":
-        assert len(forwards) < 24
+    if way == "twin":
+        assert len(forwards) < 16
 
 
 def assert_same_answer(assisted, alone):
@@ -86,7 +88,7 @@ def assert_same_answer(assisted, alone):
 
 @pytest.mark.parametrize("way", ["lookup", "model"])
 @pytest.mark.parametrize("name", NAMES)
-def test_entries_leave_in_crop_only_and_the_bound_holds_after_it(name, way, assistant, monkeypatch):
+def test_the_bound_holds_after_every_round(name, way, assistant, monkeypatch):
     with small(name).attach(model()) as attachment:
         cache = attachment.cache()
         after_forward, crop, seen = [], type(cache).crop, []
@@ -102,7 +104,7 @@ def test_entries_leave_in_crop_only_and_the_bound_holds_after_it(name, way, assi
         out = generate(model(), repeating(), past_key_values=cache, **ways(assistant)[way])
         assert out.sequences.shape[1] == 64
         assert all(layer.compressions for layer in attachment.report().layers)
-    assert after_forward[0] == [2 * seen[0]] * 3  # the whole prompt, until the candidates were verified
+    assert max(after_forward[0]) < 2 * 40 <= 2 * seen[0]  # the prompt was compressed before its candidates came
 
 
 def test_a_policy_on_the_assistant_keeps_what_a_rollback_needs(assistant):
