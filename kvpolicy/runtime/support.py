@@ -20,6 +20,7 @@ _REFUSED = {  # by what a configuration says, under one of these names
 }
 _OWN_ATTENTION = {
     "doge": "its attention makes masks of its own, from the values",
+    "gemma4_unified": "its masks hide more than pads and later tokens, whatever it is given",
     "jetmoe": "its attention is computed by experts of its own",
 }
 _CAN_SET = "_can_set_attn_implementation"
@@ -107,8 +108,9 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
     for reason, names in _REFUSED.items():
         if any(is_set(text, name) for name in names):
             yield reason
-    if text.model_type in _OWN_ATTENTION:
-        yield _OWN_ATTENTION[text.model_type]
+    for kind in dict.fromkeys((config.model_type, text.model_type)):
+        if kind in _OWN_ATTENTION:
+            yield _OWN_ATTENTION[kind]
     if not is_set(text, "num_attention_heads"):
         yield "it has no attention heads"
         return
