@@ -409,8 +409,9 @@ class PolicyLayer(LendingLayer):
             self.real[row] = real - int((newest >= 0).sum())
         self.held.truncate(count)
         self.seen -= count
-        if self.padded:  # once altered, pads are never older than a forward
-            self.padded = not self.altered and bool((self.held.slots.dense(POSITIONS) < 0).any())
+        if self.padded:  # pads stand in all heads of their row
+            first = [self.held.slots.segment(POSITIONS, row, 0) for row in range(len(self.real))]
+            self.padded = any(bool((positions < 0).any()) for positions in first)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
