@@ -63,9 +63,12 @@ class CacheProvider:
 def _prompt_end(model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> int | None:
     """How many tokens the prompt of a generation ends behind, those in the cache included; None when not known."""
     mask = model_kwargs.get("attention_mask")
-    if mask is None and generation_config.max_new_tokens is not None:  # a mask that hides nothing has been dropped
-        return int(generation_config.max_length) - int(generation_config.max_new_tokens)
-    return mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask.shape[1]
+    dropped = getattr(generation_config, "_mask_length", None)  # of a mask that hid nothing, so transformers dropped it
+    if dropped is None and generation_config.max_new_tokens is not None:
+        dropped = generation_config.max_length - generation_config.max_new_tokens
+    return None if dropped is None else int(dropped)
 
 
 def _require_dynamic(generation_config: GenerationConfig) -> None:
