@@ -1,7 +1,9 @@
 """Whether a cache is whole: one object for all of its layers, so that what fails in one of them is known in all."""
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import attrs
 
@@ -32,6 +34,14 @@ class Integrity:
         self._forward: _Forward | None = None
         self._members: frozenset[int] | None = None  # layers that took part in the forwards so far
         self._retired: str | None = None
+        self._moving = threading.RLock()  # another thread may move entries to make room for its own cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_moving"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._moving = threading.RLock()
 
     @property
     def is_whole(self) -> bool:
@@ -59,9 +69,10 @@ class Integrity:
     @contextlib.contextmanager
     def hand_over(self) -> Iterator[None]:
         """The body moves entries between storages, which changes nothing that can be seen: it is never refused."""
-        before, self._open = self._open, self._open or "move to another storage"
-        yield
-        self._open = before
+        with self._moving:
+            before, self._open = self._open, self._open or "move to another storage"
+            yield
+            self._open = before
 
     @contextlib.contextmanager
     def renewal(self) -> Iterator[None]:
@@ -76,17 +87,19 @@ class Integrity:
 
     def begin_forward(self) -> None:
         """A forward is about to begin, and `end_forward` will be called when it has returned."""
-        self.require_whole()
+        with self._moving:
+            self.require_whole()
         self._forward = _Forward(announced=True)
 
     def end_forward(self) -> None:
         """The forward has returned. Raises CacheError when it left out layers, or did not attend in some of them."""
-        forward = self._forward
-        if self._open is not None or forward is None:
-            return
-        if forward.updated != forward.settled:
-            raise CacheError(self._fault())
-        self._require_members(forward)
+        with self._moving:
+            forward = self._forward
+            if self._open is not None or forward is None:
+                return
+            if forward.updated != forward.settled:
+                raise CacheError(self._fault())
+            self._require_members(forward)
         self._forward = None
 
     def require_ready(self, layer: int) -> None:

@@ -123,7 +123,7 @@ class KeepKV(Merger):
     key: str = parameter(
         Choice(("scale", *LOSSLESS, "mean")), "scale", help="how a merged key keeps its mass; `mean` does not"
     )
-    scale_max: float = parameter(Number(above=0, maximum=1e6), 1.0, help="largest factor that `scale` puts on a key")
+    scale_max: float = parameter(Number(above=0, maximum=1e9), 1.0, help="largest factor that `scale` puts on a key")
     fallback: str = parameter(Choice(LOSSLESS), "additive", help="what `scale` does where the factor is out of bounds")
     gqa: str = parameter(
         Choice(("shared", "lstsq")), "shared", help="one score for a GQA group, or keys fitted to each query head"
