@@ -58,7 +58,7 @@ def test_every_store_holds_models_of_every_shape_and_precision(store, dtype, sha
     assert all(logits.isfinite().all() and logits.dtype in (dtype, torch.float32) for logits in out.logits)
     assert all(layer.held <= 12 + 4 for layer in held)
     plan = attachment.plan
-    assert sum(layer.nbytes for layer in held) <= 2 * plan.footprint.nbytes(12 + 4) + 1
+    assert sum(layer.entry_bytes for layer in held) <= 2 * plan.footprint.nbytes(12 + 4) + 1
 
 
 @pytest.mark.parametrize("store", ["kivi", "latent", "tada"])
