@@ -89,8 +89,8 @@ def test_a_faulty_row_is_held_unpacked_and_says_so_once(store, wrong):
     assert layer.held.values.sealed[ROW] == layer.held.values.sealed[0]
     held, whole = segment(layer.held, "keys", ROW, 0), torch.cat([step[0][ROW, 0] for step in steps])
     assert torch.equal(held[before:].nan_to_num(7.0), whole[before:].nan_to_num(7.0))
-    plain = 2 * ROWS * HEADS * sum(SIZES) * DIM * 4
-    assert half.nbytes <= plain
+    plain = ROWS * HEADS * (sum(SIZES) + 16) * DIM * 4  # storage grows by 16 slots or more
+    assert half.nbytes <= 2 * plain
 
 
 @pytest.mark.parametrize("store", PACKING)
@@ -128,7 +128,8 @@ def test_what_is_undone_is_no_fault_any_more():
     feed(layer, *first)
     layer.crop(0)
     wrong[0][0, 0, 1] = torch.nan
-    feed(layer, *wrong)
+    with pytest.warns(NonFiniteScoreWarning, match="held unpacked"):
+        feed(layer, *wrong)
     layer.crop(-4)
     feed(layer, *again)
     layer.crop(0)

@@ -173,7 +173,7 @@ def test_bytes_held_are_those_of_the_formula(store):
     for _ in range(40):
         feed(layer, *entries(generator, 1, 1))
         assert layer.held.nbytes == plan.footprint.layer_bytes(0, 24 + 8)
-        assert layer.stats.nbytes == layer.held.nbytes
+        assert layer.stats.entry_bytes == layer.held.nbytes
 
 
 @pytest.mark.parametrize("store", [store for store in STORES if store != "plain"])

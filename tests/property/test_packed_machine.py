@@ -187,4 +187,4 @@ def test_what_is_noted_of_a_step_is_what_it_leaves(count):
     assert layer.held.is_plain == (count == 6)
     assert not layer.padded
     assert layer.stats.held == layer.held.slots.average == count - 1.5
-    assert layer.stats.nbytes == layer.held.nbytes
+    assert layer.stats.entry_bytes == layer.held.nbytes
