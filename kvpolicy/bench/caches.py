@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvpolicy.evaluate.filling import feed
+from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.layer import PolicyLayer
 
 _CHUNK = 4096  # tokens of one forward while a policy's cache is filled, and of all its rows together:
@@ -46,29 +47,30 @@ class PreallocatedCache(DynamicCache):
 
 
 def fill(cache: Cache, config: Any, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Random entries for `length` tokens, layer by layer; a policy compresses as it would in prefill."""
+    """Random entries for `length` tokens; a policy gets them in chunks, and compresses as it would in prefill."""
     random = torch.Generator(device).manual_seed(0)
     for place, layer in enumerate(cache.layers):
         if not isinstance(layer, PolicyLayer):
             cache.update(*_entries(random, config, rows, length, dtype), place)
-            continue
-        chunk = max(1, min(_CHUNK, _CHUNK_OF_ALL // rows))
-        for start in range(0, length, chunk):
-            _feed(layer, random, config, rows, min(chunk, length - start), dtype)
+    chunk = max(1, min(_CHUNK, _CHUNK_OF_ALL // rows))
+    for start in range(0, length, chunk):
+        _feed(cache, random, config, rows, min(chunk, length - start), dtype)
 
 
 def ripen(cache: Cache, config: Any, rows: int, dtype: torch.dtype, device: torch.device) -> None:
     """One token after another until the next one makes a policy compress; nothing for other caches."""
     random = torch.Generator(device).manual_seed(1)
+    if isinstance(cache, PolicyCache):
+        for _ in range(min(cache.plan.budgets.slack, _CHUNK) - 1):
+            _feed(cache, random, config, rows, 1, dtype)
+
+
+def _feed(cache: Cache, random: torch.Generator, config: Any, rows: int, count: int, dtype: torch.dtype) -> None:
+    """One forward of `count` tokens: every layer of a policy takes them."""
     for layer in cache.layers:
         if isinstance(layer, PolicyLayer):
-            for _ in range(min(layer.plan.budgets.slack, _CHUNK) - 1):
-                _feed(layer, random, config, rows, 1, dtype)
-
-
-def _feed(layer: PolicyLayer, random: torch.Generator, config: Any, rows: int, count: int, dtype: torch.dtype) -> None:
-    queries = _normal(random, dtype, rows, config.num_attention_heads, min(count, _QUERIES), config.head_dim)
-    feed(layer, *_entries(random, config, rows, count, dtype), queries)
+            queries = _normal(random, dtype, rows, config.num_attention_heads, min(count, _QUERIES), config.head_dim)
+            feed(layer, *_entries(random, config, rows, count, dtype), queries)
 
 
 def _entries(random: torch.Generator, config: Any, rows: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,7 @@ def due(plan: Plan, shape: ModelShape, layers: Sequence[Held]) -> tuple[PolicyCa
             feed(layer, held.keys[:, :, :-1], held.values[:, :, :-1], held.queries[:, :, :-1])
         else:
             feed(layer, held.keys[:, :, :-1], held.values[:, :, :-1], held.queries)
+    for layer, held in zip(cache.managed, layers, strict=True):  # another forward
         asked.append(appended(layer, held.keys[:, :, -1:], held.values[:, :, -1:], held.queries[:, :, -1:]))
 
     def settle() -> None:

@@ -1,5 +1,6 @@
 """What a policy costs that evicts nothing, and whether steps get slower the longer a sequence has become."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -70,21 +71,22 @@ class Age:
         model = contender.model
         cache = contender.cache(tokens)
         random = torch.Generator(model.device).manual_seed(0)
-        for layer in cache.layers:
-            if isinstance(layer, PolicyLayer):
-                _one_by_one(layer, model, tokens, random)
+        _one_by_one([layer for layer in cache.layers if isinstance(layer, PolicyLayer)], model, tokens, random)
         return Running(contender, cache, torch.ones((1, 1), dtype=torch.long, device=model.device))
 
 
-def _one_by_one(layer: PolicyLayer, model: LlamaForCausalLM, tokens: int, random: torch.Generator) -> None:
+def _one_by_one(
+    layers: Sequence[PolicyLayer], model: LlamaForCausalLM, tokens: int, random: torch.Generator
+) -> None:
     config: Any = model.config
     heads = (config.num_key_value_heads, config.num_key_value_heads, config.num_attention_heads)
     for start in range(0, tokens, _AT_ONCE):
         count = min(_AT_ONCE, tokens - start)
-        sizes = [(1, one, count, config.head_dim) for one in heads]
+        sizes = [(len(layers), 1, one, count, config.head_dim) for one in heads]
         keys, values, queries = (
             torch.randn(size, generator=random, device=model.device, dtype=model.dtype) for size in sizes
         )
         for place in range(count):
             newest = slice(place, place + 1)
-            feed(layer, keys[:, :, newest], values[:, :, newest], queries[:, :, newest])
+            for layer, *states in zip(layers, keys, values, queries, strict=True):
+                feed(layer, *(one[:, :, newest] for one in states))

@@ -11,7 +11,7 @@ from kvpolicy.plan.followers import state_name
 from kvpolicy.plan.fused import choose_together, score_together
 from kvpolicy.plan.fusion import fusion_of
 from kvpolicy.plan.layers import Layers
-from kvpolicy.plan.pipeline import allocate, choose, score, select
+from kvpolicy.plan.pipeline import allocate, choose, score, scored, select
 from kvpolicy.stages import Geometry, View
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_kernels import UnsupportedInputError
@@ -127,10 +127,21 @@ def view_of(spec, geometry, dtype, rows, numbers):
 
 
 def rounding_decides(spec, views):
-    """Whether two keys are so nearly as much alike as a threshold of the policy that the last bits decide."""
+    heads = [one[inside] for one, inside in zip(scores.flatten(0, 1), view.candidates.flatten(0, 1), strict=True)]
+    if any(is_flat(place, weighted, view) for place, weighted in enumerate(spec.score) for view in views):
+        return True
     thresholds = {weighted.scorer.threshold for weighted in spec.score if isinstance(weighted.scorer, Redundancy)}
     heads = [keys for view in views for keys in view.keys.flatten(0, 1)]
     return any(near_threshold(keys, threshold) for threshold in thresholds for keys in heads)
+
+
+def is_flat(place, weighted, view):
+    """Whether the scores of a head differ by no more than rounding, and are divided by their deviation."""
+    if weighted.normalise != "standard":
+        return False
+    scores, _ = scored(weighted.scorer, state_name(place, ""), view)
+    heads = [head[inside] for head, inside in zip(scores.flatten(0, 1), view.candidates.flatten(0, 1), strict=True)]
+    return any(len(head) > 1 and (head.amax() - head.amin()) <= 1e-2 * head.abs().amax() for head in heads)
 
 
 @given(st.integers(0, 2**31))
