@@ -15,7 +15,7 @@ from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.implementation import EAGER, NAME, SDPA, attention_function, mask_function, name_for
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.misses import Misses
-from kvpolicy.runtime.modes import exact, outside_graphs, widened
+from kvpolicy.runtime.modes import outside_graphs, widened
 from kvpolicy.runtime.padding import arrival_of, is_foreign, policy_mask
 from kvpolicy.runtime.static.attend import attend_static
 from kvpolicy.runtime.static.layer import StaticLayer
@@ -78,19 +78,17 @@ def _attend(
     """Attention over what a layer holds, which is then observed and compressed."""
     query, _, _, mask = states
     _refuse_changing(layer, query, mask, call)
-    arrival, kind = arrival_of(mask), query.device.type
+    arrival = arrival_of(mask)
     padded, factor = arrival is not None and arrival.padded, query.shape[-1] ** -0.5 if scaling is None else scaling
     queries = widened(query, layer.plan.dtype)
-    with exact(kind):
-        asked = Asked(queries, layer.arrive(arrival), padded=padded, scaling=factor)
-        attended = layer.attend(asked, dropout)
+    asked = Asked(queries, layer.arrive(arrival), padded=padded, scaling=factor)
+    attended = layer.attend(asked, dropout)
     output: Attended
     if attended is not None:
         output = attended.transpose(1, 2).contiguous().to(query.dtype), None
     else:
         output = attention_function(original, module)(module, *states, dropout=dropout, scaling=scaling, **call)
-    with exact(kind):
-        layer.settle(asked)
+    layer.settle(asked)
     return output
 
 

@@ -130,6 +130,7 @@ class PolicyLayer(LendingLayer):
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
         return keys, values
 
+    @exactly
     def arrive(self, arrival: Arrival | None) -> Tensor:
         """Positions of the appended tokens, [B, q], now that it is known which are pads (position -1).
 
@@ -151,6 +152,7 @@ class PolicyLayer(LendingLayer):
         self._arriving = 0
         return self._places
 
+    @exactly
     def attend(self, asked: Asked, dropout: float = 0.0) -> Tensor | None:
         """Attention over what is held and read, [B, H, q, D]; None when that is all there ever was: a stock call."""
         self.scaling = asked.scaling
@@ -187,6 +189,7 @@ class PolicyLayer(LendingLayer):
     def _spread(self, positions: Tensor) -> Tensor:
         return positions[:, None].expand(-1, self.plan.geometry.kv_heads, -1)
 
+    @exactly
     def settle(self, asked: Asked) -> None:
         """After attention: observe the queries and compress the rows that are due; later, if it may be undone."""
         self.scaling = asked.scaling

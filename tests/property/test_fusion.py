@@ -127,7 +127,7 @@ def view_of(spec, geometry, dtype, rows, numbers):
 
 
 def rounding_decides(spec, views):
-    heads = [one[inside] for one, inside in zip(scores.flatten(0, 1), view.candidates.flatten(0, 1), strict=True)]
+    """Whether the last bits decide: keys are as much alike as a threshold says, or a standard score is of nothing."""
     if any(is_flat(place, weighted, view) for place, weighted in enumerate(spec.score) for view in views):
         return True
     thresholds = {weighted.scorer.threshold for weighted in spec.score if isinstance(weighted.scorer, Redundancy)}
@@ -140,8 +140,8 @@ def is_flat(place, weighted, view):
     if weighted.normalise != "standard":
         return False
     scores, _ = scored(weighted.scorer, state_name(place, ""), view)
-    heads = [head[inside] for head, inside in zip(scores.flatten(0, 1), view.candidates.flatten(0, 1), strict=True)]
-    return any(len(head) > 1 and (head.amax() - head.amin()) <= 1e-2 * head.abs().amax() for head in heads)
+    heads = [one[inside] for one, inside in zip(scores.flatten(0, 1), view.candidates.flatten(0, 1), strict=True)]
+    return any(len(one) > 1 and (one.amax() - one.amin()) <= 1e-2 * one.abs().amax() for one in heads)
 
 
 @given(st.integers(0, 2**31))
