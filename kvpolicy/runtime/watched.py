@@ -98,8 +98,6 @@ class WatchedLayer(LogicalLayer):
         query, key, value, mask = states
         if self._given is None or key is not self._given[0] or value is not self._given[1]:
             self._refuse("attention is called with other keys or values than the cache gave back")
-        if getattr(module, "layer_idx", self.index) != self.index:
-            self._refuse(f"layer {getattr(module, 'layer_idx', None)} attends to its keys")
         heads = self.geometry.query_heads
         if query.shape[1] != heads or query.shape[3] != self.geometry.head_dim:
             self._refuse(f"queries must have {heads} heads of {self.geometry.head_dim}: {tuple(query.shape)}")
