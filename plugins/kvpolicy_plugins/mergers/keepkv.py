@@ -113,7 +113,7 @@ class KeepKV(Merger):
     votes: ClassVar[bool] = True
 
     threshold: float = parameter(
-        Number(minimum=-1, maximum=1), 0.8, help="cosine similarity of keys from which entries merge; -1 = all do"
+        Number(minimum=-1, maximum=2), 0.8, help="cosine similarity of keys from which entries merge; above 1 none do"
     )
     estimate: str = parameter(
         Choice(("ema", "window")), "ema", help="scores: moving average, or mean over the last `window` queries"

@@ -52,7 +52,7 @@ def test_without_matplotlib_the_numbers_are_still_written(kv, tmp_path, monkeypa
         (("--seed", "-1"), "seed must be from 0 to"),
         (("--out", "file/below.json"), "file: cannot be made"),
         (("--markdown", "."), ".: is a folder"),
-        (("--from", "nowhere.json"), "--from nowhere.json: cannot be read"),
+        (("--from", "nowhere.json"), "nowhere.json: no such file"),
         (("--from", "file"), "--from file: cannot be read"),
         (("--from", "other.json"), "--from other.json: is not a record of kvpolicy evaluate (form 1)"),
     ],

@@ -114,7 +114,8 @@ def test_a_whole_answer_ends(tiny, items, monkeypatch):
 
     def ending(*args, **call):
         out = forward(*args, **call)
-        out.logits[call["position_ids"][:, -1] == place, -1, end] = 1e6
+        if "position_ids" in call:  # not where a model is only tried
+            out.logits[call["position_ids"][:, -1] == place, -1, end] = 1e6
         return out
 
     monkeypatch.setattr(model, "forward", ending)
