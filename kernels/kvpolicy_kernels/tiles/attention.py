@@ -18,7 +18,7 @@ def _over_queries(probabilities, voters, deviation, REDUCE: tl.constexpr, DEVIAT
         scores = total / counted
     if DEVIATION:
         width: tl.constexpr = probabilities.shape[2]
-        voting = (tl.arange(0, width) >= width - voters)[None, None, :]
+        voting = (tl.arange(0, width) + voters >= width)[None, None, :]
         spread = tl.where(voting, probabilities - (total / counted)[:, :, None], 0.0)
         variance = tl.sum(spread * spread, 2) / tl.maximum(voters - 1.0, 1.0)
         scores += deviation * tl.sqrt(variance)
