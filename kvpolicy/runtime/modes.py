@@ -3,10 +3,13 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def exact(kind: str) -> contextlib.AbstractContextManager[None]:
@@ -29,11 +32,11 @@ def _exact(kind: str) -> Iterator[None]:
         yield
 
 
-def exactly(method: Callable[..., Any]) -> Callable[..., Any]:
+def exactly(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[Any, _P], _T]:
     """A method of a cache layer whose body is `exact` on the layer's device."""
 
     @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **options: Any) -> Any:
+    def wrapped(self: Any, /, *args: _P.args, **options: _P.kwargs) -> _T:
         with exact(self.plan.device.type):
             return method(self, *args, **options)
 
