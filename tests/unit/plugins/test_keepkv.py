@@ -164,13 +164,13 @@ def test_what_is_observed():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"threshold": -1.5}, "threshold: must be a number from -1 to 1: -1.5"),
+        ({"threshold": -1.5}, "threshold: must be a number from -1 to 2: -1.5"),
         ({"estimate": "mean"}, "estimate: must be one of ema, window: 'mean'"),
         ({"alpha": 1}, "alpha: must be less than 1: 1"),
         ({"alpha": -0.1}, "alpha: must be a number from 0 to 1"),
         ({"window": 0}, "window: must be an integer from 1 to 4096: 0"),
         ({"key": "sum"}, "key: must be one of scale, additive, bias, mean: 'sum'"),
-        ({"scale_max": 0}, "scale_max: must be a number above 0, up to 1e+06: 0"),
+        ({"scale_max": 0}, "scale_max: must be a number above 0, up to 1e+09: 0"),
         ({"fallback": "mean"}, "fallback: must be one of additive, bias: 'mean'"),
         ({"gqa": "expand"}, "gqa: must be one of shared, lstsq: 'expand'"),
         ({"gqa": "lstsq"}, "gqa: must be shared unless the key is additive: lstsq"),

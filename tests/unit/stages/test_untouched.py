@@ -131,7 +131,7 @@ def test_conformance_finds_it_in_other_stages(plugin, name):
         ({"other": torch.zeros(1, 2, 3)}, r"returned state 'other', expected only \['mine'\]"),
         ({"mine": 3}, "returned int, expected a tensor"),
         ({"mine": torch.zeros(1, 2)}, "returned shape"),
-        ({"mine": torch.zeros(1, 2, 3).double()}, "returned torch.float64"),
+        ({"mine": torch.zeros(1, 2, 3).half()}, "returned torch.float16"),
     ],
 )
 def test_state_that_was_not_declared_is_refused(fresh, message):
