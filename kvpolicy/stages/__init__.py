@@ -33,8 +33,9 @@ from kvpolicy.stages.parameters import (
     parameter,
 )
 from kvpolicy.stages.rotary import Rotary
+from kvpolicy.stages.slots import by_position, gather, indices_of, take
 from kvpolicy.stages.view import View
-from kvpolicy_kernels import Finish, Tile, WindowUse
+from kvpolicy_kernels import ColumnRequest, Finish, Tile, Traffic, WindowUse
 from kvpolicy_kernels.held import PackedColumn, Unpacking
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Choice",
     "Codec",
     "Column",
+    "ColumnRequest",
     "Entries",
     "Finish",
     "Flag",
@@ -73,9 +75,14 @@ __all__ = [
     "State",
     "Text",
     "Tile",
+    "Traffic",
     "Unpacking",
     "View",
     "WindowUse",
+    "by_position",
+    "gather",
     "hookimpl",
+    "indices_of",
     "parameter",
+    "take",
 ]
