@@ -33,7 +33,7 @@ from kvpolicy.stages.parameters import (
     parameter,
 )
 from kvpolicy.stages.rotary import Rotary
-from kvpolicy.stages.slots import by_position, gather, indices_of, take
+from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy.stages.view import View
 from kvpolicy_kernels import ColumnRequest, Finish, Tile, Traffic, WindowUse
 from kvpolicy_kernels.held import PackedColumn, Unpacking
@@ -79,10 +79,8 @@ __all__ = [
     "Unpacking",
     "View",
     "WindowUse",
-    "by_position",
     "gather",
     "hookimpl",
     "indices_of",
     "parameter",
-    "take",
 ]
