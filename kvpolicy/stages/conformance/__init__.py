@@ -11,9 +11,9 @@
 
 Each check raises `kvpolicy.errors.PluginContractError`, which says what was expected and what was found.
 
-A scorer with a tile function has a case `tile gives what score gives`. It needs a GPU, or Triton with TRITON_INTERPRET=1
-set before it is imported. Where nothing can run a tile, the case is called `tile is not compared with score`, with the
-reason, and passes.
+A scorer with a tile function has a case `tile gives what score gives`. It needs a GPU, or TRITON_INTERPRET=1 in the
+environment before Triton is imported. Where nothing can run a tile, the case is called `tile is not compared with
+score`, with the reason, and passes.
 """
 
 import functools
