@@ -75,7 +75,7 @@ def test_many_chunks(lengths, kind, sinks, recent):
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(0, 100), min_size=4, max_size=4),
     shape=st.sampled_from([(1, 1, 4), (2, 1, 2), (1, 4, 1), (1, 2, 2)]),
