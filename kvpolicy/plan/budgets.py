@@ -4,15 +4,17 @@ import warnings
 from collections.abc import Sequence
 
 import attrs
+import torch
 
-from kvpolicy.errors import BudgetWarning, PolicyError, Problem, one_line
+from kvpolicy.errors import BudgetWarning, PolicyError, Problem
 from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
-from kvpolicy.stages import Geometry, LayerRequest
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages import AllocationRequest, Geometry
+from kvpolicy.stages.checks import check_tensor, contract_error
 
 _MOST_KNOWN = 4096  # lengths that are remembered
 _PerLayer = tuple[int, ...]
+_HOST = torch.device("cpu")
 
 
 @attrs.frozen(eq=False)
@@ -125,19 +127,15 @@ class Budgets:
         return seen if share is None else seen * share.numerator // share.denominator
 
     def _allocate(self, seen: int) -> _PerLayer:
-        request = LayerRequest(
-            layers=self.geometry.layers,
-            budget=min(self.average(seen), seen),
-            protected=min(sum(self.protected(seen)), seen),
-            length=seen,
-        )
-        allocator = self.spec.allocate.layers
-        shares = allocator.allocate(request)
-        sound = isinstance(shares, Sequence) and len(shares) == request.layers
-        if not sound or not all(type(one) is int and request.protected <= one <= seen for one in shares):
-            expected = f"{request.layers} integers from {request.protected} to {seen}"
-            raise contract_error(allocator, f"returned {one_line(shares, 100)}, expected {expected}")
-        return tuple(shares)
+        average, protected = min(self.average(seen), seen), min(sum(self.protected(seen)), seen)
+        layers, allocator = self.geometry.layers, self.spec.allocate.layers
+        request = AllocationRequest.of_lengths(layers, average, protected, [seen])
+        counts = allocator.allocate(request)
+        check_tensor(allocator, counts, {"layers": layers, "batch": 1, "kv_heads": 1}, torch.int64, _HOST)
+        shares: list[int] = counts.flatten().tolist()
+        if not all(0 <= share <= seen - protected for share in shares):
+            raise contract_error(allocator, f"returned {shares}, expected counts from 0 to {seen - protected}")
+        return tuple(share + protected for share in shares)
 
 
 def _noted(known: dict[int, _PerLayer], seen: int, found: _PerLayer) -> _PerLayer:

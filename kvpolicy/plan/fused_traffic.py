@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 import torch
 
+from kvpolicy.plan.compress.fusion import Term
 from kvpolicy.plan.followers import ATTENTION
-from kvpolicy.plan.fusion import Term
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.plan.steps import Shapes, Step
 from kvpolicy.stages.registry import registry

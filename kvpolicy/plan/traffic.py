@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
+from kvpolicy.plan.compress.fusion import Term
 from kvpolicy.plan.followers import ATTENTION
 from kvpolicy.plan.fused_traffic import allocate_step, compact_step, finish_step, score_steps, select_step
-from kvpolicy.plan.fusion import Term
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.plan.reads import reads_of
 from kvpolicy.plan.steps import Shapes, Step

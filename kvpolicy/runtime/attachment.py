@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy.errors import AttachError
-from kvpolicy.plan.fallback import note_once
+from kvpolicy.plan.compress.kernel_errors import note_once
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.attention import managed_modules, register
 from kvpolicy.runtime.cache import PolicyCache

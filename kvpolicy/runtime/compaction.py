@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.followers import ATTENTION
-from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.runtime.access import Rows
 from kvpolicy.runtime.copying import Move
@@ -66,7 +66,7 @@ def lay_down(
 ) -> None:
     """Replace the contents of the rows by what a compression left of them; `fills` as in `Move`."""
     held.slots.write(rows, result.observed)
-    move = Move(rows, result.kept, fills)
+    move = Move(rows, result.kept, fills, result.lengths)
     layout = layout_after(plan, held, move, limit)
     if result.entries is None:
         held.evict(move, layout)

@@ -89,7 +89,9 @@ def _short(value: Any) -> Any:
         return named if len(named) > 1 else named["use"]
     if isinstance(value, tuple):
         return [_short(part) for part in value]
-    return {name: _short(part) for name, part in _fields(value).items()} if attrs.has(type(value)) else value
+    if not attrs.has(type(value)):
+        return value
+    return {name: _short(part) for name, part in _fields(value).items()}
 
 
 def _plugin(plugin: Plugin) -> dict[str, Any]:
@@ -100,7 +102,8 @@ def _plugin(plugin: Plugin) -> dict[str, Any]:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+    fields = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+    return {name: part for name, part in fields.items() if part is not None}  # an optional plugin that is not there
 
 
 def _flow(value: Any) -> str:

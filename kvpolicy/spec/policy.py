@@ -4,11 +4,14 @@ from typing import Any
 
 import attrs
 
+from kvpolicy.errors import ParameterError
 from kvpolicy.spec.budget import Budget, Part
 from kvpolicy.spec.writable import check_writable
 from kvpolicy.stages.contracts import (
+    Allocator,
     Codec,
     HeadAllocator,
+    JointAllocator,
     LayerAllocator,
     Merger,
     Reader,
@@ -171,6 +174,18 @@ class Allocate:
 
     layers: LayerAllocator = parameter(Plugged("allocate.layers", default="uniform"), help="over layers")
     heads: HeadAllocator = parameter(Plugged("allocate.heads", default="uniform"), help="over the KV heads of a layer")
+    joint: JointAllocator | None = parameter(
+        Plugged("allocate.joint", optional=True), None, help="over all layers and heads at once, in place of these two"
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.joint is not None and (self.layers.name, self.heads.name) != ("uniform", "uniform"):
+            raise ParameterError("joint divides over layers and heads: leave layers and heads out")
+
+    @property
+    def divider(self) -> Allocator:
+        """What is asked when entries have been scored."""
+        return self.heads if self.joint is None else self.joint
 
 
 @attrs.frozen

@@ -14,10 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
-from kvpolicy.plan.fused import score_together
-from kvpolicy.plan.fusion import fusion_of
-from kvpolicy.plan.layers import Layers
-from kvpolicy.plan.pipeline import score
+from kvpolicy.plan.compress.fusion import fusion_of
 from kvpolicy.plan.reads import small_view
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.policy import Weighted
@@ -25,6 +22,7 @@ from kvpolicy.spec.reference import reference_markdown
 from kvpolicy.stages import Geometry, Scorer
 from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from tests.compressing import fused, score
 from tests.policies import small
 
 ROOT = Path(__file__).parents[2]
@@ -99,10 +97,9 @@ def test_scorer_shown_is_fused(tmp_path, monkeypatch):
     check_plugin(shown)
     spec = attrs.evolve(small("snapkv").spec, score=(Weighted(shown), Weighted(KeyNorm())))
     view = small_view({"": shown}, Geometry((0,), 4, 2, 16))
-    fusion, layers = fusion_of(spec, ""), Layers.of([view])
+    fusion = fusion_of(spec, "")
     assert not any(term.reason for term in fusion.terms)
-    total, _, _ = score_together(fusion, layers)
-    torch.testing.assert_close(layers.per_view(total)[0], score(spec, view)[0])
+    torch.testing.assert_close(fused(spec, fusion, [view]).scores[0], score(spec, view)[0])
 
 
 def test_store_shown_keeps_its_contract(tmp_path, monkeypatch):

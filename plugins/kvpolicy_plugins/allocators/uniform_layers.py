@@ -3,8 +3,9 @@
 from typing import ClassVar
 
 import attrs
+from torch import Tensor
 
-from kvpolicy.stages import LayerAllocator, LayerRequest
+from kvpolicy.stages import AllocationRequest, LayerAllocator
 
 
 @attrs.frozen
@@ -13,5 +14,6 @@ class UniformLayers(LayerAllocator):
 
     name: ClassVar[str] = "uniform"
 
-    def allocate(self, request: LayerRequest) -> tuple[int, ...]:
-        return (min(request.budget, request.length),) * request.layers
+    def allocate(self, request: AllocationRequest) -> Tensor:
+        share = request.total // len(request.room)
+        return share[:, None].expand(request.room.shape)
