@@ -2,6 +2,7 @@
 
 import torch
 
+from kvpolicy.plan.compress.allocate import allocate
 from kvpolicy.plan.compress.kernels import FusedLayers
 from kvpolicy.plan.compress.scored import ScoredLayers
 from kvpolicy.plan.compress.step import choose, compress, compress_one, tokens_of
@@ -32,8 +33,6 @@ def fused(spec, fusion, views):
 
 def allocated(spec, view, scores, budget):
     """Candidates to keep per head [B, K] under given scores."""
-    from kvpolicy.plan.compress.allocate import allocate
-
     group = ScoredLayers(spec, [view])
     group.scores = [scores]
     return allocate(spec, [group], [torch.as_tensor(budget, dtype=torch.int64)[None]], tokens_of(view))[0][0]

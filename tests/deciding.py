@@ -2,8 +2,9 @@
 
 import attrs
 import torch
-from kvpolicy.plan.pipeline import merge
 
+from kvpolicy.plan.compress import step
+from kvpolicy.plan.compress.merge import merge
 from kvpolicy.runtime.half import Half
 from kvpolicy.runtime.static import evict
 from kvpolicy.stages import Entries, Format
@@ -21,8 +22,8 @@ def places(settle):
     merged, packed, anyhow, on_device = merge, Half._packed, step._choose_anyhow, evict._choose
 
     def views(spec, fusion, batch, tokens, *, forgets):
-        results = []
-        for (shown, budgets), (seen, found) in zip(batch, anyhow(spec, fusion, batch, tokens, forgets=forgets), strict=True):
+        results, parts = [], anyhow(spec, fusion, batch, tokens, forgets=forgets)
+        for (shown, budgets), (seen, found) in zip(batch, parts, strict=True):
             whole = [again() for again in shown]  # `seen` may have forgotten the entries
             settled = [
                 _choosing(result, _kept(settle, spec, view, budget, _mask(view, result.kept)))

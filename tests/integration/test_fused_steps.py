@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.plan import execute
+from kvpolicy.plan.compress import step
+from kvpolicy.plan.compress.kernels import FusedLayers
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime import rounds
+from kvpolicy.runtime import scheduler
 from kvpolicy.runtime.attachment import Attachment
 from kvpolicy.runtime.support import geometry_of
 from kvpolicy_kernels import UnsupportedInputError
@@ -46,14 +47,14 @@ def test_kernels_choose_what_the_references_choose(name, rows):
 def test_layers_wait_for_the_end_of_a_decode_step(monkeypatch):
     """The prompt is compressed layer by layer, decode steps all layers at once, in place and by one launch each."""
     views, moved = [], []
-    inner, compact_layers = execute.choose_together, rounds.compact_layers
+    inner, compact_layers = step.score_layers, scheduler.compact_layers
 
-    def choose_together(spec, fusion, shown, budgets):
+    def score_layers(spec, fusion, shown):
         views.append(len(shown))
-        return inner(spec, fusion, shown, budgets)
+        return inner(spec, fusion, shown)
 
-    monkeypatch.setattr(execute, "choose_together", choose_together)
-    monkeypatch.setattr(rounds, "compact_layers", lambda *a, **k: moved.append(compact_layers(*a, **k)) or moved[-1])
+    monkeypatch.setattr(step, "score_layers", score_layers)
+    monkeypatch.setattr(scheduler, "compact_layers", lambda *a, **k: moved.append(compact_layers(*a, **k)) or moved[-1])
     model = build("llama", num_hidden_layers=LAYERS)
     _generate(model, POLICIES["rkv"], *prompt(28), kernels=True)
 
@@ -69,7 +70,7 @@ def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog):
     def refuse(*_args):
         raise UnsupportedInputError("no such luck")
 
-    monkeypatch.setattr(execute, "choose_together", refuse)
+    monkeypatch.setattr(FusedLayers, "score", refuse)
     found, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=True)
 
     assert torch.equal(found.sequences, expected.sequences)

@@ -43,8 +43,8 @@ class FusedLayers(ScoredLayers):
         positions = layers.columns["positions"]
         self.total, nan = finish(layers.segments, positions, terms, finishes, **layers.protect)
         self.scores = layers.per_view(self.total)
-        self.nan = torch.stack(layers.per_layer(nan)).sum(-1)
-        self.room, self.protected = (torch.stack(layers.per_layer(one)) for one in (layers.room, layers.protected))
+        self.nan = layers.counted(nan).sum(-1)
+        self.room, self.protected = layers.counted(layers.room), layers.counted(layers.protected)
 
     def _run_reference(self, term: Term, prefix: str, out: Tensor) -> None:
         per_view = self.layers.per_view(out)
@@ -59,7 +59,7 @@ class FusedLayers(ScoredLayers):
         layers = self.layers
         positions = layers.columns["positions"]
         owned = counts_of_best(self.total, layers.segments, best.flatten(), positions=positions, **layers.protect)
-        return owned.view(self.room.shape).long()
+        return layers.counted(owned).long()
 
     def select(self, counts: Tensor) -> Selection:
         if self.fusion.select:

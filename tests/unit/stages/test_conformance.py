@@ -131,7 +131,7 @@ class Doubling(Merger):
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (Spendthrift(), "layer allocator 'spendthrift' gave [57] candidates, expected [0]"),
+        (Spendthrift(), "layer allocator 'spendthrift' gave [65] candidates, expected [8]"),
         (Newest(), "left a candidate that scores higher than one it chose"),
         (Newest(), "chose later entries among equal scores"),
         (Doubling(), "returned other keys than those of the kept slots"),

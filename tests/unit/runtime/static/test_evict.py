@@ -108,7 +108,8 @@ def test_the_operators_say_what_they_change(name):
     held, due, budget = layer.slots, torch.tensor([[True, False]]), torch.tensor([[7, 7]])
     tensors = [*held.tensors, torch.zeros(2, dtype=torch.int64)]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(evict._evict_op, ([layer.name], tensors, held.window, due, budget, torch.tensor([CAPACITY, 12])), test_utils=tests)
+    given = ([layer.name], tensors, held.window, due, budget, torch.tensor([CAPACITY, 12]))
+    torch.library.opcheck(evict._evict_op, given, test_utils=tests)
     packed = torch.randn(2, HEADS, GROUP, DIM)
     columns = list(held.columns.values())
     arguments = (layer.name, packed, columns, [held.keys, held.values, held.lengths], 0.4)
