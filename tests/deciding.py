@@ -23,6 +23,8 @@ def places(settle):
 
     def views(spec, fusion, batch, tokens, *, forgets):
         results, parts = [], anyhow(spec, fusion, batch, tokens, forgets=forgets)
+        if spec.allocate.joint is not None:
+            return _of_all_layers(settle, spec, batch, parts)
         for (shown, budgets), (seen, found) in zip(batch, parts, strict=True):
             whole = [again() for again in shown]  # `seen` may have forgotten the entries
             settled = [
@@ -76,6 +78,35 @@ def _kept(settle, spec, view, budget, mask, due=None):
         settled = settle(("kept", part.layer), found).outcome["kept"]
         rows.append(torch.nn.functional.pad(settled, (0, mask.shape[2] - width)))
     return torch.cat(rows)
+
+
+def _of_all_layers(settle, spec, batch, parts):
+    """What `_choose_anyhow` gives for layers that compete, a row's decision being one on all of them."""
+    shown = [again() for group, _ in batch for again in group]
+    budgets = torch.cat([own for _, own in batch])
+    found = [result for _, results in parts for result in results]
+    masks = [_mask(view, result.kept) for view, result in zip(shown, found, strict=True)]
+    for row in range(budgets.shape[1]):
+        views, own = [row_of(view, row) for view in shown], budgets[:, row : row + 1]
+
+        def decide(noise, views=views, own=own):
+            others = [noisy_view(view, noise) for view in views]
+            results = step.choose(spec, None, others, own)
+            return _numbered(_mask(view, result.kept) for view, result in zip(others, results, strict=True))
+
+        widths = [view.positions.shape[2] for view in views]
+        outcome = _numbered(mask[row : row + 1, :, :width] for mask, width in zip(masks, widths, strict=True))
+        exact = torch.cat([view.positions for view in views], 2)
+        told = tuple(number for view in views for number in _told(view))
+        settled = settle(("kept", "all layers"), Decision(exact, told, outcome, decide)).outcome
+        for n, (mask, width) in enumerate(zip(masks, widths, strict=True)):
+            mask[row, :, :width] = settled[f"kept {n}"][0]
+    chosen_in_turn = iter([_choosing(result, mask) for result, mask in zip(found, masks, strict=True)])
+    return [(seen, [next(chosen_in_turn) for _ in results]) for seen, results in parts]
+
+
+def _numbered(masks):
+    return {f"kept {number}": mask for number, mask in enumerate(masks)}
 
 
 def _choosing(result, mask):

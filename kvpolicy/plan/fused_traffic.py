@@ -94,7 +94,7 @@ def allocate_step(plan: Plan, shapes: Shapes) -> Step:
     """Budgets of heads that compete follow from how many of the best entries each owns."""
     from kvpolicy_kernels.select import counts_traffic
 
-    name, imagined = registry().reference(type(plan.spec.allocate.heads)), Imagined.of(plan, shapes)
+    name, imagined = registry().reference(type(plan.spec.allocate.divider)), Imagined.of(plan, shapes)
     if not plan.ragged:
         return Step.fused("allocate", name, Traffic(launches=0), "follows from lengths")
     return Step.fused(

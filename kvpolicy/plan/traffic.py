@@ -95,7 +95,7 @@ def _column_sizes(plan: Plan, queries: int, slots: int) -> dict[str, int]:
 
 def _allocate(plan: Plan, shapes: Shapes) -> Step:
     """Budgets that are the same for every head need no scores, only how many candidates there are."""
-    heads, name = plan.geometry.kv_heads, registry().reference(type(plan.spec.allocate.heads))
+    heads, name = plan.geometry.kv_heads, registry().reference(type(plan.spec.allocate.divider))
     slot = _MASK + (_FLOAT if plan.ragged else 0)
     columns = ("scores", "candidates") if plan.ragged else ("candidates",)
     return Step("allocate", name, shapes.held * heads * slot, heads * _COUNT, columns)

@@ -6,7 +6,6 @@ What has no tile function, or is no plain choice of the best, runs its reference
 from collections.abc import Sequence
 
 import attrs
-import torch
 from torch import Tensor
 
 from kvpolicy.plan.compress.fusion import Fusion, Term
