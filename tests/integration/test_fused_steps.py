@@ -5,7 +5,6 @@ import torch
 
 import kvpolicy
 from kvpolicy.plan.compress import step
-from kvpolicy.plan.compress.kernels import FusedLayers
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.runtime import scheduler
 from kvpolicy.runtime.attachment import Attachment
@@ -58,7 +57,7 @@ def test_layers_wait_for_the_end_of_a_decode_step(monkeypatch):
     model = build("llama", num_hidden_layers=LAYERS)
     _generate(model, POLICIES["rkv"], *prompt(28), kernels=True)
 
-    assert views == [1] * LAYERS + [LAYERS] * 2
+    assert views == [1] + [1] * LAYERS + [LAYERS] * 2  # first of all a trial, when the plan is made
     assert moved == [[True]] * LAYERS + [[True] * LAYERS] * 2
 
 
@@ -67,10 +66,16 @@ def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog):
     model = build("llama", num_hidden_layers=LAYERS)
     expected, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=False)
 
-    def refuse(*_args):
-        raise UnsupportedInputError("no such luck")
+    calls, inner = [], step.score_layers
 
-    monkeypatch.setattr(FusedLayers, "score", refuse)
+    def refuse(spec, fusion, views):
+        """Once the plan has been made, for which kernels were tried."""
+        calls.append(fusion)
+        if fusion and sum(map(bool, calls)) > 1:
+            raise UnsupportedInputError("no such luck")
+        return inner(spec, fusion, views)
+
+    monkeypatch.setattr(step, "score_layers", refuse)
     found, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=True)
 
     assert torch.equal(found.sequences, expected.sequences)
