@@ -1,4 +1,4 @@
-"""Builds wheels of this repository and runs programs against them."""
+"""Builds wheels of this repository and runs programs against them, with Triton and without it."""
 
 import os
 import subprocess
@@ -7,6 +7,21 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+HIDE_TRITON = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] == "triton" else self.finder.find_spec(name, *rest)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+import importlib.util
+assert importlib.util.find_spec("triton") is None
+"""
 
 
 def run(*command, cwd, path="", **environment):

@@ -5,7 +5,17 @@ This module and those it names import no Triton, so that plans can be explained 
 
 from kvpolicy_kernels.segments import Column, Segments
 from kvpolicy_kernels.support import UnsupportedInputError, obstacle
-from kvpolicy_kernels.tile import Finish, Tile, WindowUse
+from kvpolicy_kernels.tile import ColumnRequest, Finish, Tile, WindowUse
 from kvpolicy_kernels.traffic import Traffic
 
-__all__ = ["Column", "Finish", "Segments", "Tile", "Traffic", "UnsupportedInputError", "WindowUse", "obstacle"]
+__all__ = [
+    "Column",
+    "ColumnRequest",
+    "Finish",
+    "Segments",
+    "Tile",
+    "Traffic",
+    "UnsupportedInputError",
+    "WindowUse",
+    "obstacle",
+]

@@ -1,4 +1,4 @@
-"""Between what a layer holds and the pipeline: what a plugin is shown, and how its answer is laid down."""
+"""Builds the view of a layer from its storage, and writes what a compression left of it back."""
 
 from collections.abc import Mapping, Sequence
 

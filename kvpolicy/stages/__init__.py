@@ -35,8 +35,9 @@ from kvpolicy.stages.parameters import (
     parameter,
 )
 from kvpolicy.stages.rotary import Rotary
+from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy.stages.view import View
-from kvpolicy_kernels import Finish, Tile, WindowUse
+from kvpolicy_kernels import ColumnRequest, Finish, Tile, Traffic, WindowUse
 from kvpolicy_kernels.held import PackedColumn, Unpacking
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Choice",
     "Codec",
     "Column",
+    "ColumnRequest",
     "Entries",
     "Finish",
     "Flag",
@@ -77,9 +79,12 @@ __all__ = [
     "State",
     "Text",
     "Tile",
+    "Traffic",
     "Unpacking",
     "View",
     "WindowUse",
+    "gather",
     "hookimpl",
+    "indices_of",
     "parameter",
 ]

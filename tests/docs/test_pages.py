@@ -1,8 +1,10 @@
 """What README and docs show works as shown: commands, Python, YAML, links; and the generated page is current."""
 
 import importlib
+import inspect
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from kvpolicy.plan.reads import small_view
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.spec.reference import reference_markdown
-from kvpolicy.stages import Geometry, Scorer
+from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from tests.compressing import fused, score
@@ -75,26 +77,43 @@ def test_first_python_block_of_the_readme_runs(capsys):
     assert "policy rkv" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/how-to/write-a-plugin.md"])
-def test_plugin_shown_keeps_its_contract(page, tmp_path, monkeypatch):
-    source = next(block for block in blocks("python", (ROOT / page).read_text("utf-8")) if "(Scorer)" in block)
-    module = f"shown_in_{Path(page).stem.replace('-', '_').lower()}"
-    (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+def test_plugin_of_the_readme_keeps_its_contract(tmp_path, monkeypatch):
+    source = next(block for block in blocks("python", README) if "(Scorer)" in block)
+    (tmp_path / "shown_in_readme.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
 
-    plugin = importlib.import_module(module).KeyContrast
-
-    assert issubclass(plugin, Scorer)
-    check_plugin(plugin(power=2.0))
+    check_plugin(importlib.import_module("shown_in_readme").KeyContrast(power=2.0))
 
 
-def test_scorer_shown_is_fused(tmp_path, monkeypatch):
+@pytest.fixture
+def plugins_shown(tmp_path, monkeypatch):
+    """The modules of the page on plugins: each of its blocks is a file, named in its first line."""
+    page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
+    files = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in blocks("python", page)}
+    assert set(files) == {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast", "float16"}
+    for name, block in files.items():
+        (tmp_path / f"{name}.py").write_text(block, encoding="utf-8")
+    runpy.run_path(str(tmp_path / "conftest.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield {name: importlib.import_module(name) for name in files if name != "conftest"}
+    for name in files:
+        sys.modules.pop(name, None)
+
+
+def test_scorer_shown_keeps_its_contract(plugins_shown):
+    shown = plugins_shown["test_key_contrast"].test_contract
+    cases = shown.pytestmark[0].args[1]
+
+    for name, check in cases:
+        shown(name, check)
+    assert "tile gives what score gives" in dict(cases)
+    assert "scores the same in any order" in dict(cases)
+    assert plugins_shown["key_contrast"].KeyContrast().in_any_order()
+
+
+def test_scorer_shown_is_fused(plugins_shown):
     """Its tile function gives what its reference gives, beside another one."""
-    page = (ROOT / "docs" / "explanation" / "fusion.md").read_text("utf-8")
-    (tmp_path / "largest_value.py").write_text(blocks("python", page)[0], "utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    shown = importlib.import_module("largest_value").LargestValue(factor=2.0)
-    check_plugin(shown)
+    shown = plugins_shown["key_contrast"].KeyContrast(power=2.0)
     spec = attrs.evolve(small("snapkv").spec, score=(Weighted(shown), Weighted(KeyNorm())))
     view = small_view({"": shown}, Geometry((0,), 4, 2, 16))
     fusion = fusion_of(spec, "")
@@ -102,13 +121,15 @@ def test_scorer_shown_is_fused(tmp_path, monkeypatch):
     torch.testing.assert_close(fused(spec, fusion, [view]).scores[0], score(spec, view)[0])
 
 
-def test_store_shown_keeps_its_contract(tmp_path, monkeypatch):
+def test_tile_function_shown_in_the_page_has_the_arguments_of_its_table(plugins_shown):
     page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
-    source = next(block for block in blocks("python", page) if "(Codec)" in block)
-    (tmp_path / "shown_store.py").write_text(source, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
+    told = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
 
-    check_plugin(importlib.import_module("shown_store").Float16(recent=3), Promises(error=1e-3))
+    assert told == list(inspect.signature(plugins_shown["key_contrast_tile"].contrast.fn).parameters)
+
+
+def test_store_shown_keeps_its_contract(plugins_shown):
+    check_plugin(plugins_shown["float16"].Float16(recent=3), Promises(error=1e-3))
 
 
 def test_tutorial_runs(capsys):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.building import ROOT, build, run, unpack
+from tests.building import HIDE_TRITON, ROOT, build, run, unpack
 
 SOURCE = ROOT / "docs" / "example-plugin"
 USE = """
@@ -19,6 +19,11 @@ policy = kvpolicy.load("diverse", budget=16, protect={"recent": 4})
 with policy.attach(model) as attachment:
     model.generate(torch.arange(40)[None], attention_mask=torch.ones(1, 40), max_new_tokens=4, pad_token_id=0)
 print(max(layer.held for layer in attachment.report().layers))
+"""
+FUSED = """
+import kvpolicy
+from kvpolicy.plan.compress.fusion import fusion_of
+print([term.reason for term in fusion_of(kvpolicy.load("diverse").spec, "").terms])
 """
 
 
@@ -41,7 +46,24 @@ def test_its_plugin_is_listed(installed, tmp_path):
     assert "example-kvpolicy" in listing
 
 
-def test_it_passes_its_own_tests(installed, tmp_path):
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SOURCE / "tests"))
+def test_its_policy_is_fused(installed, tmp_path):
+    assert run(sys.executable, "-c", FUSED, cwd=tmp_path, path=installed).strip() == "['', '']"
 
-    assert " passed" in run(*command, cwd=tmp_path, path=installed)
+
+def test_it_works_without_triton(installed, tmp_path):
+    """Its tile function is imported when a plan asks for it; nothing else of the distribution needs Triton."""
+    printed = run(sys.executable, "-W", "error", "-c", HIDE_TRITON + USE + FUSED, cwd=tmp_path, path=installed)
+
+    held, reasons = printed.splitlines()
+    assert 16 <= float(held) < 16 + 128
+    assert reasons == "['Triton is not installed', 'Triton is not installed']"
+
+
+def test_it_passes_its_own_tests(installed, tmp_path):
+    """Among them that its tile gives what its score gives: it chooses the interpreter itself where there is no GPU."""
+    command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(SOURCE / "tests"))
+
+    printed = run(*command, cwd=tmp_path, path=installed, TRITON_INTERPRET="")
+
+    assert " passed" in printed
+    assert printed.count("[tile gives what score gives") == 2

@@ -5,23 +5,8 @@ import sys
 
 import pytest
 
-from tests.building import ROOT, run
+from tests.building import HIDE_TRITON, ROOT, run
 
-HIDE = """
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, *rest):
-        return None if name.partition(".")[0] == "triton" else self.finder.find_spec(name, *rest)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = map(Without, sys.meta_path)
-import importlib.util
-assert importlib.util.find_spec("triton") is None
-"""
 GENERATE = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -51,11 +36,17 @@ IMPORT = """
 import kvpolicy, kvpolicy_kernels, kvpolicy_plugins
 print([name for name in sys.modules if name.partition(".")[0] == "triton"])
 """
+CONFORMANCE = """
+from kvpolicy.stages.conformance import check_plugin, conformance_cases
+from kvpolicy_plugins.scorers.key_norm import KeyNorm
+check_plugin(KeyNorm())
+print([name for name, _ in conformance_cases(KeyNorm()) if name.startswith("tile ")])
+"""
 
 
 def without_triton(program, cwd):
     """Standard output of a program that cannot import Triton; a warning is an error."""
-    return run(sys.executable, "-W", "error", "-c", HIDE + program, cwd=cwd, path=ROOT)
+    return run(sys.executable, "-W", "error", "-c", HIDE_TRITON + program, cwd=cwd, path=ROOT)
 
 
 def test_packages_import_without_it(tmp_path):
@@ -84,3 +75,9 @@ def test_every_scorer_says_why_it_is_not_fused(tmp_path):
     assert {"attention", "redundancy", "key_norm"} & set(reasons)
     assert {name for name, reason in reasons.items() if not reason} == set()
     assert all("failed" not in reason for reason in reasons.values())
+
+
+def test_conformance_says_that_no_tile_was_compared(tmp_path):
+    named = without_triton(CONFORMANCE, tmp_path)
+
+    assert named.strip() == "['tile is not compared with score: Triton is not installed']"

@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kvpolicy.stages import Number, Scorer, View, parameter
+from kvpolicy.stages import Number, Scorer, Tile, View, parameter
 
 
 @attrs.frozen
@@ -24,3 +24,13 @@ class KeyDiversity(Scorer):
         mean = normalize(keys.sum(2, keepdim=True), dim=-1)
         distance = 1 - (keys * mean).sum(-1)
         return distance.clamp(min=0) ** self.sharpness
+
+    def in_any_order(self) -> bool:
+        """Yes: no neighbour and no age is looked at."""
+        return True
+
+    def tile(self) -> Tile:
+        """The same on a GPU; its module needs Triton, without which `score` runs."""
+        from example_kvpolicy.tiles import directions, distance
+
+        return Tile(distance, arguments=(self.sharpness,), statistic=directions)

@@ -10,6 +10,10 @@
         check()
 
 Each check raises `kvpolicy.errors.PluginContractError`, which says what was expected and what was found.
+
+A scorer with a tile function has a case `tile gives what score gives`. It needs a GPU, or TRITON_INTERPRET=1 in the
+environment before Triton is imported. Where nothing can run a tile, the case is called `tile is not compared with
+score`, with the reason, and passes.
 """
 
 import functools
@@ -18,14 +22,24 @@ from typing import Any
 
 from kvpolicy.errors import PluginContractError, described
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.conformance import allocators, codecs, every, mergers, observers, readers, scorers, selectors
+from kvpolicy.stages.conformance import (
+    allocators,
+    codecs,
+    every,
+    mergers,
+    observers,
+    readers,
+    scorers,
+    selectors,
+    tiles,
+)
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.contracts import Plugin
 
 __all__ = ["Promises", "check_plugin", "conformance_cases"]
 
 _CHECKS: dict[str, tuple[Callable[[Any, Promises], None], ...]] = {
-    "score": (*observers.CHECKS, *scorers.CHECKS),
+    "score": (*observers.CHECKS, *scorers.CHECKS, *tiles.CHECKS),
     "allocate.layers": allocators.CHECKS,
     "allocate.heads": allocators.CHECKS,
     "allocate.joint": allocators.CHECKS,
@@ -39,8 +53,9 @@ _CHECKS: dict[str, tuple[Callable[[Any, Promises], None], ...]] = {
 def conformance_cases(plugin: Plugin, promises: Promises | None = None) -> list[tuple[str, Callable[[], None]]]:
     """Name and check of every case that applies to `plugin`; `promises` says what it claims beyond its contract."""
     checks = (*every.CHECKS, *_CHECKS.get(plugin.stage, ()))
+    named = [(check.__name__.replace("_", " "), check) for check in checks]
     known = promises or Promises()
-    return [(check.__name__.replace("_", " "), functools.partial(_run, check, plugin, known)) for check in checks]
+    return [(name, functools.partial(_run, check, plugin, known)) for name, check in [*named, *tiles.cases(plugin)]]
 
 
 def check_plugin(plugin: Plugin, promises: Promises | None = None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpolicy.errors import one_line
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.contracts import Glimpse, Merger, Observer, Plugin
+from kvpolicy.stages.contracts import Glimpse, Merger, Observer, Plugin, Scorer
 from kvpolicy.stages.declared import needs_of, row_state_of, slot_state_of
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.slots import take
@@ -147,6 +147,12 @@ def heads_swapped(view: View) -> View:
         log_votes=None if view.log_votes is None else swapped(view.log_votes),
         slot_state={name: swapped(state) for name, state in view.slot_state.items()},
     )
+
+
+def scored(scorer: Scorer, view: View) -> Tensor:
+    """What the runtime does: observe, then score with the new state in view; [B, K, T] float32."""
+    state = {**view.slot_state, **scorer.observe(view)}
+    return scorer.score(attrs.evolve(view, slot_state=state))
 
 
 def expect_close(plugin: Plugin, found: Tensor, expected: Tensor, when: str) -> None:

@@ -11,20 +11,20 @@ from kvpolicy.stages.conformance.samples import (
     heads_swapped,
     rows_of,
     sample_view,
+    scored,
     shuffled,
     with_junk,
 )
 from kvpolicy.stages.contracts import Scorer
 from kvpolicy.stages.untouched import tensors_of, untouched
 from kvpolicy.stages.view import View
-from kvpolicy_kernels import Tile
 
 
 def returns_float32_per_slot(scorer: Scorer, _promises: Promises) -> None:
     view = sample_view(scorer)
-    check_scores(scorer, _scored(scorer, view), view)
+    check_scores(scorer, scored(scorer, view), view)
     halves = attrs.evolve(view, keys=view.keys.bfloat16(), values=view.values.bfloat16())
-    check_scores(scorer, _scored(scorer, halves), halves)
+    check_scores(scorer, scored(scorer, halves), halves)
 
 
 def observes_what_it_declared(scorer: Scorer, _promises: Promises) -> None:
@@ -48,7 +48,7 @@ def gives_finite_scores(scorer: Scorer, _promises: Promises) -> None:
         "zero keys": zero,
         "one entry": single,
     }.items():
-        wrong = ~_scored(scorer, one)[one.candidates].isfinite()
+        wrong = ~scored(scorer, one)[one.candidates].isfinite()
         if wrong.any():
             raise contract_error(scorer, f"gave {int(wrong.sum())} scores that are not finite for {name}")
 
@@ -63,18 +63,18 @@ def leaves_its_input_alone(scorer: Scorer, _promises: Promises) -> None:
 
 
 def is_deterministic(scorer: Scorer, _promises: Promises) -> None:
-    first, again = (_scored(scorer, sample_view(scorer)) for _ in range(2))
+    first, again = (scored(scorer, sample_view(scorer)) for _ in range(2))
     if not torch.equal(first, again):
         raise contract_error(scorer, "gave other scores the second time")
 
 
 def keeps_rows_apart(scorer: Scorer, _promises: Promises) -> None:
     view = sample_view(scorer)
-    together = _scored(scorer, view)
+    together = scored(scorer, view)
     batch = together.shape[0]
     for rows in [list(reversed(range(batch))), *([row] for row in range(batch))]:
         part = rows_of(view, rows)
-        found = _scored(scorer, part)
+        found = scored(scorer, part)
         _expect_same(scorer, part, found, together[rows][..., : found.shape[-1]], f"for the rows {rows}")
 
 
@@ -83,18 +83,18 @@ def keeps_heads_apart(scorer: Scorer, promises: Promises) -> None:
         return
     view = sample_view(scorer)
     swapped = heads_swapped(view)
-    _expect_same(scorer, swapped, _scored(scorer, swapped), _scored(scorer, view).flip(1), "for heads swapped")
+    _expect_same(scorer, swapped, scored(scorer, swapped), scored(scorer, view).flip(1), "for heads swapped")
 
 
 def ignores_empty_slots(scorer: Scorer, _promises: Promises) -> None:
     view = sample_view(scorer)
     junk = with_junk(view)
-    _expect_same(scorer, view, _scored(scorer, junk), _scored(scorer, view), "with other empty slots")
+    _expect_same(scorer, view, scored(scorer, junk), scored(scorer, view), "with other empty slots")
 
 
 def copes_with_nothing_to_score(scorer: Scorer, _promises: Promises) -> None:
     view = sample_view(scorer, lengths=((9, 9), (0, 0), (2, 0)))
-    scores = _scored(scorer, view)
+    scores = scored(scorer, view)
     check_scores(scorer, scores, view)
     if not scores[view.candidates].isfinite().all():
         raise contract_error(scorer, "gave scores that are not finite beside rows that hold nothing")
@@ -105,19 +105,7 @@ def scores_the_same_in_any_order(scorer: Scorer, _promises: Promises) -> None:
         return
     view = sample_view(scorer)
     other, slots = shuffled(view)
-    _expect_same(scorer, other, _scored(scorer, other), _scored(scorer, view).gather(-1, slots), "in another order")
-
-
-def offers_a_tile_or_a_reason(scorer: Scorer, _promises: Promises) -> None:
-    found = scorer.tile()
-    if not isinstance(found, (Tile, str)) or found == "":
-        raise contract_error(scorer, f"offered {found!r} as its tile, expected a Tile or why there is none")
-
-
-def _scored(scorer: Scorer, view: View) -> Tensor:
-    """What the runtime does: observe, then score with the new state in view."""
-    state = {**view.slot_state, **scorer.observe(view)}
-    return scorer.score(attrs.evolve(view, slot_state=state))
+    _expect_same(scorer, other, scored(scorer, other), scored(scorer, view).gather(-1, slots), "in another order")
 
 
 def _expect_same(scorer: Scorer, view: View, found: Tensor, expected: Tensor, when: str) -> None:
@@ -135,5 +123,4 @@ CHECKS = (
     ignores_empty_slots,
     copes_with_nothing_to_score,
     scores_the_same_in_any_order,
-    offers_a_tile_or_a_reason,
 )

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvpolicy.stages import Choice, Finish, Integer, Number, Scorer, Tile, View, parameter
-from kvpolicy_kernels import Traffic
-from kvpolicy_kernels.tile import ColumnRequest
+from kvpolicy.stages import Choice, ColumnRequest, Finish, Integer, Number, Scorer, Tile, Traffic, View, parameter
 from kvpolicy_plugins.lookalikes import forgiven
 
 
