@@ -90,7 +90,7 @@ def plugins_shown(tmp_path, monkeypatch):
     """The modules of the page on plugins: each of its blocks is a file, named in its first line."""
     page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
     files = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in blocks("python", page)}
-    assert set(files) == {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast", "float16"}
+    assert set(files) == {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast", "float16", "best_of_layer"}
     for name, block in files.items():
         (tmp_path / f"{name}.py").write_text(block, encoding="utf-8")
     runpy.run_path(str(tmp_path / "conftest.py"))
@@ -130,6 +130,10 @@ def test_tile_function_shown_in_the_page_has_the_arguments_of_its_table(plugins_
 
 def test_store_shown_keeps_its_contract(plugins_shown):
     check_plugin(plugins_shown["float16"].Float16(recent=3), Promises(error=1e-3))
+
+
+def test_allocator_shown_keeps_its_contract(plugins_shown):
+    check_plugin(plugins_shown["best_of_layer"].BestOfLayer())
 
 
 def test_tutorial_runs(capsys):
