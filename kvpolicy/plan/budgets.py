@@ -102,14 +102,27 @@ class Budgets:
             "as many are protected; give protect.sinks and protect.recent as shares of the budget to hold less"
         )
 
-    def say_if_raised(self, real: Sequence[int]) -> None:
-        """Warn of what `raised` tells of rows with `real` tokens, once for all caches of a plan."""
-        if self.spec.budget.share is None or self._said:
+    def say_if_raised(self, real: Sequence[int], least: Sequence[int]) -> None:
+        """Warn of what `raised` tells of rows with `real` tokens, once for all caches of a plan.
+
+        `least` are the entries of each row that protected spans of its request make it keep, 0 where there are none.
+        """
+        if self._said or (self.spec.budget.share is None and not any(least)):
             return
-        message = next(filter(None, map(self.raised, real)), "")
+        message = next(filter(None, [*map(self.raised, real), *map(self._pinned, real, least)]), "")
         if message:
             self._said.append(message)
             warnings.warn(message, BudgetWarning, stacklevel=2)
+
+    def _pinned(self, seen: int, least: int) -> str:
+        """Why a sequence with `seen` tokens holds more than its budget, for the spans of it that are protected."""
+        average = min(self.average(seen), seen)
+        if least <= average:
+            return ""
+        return (
+            f"policy {self.spec.name}: the budget of {seen} tokens is {average} entries, but {least} are held: as many "
+            "are protected, in the prompt or in regions"
+        )
 
     def protected_alike(self, real: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
         """Some of the rows with `real` tokens in groups in which as many entries are protected.
