@@ -69,7 +69,7 @@ def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
         case Plugged():
             return st.none() | plugins(rule.stage, depth) if rule.optional else plugins(rule.stage, depth)
         case NamesRule():
-            return st.lists(values(Text(64)).filter(None), max_size=3, unique=True).map(tuple)
+            return st.lists(values(Text(64)).filter(bool), max_size=3, unique=True).map(tuple)
         case ScoreRule():
             return st.lists(plugins("score", depth).flatmap(weighted), min_size=1, max_size=3).map(tuple)
     raise TypeError(rule)
