@@ -149,8 +149,6 @@ def test_code_on_regions_runs(capsys):
     page = (ROOT / "docs" / "how-to" / "regions.md").read_text("utf-8")
 
     exec(blocks("python", page)[0], {})  # noqa: S102
-    for protect in blocks("yaml", page)[0].splitlines():
-        parse_policy(f"kvpolicy: 1\nbudget: 64\nscore: [recency]\n{protect}\n")
 
     assert "policy snapkv" in capsys.readouterr().out
 
