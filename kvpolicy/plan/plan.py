@@ -117,7 +117,7 @@ class Plan:
         """The bytes that entries take."""
         return self.budgets.footprint
 
-    @property
+    @cached_property
     def compresses_while_decoding(self) -> bool:
         """False when the policy is for prompts only (`every: never`), and when it keeps everything."""
         return self.spec.compress.every != NEVER and not self.budgets.keeps_everything
@@ -179,6 +179,7 @@ def _check_declared(spec: PolicySpec) -> None:
     row_state_of(spec.merge)
     for plugin, names in (
         (spec.allocate.divider, ("ragged", "reads_scores")),
+        (spec.allocate.layers, ("follows_length",)),
         (spec.select, ("best",)),
         (spec.merge, ("moves_only", "votes", "reads_window")),
         (spec.store, ("joint", "calibrated")),

@@ -56,6 +56,7 @@ class PolicyLayer(LendingLayer):
         self.stats = LayerStats(plan.geometry.managed[ordinal])
         self.integrity = integrity or Integrity([self.stats.layer])
         self.spans = spans or RequestSpans(plan.spec.protect)
+        self._protects_spans = plan.spec.protect.by_place
         self.empty()
 
     def reset(self) -> None:
@@ -234,8 +235,9 @@ class PolicyLayer(LendingLayer):
     def _compress_and_pack(self, *, decoding: bool, immediately: bool = False) -> None:
         if self.altered:
             self.close_gaps()
-        end = self.scheduler.prompt_end
-        self.spans.note_prompt(self.real, over=end is None or self.seen >= end)
+        if self._protects_spans:
+            end = self.scheduler.prompt_end
+            self.spans.note_prompt(self.real, over=end is None or self.seen >= end)
         if self.ordinal == 0:
             self.plan.budgets.say_if_raised(self.real, self.least(self.real))
         if self.plan.compresses_jointly:
@@ -269,10 +271,12 @@ class PolicyLayer(LendingLayer):
         held = [entries - before * heads for entries in self.entries]
         if not self.altered:
             held = [tokens * heads for tokens in real]
-        pairs = zip(real, self.least(real), strict=True)
-        allowed = [
-            entries_allowed(self.plan, self.ordinal, tokens, decoding=decoding, least=least) for tokens, least in pairs
-        ]
+        plan, ordinal = self.plan, self.ordinal
+        if self._protects_spans:
+            pairs = zip(real, self.least(real), strict=True)
+            allowed = [entries_allowed(plan, ordinal, tokens, decoding=decoding, least=least) for tokens, least in pairs]
+        else:
+            allowed = [entries_allowed(plan, ordinal, tokens, decoding=decoding) for tokens in real]
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
     @property
@@ -304,7 +308,7 @@ class PolicyLayer(LendingLayer):
 
     def least(self, real: Sequence[int]) -> list[int]:
         """Entries per KV head that each row must keep at `real` tokens, because the policy protects spans; else 0."""
-        if not self.plan.spec.protect.by_place:
+        if not self._protects_spans:
             return [0] * len(real)
         protected = self.plan.budgets.protected
         return [self.spans.protected(row, tokens, *protected(tokens)) for row, tokens in enumerate(real)]
@@ -322,11 +326,14 @@ class PolicyLayer(LendingLayer):
     def limit(self) -> int:
         """Slots per KV head beyond which storage does not grow."""
         capacity = self.plan.capacity(self.ordinal, max(self.seen, 1))
+        if not self._protects_spans:
+            return capacity
         return max(capacity, max(self.least(self.real), default=0) + self.plan.budgets.slack)
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
         beside = [*index, *self.row_state.values(), *self.recording.tensors]
-        beside += self.spans.tensors if self.ordinal == 0 else []  # which are there for all layers
+        if self.ordinal == 0:
+            beside += self.spans.tensors  # which are there for all layers
         average = self.stats.held if self._reclaim else self._held.slots.average
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, state)
