@@ -71,6 +71,10 @@ class CacheError(KVPolicyError):
     """A cache operation that would lose entries, or that found the cache inconsistent."""
 
 
+class RegionError(KVPolicyError, ValueError):
+    """Regions of a request are no token ranges, overlap, cannot be located, or do not go with the batch or policy."""
+
+
 class InputError(KVPolicyError):
     """A file or an argument given on the command line cannot be used."""
 

@@ -3,15 +3,15 @@
 import attrs
 import torch
 
-from kvpolicy.plan import execute, pipeline
-from kvpolicy.plan.fused import choose_together
-from kvpolicy.plan.pipeline import choose, merge
+from kvpolicy.plan.compress import step
+from kvpolicy.plan.compress.merge import merge
 from kvpolicy.runtime.half import Half
-from kvpolicy.runtime.static import evict, fused
+from kvpolicy.runtime.static import evict
 from kvpolicy.stages import Entries, Format
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
+from tests.compressing import chosen
 from tests.rounding import ROUNDING, Decision, noisy, noisy_columns
 
 READERS = (LatentTopK, Pages)
@@ -19,35 +19,26 @@ READERS = (LatentTopK, Pages)
 
 def places(settle):
     """Owner, name and wrapped function of each; `settle(kind, decision)` gives the decision that is to stand."""
-    chosen, layer, together, kernels = evict._chosen, evict._evict_one, fused._chosen, choose_together
-    waiting = []  # which rows of the static layer at hand are due
-    merged, packed = merge, Half._packed
+    merged, packed, anyhow, on_device = merge, Half._packed, step._choose_anyhow, evict._choose
 
-    def one_view(spec, view, budget):
-        result = choose(spec, view, budget)
-        return _choosing(result, _kept(settle, spec, view, budget, _mask(view, result.kept)))
+    def views(spec, fusion, batch, tokens, *, forgets):
+        results, parts = [], anyhow(spec, fusion, batch, tokens, forgets=forgets)
+        if spec.allocate.joint is not None:
+            return _of_all_layers(settle, spec, batch, parts)
+        for (shown, budgets), (seen, found) in zip(batch, parts, strict=True):
+            whole = [again() for again in shown]  # `seen` may have forgotten the entries
+            settled = [
+                _choosing(result, _kept(settle, spec, view, budget, _mask(view, result.kept)))
+                for view, budget, result in zip(whole, budgets, found, strict=True)
+            ]
+            results.append((seen, settled))
+        return results
 
-    def views_in_kernels(spec, fusion, views, budgets):
-        results = kernels(spec, fusion, views, budgets)
-        masks = [
-            _kept(settle, spec, view, budget, _mask(view, result.kept))
-            for view, budget, result in zip(views, budgets, results, strict=True)
-        ]
-        return [_choosing(result, mask) for mask, result in zip(masks, results, strict=True)]
-
-    def static_layer(plan, held, view, rows, budget, nan):
-        waiting.append(rows.flatten().tolist())
-        return layer(plan, held, view, rows, budget, nan)
-
-    def static(plan, view, scores, budget):
-        return _kept(settle, plan.spec, view, budget, chosen(plan, view, scores, budget), waiting.pop())
-
-    def static_in_kernels(plan, layers, due, budgets):
-        kept, wrong, observed = together(plan, layers, due, budgets)
-        for own, view, budget, rows in zip(kept, layers.views, budgets, due.tolist(), strict=True):
-            indices = indices_of(_kept(settle, plan.spec, view, budget, _mask(view, own), rows))
-            own.fill_(-1)[..., : indices.shape[-1]] = indices
-        return kept, wrong, observed
+    def static(plan, views, due, budgets, tokens):
+        kept, groups = on_device(plan, views, due, budgets, tokens)
+        layers = zip(kept, views, budgets, due.tolist(), strict=True)
+        masks = [_kept(settle, plan.spec, view, budget, _mask(view, own), rows) for own, view, budget, rows in layers]
+        return [indices_of(mask, own.shape[-1]) for mask, own in zip(masks, kept, strict=True)], groups
 
     def merging(spec, view, kept, *, faults):
         return _merged(settle, spec, view, kept, merged(spec, view, kept, faults=faults))
@@ -57,12 +48,9 @@ def places(settle):
         return attrs.evolve(found, columns=_packed(settle, half, vectors, positions, found.columns))
 
     yield from (
-        (execute, "choose", one_view),
-        (execute, "choose_together", views_in_kernels),
-        (evict, "_evict_one", static_layer),
-        (evict, "_chosen", static),
-        (fused, "_chosen", static_in_kernels),
-        (pipeline, "merge", merging),
+        (step, "_choose_anyhow", views),
+        (evict, "_choose", static),
+        (step, "merge", merging),
         (Half, "_packed", packing),
     )
     for reader in READERS:
@@ -84,7 +72,7 @@ def _kept(settle, spec, view, budget, mask, due=None):
 
         def decide(noise, part=part, own=own):
             other = noisy_view(part, noise)
-            return {"kept": _mask(other, choose(spec, other, own).kept)}
+            return {"kept": _mask(other, chosen(spec, other, own.tolist()).kept)}
 
         found = Decision(part.positions, _told(part), {"kept": mask[row : row + 1, :, :width]}, decide)
         settled = settle(("kept", part.layer), found).outcome["kept"]
@@ -92,9 +80,38 @@ def _kept(settle, spec, view, budget, mask, due=None):
     return torch.cat(rows)
 
 
+def _of_all_layers(settle, spec, batch, parts):
+    """What `_choose_anyhow` gives for layers that compete, a row's decision being one on all of them."""
+    shown = [again() for group, _ in batch for again in group]
+    budgets = torch.cat([own for _, own in batch])
+    found = [result for _, results in parts for result in results]
+    masks = [_mask(view, result.kept) for view, result in zip(shown, found, strict=True)]
+    for row in range(budgets.shape[1]):
+        views, own = [row_of(view, row) for view in shown], budgets[:, row : row + 1]
+
+        def decide(noise, views=views, own=own):
+            others = [noisy_view(view, noise) for view in views]
+            results = step.choose(spec, None, others, own)
+            return _numbered(_mask(view, result.kept) for view, result in zip(others, results, strict=True))
+
+        widths = [view.positions.shape[2] for view in views]
+        outcome = _numbered(mask[row : row + 1, :, :width] for mask, width in zip(masks, widths, strict=True))
+        exact = torch.cat([view.positions for view in views], 2)
+        told = tuple(number for view in views for number in _told(view))
+        settled = settle(("kept", "all layers"), Decision(exact, told, outcome, decide)).outcome
+        for n, (mask, width) in enumerate(zip(masks, widths, strict=True)):
+            mask[row, :, :width] = settled[f"kept {n}"][0]
+    chosen_in_turn = iter([_choosing(result, mask) for result, mask in zip(found, masks, strict=True)])
+    return [(seen, [next(chosen_in_turn) for _ in results]) for seen, results in parts]
+
+
+def _numbered(masks):
+    return {f"kept {number}": mask for number, mask in enumerate(masks)}
+
+
 def _choosing(result, mask):
     """The same with other entries chosen."""
-    return attrs.evolve(result, kept=indices_of(mask))
+    return attrs.evolve(result, kept=indices_of(mask), lengths=tuple(map(tuple, mask.sum(-1).tolist())))
 
 
 def _mask(view, kept):
@@ -109,7 +126,8 @@ def row_of(view, row):
     slots = max(1, int(view.lengths[row].max()))
     given = attrs.asdict(view, recurse=False, filter=lambda field, _: field.init)
     cut = {name: tensor[[row]] for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
-    cut |= {name: cut[name][:, :, :slots] for name in ("keys", "values", "positions", "log_votes") if name in cut}
+    along = ("keys", "values", "positions", "log_votes", "pinned", "regions")
+    cut |= {name: cut[name][:, :, :slots] for name in along if name in cut}
     cut |= {name: cut[name][..., :slots] for name in ("attention",) if name in cut}
     slot_state = {name: state[[row], :, :slots] for name, state in view.slot_state.items()}
     row_state = {name: state[[row]] for name, state in view.row_state.items()}

@@ -41,10 +41,9 @@ class FirstHeads(HeadAllocator):
 
     name = "first_heads"
 
-    def allocate(self, scores, candidates, budget):
-        room = candidates.sum(-1)
-        before = room.cumsum(-1) - room
-        return (budget[:, None] - before).clamp(min=0).minimum(room)
+    def allocate(self, request):
+        before = request.room.cumsum(-1) - request.room
+        return (request.total[..., None] - before).clamp(min=0).minimum(request.room)
 
 
 def plan_of(policy, layers=1, *, kernels=None):

@@ -9,7 +9,7 @@ from kvpolicy.bench.interleave import Protocol, Variant, interleave
 from kvpolicy.bench.layers import due, random_layers
 from kvpolicy.bench.naive.held import Held, gathered
 from kvpolicy.bench.shape import ModelShape
-from kvpolicy.plan.pipeline import choose, reduce_to
+from kvpolicy.plan.compress.step import compress_one
 from kvpolicy.plan.plan import Plan, compile_policy
 from kvpolicy.policy import Policy
 from kvpolicy.runtime.support import geometry_of
@@ -51,11 +51,11 @@ class Compaction:
         chosen = []
         for layer in cache.managed:
             view = layer.shown((0,))
-            chosen.append((layer, view, choose(plan.spec, view, layer.budget((0,)))))
+            chosen.append((layer, compress_one(plan.spec, view, layer.budget((0,)))))
 
         def move() -> None:
-            for layer, view, one in chosen:
-                layer.take((0,), reduce_to(plan.spec, view, one), fills=plan.fills_holes)
+            for layer, result in chosen:
+                layer.take((0,), result, fills=plan.fills_holes)
 
         return move
 
@@ -72,4 +72,4 @@ class Compaction:
 
     def _kept(self, plan: Plan, layers: list[Held]) -> list[torch.Tensor]:
         cache, _ = due(plan, self.shape, layers)
-        return [choose(plan.spec, layer.shown((0,)), layer.budget((0,))).kept for layer in cache.managed]
+        return [compress_one(plan.spec, layer.shown((0,)), layer.budget((0,))).kept for layer in cache.managed]

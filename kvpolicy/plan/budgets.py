@@ -2,17 +2,21 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import attrs
+import torch
 
-from kvpolicy.errors import BudgetWarning, PolicyError, Problem, one_line
+from kvpolicy.errors import BudgetWarning, PolicyError, Problem
 from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
-from kvpolicy.stages import Geometry, LayerRequest
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages import AllocationRequest, Geometry
+from kvpolicy.stages.checks import check_tensor, contract_error
 
 _MOST_KNOWN = 4096  # lengths that are remembered
 _PerLayer = tuple[int, ...]
+_Key = TypeVar("_Key")
+_HOST = torch.device("cpu")
 
 
 @attrs.frozen(eq=False)
@@ -24,6 +28,7 @@ class Budgets:
     footprint: Footprint
     # By tokens seen: asked many times a token. The object's own, so that it goes when the plan goes.
     _allocated: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
+    _divided: dict[tuple[int, int], _PerLayer] = attrs.field(init=False, factory=dict, repr=False)  # by average
     _ahead: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
     _sized: list[int] = attrs.field(init=False, factory=list, repr=False)  # entries that a budget in bytes affords
     _said: list[str] = attrs.field(init=False, factory=list, repr=False)  # what has been warned of
@@ -100,14 +105,27 @@ class Budgets:
             "as many are protected; give protect.sinks and protect.recent as shares of the budget to hold less"
         )
 
-    def say_if_raised(self, real: Sequence[int]) -> None:
-        """Warn of what `raised` tells of rows with `real` tokens, once for all caches of a plan."""
-        if self.spec.budget.share is None or self._said:
+    def say_if_raised(self, real: Sequence[int], least: Sequence[int]) -> None:
+        """Warn of what `raised` tells of rows with `real` tokens, once for all caches of a plan.
+
+        `least` are the entries of each row that protected spans of its request make it keep, 0 where there are none.
+        """
+        if self._said or (self.spec.budget.share is None and not self.spec.protect.by_place):
             return
-        message = next(filter(None, map(self.raised, real)), "")
+        message = next(filter(None, [*map(self.raised, real), *map(self._pinned, real, least)]), "")
         if message:
             self._said.append(message)
             warnings.warn(message, BudgetWarning, stacklevel=2)
+
+    def _pinned(self, seen: int, least: int) -> str:
+        """Why a sequence with `seen` tokens holds more than its budget, for the spans of it that are protected."""
+        average = min(self.average(seen), seen)
+        if least <= average:
+            return ""
+        return (
+            f"policy {self.spec.name}: the budget of {seen} tokens is {average} entries, but {least} are held: as many "
+            "are protected, in the prompt or in regions"
+        )
 
     def protected_alike(self, real: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
         """Some of the rows with `real` tokens in groups in which as many entries are protected.
@@ -125,23 +143,30 @@ class Budgets:
         return seen if share is None else seen * share.numerator // share.denominator
 
     def _allocate(self, seen: int) -> _PerLayer:
-        request = LayerRequest(
-            layers=self.geometry.layers,
-            budget=min(self.average(seen), seen),
-            protected=min(sum(self.protected(seen)), seen),
-            length=seen,
-        )
-        allocator = self.spec.allocate.layers
-        shares = allocator.allocate(request)
-        sound = isinstance(shares, Sequence) and len(shares) == request.layers
-        if not sound or not all(type(one) is int and request.protected <= one <= seen for one in shares):
-            expected = f"{request.layers} integers from {request.protected} to {seen}"
-            raise contract_error(allocator, f"returned {one_line(shares, 100)}, expected {expected}")
-        return tuple(shares)
+        average, protected = min(self.average(seen), seen), min(sum(self.protected(seen)), seen)
+        if average == seen:  # no layer can hold more, and none may hold less
+            return (seen,) * self.geometry.layers
+        if self.spec.allocate.layers.follows_length:
+            return self._divide(average, protected, seen)
+        known = self._divided.get((average, protected))
+        if known is None:
+            known = _noted(self._divided, (average, protected), self._divide(average, protected, seen))
+        return known
+
+    def _divide(self, average: int, protected: int, seen: int) -> _PerLayer:
+        """What the allocator says of a sequence with `seen` tokens, of which each layer keeps `average`."""
+        layers, allocator = self.geometry.layers, self.spec.allocate.layers
+        request = AllocationRequest.of_lengths(layers, average, protected, [seen])
+        counts = allocator.allocate(request)
+        check_tensor(allocator, counts, {"layers": layers, "batch": 1, "kv_heads": 1}, torch.int64, _HOST)
+        shares: list[int] = counts.flatten().tolist()
+        if not all(0 <= share <= seen - protected for share in shares):
+            raise contract_error(allocator, f"returned {shares}, expected counts from 0 to {seen - protected}")
+        return tuple(share + protected for share in shares)
 
 
-def _noted(known: dict[int, _PerLayer], seen: int, found: _PerLayer) -> _PerLayer:
+def _noted(known: dict[_Key, _PerLayer], key: _Key, shares: _PerLayer) -> _PerLayer:
     if len(known) >= _MOST_KNOWN:
         known.clear()
-    known[seen] = found
-    return found
+    known[key] = shares
+    return shares

@@ -39,6 +39,7 @@ class Explanation:
     evicts: bool  # whether anything is evicted up to that length
     layers: tuple[LayerShare, ...]
     protected: tuple[int, int]  # sinks and recent entries of each head
+    competing: bool  # whether layers compete: each then gets more or less than its budget, which is an average
     raised: str  # why more is held than a share of the tokens says; empty when it is not
     columns: dict[str, float]  # bytes that one more entry of one KV head takes, averaged over layers, by column
     unfused: str  # why no kernels run at all; empty when they do
@@ -108,6 +109,7 @@ def explain(plan: Plan, length: int = LENGTH, rates: Device | None = None) -> Ex
         layers=layers,
         protected=plan.budgets.protected(length),
         raised=plan.budgets.raised(length),
+        competing=plan.compresses_jointly,
         columns=plan.footprint.per_entry(),
         unfused=plan.fusion.off,
         rates=rates,

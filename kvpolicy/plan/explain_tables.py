@@ -53,6 +53,8 @@ def _budgets(one: "Explanation") -> Table:
         first = last + 1
     sinks, recent = one.protected
     table.caption = f"protected: {sinks} sinks\nand the newest {recent}"
+    if one.competing:
+        table.caption += "\nlayers compete: averages"
     return table
 
 

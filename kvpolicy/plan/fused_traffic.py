@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 import torch
 
+from kvpolicy.plan.compress.fusion import Term
 from kvpolicy.plan.followers import ATTENTION
-from kvpolicy.plan.fusion import Term
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.plan.steps import Shapes, Step
 from kvpolicy.stages.registry import registry
@@ -94,7 +94,7 @@ def allocate_step(plan: Plan, shapes: Shapes) -> Step:
     """Budgets of heads that compete follow from how many of the best entries each owns."""
     from kvpolicy_kernels.select import counts_traffic
 
-    name, imagined = registry().reference(type(plan.spec.allocate.heads)), Imagined.of(plan, shapes)
+    name, imagined = registry().reference(type(plan.spec.allocate.divider)), Imagined.of(plan, shapes)
     if not plan.ragged:
         return Step.fused("allocate", name, Traffic(launches=0), "follows from lengths")
     return Step.fused(

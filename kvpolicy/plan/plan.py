@@ -10,12 +10,12 @@ import torch
 from kvpolicy.errors import CalibrationError, ParameterError, PolicyError, Problem, UnsupportedModelError, one_line
 from kvpolicy.plan.budgets import Budgets
 from kvpolicy.plan.calibration import Calibration
+from kvpolicy.plan.compress.fusion import Fusion, fusion_of
+from kvpolicy.plan.compress.warm_up import warm_up
 from kvpolicy.plan.followers import ATTENTION, Follower, followers_of, observers
 from kvpolicy.plan.footprint import Footprint
-from kvpolicy.plan.fusion import Fusion, fusion_of
-from kvpolicy.plan.trial import tried
 from kvpolicy.spec.policy import NEVER, PolicySpec
-from kvpolicy.stages import Column, Format, Formats, Geometry, Needs, Rotary, Site
+from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Rotary, Site
 from kvpolicy.stages.declared import (
     any_order_of,
     flag_of,
@@ -53,7 +53,7 @@ class Plan:
     @cached_property
     def ragged(self) -> bool:
         """Whether the heads of a layer may hold different numbers of entries."""
-        return self.spec.allocate.heads.ragged
+        return self.spec.allocate.divider.ragged
 
     @cached_property
     def selective(self) -> bool:
@@ -76,9 +76,19 @@ class Plan:
         return self.selective or any(forms.keys.columns or forms.values.columns for forms in self.formats)
 
     @cached_property
-    def compresses_together(self) -> bool:
-        """Whether decode steps compress all layers in one go: kernels serve them, and their views are no copies."""
-        return not self.fusion.off and not self.ragged and not self.packs
+    def compresses_jointly(self) -> bool:
+        """Whether layers compete: every compression is then one of all layers, when a forward is over for all."""
+        return isinstance(self.spec.allocate.divider, JointAllocator)
+
+    @cached_property
+    def views_are_copies(self) -> bool:
+        """Whether showing a layer to plugins takes a copy of its entries: then one is shown after the other."""
+        return self.ragged or self.packs
+
+    @cached_property
+    def waits_for_all(self) -> bool:
+        """Whether decode steps compress when all layers have attended: kernels serve all, and the host waits once."""
+        return self.compresses_jointly or not (self.fusion.off or self.views_are_copies)
 
     @cached_property
     def fills_holes(self) -> bool:
@@ -107,7 +117,7 @@ class Plan:
         """The bytes that entries take."""
         return self.budgets.footprint
 
-    @property
+    @cached_property
     def compresses_while_decoding(self) -> bool:
         """False when the policy is for prompts only (`every: never`), and when it keeps everything."""
         return self.spec.compress.every != NEVER and not self.budgets.keeps_everything
@@ -116,6 +126,8 @@ class Plan:
         """Slots per KV head up to which the managed layer number `ordinal` may grow: its budget and the slack."""
         if not self.compresses_while_decoding:
             return sys.maxsize
+        if self.compresses_jointly:  # one layer may get the share of others
+            return sum(self.budgets.ahead(seen)) + self.budgets.slack
         return self.budgets.ahead(seen)[ordinal] + self.budgets.slack
 
 
@@ -166,7 +178,8 @@ def _check_declared(spec: PolicySpec) -> None:
         any_order_of(weighted.scorer)
     row_state_of(spec.merge)
     for plugin, names in (
-        (spec.allocate.heads, ("ragged",)),
+        (spec.allocate.divider, ("ragged", "reads_scores")),
+        (spec.allocate.layers, ("follows_length",)),
         (spec.select, ("best",)),
         (spec.merge, ("moves_only", "votes", "reads_window")),
         (spec.store, ("joint", "calibrated")),
@@ -180,8 +193,10 @@ def _fusion(
 ) -> Fusion:
     off = obstacle(device) if kernels is None else "" if kernels else "kernels are switched off"
     fusion = fusion_of(spec, off)
+    if spec.protect.by_place and not off:
+        return attrs.evolve(fusion, off="kernels know protected entries at both ends only, not of a prompt or region")
     here = device.type == "cpu" or torch.cuda.is_available()  # a plan may be for a device that is elsewhere
-    return tried(spec, fusion, geometry, device, dtype) if here and not off else fusion
+    return warm_up(spec, fusion, geometry, device, dtype) if here and not off else fusion
 
 
 def _sites(

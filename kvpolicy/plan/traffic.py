@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
+from kvpolicy.plan.compress.fusion import Term
 from kvpolicy.plan.followers import ATTENTION
 from kvpolicy.plan.fused_traffic import allocate_step, compact_step, finish_step, score_steps, select_step
-from kvpolicy.plan.fusion import Term
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.plan.reads import reads_of
 from kvpolicy.plan.steps import Shapes, Step
@@ -95,7 +95,7 @@ def _column_sizes(plan: Plan, queries: int, slots: int) -> dict[str, int]:
 
 def _allocate(plan: Plan, shapes: Shapes) -> Step:
     """Budgets that are the same for every head need no scores, only how many candidates there are."""
-    heads, name = plan.geometry.kv_heads, registry().reference(type(plan.spec.allocate.heads))
+    heads, name = plan.geometry.kv_heads, registry().reference(type(plan.spec.allocate.divider))
     slot = _MASK + (_FLOAT if plan.ragged else 0)
     columns = ("scores", "candidates") if plan.ragged else ("candidates",)
     return Step("allocate", name, shapes.held * heads * slot, heads * _COUNT, columns)

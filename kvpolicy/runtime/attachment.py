@@ -1,6 +1,7 @@
 """A plan bound to a live model, and how the model is given back as it was."""
 
 import copy
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy.errors import AttachError
-from kvpolicy.plan.fallback import note_once
+from kvpolicy.plan.compress.kernel_errors import note_once
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.attention import managed_modules, register
 from kvpolicy.runtime.cache import PolicyCache
@@ -19,6 +20,7 @@ from kvpolicy.runtime.implementation import NAME_KEY, configs_of, implementation
 from kvpolicy.runtime.misses import Misses
 from kvpolicy.runtime.origin import Origin
 from kvpolicy.runtime.provider import PROVIDER, CacheProvider
+from kvpolicy.runtime.regions import Regions, Spans
 from kvpolicy.runtime.report import Report
 from kvpolicy.runtime.static.decode import FORWARD, DecodeForward
 from kvpolicy.runtime.static.limits import require_static
@@ -73,14 +75,16 @@ class Attachment:
         with Restoring(self.undo, only_after_errors=True), Restoring(self.undo, only_after_errors=True):
             self._install()
 
-    def cache(self) -> PolicyCache:
+    def cache(self, regions: "Regions | Spans | Sequence[Spans] | None" = None) -> PolicyCache:
         """A new cache for one batch, to be passed as `past_key_values`; `generate` makes its own without asking.
 
-        It goes with this attachment: once that is detached, or on another model, it raises CacheError.
+        It goes with this attachment: once that is detached, or on another model, it raises CacheError. `regions` name
+        spans of the request, as `Regions.of` takes them. Raises RegionError when they are none, or when the policy
+        protects one that is not among them.
         """
         self._require_attached()
         self._uncut()
-        cache = PolicyCache(self.plan, self._config)
+        cache = PolicyCache(self.plan, self._config, None if regions is None else Regions.of(regions))
         self._origin.adopt(cache)
         self._counted = CacheStats(cache)
         return cache

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpolicy.plan.fallback import note_once
+from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.followers import Follower
 from kvpolicy.plan.plan import LOG_VOTES
-from kvpolicy.plan.refusals import refusals
 from kvpolicy.runtime.access import Segment
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.blockwise import attend_blockwise, visible, watch
@@ -37,7 +36,7 @@ def attend(
     if kernels and asked.queries.shape[2] == 1 and not dropout:
         try:
             return attend_in_kernel(held, asked, slots, followers, pads=pads)
-        except refusals() as error:
+        except kernel_errors() as error:
             note_once(f"attention over held entries runs without a kernel: {error}")
     if held.slots.layout.uniform is not None:
         part = Part(held, held.everything, slots)

@@ -17,7 +17,9 @@ from kvpolicy.runtime.layer import PolicyLayer, require_batch
 from kvpolicy.runtime.logical import repeated, require_rows, selected
 from kvpolicy.runtime.modes import exact, exactly
 from kvpolicy.runtime.origin import Origin
-from kvpolicy.runtime.rounds import Round
+from kvpolicy.runtime.regions import Regions
+from kvpolicy.runtime.scheduler import CompressionScheduler
+from kvpolicy.runtime.spans import RequestSpans
 from kvpolicy.runtime.stats import LayerStats
 
 
@@ -32,14 +34,15 @@ class PolicyCache(DynamicCache):
 
     origin: Origin | None = None  # of the attachment that it was made for
 
-    def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
+    def __init__(self, plan: Plan, config: PretrainedConfig, regions: Regions | None = None) -> None:
         super().__init__(config=config)
         self.plan = plan
         self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
-        self._round = Round(plan, waits=plan.compresses_together)
+        self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all)
+        self.spans = RequestSpans(plan.spec.protect, regions)
         for ordinal, layer in enumerate(plan.geometry.managed):
-            self.layers[layer] = PolicyLayer(plan, ordinal, self._round, self.integrity)
+            self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans)
 
     @property
     def managed(self) -> list[PolicyLayer]:
@@ -84,12 +87,12 @@ class PolicyCache(DynamicCache):
         Layers that waited for the end of the step are compressed now, if the model's last layer was left out.
         """
         with exact(self.plan.device.type):
-            self._round.end()
+            self._scheduler.end()
         self.integrity.end_forward()
 
     def expect_prompt(self, end: int | None) -> None:
         """Say that the prompt of a generation ends behind `end` tokens: what follows in its forward are candidates."""
-        self._round.prompt_end = end
+        self._scheduler.prompt_end = end
 
     def retire(self, reason: str) -> None:
         """Refuse every further change with CacheError(reason); lengths, reports and copies can still be had."""
@@ -120,7 +123,8 @@ class PolicyCache(DynamicCache):
     def reset(self) -> None:
         """Empty the cache, which can then be used like a new one, whatever had happened to it."""
         with self.integrity.renewal():
-            self._round.clear()
+            self._scheduler.clear()
+            self.spans.clear()
             for layer in self.managed:
                 layer.empty()
             for _, other in self._stock:
@@ -165,7 +169,7 @@ class PolicyCache(DynamicCache):
             for _, other in self._stock:
                 if _rows_of(other) and (count or getattr(other, "record_past", False)):
                     other.crop(-count)
-            self._round.end()
+            self._scheduler.end()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was. Raises CacheError, before any change, for rows not held."""
@@ -185,6 +189,7 @@ class PolicyCache(DynamicCache):
             return
         require_rows(self.rows, rows)
         with self._changing("move of rows"):
+            self.spans.select_rows(rows)
             for layer in self.managed:
                 layer.move_rows(rows)
             for _, other in self._stock:

@@ -1,16 +1,17 @@
-"""Between what a layer holds and the pipeline: what a plugin is shown, and how its answer is laid down."""
+"""Builds the view of a layer from its storage, and writes what a compression left of it back."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.followers import ATTENTION
-from kvpolicy.plan.pipeline import Compressed
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.runtime.access import Rows
 from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.layout import Layout
+from kvpolicy.runtime.spans import RequestSpans
 from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
 from kvpolicy.stages.slots import by_position, indices_of, take
@@ -29,6 +30,7 @@ def view_of(
     scaling: float,
     row_state: Mapping[str, Tensor],
     in_order: bool,
+    spans: RequestSpans,
 ) -> View:
     """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads.
 
@@ -58,6 +60,8 @@ def view_of(
         row_state={name: values[list(rows)] for name, values in row_state.items()},
         rotary=plan.rotary,
         in_order=in_order,
+        pinned=spans.pinned(positions, rows),
+        regions=spans.of(positions, rows),
     )
 
 
@@ -66,7 +70,7 @@ def lay_down(
 ) -> None:
     """Replace the contents of the rows by what a compression left of them; `fills` as in `Move`."""
     held.slots.write(rows, result.observed)
-    move = Move(rows, result.kept, fills)
+    move = Move(rows, result.kept, fills, result.lengths)
     layout = layout_after(plan, held, move, limit)
     if result.entries is None:
         held.evict(move, layout)

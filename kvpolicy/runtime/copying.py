@@ -22,13 +22,14 @@ class Move:
     rows: Sequence[int]
     kept: Tensor  # [rows, K, N] int64, ascending, -1 behind a head's last one
     fills: bool = False
+    known_lengths: Table | None = None  # what `lengths` gives, where the host has been told
     _holes: dict[Layout, tuple[Tensor, Tensor]] = attrs.field(init=False, factory=dict, repr=False)
     _sources: dict[Layout, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # what all columns share
 
     @cached_property
     def lengths(self) -> Table:
         """How many slots stay, [rows][K]."""
-        return tuple(map(tuple, self._counts.tolist()))
+        return self.known_lengths or tuple(map(tuple, self._counts.tolist()))
 
     @cached_property
     def _counts(self) -> Tensor:

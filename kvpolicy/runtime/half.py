@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, NonFiniteScoreWarning
-from kvpolicy.plan.finite import is_finite
+from kvpolicy.plan.compress.finite import is_finite
 from kvpolicy.runtime.access import Access, Rows
 from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.layout import Layout, Table, table

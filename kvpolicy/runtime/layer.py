@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import CacheError, UnsupportedModelError
-from kvpolicy.plan.pipeline import Compressed
+from kvpolicy.errors import CacheError, UnsupportedCallError, UnsupportedModelError
+from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend, follow_only
@@ -21,8 +21,9 @@ from kvpolicy.runtime.modes import exactly, taking_states
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import chosen_by, question_of
 from kvpolicy.runtime.recording import Recording, Taken
-from kvpolicy.runtime.rounds import Round
 from kvpolicy.runtime.saved import Saved
+from kvpolicy.runtime.scheduler import CompressionScheduler
+from kvpolicy.runtime.spans import RequestSpans
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.trigger import entries_allowed
 from kvpolicy.runtime.window import Window
@@ -40,20 +41,28 @@ class PolicyLayer(LendingLayer):
     """
 
     def __init__(
-        self, plan: Plan, ordinal: int, together: Round | None = None, integrity: Integrity | None = None
+        self,
+        plan: Plan,
+        ordinal: int,
+        scheduler: CompressionScheduler | None = None,
+        integrity: Integrity | None = None,
+        spans: RequestSpans | None = None,
     ) -> None:
-        """`together` and `integrity` are those of the cache; without them the layer is a cache by itself."""
+        """`scheduler`, `integrity` and `spans` are those of the cache; without them the layer is a cache by itself."""
         super().__init__()
         self.plan = plan
         self.ordinal = ordinal
-        self.round = together or Round(plan, waits=False)
+        self.scheduler = scheduler or CompressionScheduler(plan, waits=False)
         self.stats = LayerStats(plan.geometry.managed[ordinal])
         self.integrity = integrity or Integrity([self.stats.layer])
+        self.spans = spans or RequestSpans(plan.spec.protect)
+        self._protects_spans = plan.spec.protect.by_place
         self.empty()
 
     def reset(self) -> None:
         with self.integrity.renewal():
-            self.round.clear()
+            self.scheduler.clear()
+            self.spans.clear()
             self.empty()
 
     @exactly
@@ -116,13 +125,14 @@ class PolicyLayer(LendingLayer):
             require_batch(self.stats.layer, len(self.real), key_states, value_states)
         else:
             self._require_shape(key_states, value_states)
+            self.spans.begin(key_states.shape[0])
         self.integrity.begin_update(self.stats.layer)
         self.prepare()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._arriving = key_states.shape[2]
         self.seen += self._arriving
-        self._places = self.round.positions(self.real, self._arriving, self.device)
+        self._places = self.scheduler.positions(self.real, self._arriving, self.device)
         self.held.append(key_states, value_states, self._spread(self._places), self.limit)
         self._new = (key_states, value_states) if self.record_past else None
         keys, values = (key_states, value_states) if self.altered else self.held.stored()
@@ -158,7 +168,7 @@ class PolicyLayer(LendingLayer):
         self.scaling = asked.scaling
         if self._new is not None:
             self._taken = Taken(*self._new, asked)
-            return self.recording.attend(self, self._taken, self.round.prompt_end, dropout)
+            return self.recording.attend(self, self._taken, self.scheduler.prompt_end, dropout)
         slots = self._chosen(asked)
         if not self.altered and slots is None:
             self._note_reading(asked, None)
@@ -195,17 +205,16 @@ class PolicyLayer(LendingLayer):
         self.scaling = asked.scaling
         self._places = _NOWHERE
         if self._taken is not None:
-            self.recording.settle(self, self._taken, self.round.prompt_end)
+            self.recording.settle(self, self._taken, self.scheduler.prompt_end)
             self._taken = self._new = None
             self._sample()
         else:
             self._observe(asked)
             self._sample()
-            self._compress_if_due(decoding=asked.queries.shape[2] == 1)
-            self._seal()
+            self._compress_and_pack(decoding=asked.queries.shape[2] == 1)
         self._followed = False
         if self.integrity.is_last(self.stats.layer):
-            self.round.end()
+            self.scheduler.end()
         self.integrity.end_update(self.stats.layer)
 
     def would_alter(self) -> bool:
@@ -223,27 +232,35 @@ class PolicyLayer(LendingLayer):
         if self.plan.followers and not self._followed:
             follow_only(self.held, asked, self.plan.followers)
 
-    def _compress_if_due(self, *, decoding: bool, at_once: bool = False) -> None:
+    def _compress_and_pack(self, *, decoding: bool, immediately: bool = False) -> None:
         if self.altered:
-            self._close_gaps()
+            self.close_gaps()
+        if self._protects_spans:
+            end = self.scheduler.prompt_end
+            self.spans.note_prompt(self.real, over=end is None or self.seen >= end)
         if self.ordinal == 0:
-            self.plan.budgets.say_if_raised(self.real)
+            self.plan.budgets.say_if_raised(self.real, self.least(self.real))
+        if self.plan.compresses_jointly:
+            self.scheduler.attended(self, decoding=decoding)
+            return
         rows = self._due(self.real, decoding=decoding)
         if rows:
-            self._close_gaps()
+            self.close_gaps()
             for alike in self.plan.budgets.protected_alike(self.real, rows):
-                self.round.due(self, alike, decoding=decoding, at_once=at_once)
+                self.scheduler.due(self, alike, decoding=decoding, immediately=immediately)
+        self.seal()
 
-    def _close_gaps(self) -> None:
+    def close_gaps(self) -> None:
+        """Drop the pads, which leave gaps between entries."""
         if self.padded:
             drop_pads(self.plan, self.held, self.limit)
             self.padded, self.altered, self._firm = False, True, self.seen
             self._sample()
 
-    def _seal(self) -> None:
+    def seal(self) -> None:
         """Pack what the formats say, pads left out: they would leave their mark on a group."""
         if self.padded and self.plan.wants_order(self.ordinal):
-            self._close_gaps()
+            self.close_gaps()
         if self.held.seal(self.limit):
             self.altered, self._firm = self.altered or not self.held.is_plain, self.seen
             self._sample()
@@ -251,12 +268,23 @@ class PolicyLayer(LendingLayer):
     def _due(self, real: Sequence[int], *, decoding: bool, before: int = 0) -> list[int]:
         """Rows that hold too much at `real` tokens, the newest `before` entries of every head left out."""
         heads = self.plan.geometry.kv_heads
-        # Until the first eviction a row holds all its real tokens, whatever the pads beside them.
-        held = [sum(row) - before * heads for row in self.held.slots.lengths]
+        held = [entries - before * heads for entries in self.entries]
         if not self.altered:
             held = [tokens * heads for tokens in real]
-        allowed = [entries_allowed(self.plan, self.ordinal, tokens, decoding=decoding) for tokens in real]
+        plan, ordinal = self.plan, self.ordinal
+        if self._protects_spans:
+            pairs = zip(real, self.least(real), strict=True)
+            allowed = [entries_allowed(plan, ordinal, seen, decoding=decoding, least=least) for seen, least in pairs]
+        else:
+            allowed = [entries_allowed(plan, ordinal, tokens, decoding=decoding) for tokens in real]
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
+
+    @property
+    def entries(self) -> list[int]:
+        """Entries of each row in all KV heads, pads excluded."""
+        # Until the first eviction a row holds all its real tokens, whatever the pads beside them.
+        heads = self.plan.geometry.kv_heads
+        return [sum(row) for row in self.held.slots.lengths] if self.altered else [real * heads for real in self.real]
 
     def shown(self, rows: Sequence[int]) -> View:
         """The rows as plugins see them; as many entries must be protected in each of them."""
@@ -270,11 +298,20 @@ class PolicyLayer(LendingLayer):
             scaling=self.scaling,
             row_state=self.row_state,
             in_order=self.in_order,
+            spans=self.spans,
         )
 
     def budget(self, rows: Sequence[int]) -> list[int]:
         """Entries per KV head that each of the rows may keep."""
-        return [self.plan.budgets.per_layer(self.real[row])[self.ordinal] for row in rows]
+        least = self.least(self.real)
+        return [max(self.plan.budgets.per_layer(self.real[row])[self.ordinal], least[row]) for row in rows]
+
+    def least(self, real: Sequence[int]) -> list[int]:
+        """Entries per KV head that each row must keep at `real` tokens, because the policy protects spans; else 0."""
+        if not self._protects_spans:
+            return [0] * len(real)
+        protected = self.plan.budgets.protected
+        return [self.spans.protected(row, tokens, *protected(tokens)) for row, tokens in enumerate(real)]
 
     def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
@@ -288,10 +325,15 @@ class PolicyLayer(LendingLayer):
     @property
     def limit(self) -> int:
         """Slots per KV head beyond which storage does not grow."""
-        return self.plan.capacity(self.ordinal, max(self.seen, 1))
+        capacity = self.plan.capacity(self.ordinal, max(self.seen, 1))
+        if not self._protects_spans:
+            return capacity
+        return max(capacity, max(self.least(self.real), default=0) + self.plan.budgets.slack)
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
         beside = [*index, *self.row_state.values(), *self.recording.tensors]
+        if self.ordinal == 0:
+            beside += self.spans.tensors  # which are there for all layers
         average = self.stats.held if self._reclaim else self._held.slots.average
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, state)
@@ -314,6 +356,12 @@ class PolicyLayer(LendingLayer):
 
     def record(self) -> None:
         """Do what `activate_past_recording` does, as part of a change of the whole cache."""
+        if self.plan.compresses_jointly:
+            name = self.plan.spec.allocate.divider.name
+            raise UnsupportedCallError(
+                f"allocate.joint: {name} compresses all layers at once, and candidates of assisted decoding are taken "
+                "layer by layer: decode without an assistant"
+            )
         self.prepare()
         self.record_past = True
         if self.recording.is_empty:
@@ -329,7 +377,7 @@ class PolicyLayer(LendingLayer):
         count = self.undone_by(tokens_to_remove)
         with self._changing("crop"):
             self.remove(count)
-            self.round.end()
+            self.scheduler.end()
 
     def remove(self, count: int) -> None:
         """Do what `crop` does to this layer, as part of a change of the whole cache: undo the newest `count` tokens."""
@@ -387,8 +435,7 @@ class PolicyLayer(LendingLayer):
         """Observe queries, then compress and pack what is due; `followed` says that followers have seen them."""
         self._followed = followed
         self._observe(asked)
-        self._compress_if_due(decoding=decoding, at_once=True)
-        self._seal()
+        self._compress_and_pack(decoding=decoding, immediately=True)
         self._followed = False
 
     def take_over(self, held: Holdings, window: Window, row_state: dict[str, Tensor]) -> None:
@@ -421,6 +468,7 @@ class PolicyLayer(LendingLayer):
             require_rows(len(self.real), rows)
             with self._changing("move of rows"):
                 self.move_rows(rows)
+                self.spans.select_rows(rows)
 
     @exactly
     def move_rows(self, rows: Sequence[int]) -> None:

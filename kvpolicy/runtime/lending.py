@@ -35,7 +35,7 @@ class LendingLayer(LogicalLayer):
         self._reclaim: Callable[[], None] | None = None  # while the entries are lent: how they are had back
 
     @abc.abstractmethod
-    def _close_gaps(self) -> None:
+    def close_gaps(self) -> None:
         """Drop the pads."""
 
     @property
@@ -52,7 +52,7 @@ class LendingLayer(LogicalLayer):
     def lend(self, reclaim: Callable[[], None]) -> Holdings:
         """The entries in order, without pads; until `reclaim` is called, decode steps are served elsewhere."""
         held = self.held
-        self._close_gaps()
+        self.close_gaps()
         if not self.in_order:
             put_in_order(held)
             self.in_order = True

@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvpolicy.plan.pipeline import Compressed
+from kvpolicy.plan.compress.kernel_errors import kernel_errors
+from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
-from kvpolicy.plan.refusals import refusals
 from kvpolicy.runtime.compaction import layout_after
 from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.holdings import Holdings
@@ -41,7 +41,7 @@ def compact_layers(
     moves = []
     for layer, result in zip(layers, results, strict=True):
         layer.held.slots.write(rows, result.observed)
-        moves.append(_of_all_rows(layer.held, rows, result.kept, fills=fills))
+        moves.append(_of_all_rows(layer.held, rows, result, fills=fills))
     pairs = list(zip(layers, moves, strict=True))
     layouts = [layout_after(plan, layer.held, move, layer.limit) for layer, move in pairs]
     stay = [layout == layer.held.slots.layout for layout, layer in zip(layouts, layers, strict=True)]
@@ -51,16 +51,19 @@ def compact_layers(
     return [_within([layer], [move]) if stays else _into(layout, layer, move) for (layer, move), layout, stays in each]
 
 
-def _of_all_rows(held: Holdings, rows: Sequence[int], kept: Tensor, *, fills: bool) -> Move:
+def _of_all_rows(held: Holdings, rows: Sequence[int], result: Compressed, *, fills: bool) -> Move:
     """The move that keeps of some rows what is said, and everything of the others."""
-    layout, longest = held.slots.layout, held.slots.longest
+    layout, longest, kept = held.slots.layout, held.slots.longest, result.kept
     if len(rows) == layout.rows:
-        return Move(rows, kept, fills)
+        return Move(rows, kept, fills, result.lengths)
     slots = torch.arange(longest, device=kept.device)
     lengths = held.slots.lengths_on_device.view(layout.rows, layout.heads, 1)
     everything = slots.where(slots < lengths, -1)
     everything[list(rows)] = torch.nn.functional.pad(kept, (0, longest - kept.shape[-1]), value=-1)
-    return Move(range(layout.rows), everything, fills)
+    after = list(held.slots.lengths)
+    for row, counts in zip(rows, result.lengths, strict=True):
+        after[row] = counts
+    return Move(range(layout.rows), everything, fills, tuple(after))
 
 
 def _within(layers: Sequence[Holder], moves: Sequence[Move]) -> bool:
@@ -73,7 +76,7 @@ def _within(layers: Sequence[Holder], moves: Sequence[Move]) -> bool:
         columns = _columns(held)
         positions = columns.pop(POSITIONS)
         compact(_segments(held), _kept(moves), list(columns.values()), ordered=ordered, positions=positions)
-    except refusals():
+    except kernel_errors():
         return False
     for one, move in zip(held, moves, strict=True):
         for store in _stores(one):
@@ -94,7 +97,7 @@ def _into(layout: Layout, layer: Holder, move: Move) -> bool:
     try:
         targets = [_column([tensors[name]]) for name in _names(held)]
         compact_to(segments, _kept([move]), list(_columns([held]).values()), after, targets)
-    except refusals():
+    except kernel_errors():
         return False
     for store, columns in zip(stores, fresh, strict=True):
         store.adopt(columns, layout, move.lengths)

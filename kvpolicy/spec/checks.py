@@ -34,9 +34,10 @@ def _check_merger_has_logits(spec: PolicySpec, root: Item, problems: Problems) -
 
 
 def _check_store_suits_heads(spec: PolicySpec, root: Item, problems: Problems) -> None:
-    if flag_of(spec.store, "joint") and flag_of(spec.allocate.heads, "ragged"):
-        message = f"{spec.store.name} holds the heads of a layer together: allocate.heads must give them equally many"
-        problems.add(_place(root, "store"), "store", f"{message} entries: {spec.allocate.heads.name}")
+    if flag_of(spec.store, "joint") and flag_of(spec.allocate.divider, "ragged"):
+        key = spec.allocate.divider.stage
+        message = f"{spec.store.name} holds the heads of a layer together: {key} must give them equally many"
+        problems.add(_place(root, "store"), "store", f"{message} entries: {spec.allocate.divider.name}")
 
 
 def _check_reader_has_its_store(spec: PolicySpec, root: Item, problems: Problems) -> None:

@@ -2,12 +2,14 @@
 
 from kvpolicy.stages.contracts import (
     STAGES,
+    AllocationRequest,
+    Allocator,
     Codec,
     Entries,
     Glimpse,
     HeadAllocator,
+    JointAllocator,
     LayerAllocator,
-    LayerRequest,
     Merger,
     Needs,
     Observer,
@@ -40,6 +42,8 @@ from kvpolicy_kernels.held import PackedColumn, Unpacking
 
 __all__ = [
     "STAGES",
+    "AllocationRequest",
+    "Allocator",
     "AsIs",
     "Choice",
     "Codec",
@@ -54,8 +58,8 @@ __all__ = [
     "Glimpse",
     "HeadAllocator",
     "Integer",
+    "JointAllocator",
     "LayerAllocator",
-    "LayerRequest",
     "Merger",
     "Needs",
     "Nested",

@@ -14,6 +14,7 @@ _NOUNS = {
     "score": "scorer",
     "allocate.layers": "layer allocator",
     "allocate.heads": "head allocator",
+    "allocate.joint": "joint allocator",
     "select": "selector",
     "merge": "merger",
     "store": "codec",

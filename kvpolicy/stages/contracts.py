@@ -100,47 +100,91 @@ class Scorer(Observer):
         return "has no tile function"
 
 
-@attrs.frozen
-class LayerRequest:
-    """What a layer allocator has to divide. Counts are entries per KV head."""
-
-    layers: int  # L
-    budget: int  # average per layer, protected entries included
-    protected: int  # entries that every layer keeps anyway
-    length: int  # tokens the sequence has so far
+def _not_scored(_best: Tensor) -> Tensor:
+    raise ValueError("nothing has been scored: what layers get follows from lengths alone")
 
 
-class LayerAllocator(Plugin):
-    """Divides the budget over the layers."""
+@attrs.frozen(eq=False)
+class AllocationRequest:
+    """What an allocator divides: candidates, beside which what is protected stays anyway. All counts are int64.
+
+    L layers, B rows, K KV heads. A layer allocator is asked before anything is scored: it sees each layer as one head
+    (K = 1), whose counts are entries per KV head; `won` raises ValueError, and all is on the CPU.
+    """
+
+    room: Tensor  # [L, B, K], candidates of each head
+    total: Tensor  # candidates to keep, at most the room: [B] in all layers and heads; for head allocators [L, B]
+    protected: Tensor  # [L, B, K], entries that stay beside them
+    tokens: Tensor  # [B], tokens that each sequence has had so far
+    # For totals of the shape of `total`, how many of the best so many candidates each head owns, [L, B, K]; ties: lower
+    # layer, then lower head, then earlier position.
+    won: Callable[[Tensor], Tensor] = _not_scored
+    # Where `reads_scores`, for each layer: float32 [B, K, T], -inf in slots that hold no candidate, in ascending order
+    # of position; and bool [B, K, T], which slots hold one.
+    scores: tuple[Tensor, ...] = ()
+    candidates: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of_lengths(cls, layers: int, budget: int, protected: int, tokens: Sequence[int]) -> "AllocationRequest":
+        """What a layer allocator is asked about sequences of so many `tokens`; counts are entries per KV head.
+
+        `budget` is what each layer keeps on average, the `protected` ones included; it is at most the tokens.
+        """
+        rows, shape = len(tokens), (layers, len(tokens), 1)
+        held = torch.tensor(list(tokens))
+        room = (held - protected)[:, None].expand(shape)
+        total = torch.full((rows,), layers * (budget - protected))
+        return cls(room, total, torch.full(shape, protected), held)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that an allocator is shown, by name."""
+        named = {name: getattr(self, name) for name in ("room", "total", "protected", "tokens")}
+        named |= {f"scores of layer {layer}": scores for layer, scores in enumerate(self.scores)}
+        return named | {f"candidates of layer {layer}": inside for layer, inside in enumerate(self.candidates)}
+
+
+class Allocator(Plugin):
+    """Divides a budget. What it divides it over is its stage: layers, the heads of a layer, or both."""
+
+    ragged: ClassVar[bool] = True  # whether heads of a layer can end up with different lengths
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether it looks at single scores; `won` is told anyway, and a GPU need not look twice for it."""
+        return False
+
+    @abc.abstractmethod
+    def allocate(self, request: AllocationRequest) -> Tensor:
+        """Candidates to keep in each head, int64 [L, B, K]: sums of exactly `request.total`, none above its room.
+
+        Rows never influence each other.
+        """
+
+
+class LayerAllocator(Allocator):
+    """Divides the budget over the layers; what each gets follows from the length of the sequence alone.
+
+    All layers have the same room, and the total is a multiple of their number.
+    """
 
     stage = "allocate.layers"
-
-    @abc.abstractmethod
-    def allocate(self, request: LayerRequest) -> tuple[int, ...]:
-        """Entries per KV head for each layer: sum L * min(budget, length), each from `protected` to `length`."""
+    ragged = False
+    follows_length: ClassVar[bool] = True  # whether equal totals are divided otherwise for sequences of other lengths
 
 
-class HeadAllocator(Plugin):
-    """Divides a layer's budget over its KV heads."""
+class HeadAllocator(Allocator):
+    """Divides the budget of each layer over its KV heads. Layers never influence each other."""
 
     stage = "allocate.heads"
-    ragged: ClassVar[bool] = True  # whether heads can end up with different lengths
 
-    @abc.abstractmethod
-    def allocate(self, scores: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:
-        """Candidates to keep per head, int64 [B, K].
 
-        `scores` [B, K, T] float32, `candidates` [B, K, T] bool, `budget` [B] int64: candidates to keep in all heads
-        of a row together. Each row sums to min(budget, its candidates), no head above its own candidates.
-        """
+class JointAllocator(Allocator):
+    """Divides the budget over all layers and heads at once, in place of a layer and a head allocator.
 
-    def divide(self, room: Tensor, won: Callable[[Tensor], Tensor], budget: Tensor) -> "Tensor | str":  # noqa: ARG002
-        """`allocate` without a look at single scores, so that the plan can fuse it; or why that cannot be.
+    Every compression is one of the whole model: a prompt is compressed when its last layer has attended.
+    """
 
-        `room` [B, K] int64 are the candidates of each head; `won(n)`, for int64 [B], is how many of a row's best n
-        candidates each head owns (ties: lower head, then earlier position), int64 [B, K].
-        """
-        return "looks at single scores"
+    stage = "allocate.joint"
 
 
 class Selector(Plugin):
@@ -266,5 +310,6 @@ class Reader(Plugin):
 
 
 STAGES: dict[str, type[Plugin]] = {
-    kind.stage: kind for kind in (Scorer, LayerAllocator, HeadAllocator, Selector, Merger, Codec, Reader)
+    kind.stage: kind
+    for kind in (Scorer, LayerAllocator, HeadAllocator, JointAllocator, Selector, Merger, Codec, Reader)
 }

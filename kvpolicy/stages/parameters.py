@@ -170,14 +170,15 @@ class Nested(Rule):
 class Plugged(Rule):
     """Another plugin, of the stage named (`score`, `select`, …): a scorer may be built on a scorer.
 
-    `default` names the plugin that a policy file gets when it leaves the key out.
+    `default` names the plugin that a policy file gets when it leaves the key out; `optional`: then it gets none.
     """
 
     stage: str
     default: str = ""
+    optional: bool = False
 
     def accepts(self, value: object) -> bool:
-        return getattr(value, "stage", None) == self.stage
+        return (self.optional and value is None) or getattr(value, "stage", None) == self.stage
 
     def schema(self) -> dict[str, Any]:
         return {"$ref": f"#/$defs/{self.stage}"}

@@ -2,6 +2,7 @@
 
 from kvpolicy.stages import Plugin, hookimpl
 from kvpolicy_plugins.allocators.adaptive import Adaptive
+from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
@@ -45,6 +46,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     UniformLayers,
     Adaptive,
     UniformHeads,
+    GlobalRanking,
     TopK,
     CaM,
     D2O,

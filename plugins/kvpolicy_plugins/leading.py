@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvpolicy_plugins.ranking import sort_keys
+from kvpolicy.stages.ordering import sort_keys
 
 _LAST = torch.iinfo(torch.int32).max
 

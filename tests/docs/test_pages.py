@@ -15,10 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
-from kvpolicy.plan.fused import score_together
-from kvpolicy.plan.fusion import fusion_of
-from kvpolicy.plan.layers import Layers
-from kvpolicy.plan.pipeline import score
+from kvpolicy.plan.compress.fusion import fusion_of
 from kvpolicy.plan.reads import small_view
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.policy import Weighted
@@ -26,7 +23,11 @@ from kvpolicy.spec.reference import reference_markdown
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
+<<<<<<< HEAD
 from tests.building import COMMAND, printed, run_together
+=======
+from tests.compressing import fused, score
+>>>>>>> regions
 from tests.policies import small
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,8 @@ def plugins_shown(tmp_path, monkeypatch):
     """The modules of the page on plugins: each of its blocks is a file, named in its first line."""
     page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
     files = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in blocks("python", page)}
-    assert set(files) == {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast", "float16"}
+    scorer = {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast"}
+    assert set(files) == scorer | {"float16", "best_of_layer"}
     for name, block in files.items():
         (tmp_path / f"{name}.py").write_text(block, encoding="utf-8")
     runpy.run_path(str(tmp_path / "conftest.py"))
@@ -117,10 +119,9 @@ def test_scorer_shown_is_fused(plugins_shown):
     shown = plugins_shown["key_contrast"].KeyContrast(power=2.0)
     spec = attrs.evolve(small("snapkv").spec, score=(Weighted(shown), Weighted(KeyNorm())))
     view = small_view({"": shown}, Geometry((0,), 4, 2, 16))
-    fusion, layers = fusion_of(spec, ""), Layers.of([view])
+    fusion = fusion_of(spec, "")
     assert not any(term.reason for term in fusion.terms)
-    total, _, _ = score_together(fusion, layers)
-    torch.testing.assert_close(layers.per_view(total)[0], score(spec, view)[0])
+    torch.testing.assert_close(fused(spec, fusion, [view]).scores[0], score(spec, view)[0])
 
 
 def test_tile_function_shown_in_the_page_has_the_arguments_of_its_table(plugins_shown):
@@ -134,8 +135,20 @@ def test_store_shown_keeps_its_contract(plugins_shown):
     check_plugin(plugins_shown["float16"].Float16(recent=3), Promises(error=1e-3))
 
 
+def test_allocator_shown_keeps_its_contract(plugins_shown):
+    check_plugin(plugins_shown["best_of_layer"].BestOfLayer())
+
+
 def test_tutorial_runs(capsys):
     page = (ROOT / "docs" / "tutorial" / "first-policy.md").read_text("utf-8")
+
+    exec(blocks("python", page)[0], {})  # noqa: S102
+
+    assert "policy snapkv" in capsys.readouterr().out
+
+
+def test_code_on_regions_runs(capsys):
+    page = (ROOT / "docs" / "how-to" / "regions.md").read_text("utf-8")
 
     exec(blocks("python", page)[0], {})  # noqa: S102
 

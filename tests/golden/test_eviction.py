@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from kvpolicy.stages import LayerRequest
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.pyramid import Pyramid
@@ -14,6 +13,7 @@ from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.selectors.topk import TopK
+from tests.allocating import counts_of, shares_of
 from tests.golden import gkv
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.references import causal_attention, mass
@@ -141,33 +141,32 @@ def check_snapkv_ties(v):
 def pyramid_rows(v):
     for row, config in enumerate(v["cfg_L_T_cap_W_beta"].tolist()):
         layers, length, capacity, window, beta = config
-        yield row, LayerRequest(layers, capacity, window, length), beta
+        yield row, (layers, capacity, window, length), beta
 
 
 def check_pyramidkv_budgets(v):
     for row, request, beta in pyramid_rows(v):
         published = Pyramid(beta, "floor_step")
-        factory, ada = (v[f"tokens_kept_{code}"][row, : request.layers].tolist() for code in CODES)
+        layers, budget, protected, length = request
+        factory, ada = (v[f"tokens_kept_{code}"][row, :layers].tolist() for code in CODES)
         if -2 not in factory:  # -2: the published code divides by zero
-            assert list(published.allocate(request)) == factory
+            assert list(shares_of(published, *request)) == factory
         if -2 not in ada:  # the same ramp, without the branch for short sequences
-            ramp = published._floored_ramp(
-                request.budget - request.protected, request.length - request.protected, request.layers
-            )
-            assert [min(request.length, share + request.protected) for share in ramp] == ada
+            ramp = published._floored_ramp(budget - protected, length - protected, layers)
+            assert [min(length, share + protected) for share in ramp] == ada
 
 
 def check_spec_pyramidkv(v):
     for row, request, beta in pyramid_rows(v):
-        expected = v["tokens_kept_spec"][row, : request.layers].tolist()
-        assert list(Pyramid(beta).allocate(request)) == expected
+        expected = v["tokens_kept_spec"][row, : request[0]].tolist()
+        assert list(shares_of(Pyramid(beta), *request)) == expected
 
 
 def check_pyramidkv_kept(v):
     view, scores, capacity = snapkv(v, per_query_head=False, reduce="sum")
     close(scores[..., : -view.recent], v["score"])
-    request = LayerRequest(v.parameter("layers"), capacity, view.recent, view.keys.shape[2])
-    budgets = Pyramid(v.parameter("beta"), "floor_step").allocate(request)
+    request = v.parameter("layers"), capacity, view.recent, view.keys.shape[2]
+    budgets = shares_of(Pyramid(v.parameter("beta"), "floor_step"), *request)
     for layer in v["layer_ids"].tolist():
         same(keep(view, scores, budgets[layer]), v[f"kept_sorted_layer{layer}"])
 
@@ -216,10 +215,10 @@ def check_adakv(v):
     close(scores[..., : -view.recent], v["score"])
     equal = torch.tensor([(capacity - view.recent) * scores.shape[1]])
     floor, normalise = v.parameter("floor"), "mass" if v.parameter("normalize") else "none"
-    counts = Adaptive(floor, normalise, "official").allocate(scores, view.candidates, equal)
+    counts = counts_of(Adaptive(floor, normalise, "official"), scores, view.candidates, equal)
     kept = indices_of(TopK().select(scores, view.candidates, counts) | view.protected)[0]
     lengths, expected = v["head_lens"], v["kept_sorted"]
-    assert Adaptive(floor, normalise).allocate(scores, view.candidates, equal).sum() == equal
+    assert counts_of(Adaptive(floor, normalise), scores, view.candidates, equal).sum() == equal
     if v["gap_global"] == 0:  # plateaus of equal scores: which head gets an entry is a matter of taste
         assert (counts.sum() + view.protected.sum() - lengths.sum()).abs() <= len(lengths)
         return
@@ -235,7 +234,7 @@ def check_spec_adakv(v):
     floor, normalise = v.parameter("floor"), "mass" if v.parameter("normalize") else "none"
 
     def counts(share, rounding="conserve"):
-        return Adaptive(share, normalise, rounding).allocate(scores, everywhere, equal)[0]
+        return counts_of(Adaptive(share, normalise, rounding), scores, everywhere, equal)[0]
 
     same(counts(0), v["topk_counts"])
     same(counts(floor, "official") + window, v["head_lens_official"])

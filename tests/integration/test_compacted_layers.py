@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.plan.pipeline import Compressed
+from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.runtime.together import compact_layers
 from kvpolicy_kernels import UnsupportedInputError
 from tests.driving import HEADS, drive, new_layer, worth_plan
@@ -83,7 +83,7 @@ def test_what_kernels_refuse_is_left_to_the_references(monkeypatch, name, left):
     kept = torch.arange(1, left + 1).expand(1, HEADS, -1)
     before = held(Cache([layer]))
     monkeypatch.setattr(name, _refuse)
-    assert compact_layers(plan, [layer], [0], [Compressed(kept, {})], fills=False) == [False]
+    assert compact_layers(plan, [layer], [0], [Compressed(kept, ((left,) * HEADS,), {})], fills=False) == [False]
     assert held(Cache([layer])) == before
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.plan import execute
+from kvpolicy.plan.compress import step
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime import rounds
+from kvpolicy.runtime import scheduler
 from kvpolicy.runtime.attachment import Attachment
 from kvpolicy.runtime.support import geometry_of
 from kvpolicy_kernels import UnsupportedInputError
@@ -48,18 +48,18 @@ def test_kernels_choose_what_the_references_choose(name, rows):
 def test_layers_wait_for_the_end_of_a_decode_step(monkeypatch):
     """The prompt is compressed layer by layer, decode steps all layers at once, in place and by one launch each."""
     views, moved = [], []
-    inner, compact_layers = execute.choose_together, rounds.compact_layers
+    inner, compact_layers = step.score_layers, scheduler.compact_layers
 
-    def choose_together(spec, fusion, shown, budgets):
+    def score_layers(spec, fusion, shown):
         views.append(len(shown))
-        return inner(spec, fusion, shown, budgets)
+        return inner(spec, fusion, shown)
 
-    monkeypatch.setattr(execute, "choose_together", choose_together)
-    monkeypatch.setattr(rounds, "compact_layers", lambda *a, **k: moved.append(compact_layers(*a, **k)) or moved[-1])
+    monkeypatch.setattr(step, "score_layers", score_layers)
+    monkeypatch.setattr(scheduler, "compact_layers", lambda *a, **k: moved.append(compact_layers(*a, **k)) or moved[-1])
     model = build("llama", num_hidden_layers=LAYERS)
     _generate(model, POLICIES["rkv"], *prompt(28), kernels=True)
 
-    assert views == [1] * LAYERS + [LAYERS] * 2
+    assert views == [1] + [1] * LAYERS + [LAYERS] * 2  # first of all a trial, when the plan is made
     assert moved == [[True]] * LAYERS + [[True] * LAYERS] * 2
 
 
@@ -68,10 +68,16 @@ def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog):
     model = build("llama", num_hidden_layers=LAYERS)
     expected, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=False)
 
-    def refuse(*_args):
-        raise UnsupportedInputError("no such luck")
+    calls, inner = [], step.score_layers
 
-    monkeypatch.setattr(execute, "choose_together", refuse)
+    def refuse(spec, fusion, views):
+        """Once the plan has been made, for which kernels were tried."""
+        calls.append(fusion)
+        if fusion and sum(map(bool, calls)) > 1:
+            raise UnsupportedInputError("no such luck")
+        return inner(spec, fusion, views)
+
+    monkeypatch.setattr(step, "score_layers", refuse)
     found, _ = _generate(model, POLICIES["snapkv"], *prompt(28), kernels=True)
 
     assert torch.equal(found.sequences, expected.sequences)

@@ -69,14 +69,14 @@ def test_autocast_gives_what_it_gives_without_a_policy(implementation):
 @pytest.mark.parametrize("name", ["snapkv", "adakv", "rkv"])
 def test_under_autocast_scores_are_computed_in_full_precision(name, monkeypatch):
     model, tokens, seen = build(), prompt(24)[0], []
-    weighted_sum = kvpolicy.plan.pipeline.weighted_sum
+    weighted_sum = kvpolicy.plan.compress.scored.weighted_sum
 
     def noted(*args, **options):
         scores, observed = weighted_sum(*args, **options)
         seen.append((torch.is_autocast_enabled("cpu"), scores.dtype, args[1].keys.dtype))
         return scores, observed
 
-    monkeypatch.setattr(kvpolicy.plan.pipeline, "weighted_sum", noted)
+    monkeypatch.setattr(kvpolicy.plan.compress.scored, "weighted_sum", noted)
     with small(name).attach(model), torch.autocast("cpu", dtype=torch.bfloat16):
         generate(model, tokens, count=6)
     assert set(seen) == {(False, torch.float32, torch.float32)}

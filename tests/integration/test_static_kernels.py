@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kvpolicy_kernels.compact
+from kvpolicy.plan.compress.kernels import FusedLayers
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.static import evict, fused
+from kvpolicy.runtime.static import evict
 from kvpolicy.runtime.static.runners import Mode
 from kvpolicy.runtime.support import geometry_of
 from kvpolicy_kernels import UnsupportedInputError
@@ -24,8 +26,14 @@ WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "at
 @pytest.fixture
 def rounds(monkeypatch):
     """Whether kernels did it, for each round of compressions in static storage."""
-    found, inner = [], evict.evict_in_kernels
-    monkeypatch.setattr(evict, "evict_in_kernels", lambda *given: found.append(inner(*given)) or found[-1])
+    found, inner = [], evict._choose
+
+    def choose(*given):
+        kept, groups = inner(*given)
+        found.append(all(isinstance(group, FusedLayers) for group in groups))
+        return kept, groups
+
+    monkeypatch.setattr(evict, "_choose", choose)
     return found
 
 
@@ -80,20 +88,29 @@ def test_a_compiled_step_compresses_in_kernels_too(rounds):
     assert all(rounds)
 
 
-def test_a_launch_that_is_refused_is_said_once(monkeypatch, caplog, rounds):
+@pytest.mark.parametrize("what", ["scores", "moves"])
+def test_a_launch_that_is_refused_is_said_once(what, monkeypatch, caplog, rounds):
     """The references run instead, with the same tokens."""
     expected, *plain = run("gkv", kernels=False)
 
-    def refuse(*_args):
+    choose_on_device = evict.choose_on_device
+
+    def refuse(*_args, **_named):
         raise UnsupportedInputError("no such luck")
 
-    monkeypatch.setattr(fused, "_compact", refuse)
+    def refuse_kernels(spec, fusion, *rest):
+        return refuse() if fusion else choose_on_device(spec, fusion, *rest)
+
+    if what == "scores":
+        monkeypatch.setattr(evict, "choose_on_device", refuse_kernels)
+    else:
+        monkeypatch.setattr(kvpolicy_kernels.compact, "compact", refuse)
     found, *layers = run("gkv", kernels=True)
 
     assert torch.equal(found.sequences, expected.sequences)
     assert layers == plain
     assert len(rounds) >= 2
-    assert not any(rounds)
+    assert any(rounds) == (what == "moves")
     assert [one.message for one in caplog.records if "no such luck" in one.message] == [caplog.records[0].message]
 
 
@@ -108,7 +125,7 @@ class Unwaiting(TorchDispatchMode):
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"gkv"}))  # whose reference asks a host's tensors, and no other's
 def test_only_the_first_round_may_wait(name, monkeypatch):
     """Captured steps have run before: tables of addresses are there by then."""
-    seen, inner = [], evict.evict_in_kernels
+    seen, inner = [], evict._evict
 
     def watched(*given):
         seen.append(None)
@@ -117,7 +134,7 @@ def test_only_the_first_round_may_wait(name, monkeypatch):
         with Unwaiting():
             return inner(*given)
 
-    monkeypatch.setattr(evict, "evict_in_kernels", watched)
+    monkeypatch.setattr(evict, "_evict", watched)
     run(name, kernels=True)
 
     assert len(seen) >= 2

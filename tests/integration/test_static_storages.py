@@ -92,8 +92,8 @@ class Bump(LayerAllocator):
     name = "bump"
 
     def allocate(self, request):
-        extra = 6 if 40 <= request.length < 50 else 0
-        return (request.budget + extra, request.budget - extra, request.budget)
+        extra = 6 if 40 <= int(request.tokens) < 50 else 0
+        return request.total // 3 + torch.tensor([extra, -extra, 0])[:, None, None]
 
 
 def test_entries_that_outgrow_the_storage_get_a_larger_one(steps):

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from kvpolicy.plan.explain import explain
-from kvpolicy.plan.fused import choose_together
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.plan.steps import Step
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels import Column, Segments, Traffic
 from kvpolicy_kernels.compact import compact, compact_to
+from tests.compressing import chosen_together
 from tests.kernels.counting import counted
 from tests.policies import small
 
@@ -39,7 +39,7 @@ def test_planned_bytes_are_those_that_kernels_address(name, dtype, monkeypatch):
     tensors = {one: getattr(view, one) for one in NAMES if getattr(view, one) is not None}
 
     with counted(tensors) as choosing:
-        choose_together(plan.spec, plan.fusion, [view], [[BUDGET]])
+        chosen_together(plan.spec, plan.fusion, [view], [[BUDGET]])
 
     compacted = [planned.pop("compact")] if "compact" in planned else []
     expected = Traffic.total(planned.values())

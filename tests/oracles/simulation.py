@@ -66,6 +66,8 @@ class Method:
         """Entries that a KV head of a layer may hold, once a row has had so many tokens."""
         return min(self.budget, tokens)
 
+    competing = False  # whether `shares` is told the scores of all layers, when a forward is over
+
     def shares(self, scores: list[np.ndarray], each: int) -> list[int]:
         """Candidates that each head of a layer keeps, `each` on average."""
         return [each] * len(scores)
@@ -109,7 +111,11 @@ class Simulation:
             given = (each[row].double().numpy() for each in (query, key, value))
             output[row] = torch.from_numpy(self._row(heads, columns, length - count, self.tokens.get(place, 0), *given))
             self.tokens[place] = self.tokens.get(place, 0) + len(columns)
-            self._evict(module.layer_idx, row, decoding=count == 1)
+            if not self.method.competing:
+                self._evict([module.layer_idx], row, decoding=count == 1)
+        if self.method.competing and module.layer_idx == self.layers - 1:
+            for row in range(rows):
+                self._evict(list(range(self.layers)), row, decoding=count == 1)
         return output, None
 
     def _row(self, heads, columns, first, before, query, key, value):
@@ -135,9 +141,10 @@ class Simulation:
             self.method.observe(head, probabilities)
         return output
 
-    def _evict(self, layer: int, row: int, *, decoding: bool) -> None:
-        method, heads = self.method, self.heads[layer, row]
-        allowed = method.entries(layer, self.layers, self.tokens[layer, row])
+    def _evict(self, layers: list[int], row: int, *, decoding: bool) -> None:
+        """Of layers that share what they may hold: one, or all of them."""
+        method, heads = self.method, [head for layer in layers for head in self.heads[layer, row]]
+        allowed = method.entries(layers[0], self.layers, self.tokens[layers[0], row])
         held = sum(len(head.entries) for head in heads) / len(heads)
         if held <= (allowed + method.every - 1 if decoding else allowed):
             return

@@ -22,7 +22,7 @@ print(max(layer.held for layer in attachment.report().layers))
 """
 FUSED = """
 import kvpolicy
-from kvpolicy.plan.fusion import fusion_of
+from kvpolicy.plan.compress.fusion import fusion_of
 print([term.reason for term in fusion_of(kvpolicy.load("diverse").spec, "").terms])
 """
 

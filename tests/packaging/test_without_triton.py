@@ -26,7 +26,7 @@ main()
 TILES = """
 import json
 import kvpolicy
-from kvpolicy.plan.fusion import fusion_of
+from kvpolicy.plan.compress.fusion import fusion_of
 from kvpolicy.stages.registry import registry
 terms = [term for name in registry().policies() for term in fusion_of(kvpolicy.load(name).spec, "").terms]
 print(json.dumps({term.weighted.scorer.name: term.reason for term in terms}))

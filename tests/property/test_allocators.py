@@ -1,16 +1,18 @@
 """Budgets are spent exactly, whatever the layers and heads look like (P5)."""
 
+import attrs
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvpolicy.stages import LayerRequest
 from kvpolicy_plugins.allocators.adaptive import Adaptive
+from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.apportion import apportion, fill_evenly
+from tests.allocating import counts_of, joint_counts, shares_of
 from tests.property.layers import scored
 
 betas = st.one_of(st.sampled_from((1, 5, 20)), st.floats(1e-3, 1e6))
@@ -22,17 +24,30 @@ head_allocators = st.one_of(
 finite = scored().filter(lambda drawn: drawn[0].isfinite().all())
 
 
+@attrs.frozen
+class Request:
+    """What one sequence asks of a layer allocator."""
+
+    layers: int
+    budget: int  # entries per KV head and layer, the protected ones included
+    protected: int
+    length: int
+
+    def shares(self, allocator):
+        return shares_of(allocator, self.layers, self.budget, self.protected, self.length)
+
+
 @st.composite
 def requests(draw):
     protected = draw(st.integers(0, 64))
     budget = protected + draw(st.integers(0, 5000))
     length = protected + draw(st.one_of(st.integers(0, 100_000), st.integers(0, 5000)))
-    return LayerRequest(draw(st.integers(1, 96)), budget, protected, length)
+    return Request(draw(st.integers(1, 96)), budget, protected, length)
 
 
 @given(requests(), layer_allocators)
 def test_layers_spend_the_budget_on_what_they_hold(request, allocator):
-    found = allocator.allocate(request)
+    found = request.shares(allocator)
     assert len(found) == request.layers
     assert sum(found) == request.layers * min(request.budget, request.length)
     assert request.protected <= min(found)
@@ -41,26 +56,26 @@ def test_layers_spend_the_budget_on_what_they_hold(request, allocator):
 
 @given(requests(), st.floats(1, 1e6))
 def test_a_pyramid_never_widens_upwards(request, beta):
-    found = Pyramid(beta).allocate(request)
+    found = request.shares(Pyramid(beta))
     assert list(found) == sorted(found, reverse=True)
 
 
 @given(requests())
 def test_a_pyramid_of_beta_one_is_uniform(request):
-    assert Pyramid(1).allocate(request) == UniformLayers().allocate(request)
+    assert request.shares(Pyramid(1)) == request.shares(UniformLayers())
 
 
 @given(requests())
 def test_a_longer_sequence_does_not_change_a_pyramid_that_fits(request):
     assume(request.length >= 2 * request.budget - request.protected)
-    longer = LayerRequest(request.layers, request.budget, request.protected, 2 * request.length)
-    assert Pyramid().allocate(longer) == Pyramid().allocate(request)
+    longer = attrs.evolve(request, length=2 * request.length)
+    assert longer.shares(Pyramid()) == request.shares(Pyramid())
 
 
 @given(requests(), betas)
 def test_the_published_rounding_only_overshoots_by_the_floored_steps(request, beta):
     assume(beta >= 1)
-    found = sum(Pyramid(beta, "floor_step").allocate(request))
+    found = sum(request.shares(Pyramid(beta, "floor_step")))
     exact = request.layers * min(request.budget, request.length)
     assert 0 <= found - exact <= request.layers * (request.layers - 1) / 2
 
@@ -68,7 +83,7 @@ def test_the_published_rounding_only_overshoots_by_the_floored_steps(request, be
 @given(scored(), head_allocators, st.integers(0, 400))
 def test_heads_spend_the_budget_on_what_they_hold(drawn, allocator, budget):
     scores, candidates = drawn
-    counts = allocator.allocate(scores, candidates, torch.full(scores.shape[:1], budget))
+    counts = counts_of(allocator, scores, candidates, torch.full(scores.shape[:1], budget))
     room = candidates.sum(-1)
     assert counts.dtype == torch.int64
     assert torch.equal(counts.sum(-1), room.sum(-1).clamp(max=budget))
@@ -79,16 +94,16 @@ def test_heads_spend_the_budget_on_what_they_hold(drawn, allocator, budget):
 def test_rows_are_allocated_apart(drawn, allocator, budget):
     scores, candidates = drawn
     budgets = torch.full(scores.shape[:1], budget)
-    together = allocator.allocate(scores, candidates, budgets)
+    together = counts_of(allocator, scores, candidates, budgets)
     for row in range(len(budgets)):
         part = slice(row, row + 1)
-        assert torch.equal(allocator.allocate(scores[part], candidates[part], budgets[part]), together[part])
+        assert torch.equal(counts_of(allocator, scores[part], candidates[part], budgets[part]), together[part])
 
 
 @given(scored(), st.integers(0, 400))
 def test_uniform_heads_differ_by_one_unless_a_head_is_full(drawn, budget):
     scores, candidates = drawn
-    counts = UniformHeads().allocate(scores, candidates, torch.full(scores.shape[:1], budget))
+    counts = counts_of(UniformHeads(), scores, candidates, torch.full(scores.shape[:1], budget))
     room = candidates.sum(-1)
     largest = counts.amax(-1, keepdim=True)
     assert ((counts >= largest - 1) | (counts == room)).all()
@@ -99,8 +114,8 @@ def test_a_floor_of_one_is_uniform(drawn, budget):
     scores, candidates = drawn
     budgets = torch.full(scores.shape[:1], budget)
     assert torch.equal(
-        Adaptive(1).allocate(scores, candidates, budgets),
-        UniformHeads().allocate(scores, candidates, budgets),
+        counts_of(Adaptive(1), scores, candidates, budgets),
+        counts_of(UniformHeads(), scores, candidates, budgets),
     )
 
 
@@ -111,8 +126,8 @@ def test_one_scale_for_all_heads_changes_no_budget(drawn, budget, scale):
     budgets = torch.full(scores.shape[:1], budget)
     allocator = Adaptive(0.2)
     assert torch.equal(
-        allocator.allocate(scale * scores, candidates, budgets),
-        allocator.allocate(scores, candidates, budgets),
+        counts_of(allocator, scale * scores, candidates, budgets),
+        counts_of(allocator, scores, candidates, budgets),
     )
 
 
@@ -123,7 +138,7 @@ def test_without_a_floor_no_head_budget_holds_more_score(drawn, budget):
     assume(scores.abs().max() < 1e30)
     budgets = torch.full(scores.shape[:1], budget)
     kept = [
-        kept_mass(scores, candidates, allocator.allocate(scores, candidates, budgets))
+        kept_mass(scores, candidates, counts_of(allocator, scores, candidates, budgets))
         for allocator in (Adaptive(0), UniformHeads())
     ]
     assert (kept[0] >= kept[1] - 1e-9).all()
@@ -145,3 +160,32 @@ def test_even_shares_fill_the_small_and_level_the_others(room, total):
     whole = apportion(shares, spent)
     assert whole.sum() == spent
     assert ((whole - shares).abs() < 1).all()
+
+
+@given(scored(), st.floats(0, 1), st.integers(0, 800), st.integers(0, 2**20))
+def test_layers_that_compete_spend_the_budget_on_what_they_hold(drawn, floor, budget, seed):
+    scores, candidates = drawn
+    other = scores[..., torch.randperm(scores.shape[-1], generator=torch.Generator().manual_seed(seed))]
+    counts = joint_counts(
+        GlobalRanking(floor), [scores, other], [candidates, candidates], torch.full(scores.shape[:1], budget)
+    )
+    room = torch.stack([candidates.sum(-1)] * 2)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts.sum((0, 2)), room.sum((0, 2)).clamp(max=budget))
+    assert ((counts >= 0) & (counts <= room)).all()
+
+
+@given(finite, st.integers(0, 400), st.integers(0, 2**20))
+def test_without_a_floor_no_budget_of_layers_and_heads_holds_more_score(drawn, budget, seed):
+    """The best of all layers is what they keep together."""
+    scores, candidates = drawn
+    assume(scores.abs().max() < 1e30)
+    other = scores[..., torch.randperm(scores.shape[-1], generator=torch.Generator().manual_seed(seed))] * 0.5 - 0.25
+    layers, budgets = [(scores, candidates), (other, candidates)], torch.full(scores.shape[:1], budget)
+    apart = [counts_of(Adaptive(0), *layer, budgets) for layer in layers]
+    spent = sum(counts.sum(-1) for counts in apart)
+    jointly = joint_counts(GlobalRanking(), *zip(*layers, strict=True), spent)
+    mass = [
+        sum(kept_mass(*layer, counts) for layer, counts in zip(layers, each, strict=True)) for each in (jointly, apart)
+    ]
+    assert (mass[0] >= mass[1] - 1e-9).all()

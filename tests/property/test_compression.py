@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy.plan.pipeline import compress
 from kvpolicy.spec.policy import Allocate, Weighted
 from kvpolicy.stages import Scorer
 from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
+from tests.compressing import compress_one
 from tests.driving import FirstHeads
 from tests.policies import small
 from tests.views import view_of
@@ -57,7 +57,7 @@ def problems(draw, allocators=HEAD_ALLOCATORS, odd=True):
 @given(problems())
 def test_kept_slots_are_unique_ascending_and_hold_an_entry(problem):
     spec, view, budget = problem
-    kept = compress(spec, view, budget).kept
+    kept = compress_one(spec, view, budget).kept
     for row, heads in enumerate(kept.tolist()):
         for head, slots in enumerate(heads):
             own = [slot for slot in slots if slot >= 0]
@@ -70,7 +70,7 @@ def test_kept_slots_are_unique_ascending_and_hold_an_entry(problem):
 def test_the_same_entries_stay_in_whichever_slots_they_stand(problem):
     spec, view, budget = problem
     other, slots = shuffled(view)
-    found, expected = compress(spec, other, budget).kept, compress(spec, view, budget).kept
+    found, expected = compress_one(spec, other, budget).kept, compress_one(spec, view, budget).kept
     stood = slots.gather(-1, found.clamp(min=0)).masked_fill(found < 0, slots.shape[-1]).sort(-1).values
     assert torch.equal(stood, expected.masked_fill(expected < 0, slots.shape[-1]))
 
@@ -78,7 +78,7 @@ def test_the_same_entries_stay_in_whichever_slots_they_stand(problem):
 @given(problems())
 def test_a_row_keeps_exactly_its_budget(problem):
     spec, view, budget = problem
-    kept = (compress(spec, view, budget).kept >= 0).sum((1, 2))
+    kept = (compress_one(spec, view, budget).kept >= 0).sum((1, 2))
     heads = view.positions.shape[1]
     for row, length in enumerate(view.lengths[:, 0].tolist()):
         assert kept[row] == min(length, budget[row]) * heads
@@ -87,14 +87,14 @@ def test_a_row_keeps_exactly_its_budget(problem):
 @given(problems(allocators=HEAD_ALLOCATORS[:1]))
 def test_heads_keep_the_same_when_they_share_evenly(problem):
     spec, view, budget = problem
-    counts = (compress(spec, view, budget).kept >= 0).sum(-1)
+    counts = (compress_one(spec, view, budget).kept >= 0).sum(-1)
     assert (counts == counts[:, :1]).all()
 
 
 @given(problems())
 def test_protected_entries_stay_and_the_evicted_score_no_higher_than_the_kept(problem):
     spec, view, budget = problem
-    kept = compress(spec, view, budget).kept
+    kept = compress_one(spec, view, budget).kept
     scores = view.keys[..., 0].nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     for row in range(kept.shape[0]):
         for head in range(kept.shape[1]):
@@ -110,7 +110,7 @@ def test_protected_entries_stay_and_the_evicted_score_no_higher_than_the_kept(pr
 @given(problems())
 def test_nan_is_kept_only_when_nothing_else_is_left(problem):
     spec, view, budget = problem
-    kept = compress(spec, view, budget).kept
+    kept = compress_one(spec, view, budget).kept
     wrong = view.keys[..., 0].isnan() & view.candidates
     for row in range(kept.shape[0]):
         for head in range(kept.shape[1]):
@@ -125,7 +125,7 @@ def test_nan_is_kept_only_when_nothing_else_is_left(problem):
 @given(problems())
 def test_what_is_kept_is_an_exact_gather(problem):
     spec, view, budget = problem
-    done = compress(spec, view, budget)
+    done = compress_one(spec, view, budget)
     assert done.entries is None  # the runtime moves them
     entries = spec.merge.merge(view, done.kept)
     for row, heads in enumerate(done.kept.tolist()):
@@ -140,12 +140,12 @@ def test_what_is_kept_is_an_exact_gather(problem):
 @given(problems())
 def test_rows_know_nothing_of_each_other(problem):
     spec, view, budget = problem
-    together = compress(spec, view, budget).kept
+    together = compress_one(spec, view, budget).kept
     for row in range(len(budget)):
         own = view_of(
             view.keys[row : row + 1], lengths=view.lengths[row : row + 1], sinks=view.sinks, recent=view.recent
         )
-        alone = compress(spec, own, budget[row : row + 1]).kept
+        alone = compress_one(spec, own, budget[row : row + 1]).kept
         assert [[s for s in slots if s >= 0] for slots in alone[0].tolist()] == [
             [s for s in slots if s >= 0] for slots in together[row].tolist()
         ]
@@ -157,15 +157,15 @@ def test_heads_can_be_permuted(problem, random):
     order = list(range(view.positions.shape[1]))
     random.shuffle(order)
     moved = view_of(view.keys[:, order], lengths=view.lengths[:, order], sinks=view.sinks, recent=view.recent)
-    assert torch.equal(compress(spec, moved, budget).kept, compress(spec, view, budget).kept[:, order])
+    assert torch.equal(compress_one(spec, moved, budget).kept, compress_one(spec, view, budget).kept[:, order])
 
 
 @given(problems())
 def test_compressing_again_changes_nothing(problem):
     spec, view, budget = problem
-    once = compress(spec, view, budget)
+    once = compress_one(spec, view, budget)
     positions = torch.where(once.kept >= 0, view.positions.gather(-1, once.kept.clamp(min=0)), -1)
     entries = spec.merge.merge(view, once.kept)
     again = attrs.evolve(view, keys=entries.keys, values=entries.values, positions=positions)
-    kept = compress(spec, again, budget).kept
+    kept = compress_one(spec, again, budget).kept
     assert torch.equal(torch.where(kept >= 0, kept, -1), torch.where(positions >= 0, torch.arange(kept.shape[-1]), -1))

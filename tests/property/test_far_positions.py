@@ -4,11 +4,10 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.plan.execute import compress_layers
-from kvpolicy.plan.pipeline import choose
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.runtime.blockwise import visible
 from kvpolicy.stages import Geometry
+from tests.compressing import chosen, compress_layers
 from tests.policies import NAMES, small
 from tests.property.test_faulty_merges import MERGERS, kept_of, merged, parts, view_for
 from tests.unit.plan.test_faults import DIM, GROUP, HEADS, SLOTS, seen
@@ -38,8 +37,8 @@ def given(name):
 @pytest.mark.parametrize("name", [*NAMES, "streaming_llm"])
 def test_the_same_entries_are_kept(name):
     view = given(name)
-    near = choose(spec_of(name), view, [9, 11])
-    assert torch.equal(choose(spec_of(name), far(view), [9, 11]).kept, near.kept)
+    near = chosen(spec_of(name), view, [9, 11])
+    assert torch.equal(chosen(spec_of(name), far(view), [9, 11]).kept, near.kept)
 
 
 def test_kernels_keep_the_same_entries():

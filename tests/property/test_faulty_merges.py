@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvpolicy.errors import NonFiniteScoreWarning
-from kvpolicy.plan.finite import faults_of, is_finite
-from kvpolicy.plan.pipeline import Chosen, compress, reduce_to
+from kvpolicy.plan.compress.finite import faults_of, is_finite
+from kvpolicy.plan.compress.step import Chosen, compress_one, reduced
 from kvpolicy.stages import Entries, Merger, State
 from kvpolicy.stages.conformance.samples import glimpse_of, sample_view
 from kvpolicy.stages.slots import gather, indices_of
@@ -100,7 +100,8 @@ def kept_of(view):
 
 def merged(merger, view, kept):
     spec = attrs.evolve(small("snapkv").spec, merge=merger)
-    return reduce_to(spec, view, Chosen(kept, {}, int(faults_of(merger, view))))
+    lengths = tuple(map(tuple, (kept >= 0).sum(-1).tolist()))
+    return reduced(spec, view, Chosen(kept, lengths, {}, int(faults_of(merger, view))))
 
 
 def parts(result):
@@ -311,7 +312,7 @@ def test_a_compression_as_a_whole_goes_on():
     for wrong in WRONG:
         faulty = spoilt(view, ("keys", EVICTED), wrong)
         with pytest.warns(NonFiniteScoreWarning):
-            result = compress(spec, faulty, [9, 9, 9])
+            result = compress_one(spec, faulty, [9, 9, 9])
         assert EVICTED not in result.kept[ROW, 0]
         assert result.entries.keys.isfinite().all()
         assert result.row_state["threshold"].isfinite().all()

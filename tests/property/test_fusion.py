@@ -7,15 +7,15 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
+from kvpolicy.plan.compress.fusion import fusion_of
+from kvpolicy.plan.compress.score import scored
+from kvpolicy.plan.compress.scored import select
 from kvpolicy.plan.followers import state_name
-from kvpolicy.plan.fused import choose_together, score_together
-from kvpolicy.plan.fusion import fusion_of
-from kvpolicy.plan.layers import Layers
-from kvpolicy.plan.pipeline import allocate, choose, score, scored, select
 from kvpolicy.stages import Geometry, View
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_plugins.scorers.redundancy import Redundancy
+from tests.compressing import allocated, chosen, chosen_together, fused, score
 from tests.references import near_threshold
 
 NONE = {"kind": "none"}
@@ -150,11 +150,10 @@ def test_fused_scores_are_those_of_the_references(seed):
     """Up to rounding, on every candidate; new slot state is the same."""
     spec, views = scene(seed)
     assume(not rounding_decides(spec, views))
-    layers = Layers.of(views)
-    total, nan, observed = score_together(fusion_of(spec, ""), layers)
+    group = fused(spec, fusion_of(spec, ""), views)
 
-    assert nan.sum() == 0
-    for found, noted, view in zip(layers.per_view(total), observed, views, strict=True):
+    assert group.nan.sum() == 0
+    for found, noted, view in zip(group.scores, group.observed, views, strict=True):
         expected, fresh = score(spec, view)
         scale = expected[view.candidates].abs().max() if view.candidates.any() else 1.0
         tolerance = 1e-4 if view.keys.dtype == torch.float32 else 2e-2
@@ -175,18 +174,17 @@ def test_fused_choice_follows_from_the_fused_scores_and_keeps_as_much(seed):
     """
     spec, views = scene(seed)
     fusion, budgets = fusion_of(spec, ""), [[spec.budget.tokens] * len(view.positions) for view in views]
-    layers = Layers.of(views)
-    total, _, _ = score_together(fusion, layers)
+    group = fused(spec, fusion, views)
 
-    chosen = choose_together(spec, fusion, views, budgets)
+    results = chosen_together(spec, fusion, views, budgets)
 
     comparable = not spec.allocate.heads.ragged and not rounding_decides(spec, views)
-    for one, scores, view, budget in zip(chosen, layers.per_view(total), views, budgets, strict=True):
-        counts = allocate(spec, view, scores, budget)
+    for one, scores, view, budget in zip(results, group.scores, views, budgets, strict=True):
+        counts = allocated(spec, view, scores, budget)
         expected = indices_of(select(spec, view, scores, counts) | view.protected)
         assert torch.equal(one.kept, expected)
         if comparable:
-            assert_as_much_score(spec, view, one.kept, choose(spec, view, budget).kept)
+            assert_as_much_score(spec, view, one.kept, chosen(spec, view, budget).kept)
 
 
 def assert_as_much_score(spec, view, kept, expected):
@@ -205,9 +203,9 @@ def test_layers_do_not_influence_each_other():
     geometry = Geometry((0, 1), 4, 2, 16)
     views = [view_of(spec, geometry, torch.float32, 1, numbers) for _ in range(2)]
     fusion = fusion_of(spec, "")
-    together = choose_together(spec, fusion, views, [[12], [12]])
+    together = chosen_together(spec, fusion, views, [[12], [12]])
     for view, one in zip(views, together, strict=True):
-        (alone,) = choose_together(spec, fusion, [view], [[12]])
+        (alone,) = chosen_together(spec, fusion, [view], [[12]])
         assert torch.equal(alone.kept, one.kept)
 
 
@@ -225,4 +223,4 @@ def test_views_that_kernels_cannot_address_are_refused():
     view = view_of(spec, Geometry((0, 1), 4, 2, 16), torch.float32, 1, torch.Generator().manual_seed(3))
     spread = torch.stack([view.keys, view.keys], -1).flatten(-2)[..., ::2]
     with pytest.raises(UnsupportedInputError, match="contiguous"):
-        choose_together(spec, fusion_of(spec, ""), [attrs.evolve(view, keys=spread)], [[12]])
+        chosen_together(spec, fusion_of(spec, ""), [attrs.evolve(view, keys=spread)], [[12]])

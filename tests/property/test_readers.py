@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kvpolicy.stages import Question, Site
+from kvpolicy.stages.ordering import best_first
 from kvpolicy_plugins.leading import leading
-from kvpolicy_plugins.ranking import best_first
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
 from tests.decisions import Decisions

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.plan.pipeline import compress
+from kvpolicy.plan.compress.step import compress_one
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.stages import Geometry, View
@@ -108,7 +108,7 @@ def run_once(data):
     rows = {one.name: torch.full((1,), one.fill) for one in spec.merge.row_state()}
     votes = torch.zeros(1, 2, SLOTS) if spec.merge.votes else None
     with Counted() as counted:
-        left = compress(spec, attrs.evolve(view, slot_state=state, row_state=rows, log_votes=votes), [budget])
+        left = compress_one(spec, attrs.evolve(view, slot_state=state, row_state=rows, log_votes=votes), [budget])
     assert counted.largest <= MOST_NUMBERS
     assert left.kept.shape[-1] <= SLOTS
     return 1

@@ -10,10 +10,10 @@ import torch
 import kvpolicy
 import kvpolicy_kernels
 import kvpolicy_plugins
-from kvpolicy.plan.execute import compress_layers
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance.samples import sample_view
+from tests.compressing import compress_layers
 from tests.models import build, generate, prompt
 from tests.policies import NAMES, small
 from tests.property.test_faulty_merges import MERGERS, kept_of, merged, parts, view_for

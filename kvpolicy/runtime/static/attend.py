@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpolicy.plan.fallback import note_once
+from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.plan import POSITIONS
-from kvpolicy.plan.refusals import refusals
 from kvpolicy.runtime.static.kernel import attend_in_kernel
 from kvpolicy.runtime.static.layer import StaticLayer, layers
 from kvpolicy.runtime.static.slots import Slots, follow
@@ -35,7 +34,7 @@ def _attend(layer: StaticLayer, held: Slots, packed: Tensor, scaling: float) -> 
     if plan.kernels:
         try:
             return attend_in_kernel(plan, held, packed, scaling)
-        except refusals() as error:
+        except kernel_errors() as error:
             note_once(f"attention over static slots runs without a kernel: {error}")
             held = held.without_remains()
     if not plan.followers:

@@ -46,7 +46,11 @@ def _problems(plan: Plan) -> Iterator[Problem]:
         yield Problem("compress.every", "graph: must be a number: otherwise the cache grows with every token")
     if spec.budget.share is not None:
         yield Problem("budget", f"graph: must not grow with the tokens: {spec.budget}")
-    if plan.ragged:
+    if spec.protect.by_place:
+        yield Problem("protect", "graph: only first and last tokens can be protected, no prompt and no regions")
+    if plan.compresses_jointly:
+        yield Problem("allocate.joint", f"graph: layers must not compete: {spec.allocate.divider.name}")
+    elif plan.ragged:
         yield Problem("allocate.heads", f"graph: heads must hold equally many entries: {spec.allocate.heads.name}")
     if any(forms.keys.columns or forms.values.columns for forms in plan.formats):
         yield Problem("store", f"graph: entries must be held as they are: {spec.store.name}")

@@ -50,7 +50,7 @@ class Step:
             return_dict=True,
         )
         if self.compresses:
-            evict(self.layers, given.due, given.budgets, given.nan)
+            evict(self.layers, given.due, given.budgets, given.clock.long() + 1, given.nan)
         given.clock.add_(1)
         logits: Tensor = outputs.logits
         return logits

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import UnsupportedCallError
-from kvpolicy.plan.pipeline import warn_of_nan
+from kvpolicy.plan.compress.nan import warn_of_nan
 
 
 class Tally:

@@ -40,8 +40,9 @@ __all__ = ["Promises", "check_plugin", "conformance_cases"]
 
 _CHECKS: dict[str, tuple[Callable[[Any, Promises], None], ...]] = {
     "score": (*observers.CHECKS, *scorers.CHECKS, *tiles.CHECKS),
-    "allocate.layers": allocators.LAYER_CHECKS,
-    "allocate.heads": allocators.HEAD_CHECKS,
+    "allocate.layers": allocators.CHECKS,
+    "allocate.heads": allocators.CHECKS,
+    "allocate.joint": allocators.CHECKS,
     "select": selectors.CHECKS,
     "merge": (*observers.CHECKS, *mergers.CHECKS),
     "store": codecs.CHECKS,

@@ -1,15 +1,14 @@
 """More for the heads that need it."""
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Choice, HeadAllocator, Number, parameter
+from kvpolicy.stages import AllocationRequest, Choice, HeadAllocator, Number, parameter
+from kvpolicy.stages.ordering import best_first, highest
 from kvpolicy_plugins.apportion import apportion, fill_evenly
-from kvpolicy_plugins.ranking import best_first
 
 
 @attrs.frozen
@@ -31,33 +30,27 @@ class Adaptive(HeadAllocator):
     normalise: str = parameter(Choice(("none", "mass")), "none", help="scale of a head's scores")
     rounding: str = parameter(Choice(("conserve", "official")), "conserve", help="exact sum, or the published code")
 
-    def allocate(self, scores: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:
-        room = candidates.sum(-1)
-        if self.normalise == "mass":
-            scores = _weigh(scores, candidates, fill_evenly(room, budget.minimum(room.sum(-1))))
-        return self._divide(room, lambda total: _wins(scores, candidates, total), budget)
+    @property
+    def reads_scores(self) -> bool:
+        return self.normalise == "mass"
 
-    def divide(self, room: Tensor, won: Callable[[Tensor], Tensor], budget: Tensor) -> Tensor | str:
-        if self.normalise == "mass":
-            return "weighs single scores"
-        return self._divide(room, won, budget)
-
-    def _divide(self, room: Tensor, won: Callable[[Tensor], Tensor], budget: Tensor) -> Tensor:
-        total = budget.minimum(room.sum(-1))
-        equal, owned = fill_evenly(room, total), won(total).double()
+    def allocate(self, request: AllocationRequest) -> Tensor:
+        room, total = request.room, request.total
+        equal = fill_evenly(room, total)
+        owned = (self._mass_wins(request, equal) if self.reads_scores else request.won(total)).double()
         if self.rounding == "official":
             guaranteed = (equal.floor() * self.floor).floor()
             return (owned * (1 - self.floor) + guaranteed).round().long().minimum(room)
         return apportion((1 - self.floor) * owned + self.floor * equal, total)
 
+    def _mass_wins(self, request: AllocationRequest, equal: Tensor) -> Tensor:
+        layers = zip(request.scores, request.candidates, equal, request.total, strict=True)
+        return torch.stack([_wins(_weigh(scores, inside, own), inside, total) for scores, inside, own, total in layers])
+
 
 def _wins(scores: Tensor, candidates: Tensor, total: Tensor) -> Tensor:
     """[B, K] int64: candidates of each head among the best `total` [B] of the layer."""
-    slots = scores.shape[-1]
-    order = best_first(scores.flatten(1), candidates.flatten(1))
-    chosen = torch.arange(order.shape[-1], device=order.device) < total[:, None]
-    won = torch.zeros(scores.shape[:2], dtype=torch.int64, device=scores.device)
-    return won.scatter_add_(1, order // slots, chosen.long())
+    return highest(scores.flatten(1), candidates.flatten(1), total).view(scores.shape).sum(-1)
 
 
 def _weigh(scores: Tensor, candidates: Tensor, equal: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from typing import ClassVar
 
 import attrs
 import torch
+from torch import Tensor
 
-from kvpolicy.stages import Choice, LayerAllocator, LayerRequest, Number, parameter
+from kvpolicy.stages import AllocationRequest, Choice, LayerAllocator, Number, parameter
 from kvpolicy_plugins.apportion import apportion
 
 
@@ -26,17 +27,21 @@ class Pyramid(LayerAllocator):
     beta: float = parameter(Number(above=0, maximum=1e6), 20, help="how much narrower the top is than the mean")
     rounding: str = parameter(Choice(("conserve", "floor_step")), "conserve", help="exact sum, or the published code")
 
-    def allocate(self, request: LayerRequest) -> tuple[int, ...]:
-        mean, most = request.budget - request.protected, request.length - request.protected
-        if mean >= most or request.layers == 1:
-            return (min(request.budget, request.length),) * request.layers
+    def allocate(self, request: AllocationRequest) -> Tensor:
+        layers, most = len(request.room), request.room[0, :, 0].tolist()
+        pairs = zip(request.total.tolist(), most, request.tokens.tolist(), strict=True)
+        shares = [self._shares(total // layers, room, tokens, layers) for total, room, tokens in pairs]
+        return torch.tensor(shares, dtype=torch.int64).T[..., None]
+
+    def _shares(self, mean: int, most: int, tokens: int, layers: int) -> tuple[int, ...]:
+        """Candidates of each layer, `mean` on average and at most `most`."""
+        if mean >= most or layers == 1:
+            return (mean,) * layers
         if self.rounding == "conserve":
-            shares = self._ramp(mean, most, request.layers)
-        elif request.length < 2 * mean:
-            shares = (mean,) * request.layers
-        else:
-            shares = self._floored_ramp(mean, most, request.layers)
-        return tuple(share + request.protected for share in shares)
+            return self._ramp(mean, most, layers)
+        if tokens < 2 * mean:
+            return (mean,) * layers
+        return self._floored_ramp(mean, most, layers)
 
     def _ramp(self, mean: int, most: int, layers: int) -> tuple[int, ...]:
         low = min(mean / self.beta, 2 * mean, most)

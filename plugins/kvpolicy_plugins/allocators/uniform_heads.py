@@ -5,7 +5,7 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvpolicy.stages import HeadAllocator
+from kvpolicy.stages import AllocationRequest, HeadAllocator
 from kvpolicy_plugins.apportion import apportion, fill_evenly
 
 
@@ -16,9 +16,5 @@ class UniformHeads(HeadAllocator):
     name: ClassVar[str] = "uniform"
     ragged: ClassVar[bool] = False
 
-    def allocate(self, scores: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:  # noqa: ARG002
-        return self.divide(candidates.sum(-1), None, budget)
-
-    def divide(self, room: Tensor, won: object, budget: Tensor) -> Tensor:  # noqa: ARG002
-        total = budget.minimum(room.sum(-1))
-        return apportion(fill_evenly(room, total), total)
+    def allocate(self, request: AllocationRequest) -> Tensor:
+        return apportion(fill_evenly(request.room, request.total), request.total)

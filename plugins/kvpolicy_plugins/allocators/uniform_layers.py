@@ -3,8 +3,9 @@
 from typing import ClassVar
 
 import attrs
+from torch import Tensor
 
-from kvpolicy.stages import LayerAllocator, LayerRequest
+from kvpolicy.stages import AllocationRequest, LayerAllocator
 
 
 @attrs.frozen
@@ -12,6 +13,8 @@ class UniformLayers(LayerAllocator):
     """Every layer keeps as many entries as every other."""
 
     name: ClassVar[str] = "uniform"
+    follows_length: ClassVar[bool] = False
 
-    def allocate(self, request: LayerRequest) -> tuple[int, ...]:
-        return (min(request.budget, request.length),) * request.layers
+    def allocate(self, request: AllocationRequest) -> Tensor:
+        share = request.total // len(request.room)
+        return share[:, None].expand(request.room.shape)

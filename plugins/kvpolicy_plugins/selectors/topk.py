@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 
 from kvpolicy.stages import Selector
-from kvpolicy_plugins.ranking import highest
+from kvpolicy.stages.ordering import highest
 
 
 @attrs.frozen

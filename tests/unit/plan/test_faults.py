@@ -8,11 +8,10 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import NonFiniteScoreWarning
-from kvpolicy.plan.execute import compress_layers
-from kvpolicy.plan.followers import ATTENTION, followers_of
-from kvpolicy.plan.pipeline import choose, state_name
+from kvpolicy.plan.followers import ATTENTION, followers_of, state_name
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry, Glimpse
+from tests.compressing import chosen, compress_layers
 from tests.driving import feed, new_layer, plan_of, random_entries
 from tests.holdings import padded
 from tests.policies import small
@@ -56,7 +55,7 @@ def test_a_key_that_is_not_finite_goes_first(name, place, kernels):
 def test_a_faulty_entry_is_kept_where_there_is_room_for_all():
     spec = small("snapkv", protect={"sinks": 0, "recent": 2}).spec
     with pytest.warns(NonFiniteScoreWarning):
-        assert 5 in choose(spec, seen(5), [SLOTS, SLOTS]).kept[1, 0]
+        assert 5 in chosen(spec, seen(5), [SLOTS, SLOTS]).kept[1, 0]
 
 
 @pytest.mark.parametrize("update", ["max", "mean", "sum"])
@@ -67,7 +66,7 @@ def test_scores_that_were_nan_are_not_remembered(update):
     name = state_name(0, "history")
 
     def after(view, state):
-        return choose(spec, attrs.evolve(view, slot_state={name: state}), [9, 9])
+        return chosen(spec, attrs.evolve(view, slot_state={name: state}), [9, 9])
 
     none_yet = torch.full((2, HEADS, SLOTS), -torch.inf)
     with pytest.warns(NonFiniteScoreWarning):

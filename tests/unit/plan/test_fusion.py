@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.plan import trial
-from kvpolicy.plan.fusion import fusion_of
+from kvpolicy.plan.compress import warm_up
+from kvpolicy.plan.compress.fusion import fusion_of
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.plan.steps import REFERENCE, Shapes
 from kvpolicy.plan.traffic import steps_of
@@ -48,15 +48,13 @@ class Wrong(Untiled):
 
 @attrs.frozen
 class Slow(HeadAllocator):
-    """Looks at single scores, and cannot divide."""
+    """Looks at single scores."""
 
     name = "slow"
+    reads_scores = True
 
-    def allocate(self, scores, candidates, budget):
-        return candidates.sum(-1)
-
-    def divide(self, room, won, budget):
-        raise ValueError("no")
+    def allocate(self, request):
+        return request.room
 
 
 def plan_with(*scorers, kernels=True):
@@ -65,7 +63,7 @@ def plan_with(*scorers, kernels=True):
 
 
 def test_reasons_are_the_plugins_own():
-    """A scorer without a tile, one whose tile fails, an allocator that fails."""
+    """A scorer without a tile, one whose tile fails, an allocator that reads scores."""
     spec = attrs.evolve(small("snapkv").spec, score=(Weighted(Untiled()), Weighted(Failing())))
     spec = attrs.evolve(spec, allocate=Allocate(layers=spec.allocate.layers, heads=Slow()))
     fusion = fusion_of(spec, "")
@@ -73,7 +71,7 @@ def test_reasons_are_the_plugins_own():
         "has no tile function",
         "its tile function failed: RuntimeError: out of tiles",
     ]
-    assert fusion.allocate == "dividing failed: ValueError: no"
+    assert fusion.allocate == "reads single scores"
     assert fusion_of(kvpolicy.load("keepkv").spec, "").merge == "changes the entries that it keeps"
 
 
@@ -93,10 +91,10 @@ def test_a_trial_that_fails_leaves_attention_in_kernels(monkeypatch):
     def fail(*_given):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(trial, "choose_together", fail)
+    monkeypatch.setattr(warm_up, "choose", fail)
     plan = plan_with(small("rkv").spec.score[0].scorer)
     assert plan.kernels
-    assert not plan.compresses_together
+    assert not plan.waits_for_all
     assert plan.fusion.off == "RuntimeError: no such instruction"
     assert {step.implementation for step in steps_of(plan, Shapes(32, 16, 16, (32,)))} == {REFERENCE}
 

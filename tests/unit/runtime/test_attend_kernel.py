@@ -6,7 +6,7 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.plan import fallback
+from kvpolicy.plan.compress import kernel_errors
 from kvpolicy.plan.followers import ATTENTION, Follower
 from kvpolicy.plan.plan import LOG_VOTES
 from kvpolicy.runtime import attend as attention
@@ -93,7 +93,7 @@ def test_more_queries_and_dropout_are_left_to_torch(count, dropout, launches):
 
 
 def test_what_the_kernel_refuses_is_done_by_torch_and_said_once(monkeypatch, caplog, launches):
-    monkeypatch.setattr(fallback, "_noted", set())
+    monkeypatch.setattr(kernel_errors, "_noted", set())
     _, held, asked = stored(LENGTHS["ragged"], 1, torch.float64)
     asked = attrs.evolve(asked, queries=asked.queries.double())
     with caplog.at_level(logging.WARNING, logger="kvpolicy"):
@@ -106,7 +106,7 @@ def test_what_the_kernel_refuses_is_done_by_torch_and_said_once(monkeypatch, cap
 
 
 def test_other_reasons_are_said_too(monkeypatch, caplog):
-    monkeypatch.setattr(fallback, "_noted", set())
+    monkeypatch.setattr(kernel_errors, "_noted", set())
     _, held, asked = stored(LENGTHS["even"], 1)
     for reason in ("one", "two", "one"):
 

@@ -11,7 +11,8 @@ from tests.models import model
 BODIES = {
     "score": ("Scorer", "score(self, view)"),
     "allocate.layers": ("LayerAllocator", "allocate(self, request)"),
-    "allocate.heads": ("HeadAllocator", "allocate(self, scores, candidates, budget)"),
+    "allocate.heads": ("HeadAllocator", "allocate(self, request)"),
+    "allocate.joint": ("JointAllocator", "allocate(self, request)"),
     "select": ("Selector", "select(self, scores, candidates, counts)"),
     "merge": ("Merger", "merge(self, view, kept)"),
     "store": ("Codec", "formats(self, site)"),

@@ -7,6 +7,8 @@ import torch
 from kvpolicy.errors import PluginContractError
 from kvpolicy.stages import (
     Entries,
+    HeadAllocator,
+    JointAllocator,
     LayerAllocator,
     Merger,
     Needs,
@@ -105,7 +107,7 @@ class Spendthrift(LayerAllocator):
     name = "spendthrift"
 
     def allocate(self, request):
-        return (request.length,) * request.layers
+        return request.room
 
 
 @attrs.frozen
@@ -129,7 +131,7 @@ class Doubling(Merger):
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (Spendthrift(), "layer allocator 'spendthrift' gave 65 entries to all layers, expected 8"),
+        (Spendthrift(), "layer allocator 'spendthrift' gave [65] candidates, expected [8]"),
         (Newest(), "left a candidate that scores higher than one it chose"),
         (Newest(), "chose later entries among equal scores"),
         (Doubling(), "returned other keys than those of the kept slots"),
@@ -156,16 +158,45 @@ def test_a_tile_is_a_tile_or_a_reason():
 
 
 @attrs.frozen
-class TwoFaced(UniformHeads):
-    """Divides otherwise than it allocates."""
+class Whole(UniformHeads):
+    """Lets the rows of a batch share what they may keep."""
 
-    def allocate(self, scores, candidates, budget):
-        return UniformHeads().allocate(scores, candidates, budget)
+    name = "whole"
 
-    def divide(self, room, won, budget):
-        return super().divide(room, won, budget).flip(1)
+    def allocate(self, request):
+        return super().allocate(attrs.evolve(request, total=request.total.flip(-1)))
 
 
-def test_dividing_must_give_what_allocating_gives():
-    with pytest.raises(PluginContractError, match=r"divided into .* but allocates"):
-        check_plugin(TwoFaced())
+@attrs.frozen
+class Mixing(HeadAllocator):
+    """Gives a layer what it gives the first one."""
+
+    name = "mixing"
+
+    def allocate(self, request):
+        return UniformHeads().allocate(request)[:1].expand(request.room.shape)
+
+
+@attrs.frozen
+class Topmost(JointAllocator):
+    """Gives everything to the first head, whatever it can hold."""
+
+    name = "topmost"
+
+    def allocate(self, request):
+        counts = torch.zeros_like(request.room)
+        counts[0, :, 0] = request.total
+        return counts
+
+
+@pytest.mark.parametrize(
+    ("plugin", "check", "message"),
+    [
+        (Whole(), "keeps rows apart", "gave a row alone"),
+        (Mixing(), "keeps layers apart", "gave a layer alone"),
+        (Topmost(), "gives no more than there is", "expected from 0 to"),
+    ],
+)
+def test_other_allocators(plugin, check, message):
+    with pytest.raises(PluginContractError, match=message):
+        dict(conformance_cases(plugin))[check]()

@@ -83,9 +83,9 @@ def test_debug_switch_changes_nothing_else(monkeypatch):
 
 
 class WritingHeads(UniformHeads):
-    def allocate(self, scores, candidates, budget):
-        candidates.logical_and_(candidates)
-        return super().allocate(scores, candidates, budget)
+    def allocate(self, request):
+        request.room.add_(0)
+        return super().allocate(request)
 
 
 class WritingSelector(TopK):
@@ -109,7 +109,7 @@ class WritingReader(Pages):
 @pytest.mark.parametrize(
     ("plugin", "name"),
     [
-        (WritingHeads(), "candidates"),
+        (WritingHeads(), "room"),
         (WritingSelector(), "scores"),
         (WritingMerger(), "kept"),
         (WritingReader(), "queries"),

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvpolicy_plugins.ranking import best_first
+from kvpolicy.stages.ordering import best_first
 from kvpolicy_plugins.selectors.topk import TopK
 
 

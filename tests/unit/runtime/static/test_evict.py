@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.plan import execute
 from kvpolicy.runtime.static import attend, evict
 from kvpolicy.stages import View
 from kvpolicy_kernels import UnsupportedInputError
+from tests.compressing import compress_one
 from tests.decisions import Decisions
 from tests.driving import DIM, GROUP, HEADS, plan_of
 from tests.policies import EVEN, small
@@ -43,10 +43,10 @@ def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget,
     before = [copy_of(view, row, length) for row, length in enumerate(lengths)]
     decisions = Decisions()
     with decisions.watched():
-        expected = [execute.choose(plan.spec, one, [budget]) for one in before]
+        expected = [compress_one(plan.spec, one, [budget]) for one in before]
     due, nan = torch.tensor(due[: len(lengths)]), torch.zeros(2, dtype=torch.int64)
     with decisions.followed():
-        evict.evict([layer], due[None], torch.full((1, len(lengths)), budget), nan)
+        evict.evict([layer], due[None], torch.full((1, len(lengths)), budget), torch.tensor(lengths), nan)
     for row, (one, result) in enumerate(zip(before, expected, strict=True)):
         kept = result.kept[0] if due[row] else torch.arange(lengths[row]).expand(HEADS, -1)
         count = kept.shape[1]
@@ -82,7 +82,8 @@ def test_an_evicted_entry_does_not_spread(kernels, refused, wrong, slot, monkeyp
     plan = plan_of(small("streaming_llm", 5, protect={"sinks": 0, "recent": 4}), kernels=kernels)
     layer = filled(plan, [CAPACITY, CAPACITY])
     layer.slots.values[0, :, slot] = wrong
-    evict.evict([layer], torch.tensor([[True, True]]), torch.tensor([[5, 5]]), torch.zeros(2, dtype=torch.int64))
+    due, nan = torch.tensor([[True, True]]), torch.zeros(2, dtype=torch.int64)
+    evict.evict([layer], due, torch.tensor([[5, 5]]), torch.tensor([CAPACITY, CAPACITY]), nan)
     out = attend.attend_static(layer, torch.randn(2, HEADS * GROUP, 1, DIM), 1.0)
     assert out.isfinite().all()
 
@@ -94,7 +95,7 @@ def test_scores_that_are_nan_are_counted_in_rows_that_are_due(kernels):
     layer.slots.keys[:, 1, 5] = torch.nan
     nan = torch.zeros(2, dtype=torch.int64)
     due = torch.tensor([[True, False, True]])
-    evict.evict([layer], due, torch.tensor([[7, 7, 7]]), nan)
+    evict.evict([layer], due, torch.tensor([[7, 7, 7]]), torch.tensor([CAPACITY, CAPACITY, 12]), nan)
     candidates = CAPACITY + 12 - 2 * (2 + 4)
     assert nan.tolist() == [candidates, candidates * HEADS]  # a softmax spreads it over one of the heads
     assert layer.slots.lengths.tolist() == [7, CAPACITY, 7]
@@ -107,7 +108,8 @@ def test_the_operators_say_what_they_change(name):
     held, due, budget = layer.slots, torch.tensor([[True, False]]), torch.tensor([[7, 7]])
     tensors = [*held.tensors, torch.zeros(2, dtype=torch.int64)]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(evict._evict_op, ([layer.name], tensors, held.window, due, budget), test_utils=tests)
+    given = ([layer.name], tensors, held.window, due, budget, torch.tensor([CAPACITY, 12]))
+    torch.library.opcheck(evict._evict_op, given, test_utils=tests)
     packed = torch.randn(2, HEADS, GROUP, DIM)
     columns = list(held.columns.values())
     arguments = (layer.name, packed, columns, [held.keys, held.values, held.lengths], 0.4)

@@ -102,7 +102,7 @@ def test_layers_are_compressed_together_as_they_are_alone(name, due):
         pair = [filled(plan, [CAPACITY, 12, 13], seed) for seed in (1, 2)]
         budgets, nan = torch.tensor([[7, 8, 9], [9, 7, 8]]), torch.zeros(2, dtype=torch.int64)
         with mode():
-            evict.evict(pair, torch.tensor([due, due]), budgets, nan)
+            evict.evict(pair, torch.tensor([due, due]), budgets, torch.tensor([CAPACITY, 12, 13]), nan)
         results.append((pair, nan))
     (plain, expected), (fused, found) = results
 

@@ -35,7 +35,7 @@ def step(policy, after=lambda out: None):
     with OnOneDevice():
         layer.update(keys, keys)
         out = attend_static(layer, queries, 0.3)
-        evict([layer], due, budget, nan)
+        evict([layer], due, budget, clock.long() + 1, nan)
         after(out)
     return out
 

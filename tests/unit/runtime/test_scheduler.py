@@ -2,18 +2,18 @@
 
 import torch
 
-from kvpolicy.plan.execute import compress_layers
-from kvpolicy.runtime import rounds
+from kvpolicy.plan.compress.step import compress
+from kvpolicy.runtime import scheduler
 from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.layer import PolicyLayer
-from kvpolicy.runtime.rounds import Round
+from kvpolicy.runtime.scheduler import CompressionScheduler
 from tests.driving import feed, plan_of, random_entries, worth_plan
 from tests.policies import small
 
 
 def test_positions_are_those_of_the_tokens_that_arrive():
     """Made once for all layers of a step, and anew for other tokens or rows."""
-    shared, cpu = Round(worth_plan(), waits=False), torch.device("cpu")
+    shared, cpu = CompressionScheduler(worth_plan(), waits=False), torch.device("cpu")
     first = shared.positions([3, 0], 2, cpu)
     assert first.tolist() == [[3, 4], [0, 1]]
     assert first.dtype == torch.int32
@@ -26,13 +26,13 @@ def test_layers_that_wait_together_are_compressed_with_those_of_their_own_scalin
     """A kernel takes one scaling for all layers of a launch; logits of window votes depend on it."""
     launches = []
 
-    def recorded(plan, views, budgets):
-        launches.append([(view.layer, view.scaling) for view in views])
-        return compress_layers(plan, views, budgets)
+    def recorded(spec, fusion, groups, budgets, tokens):
+        launches.append([(view().layer, view().scaling) for group in groups for view in group])
+        return compress(spec, fusion, groups, budgets, tokens)
 
-    monkeypatch.setattr(rounds, "compress_layers", recorded)
+    monkeypatch.setattr(scheduler, "compress", recorded)
     plan = plan_of(small("snapkv", budget=6, every=2, protect={"recent": 2}), layers=4)
-    shared, integrity = Round(plan, waits=True), Integrity(range(4))
+    shared, integrity = CompressionScheduler(plan, waits=True), Integrity(range(4))
     layers = [PolicyLayer(plan, ordinal, shared, integrity) for ordinal in range(4)]
     alone = [PolicyLayer(plan, ordinal) for ordinal in range(4)]
     for group in (alone, layers):

@@ -3,12 +3,11 @@
 from typing import Any
 
 import attrs
-import torch
-from torch import Tensor
 
 from kvpolicy.errors import described, one_line, shown
 from kvpolicy.spec.policy import PolicySpec, Weighted
-from kvpolicy.stages import HeadAllocator, Scorer
+from kvpolicy.stages import Allocator, JointAllocator, Scorer
+from kvpolicy.stages.declared import flag_of
 from kvpolicy_kernels import Finish, Tile
 
 
@@ -49,7 +48,7 @@ def fusion_of(spec: PolicySpec, off: str) -> Fusion:
         absent=off,
         off=off,
         terms=tuple(Term(weighted, None, off) if off else _term(weighted) for weighted in spec.score),
-        allocate=_against_dividing(spec.allocate.heads),
+        allocate=_against_counting(spec.allocate.divider),
         select="" if spec.select.best else "keeps other entries than the highest scores",
         merge="" if spec.merge.moves_only else "changes the entries that it keeps",
     )
@@ -76,12 +75,8 @@ def _offered(scorer: Scorer) -> Tile | str:
     return offered if isinstance(offered, Tile) else f"its tile function is none: {shown(offered)}"
 
 
-def _against_dividing(allocator: HeadAllocator) -> str:
-    one = torch.ones(1, 1, dtype=torch.int64)
-    try:
-        divided = allocator.divide(one, lambda total: total[:, None], one[0])
-    except Exception as error:  # noqa: BLE001 - as above
-        return f"dividing failed: {described(error)}"
-    if isinstance(divided, str):
-        return one_line(divided) or "gives no reason"
-    return "" if isinstance(divided, Tensor) else f"dividing gives no counts: {shown(divided)}"
+def _against_counting(allocator: Allocator) -> str:
+    """Why counts do not follow from how many of the best entries each head owns, which a kernel can tell."""
+    if isinstance(allocator, JointAllocator):
+        return "ranks the entries of all layers"
+    return "reads single scores" if flag_of(allocator, "reads_scores") else ""

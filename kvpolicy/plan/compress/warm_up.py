@@ -1,20 +1,18 @@
 """Whether the kernels of a policy run at all: tried once, on a few entries, when the plan is made."""
 
-from collections.abc import Sequence
-
 import attrs
 import torch
 
 from kvpolicy.errors import described
+from kvpolicy.plan.compress.fusion import Fusion, Term
+from kvpolicy.plan.compress.step import choose
 from kvpolicy.plan.followers import state_name
-from kvpolicy.plan.fused import choose_together
-from kvpolicy.plan.fusion import Fusion, Term
 from kvpolicy.plan.reads import small_view
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Geometry, View
 
 
-def tried(spec: PolicySpec, fusion: Fusion, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> Fusion:
+def warm_up(spec: PolicySpec, fusion: Fusion, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> Fusion:
     """The fusion without what does not compile or run; this also is the warm-up of what does."""
     scorers = {state_name(place, ""): weighted.scorer for place, weighted in enumerate(spec.score)}
     view = small_view(scorers, geometry, device, dtype)
@@ -34,9 +32,9 @@ def _alone(spec: PolicySpec, fusion: Fusion, place: int, view: View) -> Term:
 
 
 def _problem(spec: PolicySpec, fusion: Fusion, view: View) -> str:
-    budget: Sequence[int] = [view.positions.shape[2] // 2]
+    budgets = torch.full((1, view.positions.shape[0]), view.positions.shape[2] // 2, device=view.positions.device)
     try:
-        choose_together(spec, fusion, [view], [budget])
+        choose(spec, fusion, [view], budgets)
     except Exception as error:  # noqa: BLE001 - a third party's function, or Triton's compiler: the plan says what
         return described(error)
     return ""

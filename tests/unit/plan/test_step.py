@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from kvpolicy.errors import NonFiniteScoreWarning, PluginContractError
-from kvpolicy.plan.pipeline import allocate, compress, score, state_name
+from kvpolicy.plan.followers import state_name
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Entries, Scorer, State
 from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.selectors.topk import TopK
+from tests.compressing import allocated, compress_one, score
 from tests.policies import small
 from tests.views import view_of
 
@@ -93,7 +94,8 @@ def test_what_is_no_candidate_scores_least():
 def test_nan_ranks_last_and_is_said():
     scores = torch.tensor([[[1.0, torch.nan, 3.0]]])
     with pytest.warns(NonFiniteScoreWarning, match="1 of 3 scores are NaN"):
-        found, _ = score(spec_of(Weighted(Given())), view(scores))
+        assert compress_one(spec_of(Weighted(Given())), view(scores), [2]).kept.tolist() == [[[0, 2]]]
+    found, _ = score(spec_of(Weighted(Given())), view(scores))
     assert found.tolist() == [[[1.0, -torch.inf, 3.0]]]
 
 
@@ -107,7 +109,7 @@ def test_the_state_of_a_scorer_is_updated_seen_and_moved():
     spec = spec_of(Weighted(Given()), Weighted(Counting()))
     name = state_name(1, "age")
     old = {name: torch.tensor([[[0.0, 10.0, 20.0, 30.0, 40.0]]])}
-    done = compress(spec, view(slot_state=old), [2])
+    done = compress_one(spec, view(slot_state=old), [2])
     assert done.kept.tolist() == [[[3, 4]]]
     assert done.observed[name].tolist() == [[[1.0, 11.0, 21.0, 31.0, 41.0]]]
 
@@ -128,10 +130,11 @@ class ShownHeads(UniformHeads):
     """The same for an allocator."""
 
     given: list = attrs.field(factory=list)
+    reads_scores = True
 
-    def allocate(self, scores, candidates, budget):
-        self.given.append((scores, candidates))
-        return super().allocate(scores, candidates, budget)
+    def allocate(self, request):
+        self.given.append((*request.scores, *request.candidates))
+        return super().allocate(request)
 
 
 def test_allocators_and_selectors_see_scores_in_the_order_of_positions():
@@ -142,7 +145,7 @@ def test_allocators_and_selectors_see_scores_in_the_order_of_positions():
     other, _ = shuffled(straight)
     assert not torch.equal(other.positions, straight.positions)
     for one in (straight, other):
-        compress(spec, one, [3])
+        compress_one(spec, one, [3])
     for shown in (selector.given, allocator.given):
         for first, second in zip(*shown, strict=True):
             assert torch.equal(first, second)
@@ -159,12 +162,12 @@ def test_two_scorers_of_a_kind_have_states_of_their_own():
 @pytest.mark.parametrize(("budget", "free"), [(5, 5), (4, 4), (2, 2), (1, 1)])
 def test_a_budget_counts_what_is_protected(budget, free):
     shown = view(sinks=1, recent=0)
-    counts = allocate(spec_of(Weighted(Given())), shown, SCORES, [budget])
+    counts = allocated(spec_of(Weighted(Given())), shown, SCORES, [budget])
     assert counts.tolist() == [[min(free - 1, 4)]]
 
 
 def test_a_row_within_its_budget_keeps_everything():
-    assert compress(spec_of(Weighted(Given())), view(), [9]).kept.tolist() == [[[0, 1, 2, 3, 4]]]
+    assert compress_one(spec_of(Weighted(Given())), view(), [9]).kept.tolist() == [[[0, 1, 2, 3, 4]]]
 
 
 def replaced(stage, **functions):
@@ -189,8 +192,8 @@ def replaced(stage, **functions):
         ("score", {"score": lambda _, view: view.keys[..., :1, 0].float()}, "returned shape"),
         ("score", {"score": lambda _, view: view.keys[..., 0].double()}, "returned torch.float64"),
         ("score", {"score": lambda _, view: None}, "returned NoneType"),
-        ("heads", {"allocate": lambda _, scores, candidates, budget: budget}, "returned shape"),
-        ("heads", {"allocate": lambda _, scores, candidates, budget: candidates.sum(-1).float()}, "torch.float32"),
+        ("heads", {"allocate": lambda _, request: request.total}, "returned shape"),
+        ("heads", {"allocate": lambda _, request: request.room.float()}, "torch.float32"),
         ("select", {"select": lambda _, scores, candidates, counts: candidates.long()}, "torch.int64"),
         ("select", {"select": lambda _, scores, candidates, counts: candidates[:, :1]}, "returned shape"),
         (
@@ -204,4 +207,4 @@ def test_a_plugin_that_answers_wrongly_is_named(stage, functions, message):
     view = view_of(torch.randn(1, 2, 30, 8), queries=torch.randn(1, 4, 8, 8))
 
     with pytest.raises(PluginContractError, match=message):
-        compress(replaced(stage, **functions), view, [12])
+        compress_one(replaced(stage, **functions), view, [12])

@@ -65,11 +65,14 @@ class Layers:
         shape = (count, self.segments.count, self.segments.longest)
         return torch.empty(shape, dtype=torch.float32, device=self.segments.starts.device)
 
+    def counted(self, numbers: Tensor) -> Tensor:
+        """One number for each segment as [L, B, K]."""
+        return numbers.view(self.segments.layers, self.segments.rows, self.segments.heads)
+
     def per_layer(self, flat: Tensor) -> list[Tensor]:
-        """[P, ...] or [L·B, K, ...] as one [B, K, ...] a layer."""
+        """[P, N] as one [B, K, N] a layer."""
         segments = self.segments
-        rest = flat.shape[1:] if flat.shape[0] == segments.count else flat.shape[2:]
-        return list(flat.view(segments.layers, segments.rows, segments.heads, *rest))
+        return list(flat.view(segments.layers, segments.rows, segments.heads, flat.shape[1]))
 
     def per_view(self, flat: Tensor) -> list[Tensor]:
         """[P, T] as one [B, K, T] a layer, T that of its view."""

@@ -1,0 +1,132 @@
+"""Layers of the same rows that are compressed together, scored and selected from by the plugins' own functions."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.plan.compress.finite import faults_of, is_finite
+from kvpolicy.plan.compress.score import weighted_sum
+from kvpolicy.spec.policy import PolicySpec
+from kvpolicy.stages import View
+from kvpolicy.stages.checks import check_tensor, seen_shape
+from kvpolicy.stages.ordering import highest
+from kvpolicy.stages.slots import indices_of
+from kvpolicy.stages.untouched import watching
+
+
+class Selection(Protocol):
+    """Which entries of some layers stay."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many stay in each head, int64 [L, B, K]."""
+
+    def indices(self, widths: Sequence[int]) -> list[Tensor]:
+        """Keep indices of each layer, [B, K, N] int64, ascending, -1 behind a head's last one; N is its width."""
+
+
+@attrs.frozen(eq=False)
+class Masks:
+    """A selection told by masks over the slots."""
+
+    stays: Sequence[Tensor]  # bool [B, K, T], one a layer
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.stack([mask.sum(-1) for mask in self.stays])
+
+    def indices(self, widths: Sequence[int]) -> list[Tensor]:
+        return [indices_of(mask, width) for mask, width in zip(self.stays, widths, strict=True)]
+
+
+class ScoredLayers:
+    """L layers with the same B rows and K heads. All of it stays on the device: the host is not made to wait."""
+
+    def __init__(self, spec: PolicySpec, views: Sequence[View]) -> None:
+        self.spec, self.views = spec, tuple(views)
+        self.faults = torch.stack([faults_of(spec.merge, view) for view in views])  # [L], what mergers must not see
+        self.observed: list[dict[str, Tensor]] = [{} for _ in views]  # new slot state, named as in the store
+        self.score()
+
+    # Scores of each layer, float32 [B, K, T]: -inf outside the candidates, and where a candidate's was NaN.
+    scores: list[Tensor]
+    nan: Tensor  # int64 [L, B], how many of a row's candidates had NaN
+    room: Tensor  # int64 [L, B, K], candidates of each head
+    protected: Tensor  # int64 [L, B, K]
+
+    def score(self) -> None:
+        """Set `scores`, `nan`, `room` and `protected`, and fill `observed`."""
+        self.scores, nan = [], []
+        for view, noted in zip(self.views, self.observed, strict=True):
+            total, fresh = weighted_sum(self.spec, view)
+            wrong = total.isnan() & view.candidates
+            self.scores.append(total.masked_fill(wrong | ~view.candidates, -torch.inf))
+            nan.append(wrong.sum((1, 2)))
+            noted.update(fresh)
+        self.nan = torch.stack(nan)
+        self.room = torch.stack([view.candidates.sum(-1) for view in self.views])
+        self.protected = torch.stack([view.protected.sum(-1) for view in self.views])
+
+    def won(self, best: Tensor) -> Tensor:
+        """How many of the best `best` [L, B] candidates of a layer each of its heads owns, int64 [L, B, K]."""
+        layers = zip(self.scores, self.views, best, strict=True)
+        return torch.stack([best_of_all([scores], [view], count)[0] for scores, view, count in layers])
+
+    def select(self, counts: Tensor) -> Selection:
+        """The protected entries, and of each head's candidates as many as `counts` [L, B, K] says."""
+        layers = zip(self.views, self.scores, counts, strict=True)
+        return Masks([select(self.spec, view, scores, count) | view.protected for view, scores, count in layers])
+
+    def rank_faulty_last(self, views: Sequence[View]) -> None:
+        """Of candidates whose score was NaN, let those that are not finite be evicted first.
+
+        One NaN key makes NaN of all the scores of its head. It must not be what is kept then.
+        """
+        for scores, view in zip(self.scores, views, strict=True):
+            sound = is_finite(view.keys) & is_finite(view.values)
+            scores.masked_fill_(view.candidates & ~sound & (scores == -torch.inf), torch.nan)
+
+    def forget_entries(self) -> None:
+        """Let go of keys, values and what was observed: they may be copies, as large as the cache."""
+        self.views = tuple(_without_entries(view) for view in self.views)
+
+
+def _without_entries(view: View) -> View:
+    return attrs.evolve(
+        view,
+        keys=view.keys[..., :0].clone(),
+        values=view.values[..., :0].clone(),
+        queries=None,
+        query_positions=None,
+        attention=None,
+        log_votes=None,
+        slot_state={},
+    )
+
+
+def best_of_all(scores: Sequence[Tensor], views: Sequence[View], best: Tensor) -> Tensor:
+    """How many of a row's best `best` [B] candidates in all the layers each head owns, int64 [L, B, K].
+
+    Ties: lower layer, lower head, then earlier position.
+    """
+    shown = [
+        (view.in_sequence(one).flatten(1), view.in_sequence(view.candidates).flatten(1))
+        for one, view in zip(scores, views, strict=True)
+    ]
+    stays = highest(torch.cat([one for one, _ in shown], 1), torch.cat([inside for _, inside in shown], 1), best)
+    sizes = [one.shape[1] for one, _ in shown]
+    return torch.stack(
+        [part.view(one.shape).sum(-1) for part, one in zip(stays.split(sizes, 1), scores, strict=True)]
+    )
+
+
+def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tensor:
+    """The candidates that stay, bool [B, K, T]; `counts` [B, K] of each head."""
+    shown = {"scores": view.in_sequence(scores), "candidates": view.in_sequence(view.candidates), "counts": counts}
+    with watching(spec.select, lambda: shown):
+        chosen = spec.select.select(*shown.values())
+    check_tensor(spec.select, chosen, seen_shape(view), torch.bool, scores.device)
+    return view.in_slots(chosen) & view.candidates

@@ -1,0 +1,40 @@
+"""More for the layers and heads that need it."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+
+from kvpolicy.stages import AllocationRequest, JointAllocator, Number, parameter
+from kvpolicy_plugins.apportion import apportion, fill_evenly
+
+
+@attrs.frozen
+class GlobalRanking(JointAllocator):
+    """All heads of all layers compete for the whole budget with their scores (KVzip, non-uniform budgets).
+
+    1. f = how many of a row's best candidates each head owns; ties: lower layer, lower head, then earlier position;
+    2. counts = (1 - floor) · f + floor · equal shares, in whole entries.
+
+    Scores of different layers must be comparable: give scorers `normalise: max` or `standard` where they are not.
+    """
+
+    name: ClassVar[str] = "global"
+    reference: ClassVar[str] = "arXiv:2505.23416"
+
+    floor: float = parameter(Number(minimum=0, maximum=1), 0.0, help="part of the budget shared out equally")
+
+    def allocate(self, request: AllocationRequest) -> Tensor:
+        room, total = request.room, request.total
+        owned = request.won(total).double()
+        if not self.floor:
+            return owned.long()
+        equal = fill_evenly(_in_one(room), total)
+        shares = (1 - self.floor) * _in_one(owned) + self.floor * equal
+        counts: Tensor = apportion(shares, total).unflatten(1, (room.shape[0], -1))
+        return counts.transpose(0, 1)
+
+
+def _in_one(counts: Tensor) -> Tensor:
+    """[L, B, K] as [B, L·K]."""
+    return counts.transpose(0, 1).flatten(1)
