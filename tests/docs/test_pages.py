@@ -23,11 +23,8 @@ from kvpolicy.spec.reference import reference_markdown
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
-<<<<<<< HEAD
 from tests.building import COMMAND, printed, run_together
-=======
 from tests.compressing import fused, score
->>>>>>> regions
 from tests.policies import small
 
 ROOT = Path(__file__).parents[2]
