@@ -1,0 +1,89 @@
+"""What an attached policy adds to a decode step, counted: Python calls and operators, a layer and a step."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+import kvpolicy
+from tests.models import build, prompt
+
+PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "performance.md"
+ROW = re.compile(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
+STATED = {name: tuple(map(int, numbers)) for name, *numbers in ROW.findall(PAGE.read_text("utf-8"))}
+STEPS = 6
+
+
+class Operators(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of(step):
+    """Python functions that are called, without those of C."""
+    calls = []
+    sys.setprofile(lambda _frame, event, _argument: calls.append(event) if event == "call" else None)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+def operators_of(step):
+    with Operators() as counted:
+        step()
+    return counted.count
+
+
+def counts(one, cache):
+    """Calls and operators of a decode step in which nothing is evicted, on average."""
+    token = torch.tensor([[5]])
+
+    def step():
+        one(token, past_key_values=cache)
+
+    with torch.no_grad():
+        one(prompt(24)[0], past_key_values=cache)
+        step()
+        return [sum(count(step) for _ in range(STEPS)) / STEPS for count in (calls_of, operators_of)]
+
+
+def added(policy, layers):
+    one = build(num_hidden_layers=layers)
+    plain = counts(one, DynamicCache(config=one.config))
+    with policy.attach(one) as attachment:
+        ours = counts(one, attachment.cache())
+    return [own - theirs for own, theirs in zip(ours, plain, strict=True)]
+
+
+def policy_of(name):
+    """One that evicted once, after the prompt, and not in the steps that are counted."""
+    if name == "full":
+        return kvpolicy.load(name)
+    return kvpolicy.load(name, budget=12, protect={"recent": 4}, compress={"every": 64})
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_no_more_is_added_than_the_page_says(name):
+    """Nor much less: then the page is out of date. Pythons after 3.11 call fewer functions."""
+    few, many = added(policy_of(name), 2), added(policy_of(name), 4)
+    layer = [(more - less) / 2 for more, less in zip(many, few, strict=True)]
+    fixed = [less - 2 * each for less, each in zip(few, layer, strict=True)]
+    for found, stated in zip((*layer, *fixed), STATED[name], strict=True):
+        assert 0.6 * stated - 2 <= found <= stated
+
+
+def test_the_page_has_a_table():
+    assert {"full", "snapkv", "rkv", "adakv", "h2o"} <= STATED.keys()
