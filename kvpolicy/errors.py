@@ -71,6 +71,10 @@ class CacheError(KVPolicyError):
     """A cache operation that would lose entries, or that found the cache inconsistent."""
 
 
+class SavedCacheError(KVPolicyError):
+    """A file of a saved cache cannot be written or read, is damaged, or is of another policy, model or tokenizer."""
+
+
 class InputError(KVPolicyError):
     """A file or an argument given on the command line cannot be used."""
 

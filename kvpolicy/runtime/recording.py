@@ -102,7 +102,7 @@ class Recording:
         self.prompt: Asked | None = None  # that has not been digested
         self.tokens: list[Taken] = []  # behind it, each by itself
         self.waiting = 0  # newest of them that have not been digested
-        self.saved: LayerState | None = None  # the layer before the first of them, once dropping them does not lead there
+        self.saved: LayerState | None = None  # the layer before the first of them, if dropping them does not lead there
         self._in_turn = False  # whether the tokens of this forward have been attended to one by one
 
     @property

@@ -111,10 +111,10 @@ class LayerState:
         self.held.check_integrity()
         self.window.check_integrity(self.real)
         if any(real > self.seen for real in self.real) or self.rollback_limit > self.seen:
-            raise CacheError(f"{self.seen} tokens were seen, but {self.real} of the rows came, or more cannot be undone")
+            raise CacheError(f"{self.real} tokens came, or {self.rollback_limit} stay, of {self.seen} seen")
         plain = self.held.is_plain and all(n == self.seen for row in self.held.slots.lengths for n in row)
         if self.rows and not self.altered and not plain:
-            raise CacheError(f"entries {self.held.slots.lengths} are held of {self.seen} tokens, none evicted or packed")
+            raise CacheError(f"{self.held.slots.lengths} entries are held of {self.seen} tokens, none evicted or packed")
         for row, real in enumerate(self.real):
             for head in range(self.held.slots.layout.heads):
                 self._check_positions(row, head, self.held.slots.segment(POSITIONS, row, head).long(), real)
@@ -127,7 +127,7 @@ class LayerState:
         if bool((positions < -1).any()) or bool((came >= real).any()) or bool((steps <= 0).any()):
             raise CacheError(f"row {row} head {head}: positions must be of different tokens, in order, below {real}")
         if (pads and not self.padded) or (not self.altered and came.shape[0] != real):
-            raise CacheError(f"row {row} head {head}: {pads} pads and {came.shape[0]} entries are held of {real} tokens")
+            raise CacheError(f"row {row} head {head}: {came.shape[0]} entries of {real} tokens, {pads} pads")
 
 
 def _fields() -> list[str]:

@@ -90,7 +90,8 @@ def plugins_shown(tmp_path, monkeypatch):
     """The modules of the page on plugins: each of its blocks is a file, named in its first line."""
     page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
     files = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in blocks("python", page)}
-    assert set(files) == {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast", "float16", "best_of_layer"}
+    shown = {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast", "float16", "best_of_layer"}
+    assert set(files) == shown
     for name, block in files.items():
         (tmp_path / f"{name}.py").write_text(block, encoding="utf-8")
     runpy.run_path(str(tmp_path / "conftest.py"))
