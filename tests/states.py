@@ -70,7 +70,8 @@ def _computed(value):
     if isinstance(value, Segmented):
         return [(name, getattr(value, name)) for name in ("lengths", "longest", "average", "nbytes")]
     if isinstance(value, Window):
-        return [("last", value.last(range(value._positions.shape[0] if value._filled else 0))), ("nbytes", value.nbytes)]
+        rows = range(value._positions.shape[0] if value._filled else 0)
+        return [("last", value.last(rows)), ("nbytes", value.nbytes)]
     return []
 
 

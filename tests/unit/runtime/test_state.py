@@ -83,8 +83,12 @@ def test_a_state_that_is_added_later_cannot_be_forgotten(part, value, tmp_path):
         cache = grown(one, attachment)
         part(cache).added_later = value
         with pytest.raises((AssertionError, KVPolicyError)):
-            cache.save(tmp_path / "c")
-            assert_same_state(cache, attachment.load_cache(tmp_path / "c"))
+            save_and_compare(cache, attachment, tmp_path / "c")
+
+
+def save_and_compare(cache, attachment, path):
+    cache.save(path)
+    assert_same_state(cache, attachment.load_cache(path))
 
 
 def test_windows_that_are_full_keep_their_order(tmp_path):
