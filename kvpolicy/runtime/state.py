@@ -114,7 +114,9 @@ class LayerState:
             raise CacheError(f"{self.real} tokens came, or {self.rollback_limit} stay, of {self.seen} seen")
         plain = self.held.is_plain and all(n == self.seen for row in self.held.slots.lengths for n in row)
         if self.rows and not self.altered and not plain:
-            raise CacheError(f"{self.held.slots.lengths} entries are held of {self.seen} tokens that are all said to be")
+            raise CacheError(
+                f"{self.held.slots.lengths} entries are held of {self.seen} tokens that are all said to be"
+            )
         for row, real in enumerate(self.real):
             for head in range(self.held.slots.layout.heads):
                 self._check_positions(row, head, self.held.slots.segment(POSITIONS, row, head).long(), real)

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from kvpolicy.errors import KVPolicyError
+import kvpolicy
+from kvpolicy.errors import KVPolicyError, NonFiniteScoreWarning
 from tests.models import build, model, prompt
-from tests.states import assert_same_state, everything, reachable
+from tests.states import KIVI, assert_same_state, everything, reachable
 
 
 def grown(one, attachment, *, moves=True):
@@ -89,6 +90,25 @@ def test_a_state_that_is_added_later_cannot_be_forgotten(part, value, tmp_path):
 def save_and_compare(cache, attachment, path):
     cache.save(path)
     assert_same_state(cache, attachment.load_cache(path))
+
+
+def test_segments_that_cannot_be_packed_are_remembered(tmp_path):
+    """Entries that are NaN stay as they are, and with them what comes behind, until they are evicted."""
+    one = build()
+    embedded = one.get_input_embeddings()(prompt(21, 21)[0]).detach()
+    embedded[1, 9] = torch.nan
+    with kvpolicy.load("full", store=KIVI).attach(one) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        with pytest.warns(NonFiniteScoreWarning):
+            one(inputs_embeds=embedded, past_key_values=cache)
+        cache.save(tmp_path / "c")
+        stuck = [layer.held.keys._stuck for layer in cache.managed]
+        assert any(stuck)
+        for other in (cache.fork(), attachment.load_cache(tmp_path / "c"), copy.deepcopy(cache)):
+            assert_same_state(cache, other)
+        moved = cache.fork([1, 1, 0])
+        expected = [{(0, head) for row, head in each if row} | {(1, head) for row, head in each if row} for each in stuck]
+        assert [layer.held.keys._stuck for layer in moved.managed] == expected
 
 
 def test_windows_that_are_full_keep_their_order(tmp_path):
