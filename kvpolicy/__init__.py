@@ -12,7 +12,8 @@ from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy import Policy, load
 from kvpolicy.runtime.attachment import Attachment, attached
 from kvpolicy.runtime.cache import PolicyCache
+from kvpolicy.runtime.regions import Regions
 from kvpolicy.stages.hooks import hookimpl
 
-__all__ = ["Attachment", "KVPolicyError", "Policy", "PolicyCache", "attached", "hookimpl", "load"]
+__all__ = ["Attachment", "KVPolicyError", "Policy", "PolicyCache", "Regions", "attached", "hookimpl", "load"]
 __version__ = "0.1.0"

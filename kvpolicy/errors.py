@@ -75,6 +75,10 @@ class SavedCacheError(KVPolicyError):
     """A file of a saved cache cannot be written or read, is damaged, or is of another policy, model or tokenizer."""
 
 
+class RegionError(KVPolicyError, ValueError):
+    """Regions of a request are no token ranges, overlap, cannot be located, or do not go with the batch or policy."""
+
+
 class InputError(KVPolicyError):
     """A file or an argument given on the command line cannot be used."""
 

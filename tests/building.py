@@ -1,5 +1,6 @@
 """Builds wheels of this repository and runs programs against them, with Triton and without it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,25 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 import importlib.util
 assert importlib.util.find_spec("triton") is None
 """
+TOGETHER = """
+import contextlib, io, json, sys, traceback
+
+told = {}
+for name, program in json.loads(sys.argv[1]).items():
+    printed, error = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(program, {"__name__": "__main__", "sys": sys})
+    except BaseException as raised:
+        error = "" if isinstance(raised, SystemExit) and not raised.code else traceback.format_exc()
+    told[name] = printed.getvalue(), error
+print(json.dumps(told))
+"""
+COMMAND = """
+import runpy
+sys.argv = {words!r}
+runpy.run_module("kvpolicy", run_name="__main__", alter_sys=True)
+"""
 
 
 def run(*command, cwd, path="", **environment):
@@ -30,6 +50,18 @@ def run(*command, cwd, path="", **environment):
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_together(programs, *options, first="", **where):
+    """By name, what each program printed and the error that ended it: one after another in one process."""
+    return json.loads(run(sys.executable, *options, "-c", first + TOGETHER, json.dumps(programs), **where))
+
+
+def printed(told, name):
+    """What a program of `run_together` printed; it must have succeeded."""
+    text, error = told[name]
+    assert not error, error
+    return text
 
 
 def build(kind, source, folder):

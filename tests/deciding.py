@@ -126,7 +126,8 @@ def row_of(view, row):
     slots = max(1, int(view.lengths[row].max()))
     given = attrs.asdict(view, recurse=False, filter=lambda field, _: field.init)
     cut = {name: tensor[[row]] for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
-    cut |= {name: cut[name][:, :, :slots] for name in ("keys", "values", "positions", "log_votes") if name in cut}
+    along = ("keys", "values", "positions", "log_votes", "pinned", "regions")
+    cut |= {name: cut[name][:, :, :slots] for name in along if name in cut}
     cut |= {name: cut[name][..., :slots] for name in ("attention",) if name in cut}
     slot_state = {name: state[[row], :, :slots] for name, state in view.slot_state.items()}
     row_state = {name: state[[row]] for name, state in view.row_state.items()}

@@ -13,6 +13,15 @@ def segment(held, name, row, head):
     return held.slots.segment(name, row, head)
 
 
+def segments_of(held, name, row):
+    """The same of every head of a row."""
+    lengths = held.slots.lengths[row]
+    if name not in HALVES:
+        return [held.slots.segment(name, row, head) for head in range(len(lengths))]
+    read = _read(held, name, Rows([row]))[0]
+    return [one[:length] for one, length in zip(read, lengths, strict=True)]
+
+
 def padded(held, name):
     """[B, K, T, ...] of all rows."""
     return _read(held, name, Rows(range(held.slots.layout.rows)))

@@ -9,6 +9,7 @@ from kvpolicy.runtime.half import Half
 from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.runtime.pages import Pages
 from kvpolicy.runtime.segmented import Segmented
+from kvpolicy.runtime.spans import RequestSpans
 from kvpolicy.runtime.window import Window
 
 KIVI = {"use": "kivi", "bits": 4, "group": 4, "residual": 8}
@@ -16,6 +17,7 @@ PAGES = {"use": "pages", "page": 4, "budget": 12, "dense_first": 0}
 NOT_STATE = {  # what a copy has from the attachment, what is counted anew, and what follows from the rest
     PolicyCache: {"plan", "_config", "origin", "integrity", "_scheduler", "stock_bytes"},
     PolicyLayer: {"plan", "scheduler", "integrity", "stats", "changes"},
+    RequestSpans: {"protect", "_given", "_labels"},
     Segmented: {"_base", "_added", "_longest_base", "_average_base", "_starts", "_tables", "_tabled"},
     Half: {"form"},
     Pages: {"form"},

@@ -7,6 +7,7 @@ from kvpolicy.stages import Geometry, Scorer, View
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.selectors.topk import TopK
+from tests.allocating import counts_of
 
 
 def view_of(keys: Tensor, *, queries: Tensor | None = None, lengths: Tensor | None = None, **rest) -> View:
@@ -34,5 +35,5 @@ def keep(view: View, scores: Tensor, budget: int | Tensor) -> Tensor:
     """Keep indices [B, K, N] of the best `budget` entries of each head, protected ones included."""
     heads = view.positions.shape[1]
     free = budget * heads - view.protected.sum((1, 2))
-    counts = UniformHeads().allocate(scores, view.candidates, free.clamp(min=0))
+    counts = counts_of(UniformHeads(), scores, view.candidates, free.clamp(min=0))
     return indices_of(TopK().select(scores, view.candidates, counts) | view.protected)

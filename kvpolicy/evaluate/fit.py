@@ -109,7 +109,8 @@ def _affordable(
 
 def _protect(spec: PolicySpec, tokens: int) -> Protect:
     sinks, recent = spec.protect.sinks, spec.protect.recent
-    return Protect(
+    return attrs.evolve(
+        spec.protect,
         sinks=min(sinks, tokens // 8) if isinstance(sinks, int) else sinks,
         recent=min(recent, tokens // 4) if isinstance(recent, int) else recent,
     )

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import attrs
 import torch
@@ -14,6 +15,7 @@ from kvpolicy.stages.checks import check_tensor, contract_error
 
 _MOST_KNOWN = 4096  # lengths that are remembered
 _PerLayer = tuple[int, ...]
+_Key = TypeVar("_Key")
 _HOST = torch.device("cpu")
 
 
@@ -26,6 +28,7 @@ class Budgets:
     footprint: Footprint
     # By tokens seen: asked many times a token. The object's own, so that it goes when the plan goes.
     _allocated: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
+    _divided: dict[tuple[int, int], _PerLayer] = attrs.field(init=False, factory=dict, repr=False)  # by average
     _ahead: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
     _sized: list[int] = attrs.field(init=False, factory=list, repr=False)  # entries that a budget in bytes affords
     _said: list[str] = attrs.field(init=False, factory=list, repr=False)  # what has been warned of
@@ -102,14 +105,27 @@ class Budgets:
             "as many are protected; give protect.sinks and protect.recent as shares of the budget to hold less"
         )
 
-    def say_if_raised(self, real: Sequence[int]) -> None:
-        """Warn of what `raised` tells of rows with `real` tokens, once for all caches of a plan."""
-        if self.spec.budget.share is None or self._said:
+    def say_if_raised(self, real: Sequence[int], least: Sequence[int]) -> None:
+        """Warn of what `raised` tells of rows with `real` tokens, once for all caches of a plan.
+
+        `least` are the entries of each row that protected spans of its request make it keep, 0 where there are none.
+        """
+        if self._said or (self.spec.budget.share is None and not self.spec.protect.by_place):
             return
-        message = next(filter(None, map(self.raised, real)), "")
+        message = next(filter(None, [*map(self.raised, real), *map(self._pinned, real, least)]), "")
         if message:
             self._said.append(message)
             warnings.warn(message, BudgetWarning, stacklevel=2)
+
+    def _pinned(self, seen: int, least: int) -> str:
+        """Why a sequence with `seen` tokens holds more than its budget, for the spans of it that are protected."""
+        average = min(self.average(seen), seen)
+        if least <= average:
+            return ""
+        return (
+            f"policy {self.spec.name}: the budget of {seen} tokens is {average} entries, but {least} are held: as many "
+            "are protected, in the prompt or in regions"
+        )
 
     def protected_alike(self, real: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
         """Some of the rows with `real` tokens in groups in which as many entries are protected.
@@ -128,6 +144,17 @@ class Budgets:
 
     def _allocate(self, seen: int) -> _PerLayer:
         average, protected = min(self.average(seen), seen), min(sum(self.protected(seen)), seen)
+        if average == seen:  # no layer can hold more, and none may hold less
+            return (seen,) * self.geometry.layers
+        if self.spec.allocate.layers.follows_length:
+            return self._divide(average, protected, seen)
+        known = self._divided.get((average, protected))
+        if known is None:
+            known = _noted(self._divided, (average, protected), self._divide(average, protected, seen))
+        return known
+
+    def _divide(self, average: int, protected: int, seen: int) -> _PerLayer:
+        """What the allocator says of a sequence with `seen` tokens, of which each layer keeps `average`."""
         layers, allocator = self.geometry.layers, self.spec.allocate.layers
         request = AllocationRequest.of_lengths(layers, average, protected, [seen])
         counts = allocator.allocate(request)
@@ -138,8 +165,8 @@ class Budgets:
         return tuple(share + protected for share in shares)
 
 
-def _noted(known: dict[int, _PerLayer], seen: int, found: _PerLayer) -> _PerLayer:
+def _noted(known: dict[_Key, _PerLayer], key: _Key, shares: _PerLayer) -> _PerLayer:
     if len(known) >= _MOST_KNOWN:
         known.clear()
-    known[seen] = found
-    return found
+    known[key] = shares
+    return shares

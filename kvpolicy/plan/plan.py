@@ -118,7 +118,7 @@ class Plan:
         """The bytes that entries take."""
         return self.budgets.footprint
 
-    @property
+    @cached_property
     def compresses_while_decoding(self) -> bool:
         """False when the policy is for prompts only (`every: never`), and when it keeps everything."""
         return self.spec.compress.every != NEVER and not self.budgets.keeps_everything
@@ -181,6 +181,7 @@ def _check_declared(spec: PolicySpec) -> None:
     row_state_of(spec.merge)
     for plugin, names in (
         (spec.allocate.divider, ("ragged", "reads_scores")),
+        (spec.allocate.layers, ("follows_length",)),
         (spec.select, ("best",)),
         (spec.merge, ("moves_only", "votes", "reads_window")),
         (spec.store, ("joint", "calibrated")),
@@ -194,6 +195,8 @@ def _fusion(
 ) -> Fusion:
     off = obstacle(device) if kernels is None else "" if kernels else "kernels are switched off"
     fusion = fusion_of(spec, off)
+    if spec.protect.by_place and not off:
+        return attrs.evolve(fusion, off="kernels know protected entries at both ends only, not of a prompt or region")
     here = device.type == "cpu" or torch.cuda.is_available()  # a plan may be for a device that is elsewhere
     return warm_up(spec, fusion, geometry, device, dtype) if here and not off else fusion
 

@@ -24,6 +24,7 @@ from kvpolicy.runtime.model_digest import model_digest
 from kvpolicy.runtime.modes import exact
 from kvpolicy.runtime.origin import Origin
 from kvpolicy.runtime.provider import PROVIDER, CacheProvider
+from kvpolicy.runtime.regions import Regions, Spans
 from kvpolicy.runtime.report import Report
 from kvpolicy.runtime.static.decode import FORWARD, DecodeForward
 from kvpolicy.runtime.static.limits import require_static
@@ -77,14 +78,16 @@ class Attachment:
         with Restoring(self.undo, only_after_errors=True), Restoring(self.undo, only_after_errors=True):
             self._install()
 
-    def cache(self) -> PolicyCache:
+    def cache(self, regions: "Regions | Spans | Sequence[Spans] | None" = None) -> PolicyCache:
         """A new cache for one batch, to be passed as `past_key_values`; `generate` makes its own without asking.
 
-        It goes with this attachment: once that is detached, or on another model, it raises CacheError.
+        It goes with this attachment: once that is detached, or on another model, it raises CacheError. `regions` name
+        spans of the request, as `Regions.of` takes them. Raises RegionError when they are none, or when the policy
+        protects one that is not among them.
         """
         self._require_attached()
         self._uncut()
-        cache = PolicyCache(self.plan, self._config)
+        cache = self._new_cache(None if regions is None else Regions.of(regions))
         self._origin.made(cache)
         return cache
 
@@ -102,13 +105,16 @@ class Attachment:
         """
         self._require_attached()
         self._uncut()
-        cache = PolicyCache(self.plan, self._config)
+        model = model_digest(self.model, SavedCacheError)
         with exact(self.plan.device.type):
-            cache_file.read(cache, path, model_digest(self.model, SavedCacheError), tokenizer)
+            cache = cache_file.read(path, self.plan, model, tokenizer, self._new_cache)
         cache.resume()
         chosen = cache if rows is None else cache.fork(rows)
         self._origin.made(chosen)
         return chosen
+
+    def _new_cache(self, regions: Regions | None) -> PolicyCache:
+        return PolicyCache(self.plan, self._config, regions)
 
     def draft_cache(self) -> DynamicCache:
         """A cache for the drafts of assisted decoding, which may be made with the model's first layers alone."""

@@ -17,7 +17,9 @@ from kvpolicy.runtime.layer import PolicyLayer, require_batch
 from kvpolicy.runtime.logical import repeated, require_rows, selected
 from kvpolicy.runtime.modes import exact, exactly
 from kvpolicy.runtime.origin import Origin
+from kvpolicy.runtime.regions import Regions
 from kvpolicy.runtime.scheduler import CompressionScheduler
+from kvpolicy.runtime.spans import RequestSpans
 from kvpolicy.runtime.stats import LayerStats
 
 
@@ -32,15 +34,16 @@ class PolicyCache(DynamicCache):
 
     origin: Origin | None = None  # of the attachment that it was made for
 
-    def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
+    def __init__(self, plan: Plan, config: PretrainedConfig, regions: Regions | None = None) -> None:
         super().__init__(config=config)
         self.plan = plan
         self._config = config
         self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
         self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all)
+        self.spans = RequestSpans(plan.spec.protect, regions)
         for ordinal, layer in enumerate(plan.geometry.managed):
-            self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity)
+            self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans)
 
     @property
     def managed(self) -> list[PolicyLayer]:
@@ -122,6 +125,7 @@ class PolicyCache(DynamicCache):
         """Empty the cache, which can then be used like a new one, whatever had happened to it."""
         with self.integrity.renewal():
             self._scheduler.clear()
+            self.spans.clear()
             for layer in self.managed:
                 layer.empty()
             for _, other in self._stock:
@@ -186,6 +190,7 @@ class PolicyCache(DynamicCache):
             return
         require_rows(self.rows, rows)
         with self._changing("move of rows"):
+            self.spans.select_rows(rows)
             for layer in self.managed:
                 layer.move_rows(rows)
             for _, other in self._stock:
@@ -220,7 +225,9 @@ class PolicyCache(DynamicCache):
         self._require_settled("forked")
         chosen = list(range(self.rows)) if rows is None else _require_listed(rows)
         require_rows(self.rows, chosen)
-        other = PolicyCache(self.plan, self._config)
+        regions = self.spans.regions
+        other = PolicyCache(self.plan, self._config, None if regions is None else regions.select(chosen))
+        other.spans.go_on_as(self.spans, chosen)
         for layer, fresh in zip(self.managed, other.managed, strict=True):
             layer.reclaim()
             fresh.restore(layer.state.selected(chosen) if layer.is_initialized else layer.state.copied())

@@ -1,19 +1,21 @@
 """The safetensors file of a saved cache: its state, and digests of the policy, the model and the tokenizer."""
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from torch import Tensor
 
-from kvpolicy.errors import CacheError, SavedCacheError, shown
+from kvpolicy.errors import CacheError, RegionError, SavedCacheError, shown
 from kvpolicy.plan.plan import Plan
 from kvpolicy.plan.tensor_file import TensorFiles
 from kvpolicy.runtime import stock
 from kvpolicy.runtime.contents import Contents, below
 from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.runtime.regions import Regions
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.tokenizer_digest import tokenizer_digest
 from kvpolicy.spec.dump import digest
@@ -26,6 +28,7 @@ _FILES = TensorFiles(
     "saved cache", "compress the prefix again", SavedCacheError, most_tensors=2**16, largest=2**44, largest_header=2**24
 )
 _VERSION_KEY, _NUMBERS, _ROWS, _SEEN, _TOKENIZER = "kvpolicy_cache", "numbers", "rows", "seen", "tokenizer"
+_REGIONS = "regions"
 
 
 def write(cache: "PolicyCache", path: "str | os.PathLike[str]", model: str, tokenizer: object) -> None:
@@ -35,26 +38,35 @@ def write(cache: "PolicyCache", path: "str | os.PathLike[str]", model: str, toke
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, object] = {}
+    parts = []
     for index, layer in enumerate(cache.layers):
         described = layer.state.describe() if isinstance(layer, PolicyLayer) else stock.describe(index, layer)
-        for name, value in below(f"layers.{index}", described):
-            if isinstance(value, Tensor):
-                tensors[name] = value
-            else:
-                numbers[name] = value
-    about = {_VERSION_KEY: VERSION, **_fixed(cache.plan, len(cache.layers), model), _NUMBERS: json.dumps(numbers)}
+        parts.append(below(f"layers.{index}", described))
+    for name, value in itertools.chain(below("spans", cache.spans.describe()), *parts):
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            numbers[name] = value
+    about = {_VERSION_KEY: VERSION, **_fixed(cache.plan, model), _NUMBERS: json.dumps(numbers)}
     about |= {_ROWS: str(cache.rows), _SEEN: str(cache.get_seq_length())}
+    if cache.spans.regions is not None:
+        about[_REGIONS] = cache.spans.regions.dump()
     if tokenizer is not None:
         about[_TOKENIZER] = tokenizer_digest(tokenizer)
     _FILES.write(path, tensors, about)
 
 
-def read(cache: "PolicyCache", path: "str | os.PathLike[str]", model: str, tokenizer: object) -> None:
-    """Let a new cache go on with the state in a file, all of whose rows it then holds.
+def read(
+    path: "str | os.PathLike[str]",
+    plan: Plan,
+    model: str,
+    tokenizer: object,
+    new_cache: "Callable[[Regions | None], PolicyCache]",
+) -> "PolicyCache":
+    """A new cache with the state in a file, all of whose rows it holds; `new_cache` makes one with the regions there.
 
-    Raises SavedCacheError when the file is damaged, contradicts itself, or was saved for something else than the plan
-    of this cache, the model of this digest, and this tokenizer, if one is given; ParameterError for what is no
-    tokenizer.
+    Raises SavedCacheError when the file is damaged, contradicts itself, or was saved for something else than this plan,
+    the model of this digest, and this tokenizer, if one is given; ParameterError for what is no tokenizer.
     """
     wanted = None if tokenizer is None else tokenizer_digest(tokenizer)
     tensors, about = _FILES.read(path)
@@ -65,25 +77,27 @@ def read(cache: "PolicyCache", path: "str | os.PathLike[str]", model: str, token
         version = shown(about.get(_VERSION_KEY))
         raise SavedCacheError(f"{name}: is no saved cache of kvpolicy (version {VERSION}): {version}")
     _FILES.require_whole(name, tensors, about)
-    for key, value in _fixed(cache.plan, len(cache.layers), model).items():
+    for key, value in _fixed(plan, model).items():
         if about.get(key) != value:
             raise SavedCacheError(f"{name}: was saved for another {key}: {shown(about.get(key))}, here {shown(value)}")
     _check_tokenizer(name, about, wanted)
     contents = Contents(
-        tensors, _numbers(name, about), cache.plan.device, lambda message: SavedCacheError(f"{name}: {message}")
+        tensors, _numbers(name, about), plan.device, lambda message: SavedCacheError(f"{name}: {message}")
     )
     try:
+        cache = new_cache(Regions.parse(about[_REGIONS]) if _REGIONS in about else None)
         _restore(cache, contents)
-    except CacheError as error:
+    except (CacheError, RegionError) as error:
         raise SavedCacheError(f"{name}: contradicts itself: {error}") from error
     contents.require_all_read()
     if (about.get(_ROWS), about.get(_SEEN)) != (str(cache.rows), str(cache.get_seq_length())):
         raise SavedCacheError(f"{name}: contradicts itself: other rows or tokens are held than it says")
+    return cache
 
 
-def _fixed(plan: Plan, layers: int, model: str) -> dict[str, str]:
+def _fixed(plan: Plan, model: str) -> dict[str, str]:
     """What must be the same where a cache is loaded, by what a message calls it."""
-    geometry = json.dumps({**attrs.asdict(plan.geometry), "layers": layers}, sort_keys=True)
+    geometry = json.dumps(attrs.asdict(plan.geometry), sort_keys=True)
     digests = {"policy": digest(plan.spec), "calibration": plan.calibration, "model": model}
     return {**digests, "geometry": geometry, "dtype": str(plan.dtype)}
 
@@ -127,3 +141,4 @@ def _restore(cache: "PolicyCache", contents: Contents) -> None:
     for part, layer in zip(parts, cache.layers, strict=True):
         if not isinstance(layer, PolicyLayer):
             stock.restore(layer, part, rows, seen, cache.plan.dtype)
+    cache.spans.restore(contents.below("spans"), rows)

@@ -11,6 +11,7 @@ from kvpolicy.runtime.access import Rows
 from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.layout import Layout
+from kvpolicy.runtime.spans import RequestSpans
 from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
 from kvpolicy.stages.slots import by_position, indices_of, take
@@ -29,6 +30,7 @@ def view_of(
     scaling: float,
     row_state: Mapping[str, Tensor],
     in_order: bool,
+    spans: RequestSpans,
 ) -> View:
     """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads.
 
@@ -58,6 +60,8 @@ def view_of(
         row_state={name: values[list(rows)] for name, values in row_state.items()},
         rotary=plan.rotary,
         in_order=in_order,
+        pinned=spans.pinned(positions, rows),
+        regions=spans.of(positions, rows),
     )
 
 

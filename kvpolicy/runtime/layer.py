@@ -21,6 +21,7 @@ from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import chosen_by, question_of
 from kvpolicy.runtime.recording import Recording, Taken
 from kvpolicy.runtime.scheduler import CompressionScheduler
+from kvpolicy.runtime.spans import RequestSpans
 from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.trigger import entries_allowed
@@ -43,19 +44,23 @@ class PolicyLayer(LendingLayer):
         ordinal: int,
         scheduler: CompressionScheduler | None = None,
         integrity: Integrity | None = None,
+        spans: RequestSpans | None = None,
     ) -> None:
-        """`scheduler` and `integrity` are those of the cache; without them the layer is a cache by itself."""
+        """`scheduler`, `integrity` and `spans` are those of the cache; without them the layer is a cache by itself."""
         super().__init__()
         self.plan = plan
         self.ordinal = ordinal
         self.scheduler = scheduler or CompressionScheduler(plan, waits=False)
         self.stats = LayerStats(plan.geometry.managed[ordinal])
         self.integrity = integrity or Integrity([self.stats.layer])
+        self.spans = spans or RequestSpans(plan.spec.protect)
+        self._protects_spans = plan.spec.protect.by_place
         self.empty()
 
     def reset(self) -> None:
         with self.integrity.renewal():
             self.scheduler.clear()
+            self.spans.clear()
             self.empty()
 
     @exactly
@@ -103,6 +108,7 @@ class PolicyLayer(LendingLayer):
             require_batch(self.stats.layer, len(self.real), key_states, value_states)
         else:
             self._require_shape(key_states, value_states)
+            self.spans.begin(key_states.shape[0])
         self.integrity.begin_update(self.stats.layer)
         self.prepare()
         if not self.is_initialized:
@@ -212,8 +218,11 @@ class PolicyLayer(LendingLayer):
     def _compress_and_pack(self, *, decoding: bool, immediately: bool = False) -> None:
         if self.altered:
             self.close_gaps()
+        if self._protects_spans:
+            end = self.scheduler.prompt_end
+            self.spans.note_prompt(self.real, over=end is None or self.seen >= end)
         if self.ordinal == 0:
-            self.plan.budgets.say_if_raised(self.real)
+            self.plan.budgets.say_if_raised(self.real, self.least(self.real))
         if self.plan.compresses_jointly:
             self.scheduler.attended(self, decoding=decoding)
             return
@@ -245,7 +254,12 @@ class PolicyLayer(LendingLayer):
         held = [entries - before * heads for entries in self.entries]
         if not self.altered:
             held = [tokens * heads for tokens in real]
-        allowed = [entries_allowed(self.plan, self.ordinal, tokens, decoding=decoding) for tokens in real]
+        plan, ordinal = self.plan, self.ordinal
+        if self._protects_spans:
+            pairs = zip(real, self.least(real), strict=True)
+            allowed = [entries_allowed(plan, ordinal, seen, decoding=decoding, least=least) for seen, least in pairs]
+        else:
+            allowed = [entries_allowed(plan, ordinal, tokens, decoding=decoding) for tokens in real]
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
     @property
@@ -267,11 +281,20 @@ class PolicyLayer(LendingLayer):
             scaling=self.scaling,
             row_state=self.row_state,
             in_order=self.in_order,
+            spans=self.spans,
         )
 
     def budget(self, rows: Sequence[int]) -> list[int]:
         """Entries per KV head that each of the rows may keep."""
-        return [self.plan.budgets.per_layer(self.real[row])[self.ordinal] for row in rows]
+        least = self.least(self.real)
+        return [max(self.plan.budgets.per_layer(self.real[row])[self.ordinal], least[row]) for row in rows]
+
+    def least(self, real: Sequence[int]) -> list[int]:
+        """Entries per KV head that each row must keep at `real` tokens, because the policy protects spans; else 0."""
+        if not self._protects_spans:
+            return [0] * len(real)
+        protected = self.plan.budgets.protected
+        return [self.spans.protected(row, tokens, *protected(tokens)) for row, tokens in enumerate(real)]
 
     def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
@@ -285,10 +308,15 @@ class PolicyLayer(LendingLayer):
     @property
     def limit(self) -> int:
         """Slots per KV head beyond which storage does not grow."""
-        return self.plan.capacity(self.ordinal, max(self.seen, 1))
+        capacity = self.plan.capacity(self.ordinal, max(self.seen, 1))
+        if not self._protects_spans:
+            return capacity
+        return max(capacity, max(self.least(self.real), default=0) + self.plan.budgets.slack)
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
         beside = [*index, *self.row_state.values(), *self.recording.tensors]
+        if self.ordinal == 0:
+            beside += self.spans.tensors  # which are there for all layers
         average = self.stats.held if self._reclaim else self._held.slots.average
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, state)
@@ -422,6 +450,7 @@ class PolicyLayer(LendingLayer):
             require_rows(len(self.real), rows)
             with self._changing("move of rows"):
                 self.move_rows(rows)
+                self.spans.select_rows(rows)
 
     @exactly
     def move_rows(self, rows: Sequence[int]) -> None:

@@ -27,6 +27,9 @@ class Compressible(Holder, Protocol):
     def entries(self) -> list[int]:
         """Entries of each row in all KV heads, pads excluded."""
 
+    def least(self, real: Sequence[int]) -> list[int]:
+        """Entries per KV head that each row must keep at `real` tokens, because the policy protects spans; else 0."""
+
     def close_gaps(self) -> None:
         """Drop the pads."""
 
@@ -111,14 +114,16 @@ class CompressionScheduler:
             layer.seal()
 
     def _rows_due(self, layers: Sequence[Compressible]) -> list[int]:
-        heads = self.plan.geometry.kv_heads
+        heads, least = self.plan.geometry.kv_heads, layers[0].least(layers[0].real)
         held = [sum(entries) for entries in zip(*(layer.entries for layer in layers), strict=True)]
-        return [row for row, tokens in enumerate(layers[0].real) if held[row] > self._allowed(tokens) * heads]
+        real = enumerate(layers[0].real)
+        return [row for row, tokens in real if held[row] > self._allowed(tokens, least[row]) * heads]
 
-    def _allowed(self, tokens: int) -> float:
-        """Entries per KV head of all layers together."""
-        layers = range(self.plan.geometry.layers)
-        return sum(entries_allowed(self.plan, layer, tokens, decoding=self._decoding) for layer in layers)
+    def _allowed(self, tokens: int, least: int) -> float:
+        """Entries per KV head of all layers together; `least` as in `entries_allowed`."""
+        plan, decoding = self.plan, self._decoding
+        layers = range(plan.geometry.layers)
+        return sum(entries_allowed(plan, layer, tokens, decoding=decoding, least=least) for layer in layers)
 
     def _compress(self, layers: Sequence[Compressible], rows: Sequence[int], *, fills: bool) -> None:
         started = time.perf_counter()

@@ -18,6 +18,7 @@ _HEAD = ("name", "summary", "reference", "budget", "compress", "protect")
 _ORDER = (*_HEAD, "score", "allocate", "select", "merge", "store", "read")
 _ALWAYS = ("compress", "protect")  # at their defaults too: they say what will happen
 _READ_ALL = {"use": "all"}
+_LATER = ("prompt", "regions")  # keys of `protect` that are written, and enter a digest, where they say something
 _BARE = re.compile(r"[A-Za-z]([A-Za-z0-9_. -]*[A-Za-z0-9_.-])?", re.ASCII)
 
 
@@ -50,6 +51,9 @@ def digest(spec: PolicySpec) -> str:
     data = {VERSION_KEY: SCHEMA_VERSION, **_full(spec)}
     if data["read"] == _READ_ALL:  # policies from before there were readers keep their digests
         del data["read"]
+    for name in _LATER:
+        if data["protect"][name] in (False, []):
+            del data["protect"][name]
     return _hash(data)
 
 
@@ -91,7 +95,8 @@ def _short(value: Any) -> Any:
         return [_short(part) for part in value]
     if not attrs.has(type(value)):
         return value
-    return {name: _short(part) for name, part in _fields(value).items()}
+    said = {name: part for name, part in _fields(value).items() if name not in _LATER or part}
+    return {name: _short(part) for name, part in said.items()}
 
 
 def _plugin(plugin: Plugin) -> dict[str, Any]:

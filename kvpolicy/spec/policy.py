@@ -36,6 +36,7 @@ NEVER = "never"
 MOST_SCORERS = 64  # far more than any method sums, and few enough to be written out
 _EVERY = Integer(minimum=1)
 _COUNT = Integer(minimum=0)
+_NAME = Text(longest=64)
 
 
 @attrs.frozen
@@ -93,6 +94,28 @@ class CountRule(Rule):
 
 
 @attrs.frozen
+class NamesRule(Rule):
+    """Names, each of them once."""
+
+    most: int = 64
+
+    def accepts(self, value: object) -> bool:
+        if not isinstance(value, tuple) or len(value) > self.most or len(set(map(str, value))) < len(value):
+            return False
+        return all(_NAME.accepts(name) and name for name in value)
+
+    def convert(self, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    def schema(self) -> dict[str, Any]:
+        items = {**_NAME.schema(), "minLength": 1}
+        return {"type": "array", "maxItems": self.most, "uniqueItems": True, "items": items}
+
+    def __str__(self) -> str:
+        return f"a list of at most {self.most} names, each of them once"
+
+
+@attrs.frozen
 class ScoreRule(Rule):
     """The weighted list of scorers."""
 
@@ -142,6 +165,16 @@ class Protect:
     recent: int | Part = parameter(
         CountRule(), 0, help='last tokens of the sequence; "100%" = all that the sinks leave'
     )
+
+    prompt: bool = parameter(Flag(), False, help="all of the first prompt")
+    regions: tuple[str, ...] = parameter(
+        NamesRule(), (), help="spans of the request with these names, which are given with the cache"
+    )
+
+    @property
+    def by_place(self) -> bool:
+        """Whether spans of a request are protected, beside its first and last tokens."""
+        return self.prompt or bool(self.regions)
 
     @property
     def total(self) -> int:

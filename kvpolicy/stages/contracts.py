@@ -169,6 +169,7 @@ class LayerAllocator(Allocator):
 
     stage = "allocate.layers"
     ragged = False
+    follows_length: ClassVar[bool] = True  # whether equal totals are divided otherwise for sequences of other lengths
 
 
 class HeadAllocator(Allocator):

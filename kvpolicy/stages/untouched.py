@@ -46,7 +46,7 @@ def untouched(plugin: Plugin, shown: Mapping[str, Tensor]) -> Iterator[None]:
 
 def tensors_of(view: View) -> dict[str, Tensor]:
     """Everything in a view that a plugin could write to, what the view has computed from its entries included."""
-    names = ("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes")
+    names = ("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes", "pinned", "regions")
     own = {name: getattr(view, name) for name in (*names, "valid", "lengths", "age", "protected", "candidates")}
     own.update(view.slot_state)
     own.update({f"{name} of the row": state for name, state in view.row_state.items()})

@@ -33,6 +33,8 @@ class View:
     layer: int = 0  # ordinal among the managed layers
     sinks: int = 0  # protected entries at the start of the sequence
     recent: int = 0  # protected entries at its end
+    pinned: Tensor | None = None  # [B, K, T] bool, entries protected beside them: of the prompt, or of regions
+    regions: Tensor | None = None  # [B, K, T] int8, numbers of the request's regions, 0 = in none
     queries: Tensor | None = None  # [B, H, W, D] post-RoPE, oldest first
     query_positions: Tensor | None = None  # [B, W] int; -1 = that row has had fewer than W queries
     attention: Tensor | None = None  # [B, K, G, T] float32, mass each entry has received since it was stored
@@ -67,9 +69,9 @@ class View:
 
     @cached_property
     def protected(self) -> Tensor:
-        """[B, K, T] bool: sink tokens and the recent window."""
-        sink = self.positions < self.sinks
-        return self.valid & (sink | (self.age < self.recent))
+        """[B, K, T] bool: sink tokens, the recent window, and spans of the request that the policy protects."""
+        protected = (self.positions < self.sinks) | (self.age < self.recent)
+        return self.valid & (protected if self.pinned is None else protected | self.pinned)
 
     @cached_property
     def candidates(self) -> Tensor:

@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from kvpolicy.spec.reference import reference_markdown
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from tests.building import COMMAND, printed, run_together
 from tests.compressing import fused, score
 from tests.policies import small
 
@@ -43,16 +43,15 @@ def commands():
     return [line for line in lines if line.startswith("kvpolicy ")]
 
 
+@pytest.fixture(scope="module")
+def told():
+    """What every command prints: as `python -m kvpolicy …` would, one after another."""
+    return run_together({command: COMMAND.format(words=shlex.split(command)) for command in commands()}, cwd=ROOT)
+
+
 @pytest.mark.parametrize("command", commands())
-def test_readme_command_runs(command):
-    words = shlex.split(command)
-
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+def test_readme_command_runs(told, command):
+    assert printed(told, command).strip()
 
 
 def test_readme_marks_both_set_up_commands():
@@ -90,8 +89,8 @@ def plugins_shown(tmp_path, monkeypatch):
     """The modules of the page on plugins: each of its blocks is a file, named in its first line."""
     page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
     files = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in blocks("python", page)}
-    shown = {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast", "float16", "best_of_layer"}
-    assert set(files) == shown
+    scorer = {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast"}
+    assert set(files) == scorer | {"float16", "best_of_layer"}
     for name, block in files.items():
         (tmp_path / f"{name}.py").write_text(block, encoding="utf-8")
     runpy.run_path(str(tmp_path / "conftest.py"))
@@ -162,6 +161,14 @@ def test_page_on_prefixes_runs(capsys, tmp_path, monkeypatch):
         options = {"max_new_tokens": 16, "do_sample": False}
         expected = shown["model"].generate(**shown["inputs"], past_key_values=cache.fork([0] * 4), **options)
     assert torch.equal(shown["output"], expected)
+
+
+def test_code_on_regions_runs(capsys):
+    page = (ROOT / "docs" / "how-to" / "regions.md").read_text("utf-8")
+
+    exec(blocks("python", page)[0], {})  # noqa: S102
+
+    assert "policy snapkv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -14,6 +14,7 @@ from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.selectors.topk import TopK
+from tests.allocating import counts_of
 from tests.golden.families import close, same
 from tests.views import fresh_state, view_of
 
@@ -108,7 +109,7 @@ def spread_memory(view, kept, pads, columns):
 def best(view, scores, budget):
     """Keep indices; a row without enough entries keeps all it has."""
     free = (budget * scores.shape[1] - view.protected.sum((1, 2))).clamp(min=0)
-    counts = UniformHeads().allocate(scores, view.candidates, free)
+    counts = counts_of(UniformHeads(), scores, view.candidates, free)
     return indices_of(TopK().select(scores, view.candidates, counts) | view.protected)
 
 

@@ -11,7 +11,7 @@ from tests.decisions import Decisions
 from tests.models import build, generate, model, prompt
 from tests.policies import held, small
 from tests.rounding import close
-from tests.states import KIVI, PAGES, everything
+from tests.states import KIVI, PAGES, assert_same_state, everything
 
 POLICIES = {
     "nothing is evicted": lambda: small("snapkv", budget=400),
@@ -97,6 +97,47 @@ def test_rows_of_a_fork_give_what_moved_rows_give(name, architecture, tmp_path):
         expected = go_on(one, moved, mask[rows], rows=rows)[1]
         for other in (cache.fork(rows), attachment.load_cache(tmp_path / "c", rows)):
             assert_equal(go_on(one, other, mask[rows], rows=rows)[1], expected)
+
+
+def test_regions_and_the_first_prompt_belong_to_the_rows(tmp_path):
+    """What is protected by its place in the request stays protected in the rows of a fork and of a file."""
+    one, rows = build(), [1, 0, 1]
+    protect = {"sinks": 1, "recent": 3, "regions": ["system"]}
+    with small("snapkv", budget=14, protect=protect).attach(one) as attachment:
+        tokens, mask = prompt(*LENGTHS)
+        cache = attachment.cache(regions=[{"system": (2, 7)}, {"system": [(10, 12), (20, 22)]}])
+        forward(one, tokens, mask, cache)
+        cache.save(tmp_path / "c")
+        moved, loaded = copy.deepcopy(cache), attachment.load_cache(tmp_path / "c")
+        assert_same_state(cache, loaded)
+        assert_same_state(cache, cache.fork())
+        moved.batch_select_indices(torch.tensor(rows))
+        expected = go_on(one, moved, mask[rows], rows=rows)[1]
+        for other in (cache.fork(rows), attachment.load_cache(tmp_path / "c", rows)):
+            found = go_on(one, other, mask[rows], rows=rows)[1]
+            assert_equal(found, expected)
+            for layer in held(other):
+                assert all(set(range(2, 7)) <= set(slots) for slots in layer[1])
+                assert all({10, 11, 20, 21} <= set(slots) for slots in [*layer[0], *layer[2]])
+            other.reset()
+            forward(one, tokens[rows], mask[rows], other)
+            assert all({10, 11, 20, 21} <= set(slots) for layer in held(other) for slots in layer[2])
+
+
+def test_the_first_prompt_stays_the_first_in_copies(tmp_path):
+    """A later turn is no part of it."""
+    one = build()
+    with small("snapkv", budget=44, protect={"sinks": 1, "recent": 3, "prompt": True}).attach(one) as attachment:
+        tokens, mask = prompt(*LENGTHS)
+        cache = attachment.cache()
+        forward(one, tokens, mask, cache)
+        cache.save(tmp_path / "c")
+        loaded, forked = attachment.load_cache(tmp_path / "c"), cache.fork([1, 0])
+        assert loaded.spans.prompt == [40, 29]
+        assert forked.spans.prompt == [29, 40]
+        expected = go_on(one, cache, mask)[1]
+        assert_equal(go_on(one, loaded, mask)[1], expected)
+        assert all(set(slots) >= set(range(29)) for layer in held(loaded) for heads in layer for slots in heads)
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "nothing is evicted"])

@@ -283,6 +283,15 @@ HOSTILE = {
     "state of other rows": lambda tensors, _: tensors.update(
         {name: one[:1].contiguous() for name, one in tensors.items() if "row_state" in name}
     ),
+    "the first prompt of other rows": lambda tensors, _: tensors.update({"spans.prompt": torch.tensor([1, 2, 3])}),
+    "a first prompt that is over and not there": numbers(lambda found: found.update({"spans.prompt_is_over": True})),
+    "regions that are none": text("regions", "7"),
+    "regions of other rows": text("regions", '[["a"], [[[1, 0, 4]], [], []]]'),
+    "regions that overlap": text("regions", '[["a", "b"], [[[1, 0, 4], [2, 3, 5]]]]'),
+    "regions without a name": text("regions", '[["a"], [[[2, 0, 4]]]]'),
+    "regions that are far away": text("regions", f'[["a"], [[[1, 0, {2**40}]]]]'),
+    "regions with two names": text("regions", '[["a", "a"], [[[1, 0, 4]]]]'),
+    "regions that are text": text("regions", '[["a"], [[["1", "0", "4"]]]]'),
     "a window of fewer entries": tensor("layers.0.keys", lambda one: one[:, :, :3]),
     "a window of other rows": tensor("layers.0.values", lambda one: one[:1]),
     "a window in another dtype": tensor("layers.0.keys", lambda one: one.double()),

@@ -41,7 +41,7 @@ def test_everything_that_can_be_added(logits, mass, votes, positions, listed, di
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_any_call(dtype, data):
     draw = data.draw
     layers, rows, heads = (draw(st.integers(1, 2)) for _ in range(3))

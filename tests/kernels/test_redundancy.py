@@ -60,7 +60,7 @@ def test_ragged_and_dense_segments_of_several_layers(lengths, capacity, dtype):
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=4, max_size=4),
     dim=st.integers(1, 40),

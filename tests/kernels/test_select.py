@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kvpolicy_kernels.select import counts_of_best, counts_traffic, select, traffic
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.selectors.topk import TopK
+from tests.allocating import counts_of
 from tests.kernels.counting import counted
 from tests.kernels.scenes import DEVICE, scene
 from tests.kernels.selecting import KINDS, budgets, check_counts, check_select, scores_of
@@ -75,7 +76,7 @@ def test_many_chunks(lengths, kind, sinks, recent):
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(0, 100), min_size=4, max_size=4),
     shape=st.sampled_from([(1, 1, 4), (2, 1, 2), (1, 4, 1), (1, 2, 2)]),
@@ -105,7 +106,7 @@ def test_as_the_plugins(seed):
     usual = {"positions": found.columns["positions"], "sinks": 6, "recent": 10}
     counts = counts_of_best(scores, found.segments, totals, **usual)
     shaped = scores.reshape(2, 3, 90)
-    assert counts.reshape(2, 3).tolist() == Adaptive(floor=0.0).allocate(shaped, candidates, totals).tolist()
+    assert counts.reshape(2, 3).tolist() == counts_of(Adaptive(floor=0.0), shaped, candidates, totals).tolist()
     chosen = TopK().select(shaped, candidates, counts.reshape(2, 3).long()) | ~candidates
     kept = select(scores, found.segments, counts, 90, **usual)
     for row, flags in zip(kept, chosen.reshape(6, 90), strict=True):

@@ -56,7 +56,7 @@ def check(given, uses, functions):
             assert_twice_as_good(own, naive(single).sum(0), naive(exact).sum(0))
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(
     st.lists(USES, max_size=2, unique=True),
     st.sampled_from(((), (directions,), (squares, directions))),

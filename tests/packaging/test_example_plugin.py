@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.building import HIDE_TRITON, ROOT, build, run, unpack
+from tests.building import COMMAND, HIDE_TRITON, ROOT, build, printed, run, run_together, unpack
 
 SOURCE = ROOT / "docs" / "example-plugin"
 USE = """
@@ -33,28 +33,32 @@ def installed(tmp_path_factory):
     return unpack(build("wheel", SOURCE, folder), folder)
 
 
-def test_its_policy_compresses(installed, tmp_path):
-    held = float(run(sys.executable, "-c", USE, cwd=tmp_path, path=installed))
+@pytest.fixture(scope="module")
+def told(installed, tmp_path_factory):
+    programs = {"use": USE, "list": COMMAND.format(words=["kvpolicy", "plugins"]), "fused": FUSED}
+    return run_together(programs, cwd=tmp_path_factory.mktemp("used"), path=installed, COLUMNS="200")
 
-    assert 16 <= held < 16 + 128
+
+def test_its_policy_compresses(told):
+    assert 16 <= float(printed(told, "use")) < 16 + 128
 
 
-def test_its_plugin_is_listed(installed, tmp_path):
-    listing = run(sys.executable, "-m", "kvpolicy", "plugins", cwd=tmp_path, path=installed, COLUMNS="200")
+def test_its_plugin_is_listed(told):
+    listing = printed(told, "list")
 
     assert "key_diversity" in listing
     assert "example-kvpolicy" in listing
 
 
-def test_its_policy_is_fused(installed, tmp_path):
-    assert run(sys.executable, "-c", FUSED, cwd=tmp_path, path=installed).strip() == "['', '']"
+def test_its_policy_is_fused(told):
+    assert printed(told, "fused").strip() == "['', '']"
 
 
 def test_it_works_without_triton(installed, tmp_path):
     """Its tile function is imported when a plan asks for it; nothing else of the distribution needs Triton."""
-    printed = run(sys.executable, "-W", "error", "-c", HIDE_TRITON + USE + FUSED, cwd=tmp_path, path=installed)
+    told = run(sys.executable, "-W", "error", "-c", HIDE_TRITON + USE + FUSED, cwd=tmp_path, path=installed)
 
-    held, reasons = printed.splitlines()
+    held, reasons = told.splitlines()
     assert 16 <= float(held) < 16 + 128
     assert reasons == "['Triton is not installed', 'Triton is not installed']"
 
@@ -63,7 +67,7 @@ def test_it_passes_its_own_tests(installed, tmp_path):
     """Among them that its tile gives what its score gives: it chooses the interpreter itself where there is no GPU."""
     command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(SOURCE / "tests"))
 
-    printed = run(*command, cwd=tmp_path, path=installed, TRITON_INTERPRET="")
+    told = run(*command, cwd=tmp_path, path=installed, TRITON_INTERPRET="")
 
-    assert " passed" in printed
-    assert printed.count("[tile gives what score gives") == 2
+    assert " passed" in told
+    assert told.count("[tile gives what score gives") == 2

@@ -1,11 +1,10 @@
 """Triton is optional: without it everything works in torch, and a plan says why nothing is fused."""
 
 import json
-import sys
 
 import pytest
 
-from tests.building import HIDE_TRITON, ROOT, run
+from tests.building import HIDE_TRITON, ROOT, printed, run_together
 
 GENERATE = """
 import torch
@@ -21,7 +20,7 @@ print(max(layer.held for layer in attachment.report().layers))
 """
 PLAN = """
 from kvpolicy.cli import main
-sys.argv = ["kvpolicy", "plan", "rkv", *ARGUMENTS]
+sys.argv = ["kvpolicy", "plan", "rkv", "--device", DEVICE, "--json"]
 main()
 """
 TILES = """
@@ -44,40 +43,47 @@ print([name for name, _ in conformance_cases(KeyNorm()) if name.startswith("tile
 """
 
 
-def without_triton(program, cwd):
-    """Standard output of a program that cannot import Triton; a warning is an error."""
-    return run(sys.executable, "-W", "error", "-c", HIDE_TRITON + program, cwd=cwd, path=ROOT)
+PROGRAMS = {
+    "import": IMPORT,  # the first: it tells what is imported before anything is used
+    "generate": GENERATE,
+    "plan cpu": PLAN.replace("DEVICE", "'cpu'"),
+    "plan cuda": PLAN.replace("DEVICE", "'cuda'"),
+    "tiles": TILES,
+    "conformance": CONFORMANCE,
+}
 
 
-def test_packages_import_without_it(tmp_path):
-    assert without_triton(IMPORT, tmp_path).strip() == "[]"
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What programs print in a process that cannot import Triton; a warning is an error."""
+    return run_together(PROGRAMS, "-W", "error", first=HIDE_TRITON, cwd=tmp_path_factory.mktemp("without"), path=ROOT)
 
 
-def test_policy_compresses_without_it(tmp_path):
-    held = int(float(without_triton(GENERATE, tmp_path)))
+def test_packages_import_without_it(told):
+    assert printed(told, "import").strip() == "[]"
+
+
+def test_policy_compresses_without_it(told):
+    held = int(float(printed(told, "generate")))
 
     assert 24 <= held < 24 + 128
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_plan_is_explained_without_it(device, tmp_path):
-    arguments = repr(["--device", device, "--json"])
-
-    explained = json.loads(without_triton(PLAN.replace("ARGUMENTS", arguments), tmp_path))
+def test_plan_is_explained_without_it(told, device):
+    explained = json.loads(printed(told, f"plan {device}"))
 
     assert explained["policy"] == "rkv"
     assert {step["implementation"] for step in explained["steps"]} == {"reference"}
 
 
-def test_every_scorer_says_why_it_is_not_fused(tmp_path):
-    reasons = json.loads(without_triton(TILES, tmp_path))
+def test_every_scorer_says_why_it_is_not_fused(told):
+    reasons = json.loads(printed(told, "tiles"))
 
     assert {"attention", "redundancy", "key_norm"} & set(reasons)
     assert {name for name, reason in reasons.items() if not reason} == set()
     assert all("failed" not in reason for reason in reasons.values())
 
 
-def test_conformance_says_that_no_tile_was_compared(tmp_path):
-    named = without_triton(CONFORMANCE, tmp_path)
-
-    assert named.strip() == "['tile is not compared with score: Triton is not installed']"
+def test_conformance_says_that_no_tile_was_compared(told):
+    assert printed(told, "conformance").strip() == "['tile is not compared with score: Triton is not installed']"

@@ -5,7 +5,7 @@ import math
 import torch
 
 from tests import driving
-from tests.holdings import HALVES, segment
+from tests.holdings import HALVES, segments_of
 
 SCALING = driving.DIM**-0.5  # that of `feed`
 ESTIMATE = "merge.log_estimate"
@@ -31,11 +31,11 @@ class Forward:
 def held_by(layer):
     """[row][head] of the columns, keys and values of a layer, copied, pads left out."""
     heads, names = range(layer.plan.geometry.kv_heads), (*HALVES, *layer.plan.columns)
-    held = [
-        [{name: segment(layer.held, name, row, head).double() for name in names} for head in heads]
-        for row in range(len(layer.real))
-    ]
-    return [[_without_pads(one) for one in row] for row in held]
+    held = []
+    for row in range(len(layer.real)):
+        columns = {name: segments_of(layer.held, name, row) for name in names}
+        held.append([_without_pads({name: columns[name][head] for name in names}) for head in heads])
+    return held
 
 
 def nothing(plan, rows):
@@ -48,7 +48,7 @@ def nothing(plan, rows):
 
 def _without_pads(one):
     real = one["positions"] >= 0
-    return {name: column[real].clone() for name, column in one.items()}
+    return {name: column[real].double() for name, column in one.items()}
 
 
 def appended(held, plan, forward, keys, values):
@@ -73,15 +73,14 @@ def appended(held, plan, forward, keys, values):
 def attention(held, forward):
     """[B, H, q, D] float64 over held entries at or before the queries, log-votes added; zeros for pads."""
     out = torch.zeros_like(forward.queries)
-    for row, segments in enumerate(held):
-        for head in range(forward.queries.shape[1]):
-            one = segments[head // (forward.queries.shape[1] // len(segments))]
-            for place, position in enumerate(forward.positions[row].tolist()):
-                seen = one["positions"] <= position
-                if position >= 0 and seen.any():
-                    logits = one["keys"][seen] @ forward.queries[row, head, place] * SCALING
-                    logits = logits + (one["log_votes"][seen] if "log_votes" in one else 0.0)
-                    out[row, head, place] = logits.softmax(0) @ one["values"][seen]
+    for row, heads in enumerate(held):
+        positions = forward.positions[row][:, None]
+        for head, queries in enumerate(forward.queries[row]):
+            one = heads[head // (forward.queries.shape[1] // len(heads))]
+            seen = (one["positions"] <= positions) & (positions >= 0)
+            logits = queries @ one["keys"].T * SCALING + one.get("log_votes", 0.0)
+            weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+            out[row, head] = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0) @ one["values"]
     return out
 
 

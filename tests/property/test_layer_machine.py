@@ -10,7 +10,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from tests import driving
 from tests.driving import GROUP, HEADS, NAME, WORTH, feed, new_layer, random_entries, worth_plan
-from tests.holdings import HALVES, segment
+from tests.holdings import HALVES, segments_of
 
 ROWS = 4
 
@@ -244,8 +244,9 @@ class LayerMachine(RuleBasedStateMachine):
         assert layer.real == [row.real for row in self.rows]
         assert layer.altered == self.evicted
         for place, row in enumerate(self.rows):
+            read = {name: segments_of(layer.held, name, place) for name in (*HALVES, *self.plan.columns)}
             for head, held in enumerate(row.heads):
-                columns = {name: segment(layer.held, name, place, head) for name in (*HALVES, *self.plan.columns)}
+                columns = {name: own[head] for name, own in read.items()}
                 real = (columns[POSITIONS] >= 0).nonzero()[:, 0]
                 if not layer.in_order:
                     real = real[columns[POSITIONS][real].argsort()]
@@ -270,6 +271,6 @@ class RaggedLayerMachine(LayerMachine):
     ragged = True
 
 
-_settings = settings(max_examples=60, stateful_step_count=20)
+_settings = settings(max_examples=40, stateful_step_count=20)
 TestLayer, TestRaggedLayer = LayerMachine.TestCase, RaggedLayerMachine.TestCase
 TestLayer.settings = TestRaggedLayer.settings = _settings

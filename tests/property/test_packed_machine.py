@@ -146,8 +146,8 @@ class ReadMachine(PackedMachine):
 
 
 TestPacked, TestRead = PackedMachine.TestCase, ReadMachine.TestCase
-TestPacked.settings = settings(max_examples=40, stateful_step_count=14)
-TestRead.settings = settings(max_examples=25, stateful_step_count=14)
+TestPacked.settings = settings(max_examples=28, stateful_step_count=14)
+TestRead.settings = settings(max_examples=18, stateful_step_count=14)
 
 
 def test_a_head_with_nothing_packed_is_read_beside_one_that_is_full():

@@ -70,12 +70,12 @@ def read_slots(reader, question):
 
 @given(latent_questions(), latent_readers)
 def test_latent_topk_reads_what_a_plain_search_finds(question, reader):
-    scores = reader.scores(question).tolist()
+    scores = reader.scores(question).float().tolist()
     most = reader.sinks + reader.critical + reader.recent
     for row, heads in enumerate(read_slots(reader, question)):
         length, sealed = int((question.positions[row, 0] >= 0).sum()), int(question.sealed[row, 0])
         middle = range(reader.sinks, min(sealed, length - reader.recent))
-        best = sorted(middle, key=lambda slot: (-torch.tensor(scores[row][slot]).float(), slot))[: reader.critical]
+        best = sorted(middle, key=lambda slot: (-scores[row][slot], slot))[: reader.critical]
         expected = sorted({*range(length)} - {*middle} | {*best})
         whole = length < reader.min_length or question.positions.shape[2] <= most
         assert heads == [list(range(length)) if whole else expected] * len(heads)

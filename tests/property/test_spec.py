@@ -13,7 +13,7 @@ from kvpolicy.errors import ParameterError, PolicyError
 from kvpolicy.spec.budget import Budget, Part
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.spec.policy import BESIDE, BudgetRule, CountRule, EveryRule, PolicySpec, Protect, ScoreRule, Weighted
+from kvpolicy.spec.policy import BESIDE, BudgetRule, CountRule, EveryRule, NamesRule, PolicySpec, ScoreRule, Weighted
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
@@ -67,14 +67,23 @@ def values(rule, depth=0):  # noqa: C901, PLR0911 - a branch per kind of rule
         case Nested():
             return built(rule.kind, depth)
         case Plugged():
-            return plugins(rule.stage, depth)
+            return st.none() | plugins(rule.stage, depth) if rule.optional else plugins(rule.stage, depth)
+        case NamesRule():
+            return st.lists(values(Text(64)).filter(bool), max_size=3, unique=True).map(tuple)
         case ScoreRule():
             return st.lists(plugins("score", depth).flatmap(weighted), min_size=1, max_size=3).map(tuple)
     raise TypeError(rule)
 
 
-def built(kind, depth=0):
-    return st.builds(kind, **{field.name: values(rule_of(field), depth) for field in attrs.fields(kind)})
+@st.composite
+def built(draw, kind, depth=0):
+    """A part of a policy; without what is optional where that does not go with the rest."""
+    found = {field.name: draw(values(rule_of(field), depth)) for field in attrs.fields(kind)}
+    try:
+        return kind(**found)
+    except ParameterError:
+        optional = {field.name for field in attrs.fields(kind) if getattr(rule_of(field), "optional", False)}
+        return kind(**{name: None if name in optional else value for name, value in found.items()})
 
 
 def plugins(stage, depth):
@@ -112,7 +121,8 @@ def specs(draw):
     sinks, recent = spec.protect.sinks, spec.protect.recent
     sinks = min(sinks, tokens // 2) if isinstance(sinks, int) else sinks
     left = tokens - sinks if isinstance(sinks, int) else tokens
-    return attrs.evolve(spec, protect=Protect(sinks, min(recent, left) if isinstance(recent, int) else recent))
+    recent = min(recent, left) if isinstance(recent, int) else recent
+    return attrs.evolve(spec, protect=attrs.evolve(spec.protect, sinks=sinks, recent=recent))
 
 
 def consistent(spec):
@@ -121,7 +131,7 @@ def consistent(spec):
     observers = [*(one.scorer for one in spec.score), spec.merge]
     if spec.merge.reads_window and not any(one.needs().queries for one in observers):
         spec = attrs.evolve(spec, merge=plain["merge"])
-    if spec.store.joint and spec.allocate.heads.ragged:
+    if spec.store.joint and spec.allocate.divider.ragged:
         spec = attrs.evolve(spec, store=plain["store"])
     if spec.read.stores and spec.store.name not in spec.read.stores:
         spec = attrs.evolve(spec, read=plain["read"])

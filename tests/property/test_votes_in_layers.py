@@ -164,4 +164,4 @@ class RaggedVotesMachine(VotesMachine):
 
 
 TestVotes, TestRaggedVotes = VotesMachine.TestCase, RaggedVotesMachine.TestCase
-TestVotes.settings = TestRaggedVotes.settings = settings(max_examples=60, stateful_step_count=14)
+TestVotes.settings = TestRaggedVotes.settings = settings(max_examples=35, stateful_step_count=14)

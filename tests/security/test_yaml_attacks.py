@@ -44,15 +44,35 @@ MADE = {
 ATTACKS = {**KEPT, **MADE}
 
 
+def plain_work():
+    """A fixed amount of Python: about a fortieth of a second on an idle machine."""
+    for number in range(200_000):
+        len(str(number))
+
+
+def thread_time(call):
+    start = time.thread_time()  # of this thread: other work on the machine does not count, though it slows this down
+    call()
+    return time.thread_time() - start
+
+
+def reading(attack):
+    """Reads it as something that must fail."""
+
+    def read():
+        with pytest.raises(PolicyError):
+            parse_policy(ATTACKS[attack], "attack.yaml")
+
+    return read
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_attack_ends_in_our_error_within_half_a_second(attack):
+def test_attack_ends_in_our_error_soon(attack):
+    """In less than twenty times what plain work takes at the same time, in the best of some tries: half a second."""
     parse_policy(OK)  # so that the registry is filled
-    start = time.thread_time()  # of this thread: other work on the machine does not count
+    tries = (thread_time(reading(attack)) / max(thread_time(plain_work), 1e-9) for _ in range(5))
 
-    with pytest.raises(PolicyError):
-        parse_policy(ATTACKS[attack], "attack.yaml")
-
-    assert time.thread_time() - start < 0.5
+    assert any(ratio < 20 for ratio in tries)  # the first one is enough, as a rule
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -12,6 +12,7 @@ import attrs
 from kvpolicy.bench.compiled.discover import all_builds
 from kvpolicy.bench.compiled.gates import faults_of
 from kvpolicy.bench.compiled.target import CAPABILITIES, BuildError, Compiled, compile_build, require_compiler
+from kvpolicy.errors import InputError
 from kvpolicy_kernels.builds import Build
 
 
@@ -23,16 +24,18 @@ class Outcome:
     faults: tuple[str, ...]
 
 
-def compile_all(jobs: int, progress: Callable[[int, str], None], names: Sequence[str] = ()) -> Outcome:
+def compile_all(
+    jobs: int, progress: Callable[[int, str], None], names: Sequence[str] = (), mostly: int | None = None
+) -> Outcome:
     """Compile every build, or those whose name starts with one of `names`, for every capability.
 
-    `progress` is told how many there are, and what was done last ("" at the start). The compiler's cache is not used:
-    it knows a tuple of functions by their names only. Raises InputError when nothing can be compiled here.
+    With a capability as `mostly`: for the others the first build of each kernel. `progress` is told how many there
+    are, and what was done last ("" at the start). The compiler's cache is not used: it knows a tuple of functions by
+    their names only. Raises InputError when nothing can be compiled here, or for an unknown capability.
     """
     require_compiler()
     builds = all_builds()
-    chosen = [place for place, one in enumerate(builds) if not names or one.name.startswith(tuple(names))]
-    tasks = [(place, capability) for place in chosen for capability in CAPABILITIES]
+    tasks = _tasks(builds, names, mostly)
     progress(len(tasks), "")
     with tempfile.TemporaryDirectory(prefix="kvpolicy-compiled-") as cache:
         spawn = multiprocessing.get_context("spawn")  # a child of a process with threads must not be a fork
@@ -44,6 +47,20 @@ def compile_all(jobs: int, progress: Callable[[int, str], None], names: Sequence
                 found[place, capability] = future.result()
                 progress(len(tasks), f"{builds[place].name}, sm_{capability}")
     return _outcome(builds, [(place, found[place, capability]) for place, capability in tasks])
+
+
+def _tasks(builds: Sequence[Build], names: Sequence[str], mostly: int | None) -> list[tuple[int, int]]:
+    """Places among the builds, and capabilities."""
+    if mostly not in (None, *CAPABILITIES):
+        raise InputError(f"there is no target {mostly}: {', '.join(map(str, CAPABILITIES))}")
+    chosen = [place for place, one in enumerate(builds) if not names or one.name.startswith(tuple(names))]
+    first = {builds[place].kernel: place for place in reversed(chosen)}
+    return [
+        (place, capability)
+        for place in chosen
+        for capability in CAPABILITIES
+        if mostly in (None, capability) or first[builds[place].kernel] == place
+    ]
 
 
 def _use_cache(folder: str) -> None:

@@ -109,6 +109,8 @@ def _shown(merger: Merger, view: View, order: Tensor, behind: Tensor) -> View:
         query_positions=asked,
         attention=attention,
         log_votes=None if view.log_votes is None else take(view.log_votes, order).masked_fill(behind, 0.0),
+        pinned=None if view.pinned is None else take(view.pinned, order),
+        regions=None if view.regions is None else take(view.regions, order),
         slot_state=_without_nan({n: take(t, order) for n, t in view.slot_state.items()}, merger.slot_state()),
         row_state=_without_nan(view.row_state, merger.row_state()),
     )

@@ -46,6 +46,8 @@ def _problems(plan: Plan) -> Iterator[Problem]:
         yield Problem("compress.every", "graph: must be a number: otherwise the cache grows with every token")
     if spec.budget.share is not None:
         yield Problem("budget", f"graph: must not grow with the tokens: {spec.budget}")
+    if spec.protect.by_place:
+        yield Problem("protect", "graph: only first and last tokens can be protected, no prompt and no regions")
     if plan.compresses_jointly:
         yield Problem("allocate.joint", f"graph: layers must not compete: {spec.allocate.divider.name}")
     elif plan.ragged:

@@ -30,6 +30,18 @@ def gives_no_more_than_there_is(allocator: Allocator, _promises: Promises) -> No
             raise contract_error(allocator, f"gave {counts.tolist()}, expected from 0 to {room.tolist()} candidates")
 
 
+def divides_by_length_only_if_it_says_so(allocator: Allocator, _promises: Promises) -> None:
+    """What does not follow from the length is asked for once, not for every token."""
+    if not isinstance(allocator, LayerAllocator) or allocator.follows_length:
+        return
+    for layers, budget in ((1, 8), (7, 9), (32, 333)):
+        near, far = (
+            allocator.allocate(AllocationRequest.of_lengths(layers, budget, 3, [tokens])) for tokens in (budget, 4096)
+        )
+        if not torch.equal(near, far):
+            raise contract_error(allocator, f"gave {far.tolist()} for another length, expected {near.tolist()}")
+
+
 def keeps_heads_even(allocator: Allocator, _promises: Promises) -> None:
     """A layer that is not ragged has one length for all heads."""
     if allocator.ragged or isinstance(allocator, LayerAllocator):
@@ -212,6 +224,7 @@ def _selected(
 
 CHECKS = (
     spends_the_whole_budget,
+    divides_by_length_only_if_it_says_so,
     gives_no_more_than_there_is,
     keeps_heads_even,
     keeps_rows_apart,

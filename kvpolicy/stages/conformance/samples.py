@@ -123,6 +123,8 @@ def shuffled(view: View) -> tuple[View, Tensor]:
         attention=None if view.attention is None else moved(view.attention.transpose(-1, -2)).transpose(-1, -2),
         log_votes=None if view.log_votes is None else moved(view.log_votes),
         slot_state={name: moved(state) for name, state in view.slot_state.items()},
+        pinned=None if view.pinned is None else moved(view.pinned),
+        regions=None if view.regions is None else moved(view.regions),
         in_order=False,
     )
     return other, slots

@@ -13,6 +13,7 @@ class UniformLayers(LayerAllocator):
     """Every layer keeps as many entries as every other."""
 
     name: ClassVar[str] = "uniform"
+    follows_length: ClassVar[bool] = False
 
     def allocate(self, request: AllocationRequest) -> Tensor:
         share = request.total // len(request.room)

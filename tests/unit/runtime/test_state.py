@@ -107,7 +107,7 @@ def test_segments_that_cannot_be_packed_are_remembered(tmp_path):
         for other in (cache.fork(), attachment.load_cache(tmp_path / "c"), copy.deepcopy(cache)):
             assert_same_state(cache, other)
         moved = cache.fork([1, 1, 0])
-        expected = [{(0, head) for row, head in each if row} | {(1, head) for row, head in each if row} for each in stuck]
+        expected = [{(new, head) for row, head in each if row for new in (0, 1)} for each in stuck]
         assert [layer.held.keys._stuck for layer in moved.managed] == expected
 
 

@@ -43,7 +43,7 @@ def test_override_may_mend_what_the_file_has_wrong():
         ({"budgt": 5}, "override budgt: unknown key; did you mean 'budget'? known: kvpolicy, name"),
         ({"protect": {"sink": 3}}, "override protect.sink: unknown key; did you mean 'sinks'? known: sinks, recent"),
         ({"protect": {3: 3}}, "override protect: must have text as its keys: 3"),
-        ({"protect": None}, "override protect: must be a mapping with sinks, recent: null"),
+        ({"protect": None}, "override protect: must be a mapping with sinks, recent, prompt, regions: null"),
         (
             {"score": [{"use": "attention", "queries": "many"}]},
             "override score[0].queries: must be an integer from 1 to 4096: 'many'",

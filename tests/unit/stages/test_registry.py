@@ -27,7 +27,7 @@ BROKEN = {
     "not a plugin": ("class Fake: pass\n" + HOOK, "must be a subclass of kvpolicy.stages.Plugin"),
     "no stage": (
         "@attrs.frozen\nclass Fake(Plugin):\n    name = 'fake'\n" + HOOK,
-        "Fake: must keep the contract of one stage: score, allocate.layers, allocate.heads, select, merge, store",
+        "Fake: must keep the contract of one stage: score, allocate.layers, allocate.heads, allocate.joint, select",
     ),
     "stage of another contract": (FROZEN + "    stage = 'merge'\n" + SCORE + HOOK, "must keep the contract"),
     "abstract": (FROZEN + HOOK, "Fake: must define score"),
