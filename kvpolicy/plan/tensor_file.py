@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvpolicy.errors import KVPolicyError, shown
+from kvpolicy.errors import KVPolicyError, one_line, shown
 
 CONTENTS = "contents"  # the key of the digest, among what is said about the tensors
 _HEADER_SIZE = struct.Struct("<Q")
@@ -44,7 +44,7 @@ class TensorFiles:
         try:
             _write(os.fsdecode(path), held, {**about, CONTENTS: digest_of(held, about)})
         except (OSError, TypeError, ValueError, SafetensorError) as error:
-            raise self.error(f"{_named(path)}: cannot be written: {error}") from error
+            raise self.error(f"{_named(path)}: cannot be written: {one_line(error)}") from error
 
     def read(self, path: "str | os.PathLike[str]") -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of a file in host memory, and what is said about them, the digest of its contents included.
@@ -59,7 +59,7 @@ class TensorFiles:
                 about = dict(file.metadata() or {})
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, TypeError, ValueError, SafetensorError) as error:  # ValueError: a NUL in a path
-            raise self.error(f"{name}: cannot be read as safetensors: {error}") from error
+            raise self.error(f"{name}: cannot be read as safetensors: {one_line(error)}") from error
         return tensors, about
 
     def require_whole(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:

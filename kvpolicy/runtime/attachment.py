@@ -136,7 +136,10 @@ class Attachment:
         return cache
 
     def report(self) -> Report:
-        """What each managed layer saw and holds, for the cache that was made last, and what is held beside them."""
+        """What each managed layer saw and holds, for the cache that was made last, and what is held beside them.
+
+        Forked and loaded caches count as made when they are.
+        """
         static = 0
         if self._decode is not None:
             self._decode.flush()

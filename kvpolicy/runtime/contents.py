@@ -1,6 +1,5 @@
 """What a state is written as, named tensors and plain numbers, and how they are read back, each of them checked."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -97,11 +96,11 @@ class Contents:
         return value
 
     def real(self, name: str) -> float:
-        """A finite number."""
+        """A number that is finite, and not large."""
         value = self._number(name)
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise self.wrong(name, f"must be a finite number: {shown(value)}")
-        return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST <= value <= MOST:
+            raise self.wrong(name, f"must be a number from -{MOST} to {MOST}: {shown(value)}")
+        return float(value)
 
     def require_all_read(self) -> None:
         """Raise an error when something is left: it belongs to nothing that is known here."""
