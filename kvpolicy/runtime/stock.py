@@ -73,7 +73,8 @@ def restore(layer: Any, contents: Contents, rows: int, seen: int, dtype: torch.d
             number = contents.flag(name) if isinstance(value, bool) else contents.integer(name)
             setattr(layer, name, number)
         elif isinstance(value, Tensor) and name not in _ENTRIES:
-            _require(contents, name, torch.equal(contents.tensor(name, value.dtype, value.shape), value), value)
+            found = contents.tensor(name, value.dtype, value.shape)
+            _require(contents, name, torch.equal(found.cpu(), value.cpu()), value)
         elif isinstance(value, int):
             _require(contents, name, contents.integer(name) == value, value)
     if layer.is_initialized != initialised:
