@@ -71,6 +71,10 @@ class CacheError(KVPolicyError):
     """A cache operation that would lose entries, or that found the cache inconsistent."""
 
 
+class SavedCacheError(KVPolicyError):
+    """A file of a saved cache cannot be written or read, is damaged, or is of another policy, model or tokenizer."""
+
+
 class RegionError(KVPolicyError, ValueError):
     """Regions of a request are no token ranges, overlap, cannot be located, or do not go with the batch or policy."""
 

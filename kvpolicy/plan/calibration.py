@@ -7,11 +7,12 @@ import attrs
 from torch import Tensor
 
 from kvpolicy.errors import CalibrationError, shown
-from kvpolicy.plan import calibration_file
+from kvpolicy.plan.tensor_file import TensorFiles, digest_of
 from kvpolicy.spec.dump import plugin_digest
 from kvpolicy.spec.policy import PolicySpec
 
 VERSION = "1"
+_FILES = TensorFiles("calibration", "calibrate again", CalibrationError)
 _LONGEST_NUMBER = 4  # digits: no model has ten thousand layers
 
 
@@ -25,17 +26,25 @@ class Calibration:
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write a safetensors file. Raises CalibrationError when that cannot be done."""
-        tensors = {f"layers.{n}.{name}": t for n, one in enumerate(self.layers) for name, t in one.items()}
         about = {"kvpolicy": VERSION, "store": self.store, "model": self.model, "layers": str(len(self.layers))}
-        calibration_file.write(path, tensors, about)
+        _FILES.write(path, self._tensors, about)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of all that was measured: entries packed with one calibration are not read with another."""
+        return digest_of({name: tensor.detach().cpu() for name, tensor in self._tensors.items()}, {})[:16]
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f"layers.{n}.{name}": t for n, one in enumerate(self.layers) for name, t in one.items()}
 
     @classmethod
     def read(cls, path: "str | os.PathLike[str]") -> "Calibration":
         """Raises CalibrationError when there is no such file, when it is not a calibration, or when it is damaged."""
-        tensors, about = calibration_file.read(path)
+        tensors, about = _FILES.read(path)
         name = os.fsdecode(path)
         layers = _parsed(name, about, tensors)
-        calibration_file.require_whole(name, tensors, about)
+        _FILES.require_whole(name, tensors, about)
         # Copies: what has been read is the file itself, which others may change.
         held = tuple({key: tensor.clone() for key, tensor in one.items()} for one in layers)
         return cls(held, about["store"], about["model"])

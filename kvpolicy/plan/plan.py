@@ -49,6 +49,7 @@ class Plan:
     followers: tuple[Follower, ...]
     budgets: Budgets
     fusion: Fusion  # which stages run in kernels, and why others do not
+    calibration: str = ""  # digest of what the store was calibrated with, "" when it needs nothing
 
     @cached_property
     def ragged(self) -> bool:
@@ -169,6 +170,7 @@ def compile_policy(
         followers=followers_of(spec),
         budgets=Budgets(spec, geometry, footprint),
         fusion=_fusion(spec, geometry, device, dtype, kernels),
+        calibration=calibration.digest if spec.store.calibrated and calibration is not None else "",
     )
 
 

@@ -1,6 +1,7 @@
 """A plan bound to a live model, and how the model is given back as it was."""
 
 import copy
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -9,15 +10,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kvpolicy.errors import AttachError
+from kvpolicy.errors import AttachError, SavedCacheError
 from kvpolicy.plan.compress.kernel_errors import note_once
 from kvpolicy.plan.plan import Plan
+from kvpolicy.runtime import cache_file
 from kvpolicy.runtime.attention import managed_modules, register
 from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.forwards import ForwardHooks
 from kvpolicy.runtime.guard import Restoring, inspect_model
 from kvpolicy.runtime.implementation import NAME_KEY, configs_of, implementation_of, is_ours, name_for
 from kvpolicy.runtime.misses import Misses
+from kvpolicy.runtime.model_digest import model_digest
+from kvpolicy.runtime.modes import exact
 from kvpolicy.runtime.origin import Origin
 from kvpolicy.runtime.provider import PROVIDER, CacheProvider
 from kvpolicy.runtime.regions import Regions, Spans
@@ -25,9 +29,9 @@ from kvpolicy.runtime.report import Report
 from kvpolicy.runtime.static.decode import FORWARD, DecodeForward
 from kvpolicy.runtime.static.limits import require_static
 from kvpolicy.runtime.static.runners import Mode
-from kvpolicy.runtime.stats import CacheStats
 from kvpolicy.runtime.support import check_model, require_interface
 
+_COUNTED = "counted"
 _RETIRED = (
     "the policy that this cache was made for has been detached from its model: what the cache holds cannot be "
     "attended to without it; attach a policy, and start with a new cache"
@@ -64,11 +68,10 @@ class Attachment:
         self.unchecked = found.unchecked
         self.misses = Misses()
         self._names = [(config, name_for(original)) for config, original in originals]
-        self._counted: CacheStats | None = None  # of the cache that was made last
         self._modules = list(_possible_modules(model, plan) if found.modules is None else found.modules)
         self._config = copy.deepcopy(model.config)  # what is changed in it later is not meant for caches
         self._cut = False  # whether a draft has been made with the first layers alone
-        self._origin = Origin()
+        self._origin = Origin(model)
         self._hooks = ForwardHooks(self._origin, self.misses)
         self._decode = None if mode is None else DecodeForward(plan, model, mode)
         self.complete = False
@@ -84,10 +87,34 @@ class Attachment:
         """
         self._require_attached()
         self._uncut()
-        cache = PolicyCache(self.plan, self._config, None if regions is None else Regions.of(regions))
-        self._origin.adopt(cache)
-        self._counted = CacheStats(cache)
+        cache = self._new_cache(None if regions is None else Regions.of(regions))
+        self._origin.made(cache)
         return cache
+
+    def load_cache(
+        self, path: "str | os.PathLike[str]", rows: Sequence[int] | None = None, tokenizer: object = None
+    ) -> PolicyCache:
+        """A new cache from a file of `PolicyCache.save`, on the device of the model; `rows` as in `PolicyCache.fork`.
+
+        `rows=[0] * 16` lets a prefix that was saved as one row serve a batch of 16. With `tokenizer` the file must have
+        been saved with the same one.
+
+        Raises SavedCacheError, before a cache is handed out, when there is no such file, when it is damaged, or when it
+        was saved for another policy, calibration, model, geometry, dtype or tokenizer; CacheError for rows that it does
+        not hold; ParameterError when `tokenizer` is none; AttachError after `detach`.
+        """
+        self._require_attached()
+        self._uncut()
+        model = model_digest(self.model, SavedCacheError)
+        with exact(self.plan.device.type):
+            cache = cache_file.read(path, self.plan, model, tokenizer, self._new_cache)
+        cache.resume()
+        chosen = cache if rows is None else cache.fork(rows)
+        self._origin.made(chosen)
+        return chosen
+
+    def _new_cache(self, regions: Regions | None) -> PolicyCache:
+        return PolicyCache(self.plan, self._config, regions)
 
     def draft_cache(self) -> DynamicCache:
         """A cache for the drafts of assisted decoding, which may be made with the model's first layers alone."""
@@ -109,18 +136,22 @@ class Attachment:
         return cache
 
     def report(self) -> Report:
-        """What each managed layer saw and holds, for the cache that was made last, and what is held beside them."""
+        """What each managed layer saw and holds, for the cache that was made last, and what is held beside them.
+
+        Forked and loaded caches count as made when they are.
+        """
         static = 0
         if self._decode is not None:
             self._decode.flush()
             static = self._decode.nbytes
-        if self._counted is None:
+        counted = self._origin.counted
+        if counted is None:
             return Report.of(self.plan, (), static_bytes=static, forwards_without_cache=self.misses.forwards)
-        self._counted.refresh()
+        counted.refresh()
         return Report.of(
             self.plan,
-            self._counted.layers,
-            stock_bytes=sum(self._counted.stock_bytes.values()),
+            counted.layers,
+            stock_bytes=sum(counted.stock_bytes.values()),
             static_bytes=static,
             forwards_without_cache=self.misses.forwards,
         )
@@ -143,10 +174,14 @@ class Attachment:
         if attached(self.model) is self:
             self.detach()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, _COUNTED: self._origin.counted}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is copied or unpickled while attached comes with an attachment of its own."""
-        self.__dict__.update(state)
-        self._origin = self._hooks.origin = Origin()
+        self.__dict__.update({name: value for name, value in state.items() if name != _COUNTED})
+        self._origin = self._hooks.origin = Origin(self.model)
+        self._origin.counted = state[_COUNTED]
         register(*(name for _, name in self._previous if name is not None))
         self._mark()
 

@@ -1,17 +1,17 @@
 """The cache of a whole model: managed layers where there is full attention, the model's own layers elsewhere."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from kvpolicy.errors import CacheError
+from kvpolicy.errors import CacheError, shown
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.held_bytes import bytes_of
+from kvpolicy.runtime import cache_file, stock
 from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.layer import PolicyLayer, require_batch
 from kvpolicy.runtime.logical import repeated, require_rows, selected
@@ -37,6 +37,7 @@ class PolicyCache(DynamicCache):
     def __init__(self, plan: Plan, config: PretrainedConfig, regions: Regions | None = None) -> None:
         super().__init__(config=config)
         self.plan = plan
+        self._config = config
         self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
         self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all)
@@ -64,7 +65,7 @@ class PolicyCache(DynamicCache):
         counted: set[int] = set()
         for layer in self.managed:
             layer.count(counted)
-        self.stock_bytes.update({index: _bytes_of_stock(one) for index, one in self._stock})
+        self.stock_bytes.update({index: stock.bytes_of_stock(one) for index, one in self._stock})
 
     @property
     def rows(self) -> int:
@@ -114,7 +115,7 @@ class PolicyCache(DynamicCache):
             require_batch(layer_idx, _rows_of(layer), key_states, value_states)
         self.integrity.begin_update(layer_idx)
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
-        self.stock_bytes[layer_idx] = _bytes_of_stock(layer)
+        self.stock_bytes[layer_idx] = stock.bytes_of_stock(layer)
         self.integrity.end_update(layer_idx)  # its attention is out of our sight
         return keys, values
 
@@ -162,7 +163,7 @@ class PolicyCache(DynamicCache):
         counts = [layer.undone_by(tokens_to_remove) for layer in self.managed]
         count = max(counts, default=0)
         for index, other in self._stock:
-            _require_croppable(index, other, count)
+            stock.require_croppable(index, other, count)
         with self._changing("crop"):
             for layer in self.managed:
                 layer.remove(count if layer.is_initialized else 0)
@@ -193,8 +194,7 @@ class PolicyCache(DynamicCache):
             for layer in self.managed:
                 layer.move_rows(rows)
             for _, other in self._stock:
-                if _rows_of(other):
-                    other.batch_select_indices(torch.tensor(rows, device=other.keys.device))
+                stock.select_rows(other, rows)
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[None]:
@@ -207,7 +207,63 @@ class PolicyCache(DynamicCache):
     def check_integrity(self) -> None:
         """Raise CacheError when a layer contradicts itself; for tests and debugging."""
         for layer in self.managed:
-            layer.held.check_integrity()
+            layer.reclaim()
+            layer.state.check_integrity()
+
+    # -- copies ------------------------------------------------------------------------------------------------
+
+    @exactly
+    def fork(self, rows: Sequence[int] | None = None) -> "PolicyCache":
+        """A new cache of the same attachment with the rows named, in that order; each may be named several times.
+
+        By default all rows. It shares no storage with this one, and goes on as this one would with these rows. Its
+        report counts what it holds; steps and times are counted from now on.
+
+        Raises CacheError, before anything is done, when this cache is not whole, is empty, waits for `crop` to undo
+        candidates of assisted decoding, or does not hold such rows.
+        """
+        self._require_settled("forked")
+        chosen = list(range(self.rows)) if rows is None else _require_listed(rows)
+        require_rows(self.rows, chosen)
+        regions = self.spans.regions
+        other = PolicyCache(self.plan, self._config, None if regions is None else regions.select(chosen))
+        other.spans.go_on_as(self.spans, chosen)
+        for layer, fresh in zip(self.managed, other.managed, strict=True):
+            layer.reclaim()
+            fresh.restore(layer.state.selected(chosen) if layer.is_initialized else layer.state.copied())
+        for index, one in self._stock:
+            stock.copied(index, one, other.layers[index], chosen, self.plan.dtype)
+        other.resume()
+        if self.origin is not None:
+            self.origin.made(other)
+        return other
+
+    @exactly
+    def save(self, path: "str | os.PathLike[str]", tokenizer: object = None) -> None:
+        """Write all that the cache holds to a safetensors file, for `attachment.load_cache`.
+
+        The file has digests of the policy, the model's weights, and `tokenizer`, if one is given; it is there whole or
+        not at all. Raises CacheError as `fork` does, SavedCacheError when the file cannot be written, ParameterError
+        when `tokenizer` is none.
+        """
+        self._require_settled("saved")
+        if self.origin is None:
+            raise CacheError("the cache belongs to no attachment yet, so its model is not known: use it there first")
+        for layer in self.managed:
+            layer.reclaim()
+        cache_file.write(self, path, self.origin.model_digest(), tokenizer)
+
+    def resume(self) -> None:
+        """Go on with the states that have been put into the layers of a new cache."""
+        self.integrity.resume(index for index, layer in enumerate(self.layers) if _rows_of(layer))
+        self.count()
+
+    def _require_settled(self, what: str) -> None:
+        self.integrity.require_whole()
+        if not self.rows:
+            raise CacheError(f"the cache is empty: it can be {what} once it has seen tokens")
+        if any(not layer.recording.is_empty for layer in self.managed):
+            raise CacheError(f"candidates of assisted decoding are pending: the cache can be {what} after crop()")
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its entries to itself."""
@@ -227,22 +283,11 @@ class PolicyCache(DynamicCache):
 
 def _rows_of(layer: Any) -> int:
     """Rows that a layer holds, 0 when it is empty."""
-    if isinstance(layer, PolicyLayer):
-        return len(layer.real)
-    return int(layer.keys.shape[0]) if layer.is_initialized and layer.get_seq_length() else 0
+    return len(layer.real) if isinstance(layer, PolicyLayer) else stock.rows_of(layer)
 
 
-def _require_croppable(index: int, layer: Any, count: int) -> None:
-    """Raise CacheError when a layer of the model's library cannot undo `count` tokens: its window has moved on."""
-    length, window = layer.get_seq_length(), getattr(layer, "sliding_window", None)
-    beyond = window is not None and length >= window and not getattr(layer, "record_past", False)
-    if count and _rows_of(layer) and (count > length or beyond):
-        raise CacheError(
-            f"layer {index}: cannot undo {count} tokens, its window has moved on; "
-            "call activate_past_recording() before tokens that may be undone"
-        )
-
-
-def _bytes_of_stock(layer: object) -> int:
-    """Bytes of all tensors of a layer that the model's library has made."""
-    return bytes_of(vars(layer).values())
+def _require_listed(rows: Iterable[int]) -> list[int]:
+    listed = list(rows)
+    if any(isinstance(row, bool) or not isinstance(row, int) for row in listed):
+        raise CacheError(f"rows must be whole numbers: {', '.join(map(shown, listed))}")
+    return listed

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import sub
+from typing import Self
 
 import attrs
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, NonFiniteScoreWarning
 from kvpolicy.plan.compress.finite import is_finite
 from kvpolicy.runtime.access import Access, Rows
+from kvpolicy.runtime.contents import Contents, Described, below, counts_of
 from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.layout import Layout, Table, table
 from kvpolicy.runtime.store import Store
@@ -254,27 +256,43 @@ class Half:
         self.tail.truncate(count)
         self._stuck = frozenset()
 
-    def copied(self) -> "Half":
-        """A copy that shares no storage."""
+    def selected(self, rows: Sequence[int]) -> Self:
+        """The rows named, in that order, in storages of their own."""
         other = copy.copy(self)
-        other.packed, other.tail = self.packed.copied(), self.tail.copied()
-        return other
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows named, in that order."""
-        self.packed.select_rows(rows)
-        self.tail.select_rows(rows)
+        other.packed, other.tail = self.packed.selected(rows), self.tail.selected(rows)
         heads = range(self.tail.layout.heads)
         places = ((new, old, head) for new, old in enumerate(rows) for head in heads)
-        self._stuck = frozenset((new, head) for new, old, head in places if (old, head) in self._stuck)
+        other._stuck = frozenset((new, head) for new, old, head in places if (old, head) in self._stuck)  # noqa: SLF001
+        return other
+
+    def describe(self) -> Described:
+        """Its state: both stores, and the segments [n, 2] (row, head) in which nothing more is packed for now."""
+        yield "stuck", counts_of(tuple(sorted(self._stuck))).reshape(-1, 2)
+        yield from below("packed", self.packed.describe())
+        yield from below("tail", self.tail.describe())
+
+    def restore(self, contents: Contents) -> None:
+        """Take the state that is written there; there are as many rows, and nothing in them."""
+        stuck = contents.counts("stuck", (None, 2))
+        self._stuck = frozenset(zip(stuck[::2], stuck[1::2], strict=True))
+        self.packed.restore(contents.below("packed"))
+        self.tail.restore(contents.below("tail"))
 
     def check_integrity(self, lengths: Table) -> None:
-        """Raise CacheError unless both stores together hold `lengths` entries."""
+        """Raise CacheError unless both stores together hold `lengths` entries, no more of them packed than are due."""
+        self.packed.check_integrity()
+        self.tail.check_integrity()
         found = tuple(
             tuple(map(sum, zip(*pair, strict=True))) for pair in zip(self.sealed, self.tail.lengths, strict=True)
         )
         if found != lengths:
             raise CacheError(f"{self.name}: {found} entries are held, expected {lengths}")
+        due = self._sealed_of(lengths)
+        if any(n > m for ns, ms in zip(self.sealed, due, strict=True) for n, m in zip(ns, ms, strict=True)):
+            raise CacheError(f"{self.name}: {self.sealed} entries are packed, {due} are due")
+        rows, heads = self.tail.layout.rows, self.tail.layout.heads
+        if any(row >= rows or head >= heads for row, head in self._stuck):
+            raise CacheError(f"{self.name}: segments that are not packed further are not among those held")
 
     # -- storage -----------------------------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.runtime.access import Rows
+from kvpolicy.runtime.contents import Contents, Described, below
 from kvpolicy.runtime.copying import Move
 from kvpolicy.runtime.half import Half
 from kvpolicy.runtime.layout import Layout
@@ -15,6 +17,8 @@ from kvpolicy.runtime.pages import Pages
 from kvpolicy.runtime.store import Store
 from kvpolicy.stages import Entries
 from kvpolicy.stages.slots import gather
+
+_PARTS = ("slots", "keys", "values", "pages")
 
 
 class Holdings:
@@ -119,17 +123,22 @@ class Holdings:
         self.values.truncate(count)
         self.slots.truncate(count)
 
-    def copied(self) -> "Holdings":
-        """A copy that shares no storage."""
+    def selected(self, rows: Sequence[int]) -> Self:
+        """The entries of the rows named, in that order, in storages of their own."""
         other = copy.copy(self)
-        other.slots, other.keys, other.values = self.slots.copied(), self.keys.copied(), self.values.copied()
-        other.pages = self.pages.copied()
+        for name in _PARTS:
+            setattr(other, name, getattr(self, name).selected(rows))
         return other
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows named, in that order."""
-        for part in (self.keys, self.values, self.pages, self.slots):
-            part.select_rows(rows)
+    def describe(self) -> Described:
+        """The state of all stores."""
+        for name in _PARTS:
+            yield from below(name, getattr(self, name).describe())
+
+    def restore(self, contents: Contents) -> None:
+        """Take the state that is written there; there are as many rows, and nothing in them."""
+        for name in _PARTS:
+            getattr(self, name).restore(contents.below(name))
 
     def check_integrity(self) -> None:
         """Raise CacheError unless all parts agree on what is held."""

@@ -48,6 +48,10 @@ class Integrity:
         """Whether no change is open. A forward that has not reached any layer yet has changed nothing."""
         return self._open is None and not (self._forward and self._forward.updated)
 
+    def resume(self, members: Iterable[int]) -> None:
+        """A cache that has changed in no way yet goes on with the state of another, in which these layers took part."""
+        self._members = frozenset(members)
+
     def require_whole(self) -> None:
         """Raise CacheError when a change is open or has failed, or when the cache was retired."""
         self._require_in_use()

@@ -13,7 +13,6 @@ from kvpolicy.runtime.asked import Asked
 from kvpolicy.runtime.attend import attend, follow_only
 from kvpolicy.runtime.compaction import drop_pads, lay_down, view_of
 from kvpolicy.runtime.held_bytes import bytes_of
-from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.integrity import Integrity
 from kvpolicy.runtime.lending import LendingLayer
 from kvpolicy.runtime.logical import require_rows
@@ -21,12 +20,11 @@ from kvpolicy.runtime.modes import exactly, taking_states
 from kvpolicy.runtime.padding import Arrival
 from kvpolicy.runtime.question import chosen_by, question_of
 from kvpolicy.runtime.recording import Recording, Taken
-from kvpolicy.runtime.saved import Saved
 from kvpolicy.runtime.scheduler import CompressionScheduler
 from kvpolicy.runtime.spans import RequestSpans
+from kvpolicy.runtime.state import LayerState
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.trigger import entries_allowed
-from kvpolicy.runtime.window import Window
 from kvpolicy.stages import View
 
 _NOWHERE = torch.empty(0, dtype=torch.int32)  # positions, where none is waited for
@@ -70,15 +68,7 @@ class PolicyLayer(LendingLayer):
         """Do what `reset` does, as part of a change of the whole cache."""
         self.reclaim()
         self.is_initialized = False
-        self._make_room(0, self.plan.device)
-        self.window = Window(self.plan.needs.queries)
-        self.scaling = 1.0
-        self.record_past = False
-        self.seen = 0  # tokens, pads included: the columns of the model's own attention mask
-        self.altered = False  # whether entries have been evicted or packed: until then the stock attention is exact
-        self.padded = False  # whether pads are held: only until then
-        self.in_order = True  # whether entries stand in ascending order of position
-        self._firm = 0  # `seen` when entries last changed place: no rollback beyond it
+        self.state = LayerState.empty(self.plan, self.ordinal, 0, self.plan.device)
         self._arriving = 0  # tokens appended whose attention has not run yet
         self._places = _NOWHERE  # and their positions, [B, q]
         self.recording = Recording()  # what a rollback may still undo
@@ -86,22 +76,15 @@ class PolicyLayer(LendingLayer):
         self._taken: Taken | None = None  # the tokens of this forward, while they are recorded
         self._followed = False  # whether followers have seen the queries of this forward
 
-    def _make_room(self, rows: int, device: torch.device) -> None:
-        self._held = Holdings(self.plan, self.ordinal, rows, device)
-        self.real = [0] * rows  # tokens of each row, pads excluded
-        states = self.plan.spec.merge.row_state()
-        self.row_state = {
-            state.name: torch.full((rows,), state.fill, dtype=torch.float32, device=device) for state in states
-        }
-
     # -- one forward -------------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make an empty store. Raises UnsupportedModelError when the entries do not have the planned shape."""
         self._require_shape(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._make_room(key_states.shape[0], self.device)
-        self.is_initialized = True
+        empty = LayerState.empty(self.plan, self.ordinal, key_states.shape[0], self.device)
+        empty.record_past, empty.prompting = self.record_past, self.prompting
+        self.state, self.is_initialized = empty, True
 
     def _require_shape(self, key_states: Tensor, value_states: Tensor) -> None:
         geometry, dtype = self.plan.geometry, self.plan.dtype
@@ -222,7 +205,7 @@ class PolicyLayer(LendingLayer):
         if self.plan.wants_order(self.ordinal):
             return True
         ahead = [real + self._arriving for real in self.real]
-        decoding = self._arriving == 1 or (self.record_past and not self.recording.prompting)
+        decoding = self._arriving == 1 or (self.record_past and not self.prompting)
         return bool(self._due(ahead, decoding=decoding))
 
     # -- compression -------------------------------------------------------------------------------------------
@@ -254,7 +237,7 @@ class PolicyLayer(LendingLayer):
         """Drop the pads, which leave gaps between entries."""
         if self.padded:
             drop_pads(self.plan, self.held, self.limit)
-            self.padded, self.altered, self._firm = False, True, self.seen
+            self.padded, self.altered, self.rollback_limit = False, True, self.seen
             self._sample()
 
     def seal(self) -> None:
@@ -262,7 +245,7 @@ class PolicyLayer(LendingLayer):
         if self.padded and self.plan.wants_order(self.ordinal):
             self.close_gaps()
         if self.held.seal(self.limit):
-            self.altered, self._firm = self.altered or not self.held.is_plain, self.seen
+            self.altered, self.rollback_limit = self.altered or not self.held.is_plain, self.seen
             self._sample()
 
     def _due(self, real: Sequence[int], *, decoding: bool, before: int = 0) -> list[int]:
@@ -319,7 +302,7 @@ class PolicyLayer(LendingLayer):
             lay_down(self.plan, self.held, rows, result, self.limit, fills=fills)
         for name, values in result.row_state.items():
             self.row_state[name][list(rows)] = values
-        self.in_order, self.altered, self._firm = self.in_order and not fills, True, self.seen
+        self.in_order, self.altered, self.rollback_limit = self.in_order and not fills, True, self.seen
         self._sample()
 
     @property
@@ -365,7 +348,7 @@ class PolicyLayer(LendingLayer):
         self.prepare()
         self.record_past = True
         if self.recording.is_empty:
-            self.recording.prompting = True
+            self.prompting = True
 
     @exactly
     def crop(self, tokens_to_remove: int) -> None:
@@ -398,7 +381,7 @@ class PolicyLayer(LendingLayer):
         asked = int(tokens_to_remove)  # transformers 5.16 and 5.17 give a tensor
         count = -asked if asked <= 0 else max(0, self.seen - asked)
         saved = self.recording.saved
-        possible = self.seen - (self._firm if saved is None else saved.firm)
+        possible = self.seen - (self.rollback_limit if saved is None else saved.rollback_limit)
         if count > possible:
             raise CacheError(
                 f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted or packed "
@@ -438,17 +421,16 @@ class PolicyLayer(LendingLayer):
         self._compress_and_pack(decoding=decoding, immediately=True)
         self._followed = False
 
-    def take_over(self, held: Holdings, window: Window, row_state: dict[str, Tensor]) -> None:
-        """Go on with other entries, observed queries and states of rows."""
-        self._held, self.window, self.row_state = held, window, row_state
-
-    def save(self) -> Saved:
+    def save(self) -> LayerState:
         """A copy of all that tokens change."""
-        return Saved.of(self)
+        self.reclaim()
+        return self.state.copied()
 
-    def restore(self, saved: Saved) -> None:
-        """Go back to such a copy, which must not be used again."""
-        saved.into(self)
+    def restore(self, saved: LayerState) -> None:
+        """Go on with such a copy, of this layer or of one like it, which must not be used again."""
+        self.state, self.is_initialized = saved, saved.rows > 0
+        self.dtype, self.device = self.plan.dtype, saved.held.slots.device
+        self.stats.compressions = saved.compressions
 
     def drop(self, count: int) -> None:
         """Drop the newest tokens, behind which nothing has been altered."""
@@ -474,10 +456,8 @@ class PolicyLayer(LendingLayer):
     def move_rows(self, rows: Sequence[int]) -> None:
         """Do what `select_rows` does, as part of a change of the whole cache."""
         if self.is_initialized:
-            self.held.select_rows(rows)
-            self.window.select_rows(rows)
-            self.row_state = {name: values[list(rows)] for name, values in self.row_state.items()}
-            self.real = [self.real[row] for row in rows]
+            self.reclaim()
+            self.state = self.state.selected(rows)
             self.recording.select_rows(rows)
 
 

@@ -10,23 +10,17 @@ from torch import Tensor
 from kvpolicy.runtime.compaction import put_in_order
 from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.integrity import Integrity
-from kvpolicy.runtime.logical import LogicalLayer
 from kvpolicy.runtime.recording import Recording
+from kvpolicy.runtime.stateful import StatefulLayer
 from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.window import Window
 
 
-class LendingLayer(LogicalLayer):
+class LendingLayer(StatefulLayer):
     """Gives its entries away and has them back before anything else is done with them."""
 
     stats: LayerStats
     integrity: Integrity  # of the cache that this is a layer of
-    window: Window
-    altered: bool
-    in_order: bool
-    record_past: bool
-    _held: Holdings
-    _firm: int
     recording: Recording
 
     def __init__(self) -> None:
@@ -71,8 +65,14 @@ class LendingLayer(LogicalLayer):
         self.stats.read_by_step(entries)
         self.stats.advance(self.seen, entries if left is None else left)
         if left is not None:
-            self.altered, self._firm = True, self.seen
-            self.stats.compressions += 1
+            self.altered, self.rollback_limit = True, self.seen
+            self.note_compression()
+
+    def note_compression(self, seconds: float = 0.0) -> None:
+        """Count a compression, and the host time that it took."""
+        self.state.compressions += 1
+        self.stats.compressions = self.state.compressions
+        self.stats.seconds += seconds
 
     def take_back(self, real: Sequence[int], window: tuple[Tensor, Tensor] | None) -> None:
         """Go on with rows of `real` tokens; `window` are the last queries [B, H, w, D] and their positions [B, w]."""

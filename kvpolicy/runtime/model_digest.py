@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpolicy.errors import CalibrationError
+from kvpolicy.errors import CalibrationError, KVPolicyError
 
 _PROBED = 64  # values of each weight that enter the digest
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
+class _UnreadableError(Exception):
+    """A weight of which no values can be had."""
+
+
 @torch.inference_mode()
-def model_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel, error: type[KVPolicyError] = CalibrationError) -> str:
     """16 hex digits from the configuration and from values taken at even distances out of every weight.
 
     Weights are parameters and the buffers that are saved with them; of floating ones the values are rounded to
@@ -24,11 +28,14 @@ def model_digest(model: PreTrainedModel) -> str:
     dtype, and whether equal weights share their memory or not; a model in float16, whose values have been rounded
     otherwise, has one of its own. Weights that accelerate has put elsewhere are looked up there.
 
-    Raises CalibrationError when a weight cannot be read.
+    Raises `error` when a weight cannot be read.
     """
     config = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
     found = hashlib.sha256(config.encode())
-    probes = {name: _probe(name, weight) for name, weight in _weights(model)}
+    try:
+        probes = {name: _probe(name, weight) for name, weight in _weights(model)}
+    except _UnreadableError as unreadable:
+        raise error(f"the model cannot be told from others: {unreadable}") from unreadable
     for _, probe in sorted(probes.items()):
         found.update(probe)
     return found.hexdigest()[:16]
@@ -64,7 +71,7 @@ def _kept_elsewhere(modules: Mapping[str, nn.Module], whole: str) -> Tensor:
                 continue
             if isinstance(kept, Tensor) and kept.device.type != "meta":
                 return kept
-    raise CalibrationError(f"the model cannot be told from others: its weight {whole!r} is not loaded")
+    raise _UnreadableError(f"its weight {whole!r} is not loaded")
 
 
 def _probe(name: str, weight: Tensor) -> bytes:
@@ -73,9 +80,7 @@ def _probe(name: str, weight: Tensor) -> bytes:
         return head + _values(weight.detach())
     except Exception as error:  # a tensor subclass may fail in any way
         kind = type(weight).__name__
-        raise CalibrationError(
-            f"the model cannot be told from others: its weight {name!r} ({kind}, {weight.dtype}) cannot be read"
-        ) from error
+        raise _UnreadableError(f"its weight {name!r} ({kind}, {weight.dtype}) cannot be read") from error
 
 
 def _values(weight: Tensor) -> bytes:

@@ -3,17 +3,35 @@
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from kvpolicy.errors import CacheError
+from transformers import PreTrainedModel
+
+from kvpolicy.errors import CacheError, SavedCacheError
+from kvpolicy.runtime.model_digest import model_digest
+from kvpolicy.runtime.stats import CacheStats
 
 if TYPE_CHECKING:
     from kvpolicy.runtime.cache import PolicyCache
 
 
 class Origin:
-    """Common to all caches of one attachment and to their copies. It does not keep them alive."""
+    """Common to all caches of one attachment and to their copies. It keeps neither them nor the model alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._caches: weakref.WeakSet[PolicyCache] = weakref.WeakSet()
+        self._model = weakref.ref(model)
+        self.counted: CacheStats | None = None  # of the cache that was made last
+
+    def made(self, cache: "PolicyCache") -> None:
+        """A cache has been made for a user, and is the one to report on."""
+        self.adopt(cache)
+        self.counted = CacheStats(cache)
+
+    def model_digest(self) -> str:
+        """The digest of the model's configuration and weights. Raises SavedCacheError when it cannot be had."""
+        model = self._model()
+        if model is None:
+            raise SavedCacheError("the model that this cache was made for is gone: its digest cannot be saved")
+        return model_digest(model, SavedCacheError)
 
     def adopt(self, cache: "PolicyCache") -> None:
         """From now on the cache belongs here."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.runtime.access import Rows
+from kvpolicy.runtime.contents import Contents, Described
 from kvpolicy.runtime.half import Half
 from kvpolicy.runtime.layout import Layout, Table, table
 from kvpolicy.runtime.store import Store
@@ -60,18 +62,23 @@ class Pages:
         room = table(layout.rows, layout.heads, lambda b, k: layout.capacity[b][k] // size)
         self.store.replace(rows, columns, pages, Layout(room))
 
-    def copied(self) -> "Pages":
-        """A copy that shares no storage."""
+    def selected(self, rows: Sequence[int]) -> Self:
+        """The pages of the rows named, in that order, in a storage of their own."""
         other = copy.copy(self)
-        other.store = self.store.copied()
+        other.store = self.store.selected(rows)
         return other
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows named, in that order."""
-        self.store.select_rows(rows)
+    def describe(self) -> Described:
+        """The state of their store."""
+        return self.store.describe()
+
+    def restore(self, contents: Contents) -> None:
+        """Take the state that is written there; there are as many rows, and nothing in them."""
+        self.store.restore(contents)
 
     def check_integrity(self, lengths: Table) -> None:
         """Raise CacheError when there are pages of entries that are not held."""
+        self.store.check_integrity()
         if self.form and any(
             n * self.form.unit > t
             for ns, ts in zip(self.store.lengths, lengths, strict=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.runtime.asked import Asked
-from kvpolicy.runtime.saved import Saved
+from kvpolicy.runtime.state import LayerState
 
 
 @attrs.frozen(eq=False)
@@ -51,6 +51,8 @@ class Taken:
 class Recordable(Protocol):
     """What recording does with a layer."""
 
+    prompting: bool  # whether a prompt comes next
+
     @property
     def seen(self) -> int:
         """Tokens of a row, pads included."""
@@ -86,10 +88,10 @@ class Recordable(Protocol):
     def alters(self, before: int, *, decoding: bool) -> bool:
         """Whether a row would have been compressed before the newest `before` tokens came."""
 
-    def save(self) -> Saved:
+    def save(self) -> LayerState:
         """A copy of all that tokens change."""
 
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: LayerState) -> None:
         """Go back to such a copy, which must not be used again."""
 
 
@@ -97,11 +99,10 @@ class Recording:
     """What one layer has taken since the last `crop`."""
 
     def __init__(self) -> None:
-        self.prompting = True  # whether a prompt comes next
         self.prompt: Asked | None = None  # that has not been digested
         self.tokens: list[Taken] = []  # behind it, each by itself
         self.waiting = 0  # newest of them that have not been digested
-        self.saved: Saved | None = None  # the layer before the first of them, once dropping them does not lead there
+        self.saved: LayerState | None = None  # the layer before the first of them, if dropping them does not lead there
         self._in_turn = False  # whether the tokens of this forward have been attended to one by one
 
     @property
@@ -130,7 +131,7 @@ class Recording:
             layer.drop(taken.count)
             self._digest_prompt(layer, self.prompt)
             layer.put(taken)
-        first = self._prompt_part(layer.seen - taken.count, taken.count, prompt_end)
+        first = self._prompt_part(layer, taken.count, prompt_end)
         if first == taken.count or self._may_come_at_once(layer, taken, first):
             return layer.attended(taken.asked, dropout, followed=False) if layer.altered else None
         self._in_turn = True
@@ -140,7 +141,7 @@ class Recording:
         """Note the tokens of a forward after its attention."""
         if self._in_turn:
             return
-        first = self._prompt_part(layer.seen - taken.count, taken.count, prompt_end)
+        first = self._prompt_part(layer, taken.count, prompt_end)
         if first == taken.count:
             self.prompt = taken.asked
             return
@@ -171,12 +172,13 @@ class Recording:
             self.prompt = self.prompt.select_rows(rows)
         self.tokens = [one.select_rows(rows) for one in self.tokens]
         if self.saved is not None:
-            self.saved.select_rows(rows)
+            self.saved = self.saved.selected(rows)
 
-    def _prompt_part(self, before: int, count: int, prompt_end: int | None) -> int:
-        """How many of `count` tokens, which came behind `before`, are of the prompt."""
-        if not self.prompting:
+    def _prompt_part(self, layer: Recordable, count: int, prompt_end: int | None) -> int:
+        """How many of the newest `count` tokens are of the prompt."""
+        if not layer.prompting:
             return 0
+        before = layer.seen - count
         return min(count, prompt_end - before) if prompt_end is not None and prompt_end > before else count
 
     def _may_come_at_once(self, layer: Recordable, taken: Taken, first: int) -> bool:
@@ -221,7 +223,7 @@ class Recording:
 
     def _digest_prompt(self, layer: Recordable, asked: Asked, *, followed: bool = False) -> None:
         layer.digest(asked, decoding=asked.queries.shape[2] == 1, followed=followed)
-        self.prompt, self.prompting = None, False
+        self.prompt, layer.prompting = None, False
 
     def _digest_waiting(self, layer: Recordable) -> None:
         if self.waiting:

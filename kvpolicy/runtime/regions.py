@@ -1,6 +1,7 @@
 """Named spans of a request: the system prompt, tools, a document. A policy may protect them; plugins see them."""
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from kvpolicy.errors import RegionError, did_you_mean, shown
 
 Span = tuple[int, int]  # first token, and the one behind the last; counted among a row's real tokens
 Spans = Mapping[str, "Span | Sequence[Span]"]  # what one row has, by name
+_FARTHEST = 2**24  # tokens, in what is read from a file: labels take a byte for each
 MOST_NAMES = 127  # numbers of regions are int8
 
 
@@ -65,6 +67,27 @@ class Regions:
         """
         batch = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
         return cls.of([_roles(tokenizer, list(messages), template) for messages in batch])
+
+    def dump(self) -> str:
+        """Names and rows as JSON, for `parse`."""
+        return json.dumps([self.names, self.rows])
+
+    @classmethod
+    def parse(cls, text: str) -> "Regions":
+        """What `dump` has written. Raises RegionError for anything else."""
+        try:
+            names, rows = json.loads(text)
+            named = [[(names[number - 1], (start, stop)) for number, start, stop in row if number > 0] for row in rows]
+            regions = cls(tuple(names), tuple(tuple(tuple(span) for span in row) for row in rows))
+            numbers = {name: number for number, name in enumerate(names, 1)}
+        except (ValueError, TypeError, IndexError, RecursionError) as error:
+            raise RegionError(f"regions must be names and rows of spans, as JSON: {shown(text)}") from error
+        _check_names(names)
+        again = tuple(_row({name: [span for n, span in row if n == name] for name in names}, numbers) for row in named)
+        far = any(stop > _FARTHEST for row in regions.rows for _, _, stop in row)
+        if far or len(numbers) != len(names) or again != regions.rows:
+            raise RegionError(f"regions must be ascending, apart, and end before token {_FARTHEST}: {shown(text)}")
+        return regions
 
     def for_rows(self, count: int) -> "Regions":
         """For a batch of so many rows: each of ours as often as needed, beside each other, as `generate` repeats rows.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvpolicy.plan.compress.step import Compressed, compress
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.stats import LayerStats
 from kvpolicy.runtime.together import Holder, compact_layers
 from kvpolicy.runtime.trigger import entries_allowed
 from kvpolicy.stages import View
@@ -23,10 +22,6 @@ class Compressible(Holder, Protocol):
 
     scaling: float
     real: list[int]  # tokens of each row, pads excluded
-
-    @property
-    def stats(self) -> LayerStats:
-        """What happened in the layer so far."""
 
     @property
     def entries(self) -> list[int]:
@@ -49,6 +44,9 @@ class Compressible(Holder, Protocol):
 
     def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
+
+    def note_compression(self, seconds: float) -> None:
+        """Count a compression, and the host time that it took."""
 
 
 class CompressionScheduler:
@@ -144,5 +142,4 @@ class CompressionScheduler:
                 layer.take(rows, result, fills=fills, moved=done)
         spent = (time.perf_counter() - started) / len(layers)
         for layer in layers:
-            layer.stats.compressions += 1
-            layer.stats.seconds += spent
+            layer.note_compression(spent)

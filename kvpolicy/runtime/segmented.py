@@ -24,11 +24,7 @@ class Segmented:
         self.device = device
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
-        self._tables: tuple[Tensor, Tensor] = (
-            torch.empty(0, dtype=torch.int64),
-            torch.empty(0, dtype=torch.int32),
-        )  # what kernels are told of segments
-        self._tabled: tuple[Layout, Table] | None = None  # and of which layout and base lengths
+        self.forget_tables()
         self.layout = Layout.even(rows, heads, 0)
         self._settle(self.allocate(self.layout), self.layout, self.layout.capacity)
 
@@ -118,6 +114,25 @@ class Segmented:
                     (self.tensors[POSITIONS][start + length : start + size] >= 0).any()
                 ):
                     raise CacheError(f"row {row} head {head}: entries behind the length {length}")
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+                self._require_finite_behind(name)
+
+    def _require_finite_behind(self, name: str) -> None:
+        """Raise CacheError when a slot that is not in use is NaN or infinite: a masked slot is still multiplied."""
+        for row, lengths in enumerate(self.lengths):
+            for head, length in enumerate(lengths):
+                start, size = self.layout.offsets[row][head], self.layout.capacity[row][head]
+                if not bool(self.tensors[name][start + length : start + size].float().isfinite().all()):
+                    raise CacheError(f"row {row} head {head}: {name} behind the length {length} are not finite")
+
+    def forget_tables(self) -> None:
+        """Tell kernels anew where segments begin and how long they are."""
+        self._tables: tuple[Tensor, Tensor] = (
+            torch.empty(0, dtype=torch.int64),
+            torch.empty(0, dtype=torch.int32),
+        )  # what kernels are told of segments
+        self._tabled: tuple[Layout, Table] | None = None  # and of which layout and base lengths
 
     def _capacity_view(self, name: str) -> Tensor:
         if self.layout.uniform is None:

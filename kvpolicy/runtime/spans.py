@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import RegionError
+from kvpolicy.runtime.contents import Contents, Described, counts_of
 from kvpolicy.runtime.regions import Regions
 from kvpolicy.spec.policy import Protect
 
@@ -57,6 +58,24 @@ class RequestSpans:
         self._labels = None
         if self.regions is not None:
             self.regions = self.regions.select(rows)
+
+    def go_on_as(self, other: "RequestSpans", rows: Sequence[int]) -> None:
+        """Take over what the rows named of another cache have; this one was given the regions of these rows."""
+        self.prompt = [other.prompt[row] for row in rows] if other.prompt else []
+        self._prompt_is_over = other._prompt_is_over  # noqa: SLF001 - of its own class
+
+    def describe(self) -> Described:
+        """Its state, but for the regions: tokens of each row's first prompt [B] or [0], and whether that is over."""
+        yield "prompt", counts_of(self.prompt)
+        yield "prompt_is_over", self._prompt_is_over
+
+    def restore(self, contents: Contents, rows: int) -> None:
+        """Take the state of so many rows that is written there; this one was given the regions of these rows."""
+        self.prompt = contents.counts("prompt", (rows if contents.size("prompt") else 0,))
+        self._prompt_is_over = contents.flag("prompt_is_over")
+        if self._prompt_is_over and not self.prompt:
+            raise contents.wrong("prompt", "must have a number for each row, once the prompt is over")
+        self.begin(rows)
 
     def protected(self, row: int, tokens: int, sinks: int, recent: int) -> int:
         """How many of the first `tokens` tokens of a row are protected, sinks and recent ones included."""

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from operator import add
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.runtime.contents import Contents, Described, below, counts_of
 from kvpolicy.runtime.copying import Move, clear_behind, write
 from kvpolicy.runtime.layout import Layout, Table, table
 from kvpolicy.runtime.segmented import Segmented
@@ -121,14 +123,15 @@ class Store(Segmented):
                 self._write_tail(name, self._added - count, count, -1 if name == POSITIONS else 0)
             self._added -= count
 
-    def copied(self) -> "Store":
-        """A copy that shares no storage."""
+    def selected(self, rows: Sequence[int]) -> Self:
+        """A store of the rows named, in that order, that shares no storage; a row may be named more than once."""
         other = copy.copy(self)
-        other.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        return other
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows named, in that order; a row may be named more than once."""
+        other.forget_tables()
+        if list(rows) == list(range(self.layout.rows)):
+            other._settle(  # noqa: SLF001 - of its own class
+                {name: tensor.clone() for name, tensor in self.tensors.items()}, self.layout, self._base, self._added
+            )
+            return other
         layout = Layout(tuple(self.layout.capacity[row] for row in rows))
         if self.layout.uniform is not None:
             index = torch.tensor(rows, device=self.device)
@@ -137,8 +140,27 @@ class Store(Segmented):
             selected = {
                 name: torch.cat([self._row(tensor, row) for row in rows]) for name, tensor in self.tensors.items()
             }
-        base = tuple(self._base[row] for row in rows)
-        self._settle(selected, layout, base, self._added)
+        other._settle(selected, layout, tuple(self._base[row] for row in rows), self._added)  # noqa: SLF001
+        return other
+
+    def describe(self) -> Described:
+        """Its state: storages as they are, capacities and lengths [B, K]."""
+        yield "capacity", counts_of(self.layout.capacity)
+        yield "lengths", counts_of(self.lengths)
+        yield from below("columns", self.tensors.items())
+
+    def restore(self, contents: Contents) -> None:
+        """Take the state that is written there; this store has as many rows, and nothing in them."""
+        rows, heads = self.layout.rows, self.layout.heads
+        layout, lengths = Layout(contents.table("capacity", rows, heads)), contents.table("lengths", rows, heads)
+        if not self.columns and layout.slots:
+            raise contents.wrong("capacity", "must be 0, where nothing is held")
+        columns = contents.below("columns")
+        tensors = {
+            name: columns.tensor(name, column.dtype, (layout.slots, *column.shape))
+            for name, column in self.columns.items()
+        }
+        self._settle(tensors, layout, lengths)
 
     def _row(self, tensor: Tensor, row: int) -> Tensor:
         start = self.layout.offsets[row][0]

@@ -2,9 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from kvpolicy.errors import CacheError
+from kvpolicy.runtime.contents import Contents, Described
+from kvpolicy.stages import Geometry
 
 _ROOM = 64  # queries for which a buffer has room from the start
 
@@ -63,20 +68,58 @@ class Window:
             return queries, positions
         return queries[list(rows)], positions[list(rows)]
 
-    def copied(self) -> "Window":
-        """A copy that shares nothing."""
-        return copy.deepcopy(self)
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows named, in that order."""
+    def selected(self, rows: Sequence[int]) -> Self:
+        """The queries of the rows named, in that order, in a buffer of their own."""
+        other = copy.copy(self)
         if self._filled:
-            self._queries, self._positions = self._queries[list(rows)], self._positions[list(rows)]
-            self._measure()
+            other._queries, other._positions = self._queries[list(rows)], self._positions[list(rows)]  # noqa: SLF001
+            other._measure()  # noqa: SLF001 - of its own class
+        return other
+
+    def describe(self) -> Described:
+        """Its state: queries [B, H, n, D] and positions [B, n] as they stand, where the oldest is, and the room."""
+        yield "oldest", self._oldest
+        yield "room", self._room
+        if self._filled:
+            yield "queries", self._queries[:, :, : self._filled]
+            yield "positions", self._positions[:, : self._filled]
+
+    def restore(self, contents: Contents, rows: int, geometry: Geometry) -> None:
+        """Take the state of `rows` rows that is written there; this window is empty."""
+        heads, dim = geometry.query_heads, geometry.head_dim
+        oldest, room = contents.integer("oldest", max(0, self.size - 1)), contents.integer("room", self.size)
+        if not contents.has("queries"):
+            if oldest or room:
+                raise contents.wrong("room", "must be 0, where nothing is held")
+            return
+        queries = contents.tensor("queries", None, (rows, heads, None, dim))
+        count = queries.shape[2]
+        positions = contents.tensor("positions", torch.int32, (rows, count))
+        if not 0 < count <= room or (oldest and count < self.size):
+            raise contents.wrong("queries", f"must be 1 to {room}, and {self.size} once the oldest is not the first")
+        self._queries = queries.new_empty((rows, heads, room, dim))
+        self._positions = positions.new_empty((rows, room))
+        self._queries[:, :, :count], self._positions[:, :count] = queries, positions
+        self._filled, self._oldest = count, oldest
+        self._measure()
+
+    def check_integrity(self, real: Sequence[int]) -> None:
+        """Raise CacheError when there are queries of tokens that did not come, `real` in each row."""
+        _, positions = self.last(range(len(real)))
+        if positions is None:
+            return
+        limit = torch.tensor(real, device=positions.device)[:, None]
+        if positions.shape[0] != len(real) or bool(((positions < -1) | (positions >= limit)).any()):
+            raise CacheError("queries are observed at positions of tokens that did not come")
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self._nbytes
+
+    @property
+    def _room(self) -> int:
+        return self._queries.shape[2] if self._queries.ndim == 4 else 0
 
     def _ordered(self) -> tuple[Tensor, Tensor]:
         """Queries and positions, oldest first; a view while the buffer has not gone round."""

@@ -144,6 +144,25 @@ def test_tutorial_runs(capsys):
     assert "policy snapkv" in capsys.readouterr().out
 
 
+def test_page_on_prefixes_runs(capsys, tmp_path, monkeypatch):
+    """The second block gives the answer of a cache that never was in a file."""
+    page = (ROOT / "docs" / "how-to" / "prefixes.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    shown = {}
+
+    for block in blocks("python", page):
+        exec(block, shown)  # noqa: S102
+
+    assert "policy snapkv" in capsys.readouterr().out
+    assert shown["cache"].rows == 4
+    with shown["policy"].attach(shown["model"]) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        shown["model"](shown["prefix"], past_key_values=cache)
+        options = {"max_new_tokens": 16, "do_sample": False}
+        expected = shown["model"].generate(**shown["inputs"], past_key_values=cache.fork([0] * 4), **options)
+    assert torch.equal(shown["output"], expected)
+
+
 def test_code_on_regions_runs(capsys):
     page = (ROOT / "docs" / "how-to" / "regions.md").read_text("utf-8")
 

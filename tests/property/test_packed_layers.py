@@ -225,7 +225,7 @@ def test_units_that_were_merged_into_are_packed_anew_and_the_others_not(store, c
     feed(layer, *entries(generator, 2, 20))
     before = {name: [[segment(layer.held, name, row, head).clone() for head in range(HEADS)] for row in range(2)]
               for name in ("keys", "values")}  # fmt: skip
-    layer.plan = layer.round.plan = plan
+    layer.plan = layer.scheduler.plan = plan
     for _ in range(4):
         feed(layer, *entries(generator, 2, 1))
     assert layer.held.slots.lengths == ((20, 20),) * 2

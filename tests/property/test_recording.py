@@ -61,7 +61,7 @@ def test_candidates_are_taken_as_decoding_alone_would_take_them(store, merge, re
     known, behind = prompts
     layer.activate_past_recording()
     tokens = entries(generator, 1, PROMPT + (behind if known else 0))
-    layer.round.prompt_end = PROMPT if known else None
+    layer.scheduler.prompt_end = PROMPT if known else None
     feed(other, *(one[:, :, :PROMPT] for one in tokens))
     expected, layers = (
         alone(other, tuple(one[:, :, PROMPT:] for one in tokens)) if known and behind else (None, [other])
@@ -91,7 +91,7 @@ def test_rows_may_move_while_candidates_are_recorded(merge):
     for one in (layer, other):
         feed(one, *prompt)
     layer.activate_past_recording()
-    layer.recording.prompting = False
+    layer.prompting = False
     feed(layer, *tokens)
     layer.reorder_cache(torch.tensor([1, 1]))
     layer.crop(-5)

@@ -146,7 +146,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def select(self, data):
         rows = data.draw(st.lists(st.integers(0, len(self.segments) - 1), min_size=1, max_size=4), "rows")
-        self.store.select_rows(rows)
+        self.store = self.store.selected(rows)
         self.segments = [[list(held) for held in self.segments[row]] for row in rows]
 
     def _shortest(self):

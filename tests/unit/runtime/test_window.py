@@ -50,7 +50,7 @@ def test_the_window_holds_the_newest_queries_of_each_row(history):
             undone = True
         else:
             order = torch.randint(0, len(rows), (count,), generator=generator).tolist()
-            window.select_rows(order)
+            window = window.selected(order)
             rows, real = [list(rows[row]) for row in order], [real[row] for row in order]
         _compare(window, rows, undone=undone)
 
@@ -100,6 +100,6 @@ def test_a_window_of_no_queries_holds_none():
     window = Window(0)
     window.add(entries(1, 2, 0), torch.arange(2)[None], padded=False)
     window.forget(torch.tensor([0]))
-    window.select_rows([0])
+    window = window.selected([0])
     assert window.last([0]) == (None, None)
     assert window.nbytes == 0
