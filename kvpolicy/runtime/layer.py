@@ -114,9 +114,10 @@ class PolicyLayer(LendingLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._arriving = key_states.shape[2]
+        limit = self._limit_at(self.seen + self._arriving)  # a plugin is asked, and may fail, before anything changes
         self.seen += self._arriving
         self._places = self.scheduler.positions(self.real, self._arriving, self.device)
-        self.held.append(key_states, value_states, self._spread(self._places), self.limit)
+        self.held.append(key_states, value_states, self._spread(self._places), limit)
         self._new = (key_states, value_states) if self.record_past else None
         keys, values = (key_states, value_states) if self.altered else self.held.stored()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
@@ -308,7 +309,10 @@ class PolicyLayer(LendingLayer):
     @property
     def limit(self) -> int:
         """Slots per KV head beyond which storage does not grow."""
-        capacity = self.plan.capacity(self.ordinal, max(self.seen, 1))
+        return self._limit_at(max(self.seen, 1))
+
+    def _limit_at(self, seen: int) -> int:
+        capacity = self.plan.capacity(self.ordinal, seen)
         if not self._protects_spans:
             return capacity
         return max(capacity, max(self.least(self.real), default=0) + self.plan.budgets.slack)

@@ -133,8 +133,8 @@ class AllocationRequest:
         rows, shape = len(tokens), (layers, len(tokens), 1)
         held = torch.tensor(list(tokens))
         room = (held - protected)[:, None].expand(shape)
-        total = torch.full((rows,), layers * (budget - protected))
-        return cls(room, total, torch.full(shape, protected), held)
+        total = torch.full((rows,), layers * (budget - protected), dtype=torch.int64)
+        return cls(room, total, torch.full(shape, protected, dtype=torch.int64), held)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that an allocator is shown, by name."""

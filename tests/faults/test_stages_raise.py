@@ -5,7 +5,7 @@ import torch
 
 from kvpolicy.errors import CacheError
 from kvpolicy_plugins.allocators.adaptive import Adaptive
-from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
+from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.selectors.topk import TopK
@@ -15,7 +15,7 @@ from tests.policies import small
 
 STAGES = {
     "scorer": (Attention, "score"),
-    "layer allocator": (UniformLayers, "allocate"),
+    "layer allocator": (Pyramid, "allocate"),
     "head allocator": (Adaptive, "allocate"),
     "selector": (TopK, "select"),
     "merger": (D2O, "merge"),
@@ -53,12 +53,15 @@ def test_after_a_stage_has_raised_all_is_well(stage, method, call, monkeypatch):
     one = build()
     tokens = prompt(40, 29)
     plain = fingerprint.of_model(one)
-    policy = small("adakv", budget="30%", merge={"use": "d2o"})  # whose budget is asked for anew as tokens come
+    allocate = {"layers": "pyramid", "heads": "adaptive"}  # the first is asked for anew as tokens come
+    policy = small("adakv", budget="30%", merge={"use": "d2o"}, allocate=allocate)
     with policy.attach(one) as attachment:
         expected, attached = generate(one, *tokens), fingerprint.of_model(one)
         for error in ERRORS:
             cache = attachment.cache()
-            attachment.plan.budgets._allocated.clear()  # budgets that are known are not asked for again
+            budgets = attachment.plan.budgets  # what is known is not asked for again
+            for known in (budgets._allocated, budgets._divided, budgets._ahead):
+                known.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(stage, method, Failing(getattr(stage, method), call, error))
                 with pytest.raises(error, match="on purpose"):

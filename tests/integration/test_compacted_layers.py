@@ -48,8 +48,9 @@ def _result(layer, rows, most, random, *, ragged):
         for head, length in enumerate(counts):
             stay = int(torch.randint(width + 1, (1,), generator=random)) if ragged else width
             kept[row, head, :stay] = torch.randperm(length, generator=random)[:stay].sort().values
+    stays = tuple(map(tuple, (kept >= 0).sum(-1).tolist()))
     mass = layer.held.slots.padded("attention", rows)
-    return Compressed(kept, {"attention": torch.rand(mass.shape, generator=random)})
+    return Compressed(kept, stays, {"attention": torch.rand(mass.shape, generator=random)})
 
 
 @settings(max_examples=40)

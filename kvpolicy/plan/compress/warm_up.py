@@ -32,7 +32,8 @@ def _alone(spec: PolicySpec, fusion: Fusion, place: int, view: View) -> Term:
 
 
 def _problem(spec: PolicySpec, fusion: Fusion, view: View) -> str:
-    budgets = torch.full((1, view.positions.shape[0]), view.positions.shape[2] // 2, device=view.positions.device)
+    rows, slots = view.positions.shape[0], view.positions.shape[2]
+    budgets = torch.full((1, rows), slots // 2, dtype=torch.int64, device=view.positions.device)
     try:
         choose(spec, fusion, [view], budgets)
     except Exception as error:  # noqa: BLE001 - a third party's function, or Triton's compiler: the plan says what
