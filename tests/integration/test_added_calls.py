@@ -13,7 +13,7 @@ import kvpolicy
 from tests.models import build, prompt
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "performance.md"
-ROW = re.compile(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 STATED = {name: tuple(map(int, numbers)) for name, *numbers in ROW.findall(PAGE.read_text("utf-8"))}
 STEPS = 6
 
