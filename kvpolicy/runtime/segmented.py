@@ -114,6 +114,8 @@ class Segmented:
                     (self.tensors[POSITIONS][start + length : start + size] >= 0).any()
                 ):
                     raise CacheError(f"row {row} head {head}: entries behind the length {length}")
+        if POSITIONS in self.columns:  # what stands beside positions is masked, and never multiplied
+            return
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
                 self._require_finite_behind(name)

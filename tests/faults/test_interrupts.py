@@ -1,5 +1,6 @@
 """An interrupt, at whatever line of attaching or detaching, leaves a model attached as a whole or as it was."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from tests.models import build, difference, generate, prompt
 from tests.policies import small
 
 _RUNTIME = str(Path(kvpolicy.__file__).parent / "runtime")
+
+
+@pytest.fixture(autouse=True)
+def nothing_attached():
+    """Attached models of other tests that nobody holds any more are gone: here, those that are left are counted."""
+    gc.collect()
 
 
 class Interrupter:
