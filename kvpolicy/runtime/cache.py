@@ -133,7 +133,12 @@ class PolicyCache(DynamicCache):
             self._forget_recording()
 
     def activate_past_recording(self) -> None:
-        """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back."""
+        """From now on evict inside `crop` only: assisted decoding verifies candidates and rolls some back.
+
+        Raises UnsupportedCallError, before any change, where all layers compete for the budget.
+        """
+        for layer in self.managed:
+            layer.require_recordable()
         with self._changing("activate_past_recording"):
             for layer in self.managed:
                 layer.record()

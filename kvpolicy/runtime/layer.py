@@ -221,7 +221,7 @@ class PolicyLayer(LendingLayer):
             self.close_gaps()
         if self._protects_spans:
             end = self.scheduler.prompt_end
-            self.spans.note_prompt(self.real, over=end is None or self.seen >= end)
+            self._note_prompt(over=end is None or self.seen >= end)
         if self.ordinal == 0:
             self.plan.budgets.say_if_raised(self.real, self.least(self.real))
         if self.plan.compresses_jointly:
@@ -294,8 +294,15 @@ class PolicyLayer(LendingLayer):
         """Entries per KV head that each row must keep at `real` tokens, because the policy protects spans; else 0."""
         if not self._protects_spans:
             return [0] * len(real)
+        self._note_prompt(over=False)
         protected = self.plan.budgets.protected
         return [self.spans.protected(row, tokens, *protected(tokens)) for row, tokens in enumerate(real)]
+
+    def _note_prompt(self, *, over: bool) -> None:
+        """Say what of each row is the first prompt; candidates of assisted decoding may have come behind it already."""
+        end = self.scheduler.prompt_end
+        behind = 0 if end is None else max(0, self.seen - end)
+        self.spans.note_prompt([tokens + self._arriving - behind for tokens in self.real], over=over)
 
     def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
@@ -336,19 +343,24 @@ class PolicyLayer(LendingLayer):
         """From now on keep what it takes to undo the tokens since the last `crop`: candidates of assisted decoding.
 
         What comes next is a prompt. It is compressed, and what comes behind it evicts what it would evict token by
-        token, when another token follows, or in `crop`.
+        token, when another token follows, or in `crop`. Raises UnsupportedCallError, before any change, where all
+        layers compete for the budget.
         """
+        self.require_recordable()
         with self._changing("activate_past_recording"):
             self.record()
 
-    def record(self) -> None:
-        """Do what `activate_past_recording` does, as part of a change of the whole cache."""
+    def require_recordable(self) -> None:
+        """Raise UnsupportedCallError unless candidates can be taken layer by layer."""
         if self.plan.compresses_jointly:
             name = self.plan.spec.allocate.divider.name
             raise UnsupportedCallError(
                 f"allocate.joint: {name} compresses all layers at once, and candidates of assisted decoding are taken "
                 "layer by layer: decode without an assistant"
             )
+
+    def record(self) -> None:
+        """Do what `activate_past_recording` does, as part of a change of the whole cache."""
         self.prepare()
         self.record_past = True
         if self.recording.is_empty:

@@ -47,7 +47,7 @@ class RequestSpans:
             self.regions = self.regions.for_rows(rows)
 
     def note_prompt(self, real: Sequence[int], *, over: bool) -> None:
-        """Say how many tokens each row has had, and whether the first prompt is `over`; a later one is not noted."""
+        """Say how many tokens each row's prompt has, and whether it is `over`; a later one is not noted."""
         if not self._prompt_is_over:
             self.prompt = list(real)
         self._prompt_is_over = self._prompt_is_over or over
@@ -79,13 +79,13 @@ class RequestSpans:
 
     def protected(self, row: int, tokens: int, sinks: int, recent: int) -> int:
         """How many of the first `tokens` tokens of a row are protected, sinks and recent ones included."""
-        whole = [(0, sinks), (max(0, tokens - recent), tokens), *self._protected(row, tokens)]
+        whole = [(0, sinks), (max(0, tokens - recent), tokens), *self._protected(row)]
         return _covered([(start, min(stop, tokens)) for start, stop in whole])
 
-    def _protected(self, row: int, tokens: int) -> list[Interval]:
+    def _protected(self, row: int) -> list[Interval]:
         spans = []
-        if self.protect.prompt:
-            spans.append((0, self.prompt[row] if self._prompt_is_over else tokens))
+        if self.protect.prompt and self.prompt:
+            spans.append((0, self.prompt[row]))
         if self.regions is not None and self.protect.regions:
             wanted = {number for number, name in enumerate(self.regions.names, 1) if name in self.protect.regions}
             spans += [(start, stop) for number, start, stop in self.regions.rows[row] if number in wanted]

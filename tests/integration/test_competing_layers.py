@@ -137,6 +137,18 @@ def test_assisted_decoding_is_refused():
         generate(one, prompt(40)[0], assistant_model=build(seed=1))
 
 
+def test_a_cache_that_refused_to_record_goes_on():
+    """It was asked before anything had changed."""
+    one, (tokens, _) = model(), prompt(40)
+    with competing().attach(one) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        for refusing in (cache, cache.managed[0]):
+            with pytest.raises(UnsupportedCallError, match="decode without an assistant"):
+                refusing.activate_past_recording()
+            attachment.model(tokens[:, :20], past_key_values=cache)
+        assert entries(cache).tolist() == [LAYERS * HEADS * 12]
+
+
 def test_fixed_shapes_are_refused():
     with pytest.raises(PolicyError, match=r"allocate.joint: graph: layers must not compete: global"):
         competing().attach(model(), graph=True)

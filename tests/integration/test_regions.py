@@ -79,6 +79,34 @@ def test_a_prompt_beyond_the_budget_is_said_once_and_memory_stays_bounded(rest):
     assert sum(map(len, found)) <= len(found) * (22 + 3 + 3)
 
 
+@pytest.mark.parametrize("lengths", [(22,), (22, 15)])
+def test_candidates_that_come_with_the_prompt_are_not_of_it(lengths):
+    """They are taken as decoding alone would take them: each evicts what it would evict there."""
+    tokens, mask = prompt(*lengths)
+    more = torch.randint(1, 90, (len(lengths), 8), generator=torch.Generator().manual_seed(2))
+    longer = torch.cat([mask, torch.ones_like(more)], 1)
+    with protecting(budget=27, every=1, prompt=True).attach(model()) as attachment, torch.no_grad():
+        alone = attachment.cache()
+        attachment.model(tokens, attention_mask=mask, past_key_values=alone)
+        expected = torch.cat(
+            [
+                attachment.model(
+                    more[:, step : step + 1], attention_mask=longer[:, : 22 + step + 1], past_key_values=alone
+                ).logits
+                for step in range(8)
+            ],
+            1,
+        )
+        cache = attachment.cache()
+        cache.activate_past_recording()
+        cache.expect_prompt(22)
+        whole = torch.cat([tokens, more], 1)
+        found = attachment.model(whole, attention_mask=longer, past_key_values=cache).logits[:, 22:]
+        cache.stop_recording()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert slots_of(cache) == slots_of(alone)
+
+
 def test_a_second_turn_is_not_the_first_prompt():
     with protecting(budget=24, prompt=True).attach(model()) as attachment, torch.no_grad():
         cache = attachment.cache()
