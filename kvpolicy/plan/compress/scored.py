@@ -45,17 +45,17 @@ class Masks:
 class ScoredLayers:
     """L layers with the same B rows and K heads. All of it stays on the device: the host is not made to wait."""
 
-    def __init__(self, spec: PolicySpec, views: Sequence[View]) -> None:
-        self.spec, self.views = spec, tuple(views)
-        self.faults = torch.stack([faults_of(spec.merge, view) for view in views])  # [L], what mergers must not see
-        self.observed: list[dict[str, Tensor]] = [{} for _ in views]  # new slot state, named as in the store
-        self.score()
-
     # Scores of each layer, float32 [B, K, T]: -inf outside the candidates, and where a candidate's was NaN.
     scores: list[Tensor]
     nan: Tensor  # int64 [L, B], how many of a row's candidates had NaN
     room: Tensor  # int64 [L, B, K], candidates of each head
     protected: Tensor  # int64 [L, B, K]
+
+    def __init__(self, spec: PolicySpec, views: Sequence[View]) -> None:
+        self.spec, self.views = spec, tuple(views)
+        self.faults = torch.stack([faults_of(spec.merge, view) for view in views])  # [L], what mergers must not see
+        self.observed: list[dict[str, Tensor]] = [{} for _ in views]  # new slot state, named as in the store
+        self.score()
 
     def score(self) -> None:
         """Set `scores`, `nan`, `room` and `protected`, and fill `observed`."""
