@@ -8,12 +8,12 @@ model.generate(**inputs)
 print(attachment.report())
 """
 
+from kvpolicy.cache.regions import Regions
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.integrations.transformers.attachment import Attachment, attached
+from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.policy import Policy, load
-from kvpolicy.runtime.attachment import Attachment, attached
-from kvpolicy.runtime.cache import PolicyCache
-from kvpolicy.runtime.regions import Regions
-from kvpolicy.stages.hooks import hookimpl
+from kvpolicy.stages.registry.hooks import hookimpl
 
 __all__ = ["Attachment", "KVPolicyError", "Policy", "PolicyCache", "Regions", "attached", "hookimpl", "load"]
 __version__ = "0.1.0"

@@ -8,16 +8,16 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvpolicy.errors import AttachError
+from kvpolicy.integrations.transformers.attachment import Attachment, attached
+from kvpolicy.integrations.transformers.cache import PolicyCache
+from kvpolicy.integrations.transformers.calibrate import calibrate
+from kvpolicy.integrations.transformers.decode_graph.runners import mode_of
+from kvpolicy.integrations.transformers.models.rotary import rotary_of, rotary_of_config
+from kvpolicy.integrations.transformers.models.structure import check_structure
+from kvpolicy.integrations.transformers.models.support import check_model, device_of, geometry_of
+from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import Plan, compile_policy
-from kvpolicy.runtime.attachment import Attachment, attached
-from kvpolicy.runtime.cache import PolicyCache
-from kvpolicy.runtime.calibrate import calibrate
-from kvpolicy.runtime.model_digest import model_digest
-from kvpolicy.runtime.rotation import rotary_of, rotary_of_config
-from kvpolicy.runtime.static.runners import mode_of
-from kvpolicy.runtime.support import check_model, device_of, geometry_of
-from kvpolicy.runtime.verdict import check_structure
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
 from kvpolicy.spec.policy import PolicySpec

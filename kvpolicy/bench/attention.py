@@ -16,10 +16,10 @@ from kvpolicy.bench.interleave import Protocol, Variant, interleave
 from kvpolicy.bench.layers import due, plan_at, random_layers
 from kvpolicy.bench.naive import Held
 from kvpolicy.bench.shape import ModelShape
+from kvpolicy.cache.query_batch import Asked
 from kvpolicy.errors import InputError
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.policy import Policy
-from kvpolicy.runtime.asked import Asked
-from kvpolicy.runtime.layer import PolicyLayer
 from kvpolicy.spec.budget import Budget
 
 LIBRARY = "library attention"

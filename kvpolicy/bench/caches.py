@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvpolicy.evaluate.filling import feed
-from kvpolicy.runtime.cache import PolicyCache
-from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.integrations.transformers.cache import PolicyCache
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 
 _CHUNK = 4096  # tokens of one forward while a policy's cache is filled, and of all its rows together:
 _CHUNK_OF_ALL = 2**18

@@ -9,10 +9,10 @@ from kvpolicy.bench.interleave import Protocol, Variant, interleave
 from kvpolicy.bench.layers import due, random_layers
 from kvpolicy.bench.naive.held import Held, gathered
 from kvpolicy.bench.shape import ModelShape
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.compress.step import compress_one
 from kvpolicy.plan.plan import Plan, compile_policy
 from kvpolicy.policy import Policy
-from kvpolicy.runtime.support import geometry_of
 
 GATHER = "expanded gather"
 

@@ -12,8 +12,8 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
 from kvpolicy.bench.caches import PreallocatedCache
+from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.policy import Policy
-from kvpolicy.runtime.attachment import Attachment
 
 DYNAMIC, PREALLOCATED, STATIC, COMPILED = "DynamicCache", "preallocated", "StaticCache", "StaticCache, compiled"
 COMPILING = 100.0  # seconds that have to be left before something is compiled

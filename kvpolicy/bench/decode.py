@@ -32,8 +32,8 @@ from kvpolicy.bench.interleave import Protocol, Variant, interleave
 from kvpolicy.bench.shape import ModelShape
 from kvpolicy.errors import InputError, KVPolicyError
 from kvpolicy.evaluate.meter import held_bytes
+from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.policy import Policy
-from kvpolicy.runtime.cache import PolicyCache
 
 MOST_ROUND = 512  # steps from one compression to the next, up to which a whole round is timed
 

@@ -10,9 +10,9 @@ from kvpolicy.bench.naive import Held
 from kvpolicy.bench.shape import ModelShape
 from kvpolicy.errors import InputError
 from kvpolicy.evaluate.filling import appended, feed
+from kvpolicy.integrations.transformers.cache import PolicyCache
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.plan import Plan, compile_policy
-from kvpolicy.runtime.cache import PolicyCache
-from kvpolicy.runtime.support import geometry_of
 from kvpolicy.spec.policy import PolicySpec
 
 _LEAST_QUERIES = 1

@@ -14,8 +14,8 @@ from kvpolicy.bench.contenders import DYNAMIC, Contender, FullCache, PolicyConte
 from kvpolicy.bench.decode import Running
 from kvpolicy.bench.interleave import Protocol, Variant, interleave
 from kvpolicy.evaluate.filling import feed
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.policy import Policy
-from kvpolicy.runtime.layer import PolicyLayer
 
 _AT_ONCE = 1024  # tokens whose random entries exist at one time
 
@@ -75,9 +75,7 @@ class Age:
         return Running(contender, cache, torch.ones((1, 1), dtype=torch.long, device=model.device))
 
 
-def _one_by_one(
-    layers: Sequence[PolicyLayer], model: LlamaForCausalLM, tokens: int, random: torch.Generator
-) -> None:
+def _one_by_one(layers: Sequence[PolicyLayer], model: LlamaForCausalLM, tokens: int, random: torch.Generator) -> None:
     config: Any = model.config
     heads = (config.num_key_value_heads, config.num_key_value_heads, config.num_attention_heads)
     for start in range(0, tokens, _AT_ONCE):

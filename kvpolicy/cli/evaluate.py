@@ -50,7 +50,7 @@ def _setup(names: list[str] | None, items: int, seed: int, *, quick: bool) -> "T
 
     from kvpolicy.evaluate.table.setup import BASES, TableSetup
     from kvpolicy.policy import load
-    from kvpolicy.stages.registry import registry
+    from kvpolicy.stages.registry.plugins import registry
 
     policies = tuple(map(load, names)) if names else tuple(map(load, registry().policies()))
     policies = tuple(sorted(policies, key=lambda one: one.name != "full"))

@@ -12,7 +12,7 @@ def list_policies(json: Json = False) -> None:
     """List the installed policies."""
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.policy import load
-    from kvpolicy.stages.registry import registry
+    from kvpolicy.stages.registry.plugins import registry
 
     found: list[dict[str, Any]] = []
     for name, path in registry().policies().items():

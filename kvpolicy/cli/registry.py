@@ -10,7 +10,7 @@ from kvpolicy.cli.options import Json
 
 def plugins(json: Json = False) -> None:
     """List the installed plugins, the broken ones too."""
-    from kvpolicy.stages.registry import registry
+    from kvpolicy.stages.registry.plugins import registry
 
     records = [
         {

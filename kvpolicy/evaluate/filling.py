@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from kvpolicy.runtime.asked import Asked
-from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.cache.query_batch import Asked
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 
 
 def feed(layer: PolicyLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.shrink import observing_less, packing_sooner, reading, reads
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.explain import full_bytes
 from kvpolicy.plan.plan import READ_ALL
 from kvpolicy.policy import Policy
-from kvpolicy.runtime.support import geometry_of
 from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.policy import NEVER, Compress, PolicySpec, Protect
 from kvpolicy.stages import Reader

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 
 
 class Meter:

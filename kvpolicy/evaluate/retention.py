@@ -14,9 +14,9 @@ from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.scoring import is_whole
 from kvpolicy.evaluate.testbed import Item, make_item
+from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.policy import Policy
-from kvpolicy.runtime.cache import PolicyCache
 
 TASK, LENGTH = "recall", 128
 _CLAUSE_END = "."

@@ -11,10 +11,10 @@ import attrs
 import torch
 
 from kvpolicy.plan.compress.fusion import Term
-from kvpolicy.plan.followers import ATTENTION
+from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.plan.steps import Shapes, Step
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 from kvpolicy_kernels import Column, Segments, Tile, Traffic
 from kvpolicy_kernels.tile import ColumnRequest
 

@@ -12,8 +12,8 @@ from kvpolicy.plan.budgets import Budgets
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.compress.fusion import Fusion, fusion_of
 from kvpolicy.plan.compress.warm_up import warm_up
-from kvpolicy.plan.followers import ATTENTION, Follower, followers_of, observers
 from kvpolicy.plan.footprint import Footprint
+from kvpolicy.plan.forward_observers import ATTENTION, Follower, followers_of, observers
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Rotary, Site
 from kvpolicy.stages.declared import (
@@ -25,7 +25,7 @@ from kvpolicy.stages.declared import (
     row_state_of,
     slot_state_of,
 )
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 from kvpolicy_kernels import obstacle
 
 POSITIONS = "positions"

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from kvpolicy.plan.compress.fusion import Term
-from kvpolicy.plan.followers import ATTENTION
+from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.fused_traffic import allocate_step, compact_step, finish_step, score_steps, select_step
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.plan.reads import reads_of
 from kvpolicy.plan.steps import Shapes, Step
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 _FLOAT, _MASK, _COUNT = 4, 1, 8  # bytes of a score, a mask element, an int64 count
 _DROP = "drop"

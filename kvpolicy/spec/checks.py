@@ -4,7 +4,7 @@ from kvpolicy.errors import PluginError
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.spec.tree import Item, Place, Problems
 from kvpolicy.stages.declared import flag_of, needs_of
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 
 def check(spec: PolicySpec, root: Item, problems: Problems) -> None:

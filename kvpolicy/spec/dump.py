@@ -12,7 +12,7 @@ from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, Weighted
 from kvpolicy.spec.scalars import resolve
 from kvpolicy.spec.structure import VERSION_KEY
 from kvpolicy.stages.contracts import Plugin
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 _HEAD = ("name", "summary", "reference", "budget", "compress", "protect")
 _ORDER = (*_HEAD, "score", "allocate", "select", "merge", "store", "read")

@@ -11,7 +11,7 @@ from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.structure import structure
 from kvpolicy.spec.tree import MAX_BYTES, Problems
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 _SUFFIXES = (".yaml", ".yml")
 

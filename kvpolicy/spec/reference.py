@@ -8,7 +8,7 @@ import attrs
 from kvpolicy.spec.policy import Allocate, Compress, PolicySpec, Protect, Weighted
 from kvpolicy.stages.contracts import STAGES
 from kvpolicy.stages.parameters import Nested, rule_of
-from kvpolicy.stages.registry import Record, registry
+from kvpolicy.stages.registry.plugins import Record, registry
 
 _BLOCKS = {"compress": Compress, "protect": Protect, "allocate": Allocate, "score, beside `use`": Weighted}
 

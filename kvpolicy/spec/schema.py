@@ -6,7 +6,7 @@ from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, Weighted
 from kvpolicy.spec.structure import VERSION_KEY
 from kvpolicy.stages.contracts import STAGES
 from kvpolicy.stages.parameters import object_schema
-from kvpolicy.stages.registry import Record, registry
+from kvpolicy.stages.registry.plugins import Record, registry
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -12,9 +12,9 @@ from kvpolicy.errors import ParameterError, PluginError, described, did_you_mean
 from kvpolicy.spec.policy import BESIDE, MOST_SCORERS, SCHEMA_VERSION, PolicySpec, ScoreRule, Weighted
 from kvpolicy.spec.tree import MAX_DEPTH, Item, Problems, below
 from kvpolicy.stages.contracts import Plugin
-from kvpolicy.stages.hooks import PROJECT
 from kvpolicy.stages.parameters import Nested, Plugged, Rule, is_required, rule_of
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.hooks import PROJECT
+from kvpolicy.stages.registry.plugins import registry
 
 VERSION_KEY = "kvpolicy"
 INVALID: Final[Any] = object()

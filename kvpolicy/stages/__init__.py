@@ -22,7 +22,6 @@ from kvpolicy.stages.contracts import (
 )
 from kvpolicy.stages.formats import AsIs, Column, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
-from kvpolicy.stages.hooks import hookimpl
 from kvpolicy.stages.parameters import (
     Choice,
     Flag,
@@ -34,6 +33,7 @@ from kvpolicy.stages.parameters import (
     Text,
     parameter,
 )
+from kvpolicy.stages.registry.hooks import hookimpl
 from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy.stages.view import View

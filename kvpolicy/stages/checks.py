@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpolicy.errors import PluginContractError, one_line, shown
 from kvpolicy.stages.contracts import Plugin
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 from kvpolicy.stages.view import View
 
 _NOUNS = {

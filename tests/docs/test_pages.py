@@ -23,9 +23,9 @@ from kvpolicy.spec.reference import reference_markdown
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
-from tests.building import COMMAND, printed, run_together
-from tests.compressing import fused, score
-from tests.policies import small
+from tests.support.building import COMMAND, printed, run_together
+from tests.support.compressing import fused, score
+from tests.support.policies import small
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.cache.query_batch import Asked
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.asked import Asked
-from tests.interrupts import Interrupts, failing, forward
-from tests.models import build, model, prompt
-from tests.policies import small
+from tests.support.interrupts import Interrupts, failing, forward
+from tests.support.models import build, model, prompt
+from tests.support.policies import small
 
 POLICIES = {
     "full": lambda: kvpolicy.load("full"),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.runtime.attachment import attached
-from kvpolicy.runtime.attention import managed_modules
-from tests import fingerprint
-from tests.models import build, difference, generate, prompt
-from tests.policies import small
+from kvpolicy.integrations.transformers.attachment import attached
+from kvpolicy.integrations.transformers.attention_function import managed_modules
+from tests.support import fingerprint
+from tests.support.models import build, difference, generate, prompt
+from tests.support.policies import small
 
 _RUNTIME = str(Path(kvpolicy.__file__).parent / "runtime")
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy.errors import CacheError
-from tests.driving import feed, new_layer, random_entries, worth_plan
-from tests.holdings import stores
+from tests.support.driving import feed, new_layer, random_entries, worth_plan
+from tests.support.holdings import stores
 
 _WRITES = ("copy_", "fill_", "index_put_", "add_", "zero_")
 

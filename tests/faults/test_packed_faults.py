@@ -11,13 +11,13 @@ from kvpolicy_plugins.codecs.kivi import PerChannel, PerToken
 from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.readers.pages import Bounds, Pages
-from tests import fingerprint
-from tests.driving import feed, new_layer
 from tests.faults.test_memory_runs_out import RunsOut
 from tests.faults.test_stages_raise import ERRORS, Failing, steps
-from tests.holdings import stores
-from tests.models import build, difference, generate, prompt
 from tests.property.test_packed_layers import entries, plan_of
+from tests.support import fingerprint
+from tests.support.driving import feed, new_layer
+from tests.support.holdings import stores
+from tests.support.models import build, difference, generate, prompt
 
 PLACES = {
     "packing values": (PerToken, "encode"),

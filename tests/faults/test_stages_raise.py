@@ -9,9 +9,9 @@ from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.selectors.topk import TopK
-from tests import fingerprint
-from tests.models import build, difference, generate, prompt
-from tests.policies import small
+from tests.support import fingerprint
+from tests.support.models import build, difference, generate, prompt
+from tests.support.policies import small
 
 STAGES = {
     "scorer": (Attention, "score"),

@@ -14,9 +14,9 @@ from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.selectors.topk import TopK
-from tests.allocating import counts_of
 from tests.golden.families import close, same
-from tests.views import fresh_state, view_of
+from tests.support.allocating import counts_of
+from tests.support.views import fresh_state, view_of
 
 EMPTY_ROW = {"raw": "slot0", "triton": "none"}  # which of the two published codes
 

@@ -13,11 +13,11 @@ from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.selectors.topk import TopK
-from tests.allocating import counts_of, shares_of
 from tests.golden import gkv
 from tests.golden.families import Vectors, cases, close, family_of, same
-from tests.references import causal_attention, mass
-from tests.views import keep, view_of
+from tests.support.allocating import counts_of, shares_of
+from tests.support.references import causal_attention, mass
+from tests.support.views import keep, view_of
 
 POOLS = {"maxpool": "max", "avgpool": "average", "none": "none"}
 CODES = ("factory", "adakv_pyram")

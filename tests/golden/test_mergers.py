@@ -14,7 +14,7 @@ from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.weightedkv import handed_on
 from kvpolicy_plugins.merging import evicted_of, nearest
 from tests.golden.families import Vectors, cases, close, family_of, same
-from tests.views import keep, view_of
+from tests.support.views import keep, view_of
 
 
 @pytest.mark.parametrize("path", cases("test_mergers"), ids=lambda path: path.stem)

@@ -8,20 +8,20 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.plan.followers import Follower
+from kvpolicy.attention.attend import attend as attend_held
+from kvpolicy.cache.compaction.compaction_plan import Move
+from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.storage.layout import Layout
+from kvpolicy.plan.forward_observers import Follower
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime.asked import Asked
-from kvpolicy.runtime.attend import attend as attend_held
-from kvpolicy.runtime.copying import Move
-from kvpolicy.runtime.holdings import Holdings
-from kvpolicy.runtime.layout import Layout
 from kvpolicy.stages import Entries, Geometry, Glimpse
 from kvpolicy.stages.formats import ALL
 from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
 from kvpolicy_plugins.merging import evicted_of, groups_of, nearest
 from tests.golden.families import Vectors, cases, close, family_of, same
-from tests.views import fresh_state, view_of
+from tests.support.views import fresh_state, view_of
 
 HALF = 2e-3  # what half precision may do to a similarity, or to a sum of scores, relatively
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvpolicy.runtime.static.session import Session
+from kvpolicy.integrations.transformers.decode_graph.session import Session
 
 
 @pytest.fixture

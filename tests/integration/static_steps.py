@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from tests.alone import repeat
-from tests.decisions import Decisions
-from tests.models import generate
-from tests.policies import held
-from tests.rounding import ROUNDING
+from tests.support.alone import repeat
+from tests.support.decisions import Decisions
+from tests.support.models import generate
+from tests.support.policies import held
+from tests.support.rounding import ROUNDING
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 TOLERANCE = 5e-5

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import kvpolicy
-from tests.models import build, prompt
+from tests.support.models import build, prompt
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "performance.md"
 ROW = re.compile(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheError
-from tests.alone import assert_greedy
-from tests.decisions import Decisions
-from tests.models import build, difference, generate, model, prompt
-from tests.policies import held, small
+from tests.support.alone import assert_greedy
+from tests.support.decisions import Decisions
+from tests.support.models import build, difference, generate, model, prompt
+from tests.support.policies import held, small
 
 NAMES = ("snapkv", "h2o", "adakv")
 

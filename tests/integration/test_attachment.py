@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvpolicy
 from kvpolicy.errors import AttachError, KVPolicyError, PolicyError
-from tests import fingerprint
-from tests.models import ARCHITECTURES, VOCABULARY, build, difference, generate, model, prompt
-from tests.policies import small
+from tests.support import fingerprint
+from tests.support.models import ARCHITECTURES, VOCABULARY, build, difference, generate, model, prompt
+from tests.support.policies import small
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -119,7 +119,7 @@ def test_a_copy_of_an_attached_model_is_attached_on_its_own(how):
         expected = generate(one, tokens)
         other = how(one)
         assert difference(generate(other, tokens), expected) == 0
-        own = kvpolicy.runtime.attachment.attached(other)
+        own = kvpolicy.integrations.transformers.attachment.attached(other)
         assert own is not attachment
         assert own.model is other
         assert own.report().layers[0].held <= 15
@@ -167,7 +167,7 @@ def test_attaching_often_leaves_nothing_behind():
             generate(one, prompt(20)[0], count=1)
     assert fingerprint.of_model(one) == before
     assert fingerprint.of_library() == library
-    assert len(kvpolicy.runtime.attention.managed_modules) == 0
+    assert len(kvpolicy.integrations.transformers.attention_function.managed_modules) == 0
 
 
 def test_a_budget_that_the_model_cannot_have_is_refused_before_anything_has_changed():

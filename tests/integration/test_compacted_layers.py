@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpolicy.cache.compaction.batched_compaction import compact_layers
 from kvpolicy.plan.compress.step import Compressed
-from kvpolicy.runtime.together import compact_layers
 from kvpolicy_kernels import UnsupportedInputError
-from tests.driving import HEADS, drive, new_layer, worth_plan
-from tests.policies import held
+from tests.support.driving import HEADS, drive, new_layer, worth_plan
+from tests.support.policies import held
 
 
 @attrs.frozen

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.cache.storage.kv_tensor import Half
 from kvpolicy.errors import PolicyError, UnsupportedCallError
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.explain import explain
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.half import Half
-from kvpolicy.runtime.support import geometry_of
 from kvpolicy.spec.load import parse_policy
-from tests.alone import assert_rows_alone, repeat
-from tests.decisions import Decisions
 from tests.integration.test_eviction import DECODING, assert_as_if_masked
-from tests.models import build, difference, generate, model, prompt
-from tests.policies import held, small
+from tests.support.alone import assert_rows_alone, repeat
+from tests.support.decisions import Decisions
+from tests.support.models import build, difference, generate, model, prompt
+from tests.support.policies import held, small
 
 JOINT = {"joint": "global"}
 LAYERS, HEADS = 3, 2

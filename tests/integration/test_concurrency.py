@@ -7,8 +7,8 @@ from threading import Barrier
 import pytest
 import torch
 
-from tests.models import build, generate, prompt
-from tests.policies import small
+from tests.support.models import build, generate, prompt
+from tests.support.policies import small
 
 NAMES = ("gkv", "h2o", "adakv")
 

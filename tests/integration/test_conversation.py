@@ -7,11 +7,11 @@ import torch
 from transformers import DynamicCache
 
 from kvpolicy.errors import AttachError, CacheError, UnsupportedCallError
-from kvpolicy.runtime.cache import PolicyCache
-from tests.decisions import Decisions
-from tests.models import ARCHITECTURES, build, difference, generate, model, prompt
-from tests.policies import NAMES, held, small
-from tests.rounding import close
+from kvpolicy.integrations.transformers.cache import PolicyCache
+from tests.support.decisions import Decisions
+from tests.support.models import ARCHITECTURES, build, difference, generate, model, prompt
+from tests.support.policies import NAMES, held, small
+from tests.support.rounding import close
 
 
 def two_turns(one, first, second, cache, steps=5):

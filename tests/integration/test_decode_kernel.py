@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.attention import attend as attention
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.models.rotary import rotary_of
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime import attend as attention
-from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.rotation import rotary_of
-from kvpolicy.runtime.support import geometry_of
-from tests.alone import repeat
-from tests.decisions import Decisions
-from tests.models import build, generate, prompt
-from tests.policies import small
+from tests.support.alone import repeat
+from tests.support.decisions import Decisions
+from tests.support.models import build, generate, prompt
+from tests.support.policies import small
 
 LAYERS, STEPS = 2, 6
 KIVI = {"use": "kivi", "bits": 4, "group": 8, "residual": 8}

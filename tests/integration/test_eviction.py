@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.models import ARCHITECTURES, SEED, VOCABULARY, model
-from tests.oracle import masked_forward, step_by_step
-from tests.policies import NAMES, held, small
+from tests.support.models import ARCHITECTURES, SEED, VOCABULARY, model
+from tests.support.oracle import masked_forward, step_by_step
+from tests.support.policies import NAMES, held, small
 
 PROMPT, STEPS = 40, 24
 DECODING = (PROMPT, *[1] * STEPS)

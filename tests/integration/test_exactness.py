@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kvpolicy
-from tests import policies
-from tests.models import ARCHITECTURES, build, difference, generate, model, prompt
+from tests.support import policies
+from tests.support.models import ARCHITECTURES, build, difference, generate, model, prompt
 
 LENGTHS = {"alone": (40,), "padded": (40, 29, 3)}
 

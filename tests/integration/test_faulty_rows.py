@@ -7,10 +7,10 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import NonFiniteScoreWarning
-from tests.holdings import segment
 from tests.integration.test_stores import READERS, STORES, attached
-from tests.models import build, generate, prompt
-from tests.policies import NAMES, small
+from tests.support.holdings import segment
+from tests.support.models import build, generate, prompt
+from tests.support.policies import NAMES, small
 
 ONE = build(num_hidden_layers=2)
 STEPS, LENGTH, ROW = 26, 30, 1

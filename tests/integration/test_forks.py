@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheError
-from tests.alone import repeat
-from tests.decisions import Decisions
-from tests.models import build, generate, model, prompt
-from tests.policies import held, small
-from tests.rounding import close
-from tests.states import KIVI, PAGES, assert_same_state, everything
+from tests.support.alone import repeat
+from tests.support.decisions import Decisions
+from tests.support.models import build, generate, model, prompt
+from tests.support.policies import held, small
+from tests.support.rounding import close
+from tests.support.states import KIVI, PAGES, assert_same_state, everything
 
 POLICIES = {
     "nothing is evicted": lambda: small("snapkv", budget=400),

@@ -12,8 +12,8 @@ from transformers import DynamicCache, Phi3Config, Phi3ForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvpolicy.errors import CacheError, UncompressedWarning
-from tests.models import ARCHITECTURES, PAD, VOCABULARY, build, difference, generate, prompt
-from tests.policies import small
+from tests.support.models import ARCHITECTURES, PAD, VOCABULARY, build, difference, generate, prompt
+from tests.support.policies import small
 
 
 @contextlib.contextmanager

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.cache import scheduler
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.compress import step
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime import scheduler
-from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.support import geometry_of
 from kvpolicy_kernels import UnsupportedInputError
-from tests.alone import repeat
-from tests.decisions import Decisions
-from tests.models import build, generate, prompt
-from tests.policies import small
+from tests.support.alone import repeat
+from tests.support.decisions import Decisions
+from tests.support.models import build, generate, prompt
+from tests.support.policies import small
 
 LAYERS, STEPS = 2, 9
 POLICIES = {

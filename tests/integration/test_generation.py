@@ -6,8 +6,8 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from kvpolicy.errors import UncompressedWarning, UnsupportedCallError
-from tests.models import build, difference, generate, model, prompt
-from tests.policies import held, small
+from tests.support.models import build, difference, generate, model, prompt
+from tests.support.policies import held, small
 
 WAYS = {
     "beams": {"num_beams": 3},

@@ -11,10 +11,10 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import kvpolicy
 from kvpolicy.errors import UnsupportedModelError
-from kvpolicy.runtime.attachment import Attachment
-from tests import fingerprint
-from tests.models import VOCABULARY, build, difference, generate, prompt
-from tests.policies import small
+from kvpolicy.integrations.transformers.attachment import Attachment
+from tests.support import fingerprint
+from tests.support.models import VOCABULARY, build, difference, generate, prompt
+from tests.support.policies import small
 
 _SMALL = {
     "vocab_size": VOCABULARY,

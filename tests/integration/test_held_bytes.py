@@ -9,8 +9,8 @@ import torch
 import kvpolicy
 from kvpolicy.plan.explain import explain
 from kvpolicy.plan.plan import Plan
-from tests.models import build, generate, model, prompt
-from tests.policies import small
+from tests.support.models import build, generate, model, prompt
+from tests.support.policies import small
 
 SLIDING = {"architecture": "gemma3", "head_dim": 8}
 

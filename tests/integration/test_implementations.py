@@ -9,9 +9,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import kvpolicy
 from kvpolicy.errors import UnsupportedModelError
-from tests import fingerprint
-from tests.models import ARCHITECTURES, VOCABULARY, build, difference, generate, prompt
-from tests.policies import small
+from tests.support import fingerprint
+from tests.support.models import ARCHITECTURES, VOCABULARY, build, difference, generate, prompt
+from tests.support.policies import small
 
 BATCHES = {"alone": (40,), "padded": (40, 29)}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import kvpolicy
-from tests.holdings import bytes_per_slot, tensors
-from tests.models import VOCABULARY, model, prompt
-from tests.policies import EVEN, RAGGED, small
+from tests.support.holdings import bytes_per_slot, tensors
+from tests.support.models import VOCABULARY, model, prompt
+from tests.support.policies import EVEN, RAGGED, small
 
 EVERY = 4
 

@@ -6,12 +6,12 @@ import io
 import pytest
 import torch
 
-from kvpolicy.runtime.attachment import attached as attachment_of
-from tests.alone import assert_rows_alone
+from kvpolicy.integrations.transformers.attachment import attached as attachment_of
 from tests.integration.test_concurrency import together
 from tests.integration.test_stores import READERS, STORES, attached
-from tests.models import build, generate, model, prompt
-from tests.policies import small
+from tests.support.alone import assert_rows_alone
+from tests.support.models import build, generate, model, prompt
+from tests.support.policies import small
 
 LENGTHS = (40, 29, 7)
 MERGES = {

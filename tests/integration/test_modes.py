@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.runtime.attention import managed_modules
-from tests import fingerprint
-from tests.models import build, difference, generate, prompt
-from tests.policies import NAMES, small
+from kvpolicy.integrations.transformers.attention_function import managed_modules
+from tests.support import fingerprint
+from tests.support.models import build, difference, generate, prompt
+from tests.support.policies import NAMES, small
 
 STORES = {
     "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 4},

@@ -7,9 +7,9 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import CacheError
-from tests.interrupts import forward
-from tests.models import generate, model, prompt
-from tests.policies import small
+from tests.support.interrupts import forward
+from tests.support.models import generate, model, prompt
+from tests.support.policies import small
 
 POLICIES = {
     "full": lambda: kvpolicy.load("full"),

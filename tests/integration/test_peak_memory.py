@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.driving import feed, new_layer
 from tests.property.test_packed_layers import HEADS, entries, plan_of
+from tests.support.driving import feed, new_layer
 
 LENGTH, DIM = 8_000, 64
 

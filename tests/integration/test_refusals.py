@@ -6,9 +6,9 @@ import transformers
 from torch import nn
 
 from kvpolicy.errors import UnsupportedCallError, UnsupportedModelError
-from tests import fingerprint
-from tests.models import VOCABULARY, build, difference, generate, model, prompt
-from tests.policies import held, small
+from tests.support import fingerprint
+from tests.support.models import VOCABULARY, build, difference, generate, model, prompt
+from tests.support.policies import held, small
 
 _SMALL = {
     "vocab_size": VOCABULARY,

@@ -7,15 +7,15 @@ import attrs
 import pytest
 import torch
 
+from kvpolicy.cache.regions import Regions
 from kvpolicy.errors import BudgetWarning, PolicyError, RegionError
 from kvpolicy.policy import Policy
-from kvpolicy.runtime.regions import Regions
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Scorer
-from tests.alone import assert_rows_alone
 from tests.integration.test_eviction import DECODING, assert_as_if_masked
-from tests.models import difference, generate, model, prompt
-from tests.policies import held, small
+from tests.support.alone import assert_rows_alone
+from tests.support.models import difference, generate, model, prompt
+from tests.support.policies import held, small
 
 REGIONS = {"system": (2, 7), "tools": [(12, 15), (20, 22)]}
 JOINT = {"allocate": {"joint": "global"}}

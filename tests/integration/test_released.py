@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import kvpolicy
-from tests.models import build, generate, prompt
-from tests.policies import small
+from tests.support.models import build, generate, prompt
+from tests.support.policies import small
 
 GRAPH = {"plain": False, "graph": True}
 

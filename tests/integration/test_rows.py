@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvpolicy.errors import NonFiniteScoreWarning
-from tests.alone import assert_rows_alone, repeat
-from tests.decisions import Decisions
-from tests.models import ARCHITECTURES, PAD, generate, model, prompt
-from tests.policies import NAMES, held, small
+from tests.support.alone import assert_rows_alone, repeat
+from tests.support.decisions import Decisions
+from tests.support.models import ARCHITECTURES, PAD, generate, model, prompt
+from tests.support.policies import NAMES, held, small
 
 LENGTHS = (40, 29, 7)  # longer than the budget twice, shorter than it once
 LAYERS = 3

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 import kvpolicy
 from kvpolicy.errors import AttachError, CacheError, ParameterError, SavedCacheError
+from kvpolicy.integrations.transformers.saving import cache_file
 from kvpolicy.plan.tensor_file import CONTENTS, digest_of
-from kvpolicy.runtime import cache_file
-from tests.models import build, model, prompt
-from tests.policies import small
-from tests.states import everything, reachable
+from tests.support.models import build, model, prompt
+from tests.support.policies import small
+from tests.support.states import everything, reachable
 
 
 @pytest.fixture(scope="module")

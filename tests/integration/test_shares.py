@@ -7,12 +7,12 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import BudgetWarning, PolicyError
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.support import geometry_of
-from kvpolicy.stages.registry import registry
-from tests.models import PAD, VOCABULARY, build, generate, model, prompt
-from tests.policies import held, small
+from kvpolicy.stages.registry.plugins import registry
+from tests.support.models import PAD, VOCABULARY, build, generate, model, prompt
+from tests.support.policies import held, small
 
 LENGTHS = (90, 61, 40)
 

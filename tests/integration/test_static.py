@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.alone import repeat
-from tests.decisions import Decisions
 from tests.integration.static_steps import DEVICES, assert_alike, both
-from tests.models import build, generate, model, prompt
-from tests.oracle import masked_forward, step_by_step
-from tests.policies import EVEN, small
+from tests.support.alone import repeat
+from tests.support.decisions import Decisions
+from tests.support.models import build, generate, model, prompt
+from tests.support.oracle import masked_forward, step_by_step
+from tests.support.policies import EVEN, small
 
 ROWS = {"one": (40,), "padded": (40, 25, 31), "short": (5,), "mixed": (7, 30)}
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheError
-from tests.alone import repeat
-from tests.decisions import Decisions
 from tests.integration.static_steps import TOLERANCE, assert_alike, fed
-from tests.models import build, generate, model, prompt
-from tests.policies import held, small
+from tests.support.alone import repeat
+from tests.support.decisions import Decisions
+from tests.support.models import build, generate, model, prompt
+from tests.support.policies import held, small
 
 
 def test_two_caches_take_turns():

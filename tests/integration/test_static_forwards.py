@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
-from tests import fingerprint
-from tests.decisions import Decisions
 from tests.integration.static_steps import TOLERANCE, fed
-from tests.models import build, generate, model, prompt
-from tests.policies import small
+from tests.support import fingerprint
+from tests.support.decisions import Decisions
+from tests.support.models import build, generate, model, prompt
+from tests.support.policies import small
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["beams", "lookup"])

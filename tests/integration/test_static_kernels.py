@@ -5,17 +5,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpolicy_kernels.compact
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.decode_graph import evict
+from kvpolicy.integrations.transformers.decode_graph.runners import Mode
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.compress.kernels import FusedLayers
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.static import evict
-from kvpolicy.runtime.static.runners import Mode
-from kvpolicy.runtime.support import geometry_of
 from kvpolicy_kernels import UnsupportedInputError
-from tests.alone import repeat
-from tests.decisions import Decisions
-from tests.models import build, generate, prompt
-from tests.policies import held, small
+from tests.support.alone import repeat
+from tests.support.decisions import Decisions
+from tests.support.models import build, generate, prompt
+from tests.support.policies import held, small
 
 LAYERS, STEPS = 2, 9
 ROWS = (25, 14)

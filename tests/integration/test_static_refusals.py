@@ -14,10 +14,10 @@ from kvpolicy.errors import (
 )
 from kvpolicy.stages import Selector
 from kvpolicy_plugins.selectors.topk import TopK
-from tests import fingerprint
 from tests.integration.static_steps import fed
-from tests.models import build, generate, model, prompt
-from tests.policies import held, small
+from tests.support import fingerprint
+from tests.support.models import build, generate, model, prompt
+from tests.support.policies import held, small
 
 
 def test_nan_is_counted_and_said(steps):

@@ -6,13 +6,13 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.runtime.static.session import Session
+from kvpolicy.integrations.transformers.decode_graph.session import Session
 from kvpolicy.stages import LayerAllocator
-from tests.alone import repeat
-from tests.decisions import Decisions
 from tests.integration.static_steps import DEVICES, assert_alike
-from tests.models import build, generate, model, prompt
-from tests.policies import small
+from tests.support.alone import repeat
+from tests.support.decisions import Decisions
+from tests.support.models import build, generate, model, prompt
+from tests.support.policies import small
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,9 +5,9 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import CalibrationError, PolicyError, UnsupportedCallError
-from tests.alone import assert_rows_alone
-from tests.models import ARCHITECTURES, build, difference, generate, model, prompt
-from tests.policies import small
+from tests.support.alone import assert_rows_alone
+from tests.support.models import ARCHITECTURES, build, difference, generate, model, prompt
+from tests.support.policies import small
 
 STORES = {
     "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8},

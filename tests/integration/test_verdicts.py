@@ -7,10 +7,10 @@ import torch
 import transformers
 
 from kvpolicy.errors import KVPolicyError, UnsupportedModelError
-from kvpolicy.runtime.shape import is_set
-from kvpolicy.runtime.support import geometry_of
-from tests.models import ARCHITECTURES, VOCABULARY, build
-from tests.policies import small
+from kvpolicy.integrations.transformers.models.attention_shape import is_set
+from kvpolicy.integrations.transformers.models.support import geometry_of
+from tests.support.models import ARCHITECTURES, VOCABULARY, build
+from tests.support.policies import small
 
 _SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _MORE = {"intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}

@@ -17,7 +17,7 @@ from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.window_fit import WindowFit
 from tests.kernels.cases import DTYPES
 from tests.kernels.scenes import DEVICE, scene
-from tests.views import fresh_state, view_of
+from tests.support.views import fresh_state, view_of
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from kvpolicy.plan.steps import Step
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels import Column, Segments, Traffic
 from kvpolicy_kernels.compact import compact, compact_to
-from tests.compressing import chosen_together
 from tests.kernels.counting import counted
-from tests.policies import small
+from tests.support.compressing import chosen_together
+from tests.support.policies import small
 
 BUDGET, EVERY, LENGTH = 96, 32, 500
 GEOMETRY = Geometry((0,), 8, 2, 32)

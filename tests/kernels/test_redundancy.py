@@ -15,7 +15,7 @@ from tests.kernels.counting import counted
 from tests.kernels.references import redundancy as reference
 from tests.kernels.resembling import KINDS, check, keys_of, place, threshold_for
 from tests.kernels.scenes import DEVICE
-from tests.views import view_of
+from tests.support.views import view_of
 
 
 @pytest.mark.parametrize("kind", KINDS)

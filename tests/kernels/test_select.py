@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from kvpolicy_kernels.select import counts_of_best, counts_traffic, select, traffic
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.selectors.topk import TopK
-from tests.allocating import counts_of
 from tests.kernels.counting import counted
 from tests.kernels.scenes import DEVICE, scene
 from tests.kernels.selecting import KINDS, budgets, check_counts, check_select, scores_of
+from tests.support.allocating import counts_of
 
 SMALL = [0, 1, 2, 63, 64, 65, 127, 129]
 

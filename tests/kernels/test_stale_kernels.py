@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.building import ROOT
+from tests.support.building import ROOT
 
 pytestmark = pytest.mark.timeout(600)
 FUNCTIONS = """

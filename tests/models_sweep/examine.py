@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 import kvpolicy
 from kvpolicy.errors import UncompressedWarning, UnsupportedModelError
-from tests import fingerprint
 from tests.models_sweep.pairs import Pair
 from tests.models_sweep.reference import Batch, as_held, forget_positions, plain_logits, through
 from tests.models_sweep.tiny import VOCABULARY, CannotBuildError, build
+from tests.support import fingerprint
 
 PROMPT, NEW = 20, 5
 CHUNKS = (PROMPT, *[1] * 4, 3, *[1] * 3)

@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpolicy.runtime.cache import PolicyCache
-from tests import holdings
+from kvpolicy.integrations.transformers.cache import PolicyCache
+from tests.support import holdings
 
 NAME = "sweep_reference"
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "is_causal", "sliding_window", "layer_idx"}

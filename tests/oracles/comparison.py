@@ -9,10 +9,10 @@ import yaml
 
 import kvpolicy
 from kvpolicy.plan.plan import LOG_VOTES
-from tests import holdings
-from tests.models import build, model, prompt
 from tests.oracles.simulation import Contents, Method, simulate
-from tests.policies import held
+from tests.support import holdings
+from tests.support.models import build, model, prompt
+from tests.support.policies import held
 
 SIZES = (22, 2, *[1] * 8, 5, *[1] * 6)  # a prompt, a short turn, decoding, another turn, decoding
 TURN = sum(SIZES[:10])  # where the other turn begins; that of the second row is padded, too

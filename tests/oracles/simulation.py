@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 import torch
 
-from tests.oracle import attending_by
+from tests.support.oracle import attending_by
 
 Contents = dict[tuple[int, int], list[dict[int, tuple[np.ndarray, np.ndarray, float]]]]  # by layer, row; head; position
 

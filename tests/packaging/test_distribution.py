@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.building import ROOT, build, run, unpack
+from tests.support.building import ROOT, build, run, unpack
 
 PACKAGES = {"kvpolicy", "kvpolicy_plugins", "kvpolicy_kernels", "kvpolicy_policies"}
 USE = """

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.building import COMMAND, HIDE_TRITON, ROOT, build, printed, run, run_together, unpack
+from tests.support.building import COMMAND, HIDE_TRITON, ROOT, build, printed, run, run_together, unpack
 
 SOURCE = ROOT / "docs" / "example-plugin"
 USE = """

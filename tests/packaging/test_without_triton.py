@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.building import HIDE_TRITON, ROOT, printed, run_together
+from tests.support.building import HIDE_TRITON, ROOT, printed, run_together
 
 GENERATE = """
 import torch
@@ -27,7 +27,7 @@ TILES = """
 import json
 import kvpolicy
 from kvpolicy.plan.compress.fusion import fusion_of
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 terms = [term for name in registry().policies() for term in fusion_of(kvpolicy.load(name).spec, "").terms]
 print(json.dumps({term.weighted.scorer.name: term.reason for term in terms}))
 """

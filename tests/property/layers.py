@@ -5,7 +5,7 @@ import torch
 from hypothesis import strategies as st
 
 from kvpolicy.stages import View
-from tests.views import view_of
+from tests.support.views import view_of
 
 HARD = (0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-42, -1e-42, 3.4e38, -3.4e38)
 

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from tests import driving
-from tests.holdings import HALVES, segments_of
+from tests.support import driving
+from tests.support.holdings import HALVES, segments_of
 
 SCALING = driving.DIM**-0.5  # that of `feed`
 ESTIMATE = "merge.log_estimate"

@@ -12,8 +12,8 @@ from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.apportion import apportion, fill_evenly
-from tests.allocating import counts_of, joint_counts, shares_of
 from tests.property.layers import scored
+from tests.support.allocating import counts_of, joint_counts, shares_of
 
 betas = st.one_of(st.sampled_from((1, 5, 20)), st.floats(1e-3, 1e6))
 layer_allocators = st.one_of(st.just(UniformLayers()), st.builds(Pyramid, betas))

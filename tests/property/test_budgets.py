@@ -16,7 +16,7 @@ from kvpolicy.spec.policy import Allocate, Compress, Protect
 from kvpolicy.stages import AsIs, Column, Formats, Geometry
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
-from tests.policies import small
+from tests.support.policies import small
 
 SPEC = small("snapkv").spec
 ENTRY = 2 * 8 * 4 + 4  # key, value and position

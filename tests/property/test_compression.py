@@ -11,10 +11,10 @@ from kvpolicy.stages import Scorer
 from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
-from tests.compressing import compress_one
-from tests.driving import FirstHeads
-from tests.policies import small
-from tests.views import view_of
+from tests.support.compressing import compress_one
+from tests.support.driving import FirstHeads
+from tests.support.policies import small
+from tests.support.views import view_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvpolicy.errors.NonFiniteScoreWarning")
 HEAD_ALLOCATORS = (UniformHeads(), Adaptive(), FirstHeads())

@@ -4,12 +4,12 @@ import attrs
 import pytest
 import torch
 
+from kvpolicy.attention.blockwise import visible
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.runtime.blockwise import visible
 from kvpolicy.stages import Geometry
-from tests.compressing import chosen, compress_layers
-from tests.policies import NAMES, small
 from tests.property.test_faulty_merges import MERGERS, kept_of, merged, parts, view_for
+from tests.support.compressing import chosen, compress_layers
+from tests.support.policies import NAMES, small
 from tests.unit.plan.test_faults import DIM, GROUP, HEADS, SLOTS, seen
 
 FAR = 2**25 + 1

@@ -23,7 +23,7 @@ from kvpolicy_plugins.mergers.tome import ToMe
 from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.weightedkv import WeightedKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
-from tests.policies import small
+from tests.support.policies import small
 
 ROW, EVICTED, KEPT = 1, 5, 6  # the faulty row, a slot that goes, and a slot that stays, of head 0
 WRONG = (torch.nan, torch.inf, -torch.inf)

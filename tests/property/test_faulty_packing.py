@@ -8,9 +8,9 @@ import torch
 
 from kvpolicy.errors import NonFiniteScoreWarning
 from kvpolicy.plan.plan import POSITIONS
-from tests.driving import feed, new_layer
-from tests.holdings import segment
 from tests.property.test_packed_layers import DIM, HEADS, STORES, entries, plan_of
+from tests.support.driving import feed, new_layer
+from tests.support.holdings import segment
 
 PACKING = [name for name in STORES if name != "plain"]
 SIZES = (21, 1, 1, 1, 5, 1, 1, 1, 1, 1, 1)

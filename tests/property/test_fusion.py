@@ -10,13 +10,13 @@ import kvpolicy
 from kvpolicy.plan.compress.fusion import fusion_of
 from kvpolicy.plan.compress.score import scored
 from kvpolicy.plan.compress.scored import select
-from kvpolicy.plan.followers import state_name
+from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.stages import Geometry, View
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_plugins.scorers.redundancy import Redundancy
-from tests.compressing import allocated, chosen, chosen_together, fused, score
-from tests.references import near_threshold
+from tests.support.compressing import allocated, chosen, chosen_together, fused, score
+from tests.support.references import near_threshold
 
 NONE = {"kind": "none"}
 # The interpreter computes with NumPy, which reports overflows in slots that are masked.

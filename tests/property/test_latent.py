@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.latent import Latent, joint_spectrum
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
-from tests.latents import formats_of, only_rows, question_of, samples
 from tests.property.layers import generators
+from tests.support.latents import formats_of, only_rows, question_of, samples
 
 ranks = st.sampled_from((0.1, 0.25, 0.5, 0.9, 1.0))
 EXACT = {"atol": 1e-10, "rtol": 1e-10}

@@ -8,9 +8,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
-from tests import driving
-from tests.driving import GROUP, HEADS, NAME, WORTH, feed, new_layer, random_entries, worth_plan
-from tests.holdings import HALVES, segments_of
+from tests.support import driving
+from tests.support.driving import GROUP, HEADS, NAME, WORTH, feed, new_layer, random_entries, worth_plan
+from tests.support.holdings import HALVES, segments_of
 
 ROWS = 4
 

@@ -7,19 +7,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
+from kvpolicy.attention.attend import attend
+from kvpolicy.cache.query_batch import Asked
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import POSITIONS, compile_policy
-from kvpolicy.runtime.asked import Asked
-from kvpolicy.runtime.attend import attend
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Entries, Geometry, Merger, Rotary, Sample
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 from kvpolicy.stages.slots import gather
-from tests import driving
-from tests.decisions import Decisions
-from tests.driving import feed, new_layer
-from tests.holdings import segment, stores
-from tests.rounding import PROBES, Noise, close, noisy
+from tests.support import driving
+from tests.support.decisions import Decisions
+from tests.support.driving import feed, new_layer
+from tests.support.holdings import segment, stores
+from tests.support.rounding import PROBES, Noise, close, noisy
 
 HEADS, GROUP, DIM = 2, 2, 8
 SCALING = driving.DIM**-0.5  # that of `feed`

@@ -7,11 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvpolicy.attention import attended_slots as part
+from kvpolicy.attention import blockwise
 from kvpolicy.plan.plan import POSITIONS
-from kvpolicy.runtime import blockwise, part
-from tests.driving import FirstHeads, feed, new_layer
 from tests.property.snapshots import Forward, appended, attention, held_by, nothing
 from tests.property.test_packed_layers import HEADS, STORES, entries, plan_of
+from tests.support.driving import FirstHeads, feed, new_layer
 
 ROWS, PROMPT, BUDGET = 4, 24, 14
 PACKED = sorted(set(STORES) - {"plain"})

@@ -11,9 +11,9 @@ from kvpolicy.stages.ordering import best_first
 from kvpolicy_plugins.leading import leading
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
-from tests.decisions import Decisions
-from tests.latents import formats_of, only_rows, question_of, samples
 from tests.property.layers import generators, layers, scored
+from tests.support.decisions import Decisions
+from tests.support.latents import formats_of, only_rows, question_of, samples
 
 latent_readers = st.builds(
     LatentTopK,

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.driving import feed, new_layer
 from tests.property.snapshots import held_by
 from tests.property.test_packed_layers import STORES, entries, plan_of
+from tests.support.driving import feed, new_layer
 
 PAGES = {"use": "pages", "page": 4, "budget": 8, "dense_first": 0}
 MERGES = ("drop", {"use": "d2o"}, {"use": "keepkv", "threshold": -1, "window": 3})

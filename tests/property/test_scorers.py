@@ -15,9 +15,9 @@ from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
-from tests import references
 from tests.property.layers import layers, row_alone
-from tests.views import fresh_state, view_of
+from tests.support import references
+from tests.support.views import fresh_state, view_of
 
 GROUPS = ("mean", "max", "sum")
 pools = st.builds(Pool, st.sampled_from(("none", "max", "average")), st.sampled_from((1, 3, 7)))

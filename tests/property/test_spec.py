@@ -29,7 +29,7 @@ from kvpolicy.stages.parameters import (
     is_required,
     rule_of,
 )
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 from kvpolicy_plugins.pooling import Pool
 
 BUDGETS = st.one_of(

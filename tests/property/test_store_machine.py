@@ -5,10 +5,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvpolicy.cache.compaction.compaction_plan import Move
+from kvpolicy.cache.storage.layout import Layout
+from kvpolicy.cache.storage.slot_store import Store
 from kvpolicy.plan.plan import POSITIONS
-from kvpolicy.runtime.copying import Move
-from kvpolicy.runtime.layout import Layout
-from kvpolicy.runtime.store import Store
 from kvpolicy.stages import Column
 
 COLUMNS = {

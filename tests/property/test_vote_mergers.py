@@ -31,7 +31,7 @@ from tests.property.votes import (
     window_fits,
     with_votes,
 )
-from tests.views import view_of
+from tests.support.views import view_of
 
 
 @settings(max_examples=100)

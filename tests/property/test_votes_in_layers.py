@@ -6,10 +6,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvpolicy.runtime import blockwise, part
-from tests.driving import feed, new_layer
+from kvpolicy.attention import attended_slots as part
+from kvpolicy.attention import blockwise
 from tests.property.snapshots import Forward, appended, assert_same_state, attention, follow, held_by, nothing
 from tests.property.test_packed_layers import HEADS, entries, plan_of
+from tests.support.driving import feed, new_layer
 
 ROWS, PROMPT = 4, 16
 _EVERYONE = {"use": "keepkv", "threshold": -1}

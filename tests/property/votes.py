@@ -15,7 +15,7 @@ from kvpolicy_plugins.merging import (
     statistics_of,
 )
 from tests.property.layers import layers
-from tests.views import fresh_state
+from tests.support.views import fresh_state
 
 CONTENTS = ("normal", "clustered", "one hot", "all equal", "zero")
 KEYS = ("scale", "additive", "bias")

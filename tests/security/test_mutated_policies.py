@@ -14,7 +14,7 @@ from kvpolicy.plan.compress.step import compress_one
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.stages import Geometry, View
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 FILES = [path.read_text("utf-8") for path in registry().policies().values()]
 GEOMETRY = Geometry((0, 1, 2), 4, 2, 8)

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 HEADER = """
 from kvpolicy.stages import *

@@ -13,10 +13,10 @@ import kvpolicy_plugins
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance.samples import sample_view
-from tests.compressing import compress_layers
-from tests.models import build, generate, prompt
-from tests.policies import NAMES, small
 from tests.property.test_faulty_merges import MERGERS, kept_of, merged, parts, view_for
+from tests.support.compressing import compress_layers
+from tests.support.models import build, generate, prompt
+from tests.support.policies import NAMES, small
 from tests.unit.plan.test_faults import DIM, GROUP, HEADS, seen
 
 SOURCES = [

@@ -11,7 +11,7 @@ import kvpolicy_kernels
 from kvpolicy.errors import InputError
 from kvpolicy.policy import load
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 from kvpolicy_kernels import Finish, Tile
 from kvpolicy_kernels.builds import Build
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy.evaluate.table.trace import Batch, Traced, replay
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.cache import PolicyCache
 
 
 @attrs.frozen

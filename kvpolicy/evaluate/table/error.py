@@ -7,11 +7,11 @@ import attrs
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.attend import attend
+from kvpolicy.cache.query_batch import Asked
 from kvpolicy.evaluate.table.trace import Batch, Traced, replay
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.asked import Asked
-from kvpolicy.runtime.attend import attend
-from kvpolicy.runtime.layer import PolicyLayer
 
 
 @attrs.frozen(eq=False)

@@ -16,7 +16,7 @@ from kvpolicy.plan.plan import READ_ALL
 from kvpolicy.policy import Policy
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Merger
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 _QUERIES = 32  # that a merger observes where no scorer does; fewer once it is fitted
 _DROP = "drop"

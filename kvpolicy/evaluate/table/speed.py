@@ -15,10 +15,10 @@ from transformers.cache_utils import Cache
 from kvpolicy.evaluate.filling import feed
 from kvpolicy.evaluate.table.setup import DecodeSetup
 from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.cache import PolicyCache
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.cache import PolicyCache
-from kvpolicy.runtime.layer import PolicyLayer
 
 _CHUNK = 512  # tokens by which caches are filled
 _WARM_UP = 2

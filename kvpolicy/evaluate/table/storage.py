@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import attrs
 
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.plan.plan import Plan
-from kvpolicy.runtime.layer import PolicyLayer
 
 
 @attrs.frozen

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpolicy.cache.query_batch import Asked
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.answers import SEEN, is_seen, places_of
 from kvpolicy.evaluate.testbed import Item
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
+from kvpolicy.integrations.transformers.calls.padding_mask import Arrival
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.policy import load
-from kvpolicy.runtime.asked import Asked
-from kvpolicy.runtime.attachment import Attachment
-from kvpolicy.runtime.layer import PolicyLayer
-from kvpolicy.runtime.padding import Arrival
-from kvpolicy.runtime.support import geometry_of
 from kvpolicy.stages import Needs
 
 

@@ -25,9 +25,7 @@ def allocate(
     if isinstance(allocator, JointAllocator):
         counts = _allocate_jointly(allocator, groups, budgets, tokens)
         return list(counts.split([len(group.scores) for group in groups]))
-    return [
-        _allocate(allocator, group, budget, tokens) for group, budget in zip(groups, budgets, strict=True)
-    ]
+    return [_allocate(allocator, group, budget, tokens) for group, budget in zip(groups, budgets, strict=True)]
 
 
 def _allocate(allocator: Allocator, group: ScoredLayers, budgets: Tensor, tokens: Tensor) -> Tensor:

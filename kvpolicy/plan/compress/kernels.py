@@ -12,7 +12,7 @@ from kvpolicy.plan.compress.fusion import Fusion, Term
 from kvpolicy.plan.compress.layers import Layers
 from kvpolicy.plan.compress.score import scored
 from kvpolicy.plan.compress.scored import ScoredLayers, Selection
-from kvpolicy.plan.followers import state_name
+from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import View
 from kvpolicy_kernels.tile import ColumnRequest, Tile

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvpolicy.plan.compress.finite import Sound, kept_finite, warn_of_faults
 from kvpolicy.plan.compress.score import state_of
-from kvpolicy.plan.followers import MERGE_STATE
+from kvpolicy.plan.forward_observers import MERGE_STATE
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Entries, View
 from kvpolicy.stages.checks import check_state, check_tensor, contract_error

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvpolicy.plan.followers import state_name
+from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Scorer, View
 from kvpolicy.stages.checks import check_scores, check_state

@@ -118,9 +118,7 @@ def best_of_all(scores: Sequence[Tensor], views: Sequence[View], best: Tensor) -
     ]
     stays = highest(torch.cat([one for one, _ in shown], 1), torch.cat([inside for _, inside in shown], 1), best)
     sizes = [one.shape[1] for one, _ in shown]
-    return torch.stack(
-        [part.view(one.shape).sum(-1) for part, one in zip(stays.split(sizes, 1), scores, strict=True)]
-    )
+    return torch.stack([part.view(one.shape).sum(-1) for part, one in zip(stays.split(sizes, 1), scores, strict=True)])
 
 
 def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tensor:

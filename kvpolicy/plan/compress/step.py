@@ -17,7 +17,7 @@ from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.compress.merge import merge
 from kvpolicy.plan.compress.nan import warn_of_nan
 from kvpolicy.plan.compress.scored import ScoredLayers, Selection
-from kvpolicy.plan.followers import MERGE_STATE
+from kvpolicy.plan.forward_observers import MERGE_STATE
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Entries, JointAllocator, View
 

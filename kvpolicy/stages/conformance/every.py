@@ -6,10 +6,10 @@ import pickle
 import attrs
 
 from kvpolicy.errors import PluginError
-from kvpolicy.stages.admission import admit
 from kvpolicy.stages.checks import contract_error
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.contracts import Plugin
+from kvpolicy.stages.registry.admission import admit
 
 
 def can_be_named_in_a_policy(plugin: Plugin, _promises: Promises) -> None:

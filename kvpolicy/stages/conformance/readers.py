@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvpolicy.stages.checks import check_tensor, contract_error
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.questions import (
+from kvpolicy.stages.conformance.read_requests import (
     GEOMETRY,
     JUNK,
     MIDDLE,

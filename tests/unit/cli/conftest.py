@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvpolicy.cli.app import app
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 
 @pytest.fixture

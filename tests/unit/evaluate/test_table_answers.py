@@ -13,7 +13,7 @@ from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.table.accuracy import answered
 from kvpolicy.evaluate.table.trace import batch_of, catch, replay
 from kvpolicy.evaluate.testbed import make_item
-from kvpolicy.runtime.layer import PolicyLayer
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 
 WORDS = 5
 

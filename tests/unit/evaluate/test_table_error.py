@@ -13,7 +13,7 @@ from kvpolicy.evaluate.table.error import attention_error, exact_attention, fill
 from kvpolicy.evaluate.table.storage import storage_of
 from kvpolicy.evaluate.table.trace import Traced, batch_of, catch
 from kvpolicy.evaluate.testbed import load_testbed, make_item
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 SHIPPED = tuple(registry().policies())
 

@@ -17,7 +17,7 @@ from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.dump import plugin_digest
 from kvpolicy.stages import Codec, Geometry, Rotary, Site
-from tests.models import model
+from tests.support.models import model
 
 ABOUT = {"kvpolicy": "1", "store": "s", "model": "m", "layers": "2"}
 

@@ -8,14 +8,14 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import NonFiniteScoreWarning
-from kvpolicy.plan.followers import ATTENTION, followers_of, state_name
+from kvpolicy.plan.forward_observers import ATTENTION, followers_of, state_name
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry, Glimpse
-from tests.compressing import chosen, compress_layers
-from tests.driving import feed, new_layer, plan_of, random_entries
-from tests.holdings import padded
-from tests.policies import small
-from tests.views import view_of
+from tests.support.compressing import chosen, compress_layers
+from tests.support.driving import feed, new_layer, plan_of, random_entries
+from tests.support.holdings import padded
+from tests.support.policies import small
+from tests.support.views import view_of
 
 HEADS, GROUP, DIM, SLOTS = 2, 2, 8, 24
 WRONG = (torch.nan, torch.inf, -torch.inf)

@@ -15,7 +15,7 @@ from kvpolicy.plan.steps import REFERENCE, Shapes
 from kvpolicy.plan.traffic import steps_of
 from kvpolicy.spec.policy import Allocate, Weighted
 from kvpolicy.stages import Geometry, HeadAllocator, Scorer, Tile
-from tests.policies import small
+from tests.support.policies import small
 
 GEOMETRY = Geometry((0, 1), 4, 2, 16)
 

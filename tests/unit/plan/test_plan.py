@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvpolicy.errors import UnsupportedModelError
-from kvpolicy.plan.followers import ATTENTION
+from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, compile_policy
 from kvpolicy.stages import Geometry
-from tests.policies import NAMES, RAGGED, small
+from tests.support.policies import NAMES, RAGGED, small
 
 GEOMETRY = Geometry((0, 1, 2), 8, 2, 16)
 

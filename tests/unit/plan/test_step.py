@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from kvpolicy.errors import NonFiniteScoreWarning, PluginContractError
-from kvpolicy.plan.followers import state_name
+from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Entries, Scorer, State
 from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.selectors.topk import TopK
-from tests.compressing import allocated, compress_one, score
-from tests.policies import small
-from tests.views import view_of
+from tests.support.compressing import allocated, compress_one, score
+from tests.support.policies import small
+from tests.support.views import view_of
 
 SCORES = torch.tensor([[[4.0, -2.0, 8.0, 1.0, 3.0]]])
 

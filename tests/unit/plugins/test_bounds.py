@@ -11,9 +11,9 @@ from kvpolicy.policy import Policy
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.policy import Allocate, Compress, PolicySpec, Protect, Weighted
 from kvpolicy.stages.parameters import LARGEST, Integer, Nested, Number, rule_of
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 from kvpolicy_plugins.pooling import Pool
-from tests.models import generate, model, prompt
+from tests.support.models import generate, model, prompt
 
 ATTENTION = {"use": "attention", "queries": 4}
 LATENT = {"use": "latent", "value_group": 8}

@@ -12,7 +12,7 @@ from kvpolicy.stages import Glimpse, Needs
 from kvpolicy_plugins.estimates import MovingAverage, WindowMean
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
 from kvpolicy_plugins.merging import groups_of
-from tests.views import fresh_state, view_of
+from tests.support.views import fresh_state, view_of
 
 FIRST_STAYS = torch.tensor([[[0]]])
 

@@ -9,7 +9,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
 from kvpolicy_plugins.codecs.latent import Latent
-from tests.latents import formats_of, rotary_of, sample_of
+from tests.support.latents import formats_of, rotary_of, sample_of
 
 GEOMETRY = Geometry((0, 1), 4, 2, 8)
 CONFORMANCE = (

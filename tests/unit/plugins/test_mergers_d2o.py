@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.mergers.d2o import D2O
-from tests.views import view_of
+from tests.support.views import view_of
 
 
 def layer(*heads, threshold=-torch.inf, **rest):

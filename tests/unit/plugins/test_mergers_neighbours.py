@@ -11,7 +11,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.mergers.kvmerger import KVMerger
 from kvpolicy_plugins.mergers.weightedkv import WeightedKV, average_attention
-from tests.views import view_of
+from tests.support.views import view_of
 
 
 def layer(keys, values, **rest):

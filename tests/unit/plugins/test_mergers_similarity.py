@@ -14,7 +14,7 @@ from kvpolicy_plugins.mergers.pivot import Pivot
 from kvpolicy_plugins.mergers.tome import ToMe
 from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.weightedkv import WeightedKV
-from tests.views import view_of
+from tests.support.views import view_of
 
 
 def layer(cosines, values, **rest):

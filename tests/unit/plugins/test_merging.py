@@ -13,7 +13,7 @@ from kvpolicy_plugins.merging import (
     nearest,
     sum_by_target,
 )
-from tests.views import view_of
+from tests.support.views import view_of
 
 PLANE = torch.tensor([[1.0, 0], [3, 0], [0, 2], [2, 1], [0, 0], [-1, 0]])[None, None]  # one head, six slots
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Needs
 from kvpolicy_plugins.mergers.window_fit import WindowFit
-from tests.views import view_of
+from tests.support.views import view_of
 
 FIRST_STAYS = torch.tensor([[[0]]])
 

@@ -8,7 +8,7 @@ import pytest
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import parse_policy, read_policy
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 TEXT = """\
 # a comment

@@ -7,7 +7,7 @@ import pytest
 
 from kvpolicy.errors import InputError, KVPolicyError, PolicyError, UnknownPolicyError
 from kvpolicy.spec.load import read_policy
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 TEXT = "kvpolicy: 1\nbudget: 77\nscore: [recency]\n"
 

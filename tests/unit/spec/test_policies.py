@@ -3,7 +3,7 @@
 import pytest
 
 from kvpolicy.spec.load import read_policy
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 BUDGETS = {  # budget, every, sinks, recent

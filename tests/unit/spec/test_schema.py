@@ -9,7 +9,7 @@ from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 GOOD = {"kvpolicy": 1, "budget": 64, "score": ["recency"]}
 WRONG = [

@@ -10,7 +10,7 @@ from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.policy import Compress, PolicySpec, Protect, Weighted
 from kvpolicy.stages import STAGES
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 HEAD = "kvpolicy: 1\nbudget: 64\n"
 EXAMPLE = """\

@@ -5,8 +5,8 @@ import pytest
 import kvpolicy
 from kvpolicy.errors import PluginError, PolicyError, UnknownPolicyError
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.stages.registry import registry
-from tests.models import model
+from kvpolicy.stages.registry.plugins import registry
+from tests.support.models import model
 
 BODIES = {
     "score": ("Scorer", "score(self, view)"),

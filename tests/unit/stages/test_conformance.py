@@ -19,7 +19,7 @@ from kvpolicy.stages import (
 from kvpolicy.stages.checks import check_scores
 from kvpolicy.stages.conformance import Promises, check_plugin, conformance_cases
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
-from tests.views import view_of
+from tests.support.views import view_of
 
 
 def broken(score, needs=Needs(), **members):  # noqa: B008

@@ -7,7 +7,7 @@ import pytest
 
 from kvpolicy.errors import PluginError
 from kvpolicy.stages import STAGES, Scorer
-from kvpolicy.stages.registry import registry
+from kvpolicy.stages.registry.plugins import registry
 
 FROZEN = "@attrs.frozen\nclass Fake(Scorer):\n    name = 'fake'\n"
 SCORE = "    def score(self, view):\n        return view.keys[..., 0]\n"

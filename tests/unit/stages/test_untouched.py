@@ -14,7 +14,7 @@ from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.mergers.weighted import Weighted as WeightedMerger
 from kvpolicy_plugins.readers.pages import Pages
 from kvpolicy_plugins.selectors.topk import TopK
-from tests.models import generate, model, prompt
+from tests.support.models import generate, model, prompt
 
 WRITES = {
     "keys": lambda view: view.keys.mul_(2),

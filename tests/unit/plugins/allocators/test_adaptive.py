@@ -4,7 +4,7 @@ import torch
 
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.apportion import apportion, fill_evenly
-from tests.allocating import counts_of
+from tests.support.allocating import counts_of
 
 
 def test_a_head_with_few_candidates_leaves_the_rest_to_the_others():

@@ -10,7 +10,7 @@ from kvpolicy.stages import view as stages_view
 from kvpolicy_plugins.pooling import Pool
 from kvpolicy_plugins.scorers.attention import Attention
 from tests.kernels.accuracy import assert_twice_as_good
-from tests.views import view_of
+from tests.support.views import view_of
 
 
 @pytest.fixture

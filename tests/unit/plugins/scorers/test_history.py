@@ -10,7 +10,7 @@ from kvpolicy_plugins.pooling import Pool
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
-from tests.views import fresh_state, view_of
+from tests.support.views import fresh_state, view_of
 
 
 def view(values, scorer, **rest):

@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from kvpolicy_plugins import lookalikes
 from kvpolicy_plugins.scorers.redundancy import Redundancy
-from tests import references
-from tests.views import view_of
+from tests.support import references
+from tests.support.views import view_of
 
 
 def clustered(slots, centres):

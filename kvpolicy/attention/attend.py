@@ -1,0 +1,122 @@
+"""Attention over what a layer holds."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvpolicy.attention.attended_slots import Part
+from kvpolicy.attention.blockwise import attend_blockwise, visible, watch
+from kvpolicy.attention.decode_kernel import attend_in_kernel
+from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.storage.segment_index import Segment
+from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
+from kvpolicy.plan.forward_observers import Follower
+from kvpolicy.plan.plan import LOG_VOTES
+
+
+def attend(
+    held: Holdings,
+    asked: Asked,
+    slots: Tensor | None = None,
+    followers: Sequence[Follower] = (),
+    *,
+    pads: bool,
+    dropout: float = 0.0,
+    kernels: bool = False,
+) -> Tensor:
+    """Attention of the queries over held entries at positions up to their own, [B, H, q, Dv].
+
+    `slots` [B, K, n] are those that a reader chose, ascending, -1 behind; None = all. `pads` says that there may be
+    pads among the held slots. `followers` see the logits of this call. `kernels` says whether a kernel may do it.
+    """
+    if kernels and asked.queries.shape[2] == 1 and not dropout:
+        try:
+            return attend_in_kernel(held, asked, slots, followers, pads=pads)
+        except kernel_errors() as error:
+            note_once(f"attention over held entries runs without a kernel: {error}")
+    if held.slots.layout.uniform is not None:
+        part = Part(held, held.everything, slots)
+        return _attend(part, asked, followers, full=held.slots.even and not pads and slots is None, dropout=dropout)
+    if asked.queries.shape[2] == 1 and held.is_plain and slots is None and not followers and not pads:
+        return _one_by_one(held, asked, dropout)
+    heads = [
+        _attend(part, own, followers, full=not pads, dropout=dropout) for part, own in _segments(held, asked, slots)
+    ]
+    starts = range(0, len(heads), held.slots.layout.heads)
+    return torch.cat([torch.cat(heads[start : start + held.slots.layout.heads], 1) for start in starts])
+
+
+def _one_by_one(held: Holdings, asked: Asked, dropout: float) -> Tensor:
+    """One query a row, over heads of different length that hold no pads: the calls below, and nothing around them."""
+    layout = held.slots.layout
+    queries = asked.queries.reshape(layout.rows, layout.heads, 1, 1, -1, asked.queries.shape[3])
+    options: dict[str, Any] = {"scale": asked.scaling, "dropout_p": dropout}
+    outputs = []
+    for row in range(layout.rows):
+        for head in range(layout.heads):
+            keys, values = (half.tail.segment(half.name, row, head) for half in (held.keys, held.values))
+            if LOG_VOTES in held.slots.columns:
+                options["attn_mask"] = held.slots.segment(LOG_VOTES, row, head).to(queries.dtype)[None, None, None]
+            given = queries[row, head], keys[None, None], values[None, None]
+            outputs.append(scaled_dot_product_attention(*given, **options))
+    return torch.cat(outputs, 1).view(*asked.queries.shape[:3], -1)
+
+
+def follow_only(held: Holdings, asked: Asked, followers: Sequence[Follower]) -> None:
+    """Let followers see queries whose attention was computed elsewhere."""
+    if held.slots.layout.uniform is not None:
+        watch(Part(held, held.everything), asked, followers)
+        return
+    for part, own in _segments(held, asked, None):
+        watch(part, own, followers)
+
+
+def _segments(held: Holdings, asked: Asked, slots: Tensor | None) -> Iterator[tuple[Part, Asked]]:
+    layout = held.slots.layout
+    group = asked.queries.shape[1] // layout.heads
+    for row in range(layout.rows):
+        for head in range(layout.heads):
+            chosen = None if slots is None else slots[row : row + 1, head : head + 1]
+            if chosen is not None:
+                chosen = chosen[chosen >= 0][None, None]
+            yield Part(held, Segment(row, head), chosen), asked.of_segment(row, head, group)
+
+
+def _attend(part: Part, asked: Asked, followers: Sequence[Follower], *, full: bool, dropout: float) -> Tensor:
+    """One call for all heads of `part`; `full` says that no slot among them is empty."""
+    if followers or not part.held.is_plain:
+        return attend_blockwise(part, asked, followers, dropout)
+    everything = slice(0, part.length)
+    options = {"scale": asked.scaling, "dropout_p": dropout}
+    return _at_once(part, asked, part.keys(everything), part.values(everything), options, full=full)
+
+
+def _at_once(part: Part, asked: Asked, keys: Tensor, values: Tensor, options: dict[str, Any], *, full: bool) -> Tensor:
+    queries, heads = asked.queries, keys.shape[1]
+    group, count = queries.shape[1] // heads, queries.shape[2]
+    sees_all = count == 1 and full and part.log_votes is None
+    bias = None if sees_all else _bias(part, asked.positions, queries.dtype)
+    if count == 1:  # the group's queries stand in for query tokens of one head: keys are read once
+        packed = queries.reshape(queries.shape[0], heads, group, -1)
+        out = scaled_dot_product_attention(packed, keys, values, attn_mask=bias, **options)
+        return out.flatten(1, 2)[:, :, None]
+    if bias is not None and bias.shape[1] > 1:
+        bias = bias.repeat_interleave(group, 1)
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=group > 1, **options)
+
+
+def _bias(part: Part, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits: bool [B, 1, q, T], or [B, K, q, T] with votes (a float) or chosen slots.
+
+    Held entries are older than the chunk, whichever they are, so heads differ in what they hold and not in which
+    slots a query sees: one head's positions stand for all, unless votes or choices differ.
+    """
+    votes = part.log_votes
+    if votes is None:
+        return visible(part.positions if part.slots is not None else part.positions[:, :1], positions)
+    seen = visible(part.positions, positions)
+    return votes[:, :, None].to(dtype).expand(seen.shape).masked_fill(~seen, -torch.inf)

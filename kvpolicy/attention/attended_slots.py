@@ -1,0 +1,96 @@
+"""What one attention call reads of a layer: all that is held, or the slots that a reader chose."""
+
+from collections.abc import Iterator
+from math import lcm
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.storage.kv_tensor import Half
+from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.storage.segment_index import Access, Segment
+from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
+from kvpolicy.stages.slots import gather
+
+_BLOCK = 512  # slots that are decoded at one time
+
+
+@attrs.frozen(eq=False)
+class Part:
+    """A block of segments [b, k] and T of their slots."""
+
+    held: Holdings
+    at: Access
+    slots: Tensor | None = None  # [b, k, T] chosen slots, ascending, -1 behind; None = all
+    unseen: int = 0  # newest slots of every segment that are left out
+
+    def seen_before(self, newest: int) -> "Part":
+        """What a query sees that has `newest` tokens of its own forward behind it; all, where that saves nothing."""
+        alike = self.slots is None and (self.held.slots.even or isinstance(self.at, Segment))
+        return attrs.evolve(self, unseen=newest) if alike else self
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return (self._everywhere if self.slots is None else self.slots).shape[2]
+
+    @property
+    def _everywhere(self) -> Tensor:
+        return self.column(POSITIONS)
+
+    @property
+    def positions(self) -> Tensor:
+        """[b, k, T]; -1 = nothing there."""
+        if self.slots is None:
+            return self._everywhere
+        return gather(self._everywhere, self.slots).masked_fill(self.slots < 0, -1)
+
+    @property
+    def all_votes(self) -> Tensor | None:
+        """Log-votes [b, k, all] float32 of all held slots."""
+        return self.column(LOG_VOTES) if LOG_VOTES in self.held.slots.columns else None
+
+    @property
+    def log_votes(self) -> Tensor | None:
+        """Log-votes [b, k, T] float32."""
+        votes = self.all_votes
+        return votes if votes is None or self.slots is None else gather(votes, self.slots)
+
+    def blocks(self) -> Iterator[slice]:
+        """The T slots in blocks that can be decoded by themselves; one block when nothing is packed."""
+        if self.held.is_plain:
+            yield slice(0, self.length)
+            return
+        unit = lcm(self.held.keys.form.unit, self.held.values.form.unit)
+        size = -(-_BLOCK // unit) * unit
+        for start in range(0, self.length, size):
+            yield slice(start, min(start + size, self.length))
+
+    def keys(self, block: slice) -> Tensor:
+        """[b, k, n, D]."""
+        return self._read(self.held.keys, block)
+
+    def values(self, block: slice) -> Tensor:
+        """[b, k, n, Dv]."""
+        return self._read(self.held.values, block)
+
+    def _read(self, half: Half, block: slice) -> Tensor:
+        if self.slots is None:
+            return half.read(self.at, block.start, block.stop, self._everywhere)
+        return half.pick(self.at, self.slots[:, :, block].clamp(min=0), self._everywhere)
+
+    def column(self, name: str) -> Tensor:
+        """A column of all held slots as [b, k, all, ...], to be written to where nothing had to be copied."""
+        column = self.at.of(self.held.slots, name)
+        return column[:, :, : column.shape[2] - self.unseen]
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits [b, k, ..., T] over all held slots, -inf in those that were not read."""
+        if self.slots is None:
+            return logits
+        width = self._everywhere.shape[2]
+        index = self.slots.where(self.slots >= 0, width)
+        index = index.reshape(*index.shape[:2], *[1] * (logits.ndim - 3), -1).expand_as(logits)
+        full = logits.new_full((*logits.shape[:-1], width + 1), -torch.inf)
+        return full.scatter_(-1, index, logits)[..., :width]

@@ -1,0 +1,1 @@
+"""How entries that stay are moved after a compression."""

@@ -1,0 +1,118 @@
+"""Copies between padded blocks [rows, K, N, ...] and the segments of a flat storage, and within such a storage."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.storage.layout import Layout, Table
+
+_BLOCK = {"cpu": 2**20}  # bytes moved at once, so that what is set aside stays in the cache of the processor
+
+
+@attrs.frozen(eq=False)
+class Move:
+    """Which slots of some rows stay: they become the first of their segment.
+
+    They close up in order; or, if the move `fills` and storage stays, the last of them fill the holes among the first.
+    """
+
+    rows: Sequence[int]
+    kept: Tensor  # [rows, K, N] int64, ascending, -1 behind a head's last one
+    fills: bool = False
+    known_lengths: Table | None = None  # what `lengths` gives, where the host has been told
+    _holes: dict[Layout, tuple[Tensor, Tensor]] = attrs.field(init=False, factory=dict, repr=False)
+    _sources: dict[Layout, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # what all columns share
+
+    @cached_property
+    def lengths(self) -> Table:
+        """How many slots stay, [rows][K]."""
+        return self.known_lengths or tuple(map(tuple, self._counts.tolist()))
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return (self.kept >= 0).sum(-1)
+
+    def copy(self, source: Tensor, before: Layout, target: Tensor, after: Layout) -> None:
+        """Copy a column of a storage laid out as `before` into that of one laid out as `after`, or within itself."""
+        if self.fills and target is source:
+            holes, last = self._in_holes(before)
+            target.index_copy_(0, holes, source.index_select(0, last))
+            return
+        slots, segments, lengths = self._slots(before), _segments(after, self.rows), _flat(self.lengths)
+        block = _BLOCK.get(source.device.type, source.nbytes)
+        count = max(1, block // max(1, slots.shape[1] * source.stride(0) * source.itemsize))
+        for first in range(0, len(segments), count):
+            some = slice(first, first + count)
+            taken = source.index_select(0, slots[some].flatten()).unflatten(0, slots[some].shape)
+            _write(target, after, segments[some], taken, lengths[some])
+
+    def _slots(self, layout: Layout) -> Tensor:
+        """The kept slots in a storage, [segments, N]; any slot behind a head's last one."""
+        if layout not in self._sources:
+            slots = self._starts(layout) + self.kept.clamp(min=0)
+            self._sources[layout] = slots.clamp(max=layout.slots - 1).flatten(0, 1)  # a segment may have none
+        return self._sources[layout]
+
+    def _in_holes(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Slots of a storage that are to be filled, and those whose entries fill them: as many in each segment."""
+        if layout not in self._holes:
+            counts, places = self._counts[..., None], torch.arange(self.kept.shape[-1] + 1, device=self.kept.device)
+            stays = torch.zeros(*self.kept.shape[:2], len(places), dtype=torch.bool, device=self.kept.device)
+            stays.scatter_(-1, self.kept.where((self.kept >= 0) & (self.kept < counts), len(places) - 1), True)
+            starts = self._starts(layout)
+            holes, last = (starts + places)[(places < counts) & ~stays], (starts + self.kept)[self.kept >= counts]
+            self._holes[layout] = holes, last
+        return self._holes[layout]
+
+    def _starts(self, layout: Layout) -> Tensor:
+        return torch.tensor([layout.offsets[row] for row in self.rows], device=self.kept.device)[..., None]
+
+
+def write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: Table) -> None:
+    """The first `lengths` entries [rows, K, N, ...] to the start of their segments."""
+    _write(target, layout, _segments(layout, rows), entries.flatten(0, 1), _flat(lengths))
+
+
+def clear_behind(column: Tensor, layout: Layout, rows: Sequence[int], lengths: Table, value: float) -> None:
+    """Fill the slots behind the first `lengths` of their segments."""
+    segments, counts = _segments(layout, rows), _flat(lengths)
+    if _alike(layout, segments, counts):
+        _block(column, layout, segments)[:, counts[0] :] = value
+        return
+    starts, sizes = _flat(layout.offsets), _flat(layout.capacity)
+    for segment, count in zip(segments, counts, strict=True):
+        column[starts[segment] + count : starts[segment] + sizes[segment]] = value
+
+
+def _write(target: Tensor, layout: Layout, segments: Sequence[int], entries: Tensor, lengths: Sequence[int]) -> None:
+    """The first `lengths` of [segments, N, ...]."""
+    if _alike(layout, segments, lengths):
+        _block(target, layout, segments)[:, : lengths[0]] = entries[:, : lengths[0]]
+        return
+    starts = _flat(layout.offsets)
+    for segment, length, found in zip(segments, lengths, entries, strict=True):
+        target[starts[segment] : starts[segment] + length] = found[:length]
+
+
+def _alike(layout: Layout, segments: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Whether one call serves all: segments of one size and length that follow each other."""
+    follow = len(segments) > 0 and segments == list(range(segments[0], segments[0] + len(segments)))
+    return follow and layout.uniform is not None and len(set(lengths)) == 1
+
+
+def _block(column: Tensor, layout: Layout, segments: Sequence[int]) -> Tensor:
+    """Segments of one size that follow each other, [segments, capacity, ...], without a copy."""
+    first, size = segments[0], layout.capacity[0][0]
+    return column[first * size : (first + len(segments)) * size].view(len(segments), size, *column.shape[1:])
+
+
+def _segments(layout: Layout, rows: Sequence[int]) -> list[int]:
+    """The segments of some rows, counted through all."""
+    return [row * layout.heads + head for row in rows for head in range(layout.heads)]
+
+
+def _flat(numbers: Table) -> list[int]:
+    return [number for row in numbers for number in row]

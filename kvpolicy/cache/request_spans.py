@@ -1,0 +1,139 @@
+"""What a row has by its place in the request, its first prompt and regions, and which of it is protected."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.regions import Regions
+from kvpolicy.cache.state_contents import Contents, Described, counts_of
+from kvpolicy.errors import RegionError
+from kvpolicy.spec.policy import Protect
+
+Interval = tuple[int, int]
+
+
+class RequestSpans:
+    """Common to the layers of a cache. It knows positions, not slots: entries keep their position wherever they go."""
+
+    def __init__(self, protect: Protect, regions: Regions | None = None) -> None:
+        """Raises RegionError when the policy protects a region that is not given."""
+        self.protect = protect
+        self._given = regions
+        if regions is not None:
+            regions.require(protect.regions)
+        elif protect.regions:
+            raise RegionError(
+                f"the policy protects regions ({', '.join(protect.regions)}), and none is given: "
+                "attachment.cache(regions=...)"
+            )
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the rows: the cache has been emptied."""
+        self.regions = self._given
+        self.prompt: list[int] = []  # tokens of each row's first prompt, as far as it has come
+        self._prompt_is_over = False
+        self._labels: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is held for all layers."""
+        return [] if self._labels is None else [self._labels]
+
+    def begin(self, rows: int) -> None:
+        """Say how many rows the cache has. Raises RegionError, before any change, when regions do not go with them."""
+        if self.regions is not None and len(self.regions.rows) != rows:
+            self.regions = self.regions.for_rows(rows)
+
+    def note_prompt(self, real: Sequence[int], *, over: bool) -> None:
+        """Say how many tokens each row's prompt has, and whether it is `over`; a later one is not noted."""
+        if not self._prompt_is_over:
+            self.prompt = list(real)
+        self._prompt_is_over = self._prompt_is_over or over
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep the rows named, in that order."""
+        self.prompt = [self.prompt[row] for row in rows] if self.prompt else []
+        self._labels = None
+        if self.regions is not None:
+            self.regions = self.regions.select(rows)
+
+    def go_on_as(self, other: "RequestSpans", rows: Sequence[int]) -> None:
+        """Take over what the rows named of another cache have; this one was given the regions of these rows."""
+        self.prompt = [other.prompt[row] for row in rows] if other.prompt else []
+        self._prompt_is_over = other._prompt_is_over  # noqa: SLF001 - of its own class
+
+    def describe(self) -> Described:
+        """Its state, but for the regions: tokens of each row's first prompt [B] or [0], and whether that is over."""
+        yield "prompt", counts_of(self.prompt)
+        yield "prompt_is_over", self._prompt_is_over
+
+    def restore(self, contents: Contents, rows: int) -> None:
+        """Take the state of so many rows that is written there; this one was given the regions of these rows."""
+        self.prompt = contents.counts("prompt", (rows if contents.size("prompt") else 0,))
+        self._prompt_is_over = contents.flag("prompt_is_over")
+        if self._prompt_is_over and not self.prompt:
+            raise contents.wrong("prompt", "must have a number for each row, once the prompt is over")
+        self.begin(rows)
+
+    def protected(self, row: int, tokens: int, sinks: int, recent: int) -> int:
+        """How many of the first `tokens` tokens of a row are protected, sinks and recent ones included."""
+        whole = [(0, sinks), (max(0, tokens - recent), tokens), *self._protected(row)]
+        return _covered([(start, min(stop, tokens)) for start, stop in whole])
+
+    def _protected(self, row: int) -> list[Interval]:
+        spans = []
+        if self.protect.prompt and self.prompt:
+            spans.append((0, self.prompt[row]))
+        if self.regions is not None and self.protect.regions:
+            wanted = {number for number, name in enumerate(self.regions.names, 1) if name in self.protect.regions}
+            spans += [(start, stop) for number, start, stop in self.regions.rows[row] if number in wanted]
+        return spans
+
+    def pinned(self, positions: Tensor, rows: Sequence[int]) -> Tensor | None:
+        """Which slots hold a protected entry of a prompt or region: bool [rows, K, T] of `positions`; None = none."""
+        if not self.protect.by_place:
+            return None
+        pinned = torch.zeros_like(positions, dtype=torch.bool)
+        if self.protect.prompt and self.prompt:
+            ends = torch.tensor([self.prompt[row] for row in rows], device=positions.device)
+            pinned |= positions < ends[:, None, None]
+        regions = self.of(positions, rows)
+        if regions is not None and self.regions is not None:
+            for name in self.protect.regions:
+                pinned |= regions == self.regions.names.index(name) + 1
+        return pinned & (positions >= 0)
+
+    def of(self, positions: Tensor, rows: Sequence[int]) -> Tensor | None:
+        """Numbers of regions, int8 [rows, K, T], 0 where an entry is in none; None when the cache has no regions."""
+        if self.regions is None:
+            return None
+        labels = self._on(positions.device)[list(rows)]
+        nowhere = labels.shape[1] - 1
+        places = positions.long().clamp(-1, nowhere)
+        places = places.masked_fill(places < 0, nowhere)
+        return labels.gather(1, places.flatten(1)).view(positions.shape)
+
+    def _on(self, device: torch.device) -> Tensor:
+        """int8 [B, n + 1]: the region of each of the first n positions, then 0 for all others."""
+        regions = self.regions
+        if regions is None:
+            raise RegionError("the cache has no regions")
+        if self._labels is None or self._labels.device != device:
+            longest = max((stop for row in regions.rows for _, _, stop in row), default=0)
+            labels = torch.zeros(len(regions.rows), longest + 1, dtype=torch.int8)
+            for row, spans in enumerate(regions.rows):
+                for number, start, stop in spans:
+                    labels[row, start:stop] = number
+            self._labels = labels.to(device)
+        return self._labels
+
+
+def _covered(intervals: Sequence[Interval]) -> int:
+    """How many numbers are in at least one of the intervals."""
+    count, end = 0, 0
+    for start, stop in sorted(intervals):
+        count += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return count

@@ -1,0 +1,145 @@
+"""When the layers of a cache are compressed, and the one step that does it."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.compaction.batched_compaction import Holder, compact_layers
+from kvpolicy.cache.trigger import entries_allowed
+from kvpolicy.plan.compress.step import Compressed, compress
+from kvpolicy.plan.plan import Plan
+from kvpolicy.stages import View
+
+Rows = tuple[int, ...]
+
+
+class Compressible(Holder, Protocol):
+    """What the scheduler does with a layer."""
+
+    scaling: float
+    real: list[int]  # tokens of each row, pads excluded
+
+    @property
+    def entries(self) -> list[int]:
+        """Entries of each row in all KV heads, pads excluded."""
+
+    def least(self, real: Sequence[int]) -> list[int]:
+        """Entries per KV head that each row must keep at `real` tokens, because the policy protects spans; else 0."""
+
+    def close_gaps(self) -> None:
+        """Drop the pads."""
+
+    def seal(self) -> None:
+        """Pack what the formats say."""
+
+    def shown(self, rows: Sequence[int]) -> View:
+        """The rows as plugins see them."""
+
+    def budget(self, rows: Sequence[int]) -> list[int]:
+        """Entries per KV head that each of the rows may keep."""
+
+    def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
+        """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
+
+    def note_compression(self, seconds: float) -> None:
+        """Count a compression, and the host time that it took."""
+
+
+class CompressionScheduler:
+    """Decides for all layers of one cache, and compresses them: each when it has attended, or all when a step is over.
+
+    A prompt is compressed layer by layer, so that no more than one layer holds all of it. While decoding, the slack of
+    `every` slots lets layers that kernels serve wait for the end of the step: then the host waits for the device once,
+    and one launch of each kernel is for all. Layers whose views are copies do not wait: all copies at once would cost
+    what the policy saves. Where layers compete for the budget, all wait, after a prompt too.
+    """
+
+    def __init__(self, plan: Plan, *, waits: bool) -> None:
+        self.plan = plan
+        self.waits = waits  # whether somebody says when a step ends
+        self._due: list[tuple[Compressible, Rows]] = []  # a layer may wait with several groups of rows
+        self._attended: list[Compressible] = []  # layers that compete, once they have attended in this forward
+        self._decoding = True  # whether that forward is a decode step
+        self.prompt_end: int | None = None  # how many tokens the prompt ends behind, where `generate` has told
+        self._arrived: tuple[object, Tensor] | None = None
+
+    def positions(self, real: Sequence[int], count: int, device: torch.device) -> Tensor:
+        """Those of `count` tokens that arrive behind `real` in each row, int32 [B, count]; the same for all layers."""
+        key = (tuple(real), count, device)
+        if self._arrived is None or self._arrived[0] != key:
+            places = torch.arange(count, device=device)
+            self._arrived = key, (torch.tensor(real, device=device)[:, None] + places).to(torch.int32)
+        return self._arrived[1]
+
+    def attended(self, layer: Compressible, *, decoding: bool) -> None:
+        """Note that a layer has taken and attended to the tokens of a forward; for layers that compete."""
+        self._attended.append(layer)
+        self._decoding = decoding
+
+    def due(self, layer: Compressible, rows: Sequence[int], *, decoding: bool, immediately: bool = False) -> None:
+        """Compress some rows of a layer, in which as many entries are protected, now or when the step ends."""
+        if decoding and self.waits and not immediately:
+            self._due.append((layer, tuple(rows)))
+        else:
+            self._compress([layer], rows, fills=decoding and self.plan.fills_holes)
+
+    def clear(self) -> None:
+        """Forget who was due: the cache has been emptied."""
+        self._due, self._attended, self.prompt_end = [], [], None
+
+    def end(self) -> None:
+        """The step is over for all layers."""
+        self._arrived = None  # as long as a prompt
+        due, self._due = self._due, []
+        for kind in sorted({(rows, layer.scaling) for layer, rows in due}):
+            alike = [layer for layer, rows in due if (rows, layer.scaling) == kind]
+            self._compress(alike, kind[0], fills=self.plan.fills_holes)
+        attended, self._attended = self._attended, []
+        if attended:
+            self._end_for_competing(attended)
+
+    def _end_for_competing(self, layers: Sequence[Compressible]) -> None:
+        """Compress the rows that hold too much in all layers; pack in each layer what has been put off till now."""
+        rows = self._rows_due(layers) if len(layers) == self.plan.geometry.layers else []
+        if rows:
+            for layer in layers:
+                layer.close_gaps()
+            for alike in self.plan.budgets.protected_alike(layers[0].real, rows):
+                self._compress(layers, alike, fills=self._decoding and self.plan.fills_holes)
+        for layer in layers:
+            layer.seal()
+
+    def _rows_due(self, layers: Sequence[Compressible]) -> list[int]:
+        heads, least = self.plan.geometry.kv_heads, layers[0].least(layers[0].real)
+        held = [sum(entries) for entries in zip(*(layer.entries for layer in layers), strict=True)]
+        real = enumerate(layers[0].real)
+        return [row for row, tokens in real if held[row] > self._allowed(tokens, least[row]) * heads]
+
+    def _allowed(self, tokens: int, least: int) -> float:
+        """Entries per KV head of all layers together; `least` as in `entries_allowed`."""
+        plan, decoding = self.plan, self._decoding
+        layers = range(plan.geometry.layers)
+        return sum(entries_allowed(plan, layer, tokens, decoding=decoding, least=least) for layer in layers)
+
+    def _compress(self, layers: Sequence[Compressible], rows: Sequence[int], *, fills: bool) -> None:
+        started = time.perf_counter()
+        plan = self.plan
+        alike = len({layer.scaling for layer in layers}) == 1  # a launch has one scaling
+        apart = plan.views_are_copies or bool(plan.fusion.off) or not alike
+        groups = [[layer] for layer in layers] if apart else [layers]
+        shown = [[partial(layer.shown, rows) for layer in group] for group in groups]
+        budgets = torch.tensor([layer.budget(rows) for layer in layers], device=plan.device)
+        tokens = torch.tensor([layers[0].real[row] for row in rows], device=plan.device)
+        for group, results in zip(groups, compress(plan.spec, plan.fusion, shown, budgets, tokens), strict=True):
+            moved = [False] * len(group)
+            if plan.kernels:
+                moved = compact_layers(plan, group, rows, results, fills=fills)
+            for layer, result, done in zip(group, results, moved, strict=True):
+                layer.take(rows, result, fills=fills, moved=done)
+        spent = (time.perf_counter() - started) / len(layers)
+        for layer in layers:
+            layer.note_compression(spent)

@@ -1,0 +1,1 @@
+"""Where the entries of one layer are held."""

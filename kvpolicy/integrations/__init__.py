@@ -1,0 +1,1 @@
+"""Where policies run: one package for each library that runs models."""

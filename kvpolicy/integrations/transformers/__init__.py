@@ -1,0 +1,1 @@
+"""Policies attached to models of transformers."""

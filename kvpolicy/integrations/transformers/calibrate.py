@@ -1,0 +1,64 @@
+"""Measuring on a model what a policy needs to know about it."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvpolicy.errors import CalibrationError, ParameterError
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.models.rotary import rotary_of
+from kvpolicy.integrations.transformers.models.support import device_of, geometry_of
+from kvpolicy.integrations.transformers.saving.model_digest import model_digest
+from kvpolicy.plan.calibration import Calibration
+from kvpolicy.plan.plan import READ_ALL, compile_policy
+from kvpolicy.spec.budget import Budget
+from kvpolicy.spec.dump import plugin_digest
+from kvpolicy.spec.policy import NEVER, Compress, PolicySpec, Protect
+from kvpolicy.stages import Needs, Sample
+from kvpolicy.stages.registry.hooks import PROJECT
+from kvpolicy.stages.registry.plugins import registry
+
+
+@torch.inference_mode()
+def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calibration:
+    """What the policy's store measures on tokens [S, T], of which none is a pad.
+
+    Raises CalibrationError when the store needs none, or cannot be calibrated on this model.
+    """
+    if not spec.store.calibrated:
+        raise CalibrationError(f"policy {spec.name}: store {spec.store.name} needs no calibration")
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise CalibrationError(f"must be given tokens [sequences, length >= 2]: {tuple(tokens.shape)}")
+    try:
+        layers = spec.store.calibrate(list(_samples(spec, model, tokens)))
+    except ParameterError as error:
+        raise CalibrationError(f"policy {spec.name}: store {spec.store.name}: {error}") from error
+    layers = [{name: tensor.cpu() for name, tensor in one.items()} for one in layers]
+    return Calibration(tuple(layers), plugin_digest(spec.store), model_digest(model))
+
+
+def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterator[Sample]:
+    """Each managed layer's queries, keys and values, of a forward in which everything is kept."""
+    geometry, rotary, device = geometry_of(model.config), rotary_of(model), device_of(model)
+    plan = compile_policy(_keeping_all(spec), geometry, device, model.dtype)
+    plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), followers=())
+    with Attachment(plan, model) as attachment:
+        cache = attachment.cache()
+        model(tokens.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for layer in cache.managed:
+        queries, _ = layer.window.last(range(tokens.shape[0]))
+        keys, values = layer.held.stored()
+        if queries is not None:
+            yield Sample(geometry, layer.scaling, rotary, queries, keys, values)
+
+
+def _keeping_all(spec: PolicySpec) -> PolicySpec:
+    plain: dict[str, Any] = {"merge": "drop", "store": "plain", "read": READ_ALL}
+    changes: dict[str, Any] = {stage: registry().find(stage, name, PROJECT)() for stage, name in plain.items()}
+    whole = Budget(share=Fraction(1))
+    return attrs.evolve(spec, budget=whole, compress=Compress(prefill=False, every=NEVER), protect=Protect(), **changes)

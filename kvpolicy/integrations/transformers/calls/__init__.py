@@ -1,0 +1,1 @@
+"""What is between a call of the model and the cache: arguments, masks, hooks, attention implementations."""

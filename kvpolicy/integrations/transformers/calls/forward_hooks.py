@@ -1,0 +1,79 @@
+"""The hooks on the forward of an attached model: which cache it is given, and whether that is the one it uses."""
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from kvpolicy.integrations.transformers.cache import PolicyCache
+from kvpolicy.integrations.transformers.cache_owner import Origin
+from kvpolicy.integrations.transformers.calls.uncompressed_forwards import Misses
+
+_CACHE = "past_key_values"
+
+
+class ForwardHooks:
+    """Stand before and after each forward of one model. Copied and pickled with it."""
+
+    def __init__(self, origin: Origin, misses: Misses) -> None:
+        self.origin, self.misses = origin, misses
+        self._lengths: weakref.WeakKeyDictionary[PolicyCache, int] = weakref.WeakKeyDictionary()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+        """Raises CacheError when the cache that is given belongs elsewhere, or cannot go on."""
+        if torch.compiler.is_compiling():
+            return
+        given = policy_cache_in(_argument(module, args, call))
+        if given is not None:
+            self.origin.require(given)
+            given.begin_forward()
+            self._lengths[given] = given.get_seq_length()
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any], output: Any) -> None:
+        """Close the forward, and note when another cache was used, or none though one was given."""
+        if torch.compiler.is_compiling():
+            return
+        given, used = policy_cache_in(_argument(module, args, call)), _cache_in(output)
+        if given is None:
+            if used is not None:
+                self.misses.note("this forward uses a cache that the attached policy does not bound")
+            return
+        if used is not None and policy_cache_in(used) is not given:
+            self.misses.note("the model replaced the cache of the attached policy by one that is not bounded")
+        elif self._lengths.pop(given, -1) == given.get_seq_length():
+            self.misses.note("the model did not use the cache of the attached policy")
+        given.end_forward()  # the last thing that is done: an interrupt before it leaves the forward open
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"origin": self.origin, "misses": self.misses}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lengths = weakref.WeakKeyDictionary()
+
+
+def policy_cache_in(value: object) -> PolicyCache | None:
+    """A cache of ours, or the one that a decoder with cross attention has wrapped."""
+    if isinstance(value, EncoderDecoderCache):
+        value = value.self_attention_cache
+    return value if isinstance(value, PolicyCache) else None
+
+
+def _argument(module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> object:
+    if _CACHE in call or not args:
+        return call.get(_CACHE)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]  # without `self`
+    return dict(zip(names, args, strict=False)).get(_CACHE)
+
+
+def _cache_in(output: Any) -> Cache | None:
+    """The cache that a forward gives back."""
+    if hasattr(output, _CACHE):
+        found = getattr(output, _CACHE)
+        return found if isinstance(found, Cache) else None
+    if isinstance(output, tuple):
+        return next((value for value in output if isinstance(value, Cache)), None)
+    return None

@@ -1,0 +1,1 @@
+"""Which models can carry a policy."""

@@ -1,0 +1,143 @@
+"""Which models can carry a policy: read from the configuration, before anything is changed."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvpolicy.errors import KVPolicyError, UnsupportedModelError
+from kvpolicy.integrations.transformers.models.attention_shape import differences, is_set, shape_of
+from kvpolicy.stages import Geometry
+
+_SHARDED = ("DTensor", "FlatParameter")  # types of parameters of which a process has a part
+_REFUSED = {  # by what a configuration says, under one of these names
+    "its attention logits are soft-capped": ("attn_logit_softcapping",),
+    "layers share the keys of other layers": ("num_kv_shared_layers", "kv_sharing_modes"),
+    "its attention is latent (MLA): there are no keys per head to evict": ("kv_lora_rank",),
+    "layers attend to an image instead of to tokens": ("cross_attention_layers",),
+}
+_OWN_ATTENTION = {
+    "doge": "its attention makes masks of its own, from the values",
+    "gemma4_unified": "its masks hide more than pads and later tokens, whatever it is given",
+    "jetmoe": "its attention is computed by experts of its own",
+}
+_CAN_SET = "_can_set_attn_implementation"
+_DROPPED = ("layerdrop", "decoder_layerdrop")
+
+
+def geometry_of(config: PretrainedConfig) -> Geometry:
+    """The geometry of a model's decoder. Raises UnsupportedModelError with every reason that was found."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{config.model_type} cannot carry a policy: {error}") from error
+    reasons = list(_refusals(config, text))
+    if reasons:
+        raise UnsupportedModelError(f"{config.model_type} cannot carry a policy: " + "; ".join(reasons))
+    return Geometry(_managed(text), *shape_of(text, _managed(text)), _windows(text))
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError when this instance cannot be attached to, whatever its configuration says."""
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "_prepare_cache_for_generation"):
+        raise UnsupportedModelError(f"must be a transformers model that can generate: {type(model).__name__}")
+    device_of(model)
+    require_no_sinks(model)
+
+
+def require_no_sinks(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError when attention has a learned entry that no token stands for."""
+    if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
+        raise UnsupportedModelError("attention with learned sinks is not supported: eviction would change their share")
+
+
+def require_interface(model: PreTrainedModel, configs: Sequence[PretrainedConfig]) -> None:
+    """Raise UnsupportedModelError when a part of the model that uses these configurations bypasses the interface."""
+    ours = {id(config) for config in configs}
+    for module in model.modules():
+        uses = isinstance(module, PreTrainedModel) and id(module.config) in ours
+        if uses and not getattr(module, _CAN_SET)():
+            raise UnsupportedModelError(
+                f"{type(module).__name__} does not call its attention through transformers' AttentionInterface"
+            )
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the forwards of a model begin, wherever its weights wait. Raises UnsupportedModelError when it has none."""
+    first = model.device
+    if first.type != "meta":
+        return first
+    for module in model.modules():
+        for hook in _offloading_hooks(module):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    raise UnsupportedModelError("the model has no weights yet (device meta)")
+
+
+def runs_elsewhere(model: PreTrainedModel) -> str | None:
+    """Why a forward of this model would cost more than its computation, or needs other processes; None if neither."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return "weights are offloaded"
+    if any(type(parameter).__name__ in _SHARDED or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "weights are sharded"
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "gradient checkpointing runs forwards without a cache"
+    if model.training and any(getattr(model.config, name, 0) for name in _DROPPED):
+        return "layers are dropped at random while it trains"
+    return None
+
+
+def _offloading_hooks(module: nn.Module) -> Iterator[object]:
+    """The hooks that accelerate put on a module."""
+    waiting = [getattr(module, "_hf_hook", None)]
+    while waiting:
+        hook = waiting.pop()
+        if hook is not None:
+            waiting.extend(getattr(hook, "hooks", ()))
+            yield hook
+
+
+def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]:
+    if config.is_encoder_decoder:
+        yield "it is an encoder-decoder model"
+    if getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention"):
+        yield "its attention looks at later tokens, unless its configuration says is_decoder=True"
+    for reason, names in _REFUSED.items():
+        if any(is_set(text, name) for name in names):
+            yield reason
+    for kind in dict.fromkeys((config.model_type, text.model_type)):
+        if kind in _OWN_ATTENTION:
+            yield _OWN_ATTENTION[kind]
+    if not is_set(text, "num_attention_heads"):
+        yield "it has no attention heads"
+        return
+    layers = _stock_layers(text)
+    if any(not isinstance(layer, CacheLayerMixin) for layer in layers):
+        yield "it has layers with linear attention or a recurrent state"
+    elif not any(type(layer) is DynamicLayer for layer in layers):
+        yield "no layer has full attention: a sliding window bounds its cache already"
+    else:
+        yield from differences(text, _managed(text))
+
+
+def _managed(text: PretrainedConfig) -> tuple[int, ...]:
+    # The exact type: subclasses hold more than keys and values (indexers, windows, quantised states).
+    full = tuple(index for index, layer in enumerate(_stock_layers(text)) if type(layer) is DynamicLayer)
+    decoders = getattr(text, "decoder_layers", None)  # the layers of an encoder are counted beside them
+    return full if decoders is None else tuple(index for index in full if index < decoders)
+
+
+def _windows(text: PretrainedConfig) -> tuple[int, ...]:
+    return tuple(int(one.sliding_window) for one in _stock_layers(text) if isinstance(one, DynamicSlidingWindowLayer))
+
+
+def _stock_layers(text: PretrainedConfig) -> list[object]:
+    try:
+        return list(DynamicCache(config=text).layers)
+    except KVPolicyError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"{text.model_type} has no dynamic cache: {error}") from error

@@ -1,0 +1,1 @@
+"""Caches saved to files, and digests of what they were made with."""

@@ -1,0 +1,1 @@
+"""All plugins and policies by name, and how they are found."""

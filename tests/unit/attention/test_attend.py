@@ -1,0 +1,132 @@
+"""Attention over what is held, against float64."""
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy.attention.attend import attend, follow_only
+from kvpolicy.cache.compaction.compaction_plan import Move
+from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.storage.layout import Layout
+from kvpolicy.plan.forward_observers import ATTENTION
+from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
+from kvpolicy.stages import Column, Entries
+from tests.support.driving import DIM, GROUP, HEADS, random_entries, worth_plan
+from tests.support.holdings import segment, tensors
+
+LENGTHS = {
+    "even": ((5, 5), (5, 5)),
+    "rows differ": ((7, 7), (3, 3)),
+    "ragged": ((7, 2), (1, 5)),
+    "one head empty": ((4, 0), (2, 2)),
+}
+PAST = 20  # positions of what is held lie below it
+
+
+def stored(lengths, count, dtype=torch.float32, *, votes=False, pads=0):
+    """Old entries and `count` new ones, and the queries of these; the first row begins with pads."""
+    plan = worth_plan(ragged=True)
+    columns = {**plan.columns, LOG_VOTES: Column((), torch.float32)} if votes else plan.columns
+    plan = attrs.evolve(plan, columns=columns, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    rows = len(lengths)
+    longest = max(map(max, lengths))
+    keys, values, queries = random_entries(generator, rows, longest + count)
+    keys[..., :2] = 0
+    keys, values, queries = keys.to(dtype), values.to(dtype), queries.to(dtype)
+    entries = {POSITIONS: torch.zeros(keys.shape[:3], dtype=torch.int32)}
+    for row, heads in enumerate(lengths):
+        for head, length in enumerate(heads):
+            chosen = torch.randperm(PAST, generator=generator)[:length].sort().values
+            entries[POSITIONS][row, head, :length] = chosen.int()
+    if votes:
+        entries[LOG_VOTES] = torch.rand(keys.shape[:3], generator=generator)
+    even = len({length for heads in lengths for length in heads}) == 1 or all(len(set(heads)) == 1 for heads in lengths)
+    size = longest + count
+    layout = Layout.even(rows, HEADS, size) if even else Layout(tuple(tuple(n + count for n in ns) for ns in lengths))
+    held = Holdings(plan, 0, rows, torch.device("cpu"))
+    kept = (
+        torch.arange(longest)
+        .expand(rows, HEADS, -1)
+        .where(torch.arange(longest) < torch.tensor(lengths)[..., None], -1)
+    )
+    old = {name: tensor[:, :, :longest] for name, tensor in entries.items()}
+    old[ATTENTION] = torch.zeros(rows, HEADS, longest, GROUP)
+    held.replace(Move(range(rows), kept), Entries(keys[:, :, :longest], values[:, :, :longest]), old, layout)
+    positions = torch.arange(PAST, PAST + count).repeat(rows, 1)
+    positions[0, :pads] = -1
+    new = positions[:, None].expand(-1, HEADS, -1).int()
+    held.append(keys[:, :, longest:], values[:, :, longest:], new, size)
+    if votes:
+        held.slots.overwrite_tail(LOG_VOTES, entries[LOG_VOTES][:, :, longest:])
+    return plan, held, Asked(queries[:, :, :count], positions, padded=bool(pads), scaling=DIM**-0.5)
+
+
+def reference(held, asked):
+    """Probabilities per row and head, and the attention [B, H, q, D], in float64; pads give zeros."""
+    out = torch.zeros(asked.queries.shape, dtype=torch.float64)
+    masses = {}
+    for row in range(held.slots.layout.rows):
+        for head in range(held.slots.layout.heads):
+            names = ("keys", "values", *held.slots.columns)
+            entries = {name: segment(held, name, row, head) for name in names}
+            own = slice(head * GROUP, (head + 1) * GROUP)
+            logits = asked.scaling * asked.queries[row, own].double() @ entries["keys"].double().T
+            logits = logits + (entries[LOG_VOTES].double() if LOG_VOTES in entries else 0)
+            seen = (entries[POSITIONS] >= 0) & (entries[POSITIONS][None] <= asked.positions[row][:, None])
+            weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
+            out[row, own] = weights @ entries["values"].double()
+            masses[row, head] = weights.sum(1).T  # [T, G]
+    return out, masses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
+@pytest.mark.parametrize(("count", "pads"), [(1, 0), (6, 0), (6, 2), (1, 1)])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_attention_is_what_float64_gives(lengths, count, pads, votes, dtype):
+    _, held, asked = stored(lengths, count, dtype, votes=votes, pads=pads)
+    output = attend(held, asked, pads=bool(pads))
+    expected, _ = reference(held, asked)
+    real = asked.positions >= 0
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for row in range(len(lengths)):
+        found, wanted = output[row][:, real[row]].double(), expected[row][:, real[row]]
+        assert torch.allclose(found, wanted, atol=tolerance), (found - wanted).abs().max()
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
+@pytest.mark.parametrize(("count", "pads"), [(1, 0), (6, 2), (300, 0)])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_each_real_query_gives_a_mass_of_one_and_to_the_right_entries(lengths, count, pads, votes):
+    plan, held, asked = stored(lengths, count, votes=votes, pads=pads)
+    before = {name: tensor.clone() for name, tensor in tensors(held).items() if name[1] != ATTENTION}
+    follow_only(held, asked, plan.followers)
+    output = attend(held, asked, followers=plan.followers, pads=bool(pads))  # the same in one pass
+    expected, masses = reference(held, asked)
+    assert torch.allclose(output.double(), expected, atol=1e-5)
+    for (row, head), expected in masses.items():
+        found = segment(held, ATTENTION, row, head)
+        assert torch.allclose(found.double(), 2 * expected, atol=1e-4)
+        real = int((asked.positions[row] >= 0).sum())
+        assert torch.allclose(found.sum(0), torch.full((GROUP,), 2.0 * real), atol=1e-3)
+    assert all(torch.equal(tensors(held)[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_dropout_reaches_the_attention(lengths):
+    _, held, asked = stored(lengths, 6)
+    torch.manual_seed(0)
+    assert not torch.equal(attend(held, asked, pads=False, dropout=0.5), attend(held, asked, pads=False))
+
+
+def test_a_part_of_the_queries_and_of_the_rows_can_be_taken():
+    _, _, asked = stored(LENGTHS["even"], 6)
+    assert torch.equal(asked.first(2).queries, asked.queries[:, :, :2])
+    assert torch.equal(asked.first(2).positions, asked.positions[:, :2])
+    swapped = asked.select_rows([1, 0, 0])
+    assert torch.equal(swapped.queries, asked.queries[[1, 0, 0]])
+    assert torch.equal(swapped.positions, asked.positions[[1, 0, 0]])

@@ -1,0 +1,105 @@
+"""The observation window against a list per row."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpolicy.cache.observation_window import Window
+
+SIZE, HEADS, DIM = 4, 2, 3
+
+
+def entries(rows, count, start):
+    """Queries that say which they are."""
+    names = start + torch.arange(rows * count).reshape(rows, 1, count, 1)
+    return names.expand(rows, HEADS, count, DIM).float()
+
+
+@st.composite
+def histories(draw):
+    """What happens to a window: forwards with pads among their tokens, rollbacks, moves of rows."""
+    forwards = st.tuples(st.just("add"), st.integers(1, 9), st.integers(0, 2**20))
+    undone = st.tuples(st.just("forget"), st.integers(0, 5), st.just(0))
+    moves = st.tuples(st.just("select"), st.integers(1, 3), st.integers(0, 2**20))
+    return draw(st.lists(st.one_of(forwards, forwards, undone, moves), min_size=1, max_size=12))
+
+
+@given(histories())
+def test_the_window_holds_the_newest_queries_of_each_row(history):
+    window, rows = Window(SIZE), [[], []]
+    real, name, undone = [0, 0], 0, False
+    for what, count, seed in history:
+        generator = torch.Generator().manual_seed(seed)
+        if what == "add":
+            valid = torch.rand(len(rows), count, generator=generator) < (0.6 if seed % 2 else 2)
+            queries = entries(len(rows), count, name)
+            positions = torch.full((len(rows), count), -1)
+            for row, held in enumerate(rows):
+                for column in range(count):
+                    if valid[row, column]:
+                        positions[row, column] = real[row]
+                        held.append((real[row], queries[row, 0, column, 0].item()))
+                        real[row] += 1
+            name += len(rows) * count
+            window.add(queries, positions, padded=not bool(valid.all()))
+        elif what == "forget":
+            real = [max(0, one - count) for one in real]
+            rows = [[one for one in held if one[0] < limit] for held, limit in zip(rows, real, strict=True)]
+            window.forget(torch.tensor(real))
+            undone = True
+        else:
+            order = torch.randint(0, len(rows), (count,), generator=generator).tolist()
+            window = window.selected(order)
+            rows, real = [list(rows[row]) for row in order], [real[row] for row in order]
+        _compare(window, rows, undone=undone)
+
+
+def _compare(window, rows, *, undone):
+    queries, positions = window.last(range(len(rows)))
+    if queries is None:
+        assert not any(rows)
+        return
+    for row, held in enumerate(rows):
+        real = positions[row] >= 0
+        found = list(zip(positions[row][real].tolist(), queries[row, 0][real][:, 0].tolist(), strict=True))
+        assert real.tolist() == sorted(real.tolist())
+        assert found == held[len(held) - len(found) :]
+        assert len(found) == min(SIZE, len(held)) or undone  # only a rollback may leave fewer than there were
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+def test_exactly_the_last_ones_are_held_without_rollbacks(count):
+    window = Window(SIZE)
+    for step in range(30):
+        window.add(entries(1, count, step * count), torch.arange(step * count, (step + 1) * count)[None], padded=False)
+        total = (step + 1) * count
+        _, positions = window.last([0])
+        assert positions.tolist() == [list(range(max(0, total - SIZE), total))]
+
+
+def test_the_buffer_keeps_its_size_and_its_place():
+    window = Window(SIZE)
+    window.add(entries(2, 9, 0), torch.arange(9).expand(2, 9), padded=False)
+    size, place = window.nbytes, window._queries.data_ptr()
+    for step in range(40):
+        window.add(entries(2, 1, step), torch.full((2, 1), 9 + step), padded=False)
+    assert window.nbytes == size == 2 * SIZE * (HEADS * DIM * 4 + 8)
+    assert window._queries.data_ptr() == place
+
+
+def test_rows_can_be_asked_for_on_their_own():
+    window = Window(SIZE)
+    window.add(entries(3, 2, 0), torch.arange(2).expand(3, 2), padded=False)
+    queries, positions = window.last([2])
+    assert queries[0, 0, :, 0].tolist() == [4, 5]
+    assert positions.tolist() == [[0, 1]]
+
+
+def test_a_window_of_no_queries_holds_none():
+    window = Window(0)
+    window.add(entries(1, 2, 0), torch.arange(2)[None], padded=False)
+    window.forget(torch.tensor([0]))
+    window = window.selected([0])
+    assert window.last([0]) == (None, None)
+    assert window.nbytes == 0

@@ -1,0 +1,46 @@
+"""What the layers of one step share."""
+
+import torch
+
+from kvpolicy.cache import scheduler
+from kvpolicy.cache.integrity import Integrity
+from kvpolicy.cache.scheduler import CompressionScheduler
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
+from kvpolicy.plan.compress.step import compress
+from tests.support.driving import feed, plan_of, random_entries, worth_plan
+from tests.support.policies import small
+
+
+def test_positions_are_those_of_the_tokens_that_arrive():
+    """Made once for all layers of a step, and anew for other tokens or rows."""
+    shared, cpu = CompressionScheduler(worth_plan(), waits=False), torch.device("cpu")
+    first = shared.positions([3, 0], 2, cpu)
+    assert first.tolist() == [[3, 4], [0, 1]]
+    assert first.dtype == torch.int32
+    assert shared.positions([3, 0], 2, cpu) is first
+    assert shared.positions([3, 0], 1, cpu).tolist() == [[3], [0]]
+    assert shared.positions([4], 1, cpu).tolist() == [[4]]
+
+
+def test_layers_that_wait_together_are_compressed_with_those_of_their_own_scaling(monkeypatch):
+    """A kernel takes one scaling for all layers of a launch; logits of window votes depend on it."""
+    launches = []
+
+    def recorded(spec, fusion, groups, budgets, tokens):
+        launches.append([(view().layer, view().scaling) for group in groups for view in group])
+        return compress(spec, fusion, groups, budgets, tokens)
+
+    monkeypatch.setattr(scheduler, "compress", recorded)
+    plan = plan_of(small("snapkv", budget=6, every=2, protect={"recent": 2}), layers=4)
+    shared, integrity = CompressionScheduler(plan, waits=True), Integrity(range(4))
+    layers = [PolicyLayer(plan, ordinal, shared, integrity) for ordinal in range(4)]
+    alone = [PolicyLayer(plan, ordinal) for ordinal in range(4)]
+    for group in (alone, layers):
+        launches.clear()
+        generator = torch.Generator().manual_seed(0)
+        for count in (6, 1, 1):
+            for layer, scaling in zip(group, (0.5, 2.0, 0.5, 2.0), strict=True):
+                feed(layer, *random_entries(generator, 2, count), scaling=scaling)
+    assert launches == [[(0, 0.5), (2, 0.5)], [(1, 2.0), (3, 2.0)]]
+    for layer, single in zip(layers, alone, strict=True):
+        assert torch.equal(layer.held.keys.tail.padded("keys", [0, 1]), single.held.keys.tail.padded("keys", [0, 1]))
