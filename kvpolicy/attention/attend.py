@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpolicy.attention.attended_slots import Part
-from kvpolicy.attention.blockwise import attend_blockwise, visible, watch
+from kvpolicy.attention.attended_slots import AttendedSlots
+from kvpolicy.attention.blockwise import attend_blockwise, observe_queries, visible
 from kvpolicy.attention.decode_kernel import attend_in_kernel
-from kvpolicy.cache.query_batch import Asked
-from kvpolicy.cache.storage.layer_storage import Holdings
-from kvpolicy.cache.storage.segment_index import Segment
+from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.segment_index import SingleSegment
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
-from kvpolicy.plan.forward_observers import Follower
+from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES
 
 
 def attend(
-    held: Holdings,
-    asked: Asked,
+    storage: LayerStorage,
+    batch: QueryBatch,
     slots: Tensor | None = None,
-    followers: Sequence[Follower] = (),
+    observers: Sequence[ForwardObserver] = (),
     *,
     pads: bool,
     dropout: float = 0.0,
@@ -31,75 +31,81 @@ def attend(
     """Attention of the queries over held entries at positions up to their own, [B, H, q, Dv].
 
     `slots` [B, K, n] are those that a reader chose, ascending, -1 behind; None = all. `pads` says that there may be
-    pads among the held slots. `followers` see the logits of this call. `kernels` says whether a kernel may do it.
+    pads among the slots. `observers` see the logits of this call. `kernels` says whether a kernel may do it.
     """
-    if kernels and asked.queries.shape[2] == 1 and not dropout:
+    if kernels and batch.queries.shape[2] == 1 and not dropout:
         try:
-            return attend_in_kernel(held, asked, slots, followers, pads=pads)
+            return attend_in_kernel(storage, batch, slots, observers, pads=pads)
         except kernel_errors() as error:
             note_once(f"attention over held entries runs without a kernel: {error}")
-    if held.slots.layout.uniform is not None:
-        part = Part(held, held.everything, slots)
-        return _attend(part, asked, followers, full=held.slots.even and not pads and slots is None, dropout=dropout)
-    if asked.queries.shape[2] == 1 and held.is_plain and slots is None and not followers and not pads:
-        return _one_by_one(held, asked, dropout)
+    if storage.slots.layout.uniform is not None:
+        part = AttendedSlots(storage, storage.everything, slots)
+        return _attend(part, batch, observers, full=storage.slots.even and not pads and slots is None, dropout=dropout)
+    if batch.queries.shape[2] == 1 and storage.is_plain and slots is None and not observers and not pads:
+        return _one_by_one(storage, batch, dropout)
     heads = [
-        _attend(part, own, followers, full=not pads, dropout=dropout) for part, own in _segments(held, asked, slots)
+        _attend(part, own, observers, full=not pads, dropout=dropout) for part, own in _segments(storage, batch, slots)
     ]
-    starts = range(0, len(heads), held.slots.layout.heads)
-    return torch.cat([torch.cat(heads[start : start + held.slots.layout.heads], 1) for start in starts])
+    starts = range(0, len(heads), storage.slots.layout.heads)
+    return torch.cat([torch.cat(heads[start : start + storage.slots.layout.heads], 1) for start in starts])
 
 
-def _one_by_one(held: Holdings, asked: Asked, dropout: float) -> Tensor:
+def _one_by_one(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
     """One query a row, over heads of different length that hold no pads: the calls below, and nothing around them."""
-    layout = held.slots.layout
-    queries = asked.queries.reshape(layout.rows, layout.heads, 1, 1, -1, asked.queries.shape[3])
-    options: dict[str, Any] = {"scale": asked.scaling, "dropout_p": dropout}
+    layout = storage.slots.layout
+    queries = batch.queries.reshape(layout.rows, layout.heads, 1, 1, -1, batch.queries.shape[3])
+    options: dict[str, Any] = {"scale": batch.scaling, "dropout_p": dropout}
     outputs = []
     for row in range(layout.rows):
         for head in range(layout.heads):
-            keys, values = (half.tail.segment(half.name, row, head) for half in (held.keys, held.values))
-            if LOG_VOTES in held.slots.columns:
-                options["attn_mask"] = held.slots.segment(LOG_VOTES, row, head).to(queries.dtype)[None, None, None]
+            keys, values = (half.residual.segment(half.name, row, head) for half in (storage.keys, storage.values))
+            if LOG_VOTES in storage.slots.columns:
+                options["attn_mask"] = storage.slots.segment(LOG_VOTES, row, head).to(queries.dtype)[None, None, None]
             given = queries[row, head], keys[None, None], values[None, None]
             outputs.append(scaled_dot_product_attention(*given, **options))
-    return torch.cat(outputs, 1).view(*asked.queries.shape[:3], -1)
+    return torch.cat(outputs, 1).view(*batch.queries.shape[:3], -1)
 
 
-def follow_only(held: Holdings, asked: Asked, followers: Sequence[Follower]) -> None:
-    """Let followers see queries whose attention was computed elsewhere."""
-    if held.slots.layout.uniform is not None:
-        watch(Part(held, held.everything), asked, followers)
+def observe_only(storage: LayerStorage, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
+    """Let observers see queries whose attention was computed elsewhere."""
+    if storage.slots.layout.uniform is not None:
+        observe_queries(AttendedSlots(storage, storage.everything), batch, observers)
         return
-    for part, own in _segments(held, asked, None):
-        watch(part, own, followers)
+    for part, own in _segments(storage, batch, None):
+        observe_queries(part, own, observers)
 
 
-def _segments(held: Holdings, asked: Asked, slots: Tensor | None) -> Iterator[tuple[Part, Asked]]:
-    layout = held.slots.layout
-    group = asked.queries.shape[1] // layout.heads
+def _segments(
+    storage: LayerStorage, batch: QueryBatch, slots: Tensor | None
+) -> Iterator[tuple[AttendedSlots, QueryBatch]]:
+    layout = storage.slots.layout
+    group = batch.queries.shape[1] // layout.heads
     for row in range(layout.rows):
         for head in range(layout.heads):
             chosen = None if slots is None else slots[row : row + 1, head : head + 1]
             if chosen is not None:
                 chosen = chosen[chosen >= 0][None, None]
-            yield Part(held, Segment(row, head), chosen), asked.of_segment(row, head, group)
+            yield AttendedSlots(storage, SingleSegment(row, head), chosen), batch.of_segment(row, head, group)
 
 
-def _attend(part: Part, asked: Asked, followers: Sequence[Follower], *, full: bool, dropout: float) -> Tensor:
+def _attend(
+    part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver], *, full: bool, dropout: float
+) -> Tensor:
     """One call for all heads of `part`; `full` says that no slot among them is empty."""
-    if followers or not part.held.is_plain:
-        return attend_blockwise(part, asked, followers, dropout)
+    if observers or not part.storage.is_plain:
+        return attend_blockwise(part, batch, observers, dropout)
     everything = slice(0, part.length)
-    options = {"scale": asked.scaling, "dropout_p": dropout}
-    return _at_once(part, asked, part.keys(everything), part.values(everything), options, full=full)
+    options = {"scale": batch.scaling, "dropout_p": dropout}
+    return _at_once(part, batch, part.keys(everything), part.values(everything), options, full=full)
 
 
-def _at_once(part: Part, asked: Asked, keys: Tensor, values: Tensor, options: dict[str, Any], *, full: bool) -> Tensor:
-    queries, heads = asked.queries, keys.shape[1]
+def _at_once(
+    part: AttendedSlots, batch: QueryBatch, keys: Tensor, values: Tensor, options: dict[str, Any], *, full: bool
+) -> Tensor:
+    queries, heads = batch.queries, keys.shape[1]
     group, count = queries.shape[1] // heads, queries.shape[2]
     sees_all = count == 1 and full and part.log_votes is None
-    bias = None if sees_all else _bias(part, asked.positions, queries.dtype)
+    bias = None if sees_all else _bias(part, batch.positions, queries.dtype)
     if count == 1:  # the group's queries stand in for query tokens of one head: keys are read once
         packed = queries.reshape(queries.shape[0], heads, group, -1)
         out = scaled_dot_product_attention(packed, keys, values, attn_mask=bias, **options)
@@ -109,7 +115,7 @@ def _at_once(part: Part, asked: Asked, keys: Tensor, values: Tensor, options: di
     return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=group > 1, **options)
 
 
-def _bias(part: Part, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def _bias(part: AttendedSlots, positions: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the logits: bool [B, 1, q, T], or [B, K, q, T] with votes (a float) or chosen slots.
 
     Held entries are older than the chunk, whichever they are, so heads differ in what they hold and not in which

@@ -7,9 +7,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.storage.kv_tensor import Half
-from kvpolicy.cache.storage.layer_storage import Holdings
-from kvpolicy.cache.storage.segment_index import Access, Segment
+from kvpolicy.cache.storage.kv_tensor import KVTensor
+from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.segment_index import SegmentIndex, SingleSegment
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages.slots import gather
 
@@ -17,17 +17,17 @@ _BLOCK = 512  # slots that are decoded at one time
 
 
 @attrs.frozen(eq=False)
-class Part:
+class AttendedSlots:
     """A block of segments [b, k] and T of their slots."""
 
-    held: Holdings
-    at: Access
+    storage: LayerStorage
+    at: SegmentIndex
     slots: Tensor | None = None  # [b, k, T] chosen slots, ascending, -1 behind; None = all
     unseen: int = 0  # newest slots of every segment that are left out
 
-    def seen_before(self, newest: int) -> "Part":
+    def seen_before(self, newest: int) -> "AttendedSlots":
         """What a query sees that has `newest` tokens of its own forward behind it; all, where that saves nothing."""
-        alike = self.slots is None and (self.held.slots.even or isinstance(self.at, Segment))
+        alike = self.slots is None and (self.storage.slots.even or isinstance(self.at, SingleSegment))
         return attrs.evolve(self, unseen=newest) if alike else self
 
     @property
@@ -48,8 +48,8 @@ class Part:
 
     @property
     def all_votes(self) -> Tensor | None:
-        """Log-votes [b, k, all] float32 of all held slots."""
-        return self.column(LOG_VOTES) if LOG_VOTES in self.held.slots.columns else None
+        """Log-votes [b, k, all] float32 of all slots in use."""
+        return self.column(LOG_VOTES) if LOG_VOTES in self.storage.slots.columns else None
 
     @property
     def log_votes(self) -> Tensor | None:
@@ -59,34 +59,34 @@ class Part:
 
     def blocks(self) -> Iterator[slice]:
         """The T slots in blocks that can be decoded by themselves; one block when nothing is packed."""
-        if self.held.is_plain:
+        if self.storage.is_plain:
             yield slice(0, self.length)
             return
-        unit = lcm(self.held.keys.form.unit, self.held.values.form.unit)
+        unit = lcm(self.storage.keys.form.group_size, self.storage.values.form.group_size)
         size = -(-_BLOCK // unit) * unit
         for start in range(0, self.length, size):
             yield slice(start, min(start + size, self.length))
 
     def keys(self, block: slice) -> Tensor:
         """[b, k, n, D]."""
-        return self._read(self.held.keys, block)
+        return self._read(self.storage.keys, block)
 
     def values(self, block: slice) -> Tensor:
         """[b, k, n, Dv]."""
-        return self._read(self.held.values, block)
+        return self._read(self.storage.values, block)
 
-    def _read(self, half: Half, block: slice) -> Tensor:
+    def _read(self, half: KVTensor, block: slice) -> Tensor:
         if self.slots is None:
             return half.read(self.at, block.start, block.stop, self._everywhere)
         return half.pick(self.at, self.slots[:, :, block].clamp(min=0), self._everywhere)
 
     def column(self, name: str) -> Tensor:
-        """A column of all held slots as [b, k, all, ...], to be written to where nothing had to be copied."""
-        column = self.at.of(self.held.slots, name)
+        """A column of all slots in use as [b, k, all, ...], to be written to where nothing had to be copied."""
+        column = self.at.of(self.storage.slots, name)
         return column[:, :, : column.shape[2] - self.unseen]
 
     def spread(self, logits: Tensor) -> Tensor:
-        """Logits [b, k, ..., T] over all held slots, -inf in those that were not read."""
+        """Logits [b, k, ..., T] over all slots in use, -inf in those that were not read."""
         if self.slots is None:
             return logits
         width = self._everywhere.shape[2]

@@ -5,66 +5,66 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.attended_slots import Part
-from kvpolicy.attention.blockwise import follow
-from kvpolicy.cache.query_batch import Asked
-from kvpolicy.cache.storage.kv_tensor import Half
-from kvpolicy.cache.storage.layer_storage import Holdings
-from kvpolicy.cache.storage.segment_index import Segment
-from kvpolicy.cache.storage.slot_store import Store
-from kvpolicy.plan.forward_observers import ATTENTION, Follower
+from kvpolicy.attention.attended_slots import AttendedSlots
+from kvpolicy.attention.blockwise import update_observers
+from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.storage.kv_tensor import KVTensor
+from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.segment_index import SingleSegment
+from kvpolicy.cache.storage.slot_store import SlotStore
+from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
-from kvpolicy.stages import Glimpse
+from kvpolicy.stages import QueryLogits
 from kvpolicy_kernels import Column, Segments, UnsupportedInputError, held
 from kvpolicy_kernels.segments import addresses_of
 
 
 def attend_in_kernel(
-    holdings: Holdings, asked: Asked, slots: Tensor | None, followers: Sequence[Follower], *, pads: bool
+    storage: LayerStorage, batch: QueryBatch, slots: Tensor | None, observers: Sequence[ForwardObserver], *, pads: bool
 ) -> Tensor:
-    """What `attend` gives for one query a row, [B, H, 1, Dv]; followers see the logits of the same pass.
+    """What `attend` gives for one query a row, [B, H, 1, Dv]; observers see the logits of the same pass.
 
     Raises:
         UnsupportedInputError: the kernel cannot do this; nothing has changed.
     """
     from kvpolicy_kernels.decode import decode
 
-    layout = holdings.slots.layout
-    count, group = layout.rows * layout.heads, asked.queries.shape[1] // layout.heads
-    queries = asked.queries.reshape(count, group, asked.queries.shape[3]).contiguous()
-    others = [one for one in followers if ATTENTION not in one.columns.values()]
-    _require_shown(holdings, slots, others)
-    longest = holdings.slots.longest if slots is None else slots.shape[2]
+    layout = storage.slots.layout
+    count, group = layout.rows * layout.heads, batch.queries.shape[1] // layout.heads
+    queries = batch.queries.reshape(count, group, batch.queries.shape[3]).contiguous()
+    others = [one for one in observers if ATTENTION not in one.columns.values()]
+    _require_shown(storage, slots, others)
+    longest = storage.slots.longest if slots is None else slots.shape[2]
     logits = queries.new_empty((count, group, longest), dtype=torch.float32) if others else None
-    mass = _column(holdings.slots, ATTENTION) if len(others) < len(followers) else None
+    mass = _column(storage.slots, ATTENTION) if len(others) < len(observers) else None
     out = decode(
         queries,
-        _held(holdings, pads=pads),
-        asked.scaling,
-        seen=asked.positions[:, 0].contiguous() if pads else None,
+        _held(storage, pads=pads),
+        batch.scaling,
+        seen=batch.positions[:, 0].contiguous() if pads else None,
         slots=None if slots is None else slots.flatten(0, 1).contiguous(),
         export=held.Export(logits, mass),
     )
     if logits is not None:
-        _show(holdings, slots, logits, others)
+        _show(storage, slots, logits, others)
     return out.view(layout.rows, layout.heads * group, 1, -1)
 
 
-def _held(holdings: Holdings, *, pads: bool) -> held.Held:
-    slots = holdings.slots
+def _held(storage: LayerStorage, *, pads: bool) -> held.Held:
+    slots = storage.slots
     starts, lengths = slots.starts, slots.lengths_on_device
     segments = Segments(starts, lengths, 1, slots.layout.rows, slots.layout.heads, slots.longest)
     return held.Held(
         segments,
-        _half(holdings.keys),
-        _half(holdings.values),
+        _half(storage.keys),
+        _half(storage.values),
         positions=_column(slots, POSITIONS) if pads else None,
         votes=_column(slots, LOG_VOTES) if LOG_VOTES in slots.columns else None,
         entries=round(slots.average * segments.count),
     )
 
 
-def _half(half: Half) -> held.Half:
+def _half(half: KVTensor) -> held.Half:
     packed = None
     if not half.is_plain:
         how = half.form.unpacking()
@@ -72,30 +72,30 @@ def _half(half: Half) -> held.Half:
             raise UnsupportedInputError(f"{type(half.form).__name__} {how}")
         columns = tuple(_column(half.packed, name) for name in half.form.columns)
         packed = held.Packed(how, half.packed.starts, half.packed.lengths_on_device, columns)
-    return held.Half(_column(half.tail, half.name), half.tail.starts, packed)
+    return held.Half(_column(half.residual, half.name), half.residual.starts, packed)
 
 
-def _column(store: Store, name: str) -> Column:
+def _column(store: SlotStore, name: str) -> Column:
     flat = store.tensors[name]
     width = max(1, flat.shape[1:].numel())
     return Column(addresses_of([flat]), flat.dtype, width, (flat,))
 
 
-def _require_shown(holdings: Holdings, slots: Tensor | None, followers: Sequence[Follower]) -> None:
-    if followers and slots is not None and holdings.slots.layout.uniform is None:
-        raise UnsupportedInputError("heads of different length are read in part, and followed")
+def _require_shown(storage: LayerStorage, slots: Tensor | None, observers: Sequence[ForwardObserver]) -> None:
+    if observers and slots is not None and storage.slots.layout.uniform is None:
+        raise UnsupportedInputError("heads of different length are read in part, and observed")
 
 
-def _show(holdings: Holdings, slots: Tensor | None, logits: Tensor, followers: Sequence[Follower]) -> None:
-    """Let followers see the logits [B·K, G, T] of one query."""
-    layout = holdings.slots.layout
+def _show(storage: LayerStorage, slots: Tensor | None, logits: Tensor, observers: Sequence[ForwardObserver]) -> None:
+    """Let observers see the logits [B·K, G, T] of one query."""
+    layout = storage.slots.layout
     shaped = logits.unflatten(0, (layout.rows, layout.heads))[:, :, :, None]
     if layout.uniform is not None:
-        part = Part(holdings, holdings.everything, slots)
-        follow(part, Glimpse(shaped, part.log_votes), 0, followers)
+        part = AttendedSlots(storage, storage.everything, slots)
+        update_observers(part, QueryLogits(shaped, part.log_votes), 0, observers)
         return
     for row in range(layout.rows):
         for head in range(layout.heads):
-            part = Part(holdings, Segment(row, head))
+            part = AttendedSlots(storage, SingleSegment(row, head))
             own = shaped[row : row + 1, head : head + 1, ..., : part.length]
-            follow(part, Glimpse(own, part.log_votes), 0, followers)
+            update_observers(part, QueryLogits(own, part.log_votes), 0, observers)

@@ -16,7 +16,7 @@ from kvpolicy.bench.interleave import Protocol, Variant, interleave
 from kvpolicy.bench.layers import due, plan_at, random_layers
 from kvpolicy.bench.naive import Held
 from kvpolicy.bench.shape import ModelShape
-from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.errors import InputError
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.policy import Policy
@@ -56,8 +56,8 @@ def measure_one(setup: AttentionSetup, held: int, clock: Clock, deadline: Deadli
     plan = plan_at(spec, setup.shape, held + 16, setup.dtype, setup.device)
     queries = max(plan.needs.queries, 1)
     layers = random_layers(setup.shape, setup.rows, held + 16, queries, setup.dtype, setup.device, "shared")
-    cache, settle = due(plan, setup.shape, layers)
-    settle()
+    cache, finish_forward = due(plan, setup.shape, layers)
+    finish_forward()
     ours = _each([_step(layer, one) for layer, one in zip(cache.managed, layers, strict=True)])
     library = _each([partial(_library, one, held + 1) for one in layers])
     calls = {OURS: ours, AGAIN: ours, LIBRARY: library}
@@ -81,8 +81,8 @@ def _step(layer: PolicyLayer, held: Held) -> Call:
     """The attention of the newest token, which may be asked for again and again."""
     newest = slice(-1, None)
     layer.update(held.keys[:, :, newest], held.values[:, :, newest])
-    positions = layer.arrive(None)
-    return partial(layer.attend, Asked(held.queries[:, :, newest], positions, padded=False, scaling=held.scaling))
+    positions = layer.place_tokens(None)
+    return partial(layer.attend, QueryBatch(held.queries[:, :, newest], positions, padded=False, scaling=held.scaling))
 
 
 def _library(held: Held, entries: int) -> Tensor:

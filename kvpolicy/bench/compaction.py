@@ -50,12 +50,12 @@ class Compaction:
         cache, _ = due(plan, self.shape, layers)
         chosen = []
         for layer in cache.managed:
-            view = layer.shown((0,))
+            view = layer.view((0,))
             chosen.append((layer, compress_one(plan.spec, view, layer.budget((0,)))))
 
         def move() -> None:
             for layer, result in chosen:
-                layer.take((0,), result, fills=plan.fills_holes)
+                layer.apply((0,), result, fills=plan.fills_holes)
 
         return move
 
@@ -72,4 +72,4 @@ class Compaction:
 
     def _kept(self, plan: Plan, layers: list[Held]) -> list[torch.Tensor]:
         cache, _ = due(plan, self.shape, layers)
-        return [compress_one(plan.spec, layer.shown((0,)), layer.budget((0,))).kept for layer in cache.managed]
+        return [compress_one(plan.spec, layer.view((0,)), layer.budget((0,))).kept for layer in cache.managed]

@@ -95,10 +95,10 @@ def measure_one(
 
 
 def _ours(plan: Plan, shape: ModelShape, layers: Sequence[Held]) -> Call:
-    cache, settle = due(plan, shape, layers)
+    cache, finish_forward = due(plan, shape, layers)
     if any(layer.stats.compressions for layer in cache.managed):
         raise InputError("the layers were compressed before they were timed")
-    return settle
+    return finish_forward
 
 
 def _naive(

@@ -65,8 +65,8 @@ def due(plan: Plan, shape: ModelShape, layers: Sequence[Held]) -> tuple[PolicyCa
     for layer, held in zip(cache.managed, layers, strict=True):  # another forward
         asked.append(appended(layer, held.keys[:, :, -1:], held.values[:, :, -1:], held.queries[:, :, -1:]))
 
-    def settle() -> None:
+    def finish_forward() -> None:
         for layer, one in zip(cache.managed, asked, strict=True):
-            layer.settle(one)
+            layer.finish_forward(one)
 
-    return cache, settle
+    return cache, finish_forward

@@ -10,9 +10,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.observation_window import Window
+from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.state_contents import Contents, Described, below, counts_of
-from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.storage_bytes import bytes_of
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS, Plan
@@ -23,18 +23,18 @@ from kvpolicy.stages import Geometry
 class LayerState:
     """Entries, state of rows and slots, observed queries and counts of B rows of one layer."""
 
-    held: Holdings
-    window: Window
+    storage: LayerStorage
+    window: ObservationWindow
     row_state: dict[str, Tensor]  # of the merger, float32 [B]
-    real: list[int]  # tokens of each row, pads excluded
-    seen: int = 0  # tokens, pads included: the columns of the model's own attention mask
-    altered: bool = False  # whether entries have been evicted or packed: until then the stock attention is exact
+    num_tokens: list[int]  # tokens of each row, pads excluded
+    seq_len: int = 0  # tokens, pads included: the columns of the model's own attention mask
+    compressed: bool = False  # whether entries have been evicted or packed: until then the stock attention is exact
     padded: bool = False  # whether pads are held: only until then
     in_order: bool = True  # whether entries stand in ascending order of position
-    rollback_limit: int = 0  # `seen` when entries last changed place: no rollback beyond it
+    rollback_limit: int = 0  # `seq_len` when entries last changed place: no rollback beyond it
     scaling: float = 1.0  # of the logits, as the attention last said
     record_past: bool = False  # whether the tokens that come may be undone: candidates of assisted decoding
-    prompting: bool = True  # whether a prompt comes next, while that is recorded
+    expects_prompt: bool = True  # whether a prompt comes next, while that is recorded
     compressions: int = 0  # how many there have been
 
     @classmethod
@@ -44,17 +44,21 @@ class LayerState:
             state.name: torch.full((rows,), state.fill, dtype=torch.float32, device=device)
             for state in plan.spec.merge.row_state()
         }
-        return cls(Holdings(plan, ordinal, rows, device), Window(plan.needs.queries), row_state, [0] * rows)
+        return cls(
+            LayerStorage(plan, ordinal, rows, device), ObservationWindow(plan.needs.queries), row_state, [0] * rows
+        )
 
     @property
     def rows(self) -> int:
         """B; 0 before the first forward."""
-        return len(self.real)
+        return len(self.num_tokens)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return self.held.nbytes + self.window.nbytes + bytes_of([*self.held.index_tensors, *self.row_state.values()])
+        return (
+            self.storage.nbytes + self.window.nbytes + bytes_of([*self.storage.index_tensors, *self.row_state.values()])
+        )
 
     def selected(self, rows: Sequence[int]) -> Self:
         """The state of the rows named, in that order, that shares no storage; one may be named more than once."""
@@ -94,13 +98,13 @@ class LayerState:
         if isinstance(empty, int):
             return contents.integer(name)
         if isinstance(empty, float):
-            return contents.real(name)
+            return contents.number(name)
         if isinstance(empty, list):
             return contents.counts(name, (self.rows,))
         part = contents.below(name)
         if isinstance(empty, dict):
             return {key: part.tensor(key, tensor.dtype, tensor.shape) for key, tensor in empty.items()}
-        if isinstance(empty, Window):
+        if isinstance(empty, ObservationWindow):
             empty.restore(part, self.rows, geometry)
         else:
             empty.restore(part)
@@ -108,28 +112,30 @@ class LayerState:
 
     def check_integrity(self) -> None:
         """Raise CacheError when entries, counts or observed queries contradict each other."""
-        self.held.check_integrity()
-        self.window.check_integrity(self.real)
-        if any(real > self.seen for real in self.real) or self.rollback_limit > self.seen:
-            raise CacheError(f"{self.real} tokens came, or {self.rollback_limit} stay, of {self.seen} seen")
-        plain = self.held.is_plain and all(n == self.seen for row in self.held.slots.lengths for n in row)
-        if self.rows and not self.altered and not plain:
+        self.storage.check_integrity()
+        self.window.check_integrity(self.num_tokens)
+        if any(num_tokens > self.seq_len for num_tokens in self.num_tokens) or self.rollback_limit > self.seq_len:
+            raise CacheError(f"{self.num_tokens} tokens came, or {self.rollback_limit} stay, of {self.seq_len} seen")
+        plain = self.storage.is_plain and all(n == self.seq_len for row in self.storage.slots.lengths for n in row)
+        if self.rows and not self.compressed and not plain:
             raise CacheError(
-                f"{self.held.slots.lengths} entries are held of {self.seen} tokens that are all said to be"
+                f"{self.storage.slots.lengths} entries are held of {self.seq_len} tokens that are all said to be"
             )
-        for row, real in enumerate(self.real):
-            for head in range(self.held.slots.layout.heads):
-                self._check_positions(row, head, self.held.slots.segment(POSITIONS, row, head).long(), real)
+        for row, num_tokens in enumerate(self.num_tokens):
+            for head in range(self.storage.slots.layout.heads):
+                self._check_positions(row, head, self.storage.slots.segment(POSITIONS, row, head).long(), num_tokens)
 
-    def _check_positions(self, row: int, head: int, positions: Tensor, real: int) -> None:
+    def _check_positions(self, row: int, head: int, positions: Tensor, num_tokens: int) -> None:
         """Raise CacheError unless the positions [n] of a segment are those of different tokens that came."""
         came = positions[positions >= 0]
         pads = positions.shape[0] - came.shape[0]
         steps = (came if self.in_order else came.sort().values).diff()
-        if bool((positions < -1).any()) or bool((came >= real).any()) or bool((steps <= 0).any()):
-            raise CacheError(f"row {row} head {head}: positions must be of different tokens, in order, below {real}")
-        if (pads and not self.padded) or (not self.altered and came.shape[0] != real):
-            raise CacheError(f"row {row} head {head}: {came.shape[0]} entries of {real} tokens, {pads} pads")
+        if bool((positions < -1).any()) or bool((came >= num_tokens).any()) or bool((steps <= 0).any()):
+            raise CacheError(
+                f"row {row} head {head}: positions must be of different tokens, in order, below {num_tokens}"
+            )
+        if (pads and not self.padded) or (not self.compressed and came.shape[0] != num_tokens):
+            raise CacheError(f"row {row} head {head}: {came.shape[0]} entries of {num_tokens} tokens, {pads} pads")
 
 
 def _fields() -> list[str]:

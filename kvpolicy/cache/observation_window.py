@@ -14,7 +14,7 @@ from kvpolicy.stages import Geometry
 _ROOM = 64  # queries for which a buffer has room from the start
 
 
-class Window:
+class ObservationWindow:
     """The newest W queries of each row, oldest first; where a row has had fewer, the first ones have position -1.
 
     The buffer holds W once there have been as many queries, less before: a new query overwrites the oldest one in

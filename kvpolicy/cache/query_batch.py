@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @attrs.frozen(eq=False)
-class Asked:
+class QueryBatch:
     """The queries of one attention call."""
 
     queries: Tensor  # [B, H, q, D] post-RoPE
@@ -16,15 +16,15 @@ class Asked:
     padded: bool  # whether there is a pad among them
     scaling: float
 
-    def first(self, count: int) -> "Asked":
+    def first(self, count: int) -> "QueryBatch":
         """The oldest `count` queries."""
         return attrs.evolve(self, queries=self.queries[:, :, :count], positions=self.positions[:, :count])
 
-    def newest(self, count: int) -> "Asked":
+    def newest(self, count: int) -> "QueryBatch":
         """The newest `count` queries, or all if there are fewer."""
         return attrs.evolve(self, queries=self.queries[:, :, -count:], positions=self.positions[:, -count:])
 
-    def newest_real(self, count: int) -> "Asked":
+    def newest_real(self, count: int) -> "QueryBatch":
         """The newest `count` queries of each row that are no pads; where it has fewer, pads come before them."""
         if not self.padded:
             return self.newest(count)
@@ -33,11 +33,11 @@ class Asked:
         queries = self.queries[rows, :, order].transpose(1, 2)
         return attrs.evolve(self, queries=queries, positions=self.positions[rows, order])
 
-    def select_rows(self, rows: Sequence[int]) -> "Asked":
+    def select_rows(self, rows: Sequence[int]) -> "QueryBatch":
         """The rows named, in that order."""
         return attrs.evolve(self, queries=self.queries[list(rows)], positions=self.positions[list(rows)])
 
-    def of_segment(self, row: int, head: int, group: int) -> "Asked":
+    def of_segment(self, row: int, head: int, group: int) -> "QueryBatch":
         """The queries of one row that attend to one KV head."""
         own = self.queries[row : row + 1, head * group : (head + 1) * group]
         return attrs.evolve(self, queries=own, positions=self.positions[row : row + 1])

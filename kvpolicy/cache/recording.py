@@ -1,4 +1,4 @@
-"""Tokens that may be undone: candidates of assisted decoding are taken one by one, as decoding alone would take them.
+"""Tokens that may be undone: candidates of assisted decoding are taken one by one, as in decoding alone.
 
 An eviction that decoding alone would make between two candidates is made between them, so that later ones are verified
 on what it leaves. What was done to the newest token of all (observing it, compressing behind it) waits until another
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.layer_state import LayerState
-from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.query_batch import QueryBatch
 
 
 @attrs.frozen(eq=False)
-class Taken:
+class RecordedTokens:
     """Tokens that a layer has taken."""
 
     keys: Tensor  # [B, K, q, D]
     values: Tensor
-    asked: Asked
+    batch: QueryBatch
 
     @property
     def count(self) -> int:
@@ -32,33 +32,33 @@ class Taken:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Keys, values, queries and their positions."""
-        return self.keys, self.values, self.asked.queries, self.asked.positions
+        return self.keys, self.values, self.batch.queries, self.batch.positions
 
-    def part(self, start: int, stop: int) -> "Taken":
+    def part(self, start: int, stop: int) -> "RecordedTokens":
         """Some of the tokens."""
-        asked = self.asked.first(stop).newest(stop - start)
-        return Taken(self.keys[:, :, start:stop], self.values[:, :, start:stop], asked)
+        batch = self.batch.first(stop).newest(stop - start)
+        return RecordedTokens(self.keys[:, :, start:stop], self.values[:, :, start:stop], batch)
 
-    def one_by_one(self, start: int) -> list["Taken"]:
+    def one_by_one(self, start: int) -> list["RecordedTokens"]:
         """Each of the tokens from `start` on."""
         return [self.part(place, place + 1) for place in range(start, self.count)]
 
-    def select_rows(self, rows: Sequence[int]) -> "Taken":
+    def select_rows(self, rows: Sequence[int]) -> "RecordedTokens":
         """The rows named, in that order."""
-        return Taken(self.keys[list(rows)], self.values[list(rows)], self.asked.select_rows(rows))
+        return RecordedTokens(self.keys[list(rows)], self.values[list(rows)], self.batch.select_rows(rows))
 
 
 class Recordable(Protocol):
     """What recording does with a layer."""
 
-    prompting: bool  # whether a prompt comes next
+    expects_prompt: bool  # whether a prompt comes next
 
     @property
-    def seen(self) -> int:
+    def seq_len(self) -> int:
         """Tokens of a row, pads included."""
 
     @property
-    def altered(self) -> bool:
+    def compressed(self) -> bool:
         """Whether something else than all tokens is held."""
 
     @property
@@ -70,22 +70,22 @@ class Recordable(Protocol):
         """Whether every single token may change what the next one attends to."""
 
     @property
-    def watched(self) -> bool:
+    def has_observers(self) -> bool:
         """Whether anything follows what is attended to."""
 
-    def put(self, taken: Taken) -> None:
+    def append_recorded(self, recorded: RecordedTokens) -> None:
         """Append tokens, whose positions are known."""
 
     def drop(self, count: int) -> None:
         """Drop the newest tokens, behind which nothing has been altered."""
 
-    def attended(self, asked: Asked, dropout: float, *, followed: bool) -> Tensor:
-        """Attention over what is held, [B, H, q, D]; `followed` says whether followers see it."""
+    def attended(self, batch: QueryBatch, dropout: float, *, observed: bool) -> Tensor:
+        """Attention over what is held, [B, H, q, D]; `observed` says whether observers see it."""
 
-    def digest(self, asked: Asked, *, decoding: bool, followed: bool) -> None:
-        """Observe queries, then compress and pack what is due; `followed` says that followers have seen them."""
+    def observe_and_compress(self, batch: QueryBatch, *, decoding: bool, observed: bool) -> None:
+        """Observe queries, then compress and pack what is due; `observed` says that observers have seen them."""
 
-    def alters(self, before: int, *, decoding: bool) -> bool:
+    def would_be_due(self, before: int, *, decoding: bool) -> bool:
         """Whether a row would have been compressed before the newest `before` tokens came."""
 
     def save(self) -> LayerState:
@@ -99,8 +99,8 @@ class Recording:
     """What one layer has taken since the last `crop`."""
 
     def __init__(self) -> None:
-        self.prompt: Asked | None = None  # that has not been digested
-        self.tokens: list[Taken] = []  # behind it, each by itself
+        self.prompt: QueryBatch | None = None  # that has not been digested
+        self.tokens: list[RecordedTokens] = []  # behind it, each by itself
         self.waiting = 0  # newest of them that have not been digested
         self.saved: LayerState | None = None  # the layer before the first of them, if dropping them does not lead there
         self._in_turn = False  # whether the tokens of this forward have been attended to one by one
@@ -121,36 +121,38 @@ class Recording:
         """Bytes of the copy to go back to."""
         return 0 if self.saved is None else self.saved.nbytes
 
-    def attend(self, layer: Recordable, taken: Taken, prompt_end: int | None, dropout: float) -> Tensor | None:
+    def attend(
+        self, layer: Recordable, recorded: RecordedTokens, prompt_end: int | None, dropout: float
+    ) -> Tensor | None:
         """Attention of tokens that have just been appended, [B, H, q, D]; None = over all that came, by a stock call.
 
         `prompt_end` is how many tokens the prompt ends behind, None when nobody has told: then all are a prompt.
         """
         self._in_turn = False
         if self.prompt is not None:
-            layer.drop(taken.count)
-            self._digest_prompt(layer, self.prompt)
-            layer.put(taken)
-        first = self._prompt_part(layer, taken.count, prompt_end)
-        if first == taken.count or self._may_come_at_once(layer, taken, first):
-            return layer.attended(taken.asked, dropout, followed=False) if layer.altered else None
+            layer.drop(recorded.count)
+            self._finish_prompt(layer, self.prompt)
+            layer.append_recorded(recorded)
+        first = self._prompt_part(layer, recorded.count, prompt_end)
+        if first == recorded.count or self._may_come_at_once(layer, recorded, first):
+            return layer.attended(recorded.batch, dropout, observed=False) if layer.compressed else None
         self._in_turn = True
-        return self._attend_in_turn(layer, taken, first, dropout)
+        return self._attend_in_turn(layer, recorded, first, dropout)
 
-    def settle(self, layer: Recordable, taken: Taken, prompt_end: int | None) -> None:
+    def note_forward(self, layer: Recordable, recorded: RecordedTokens, prompt_end: int | None) -> None:
         """Note the tokens of a forward after its attention."""
         if self._in_turn:
             return
-        first = self._prompt_part(layer, taken.count, prompt_end)
-        if first == taken.count:
-            self.prompt = taken.asked
+        first = self._prompt_part(layer, recorded.count, prompt_end)
+        if first == recorded.count:
+            self.prompt = recorded.batch
             return
         if first:
-            layer.drop(taken.count - first)
-            self._digest_prompt(layer, taken.asked.first(first))
-            layer.put(taken.part(first, taken.count))
-        self.tokens += taken.one_by_one(first)
-        self.waiting += taken.count - first
+            layer.drop(recorded.count - first)
+            self._finish_prompt(layer, recorded.batch.first(first))
+            layer.append_recorded(recorded.part(first, recorded.count))
+        self.tokens += recorded.one_by_one(first)
+        self.waiting += recorded.count - first
 
     def crop(self, layer: Recordable, count: int) -> int:
         """Undo the newest `count` tokens and digest the others; how many are left that came before all of them."""
@@ -159,10 +161,10 @@ class Recording:
             undone = min(count, size)
             layer.drop(undone)
             if undone < size:
-                self._digest_prompt(layer, self.prompt.first(size - undone))
+                self._finish_prompt(layer, self.prompt.first(size - undone))
         else:
             undone = min(count, len(self.tokens))
-            self._digest_tokens(layer, self.tokens[: len(self.tokens) - undone], undone)
+            self._finish_tokens(layer, self.tokens[: len(self.tokens) - undone], undone)
         self.prompt, self.tokens, self.waiting, self.saved = None, [], 0, None
         return count - undone
 
@@ -176,70 +178,70 @@ class Recording:
 
     def _prompt_part(self, layer: Recordable, count: int, prompt_end: int | None) -> int:
         """How many of the newest `count` tokens are of the prompt."""
-        if not layer.prompting:
+        if not layer.expects_prompt:
             return 0
-        before = layer.seen - count
+        before = layer.seq_len - count
         return min(count, prompt_end - before) if prompt_end is not None and prompt_end > before else count
 
-    def _may_come_at_once(self, layer: Recordable, taken: Taken, first: int) -> bool:
+    def _may_come_at_once(self, layer: Recordable, recorded: RecordedTokens, first: int) -> bool:
         """Whether nothing would be altered between the tokens."""
         if layer.one_by_one or layer.padded or self.saved is not None:
             return False
-        behind = taken.count - first
-        if first and (layer.altered or layer.alters(behind, decoding=first == 1)):
+        behind = recorded.count - first
+        if first and (layer.compressed or layer.would_be_due(behind, decoding=first == 1)):
             return False
-        return not any(layer.alters(before, decoding=True) for before in range(1, behind + self.waiting))
+        return not any(layer.would_be_due(before, decoding=True) for before in range(1, behind + self.waiting))
 
-    def _attend_in_turn(self, layer: Recordable, taken: Taken, first: int, dropout: float) -> Tensor:
+    def _attend_in_turn(self, layer: Recordable, recorded: RecordedTokens, first: int, dropout: float) -> Tensor:
         """Attention of each token over what decoding alone would hold when it comes."""
-        layer.drop(taken.count)
+        layer.drop(recorded.count)
         outputs = []
         if first:
-            prompt = taken.part(0, first)
-            layer.put(prompt)
-            outputs.append(layer.attended(prompt.asked, dropout, followed=True))
-            self._digest_prompt(layer, prompt.asked, followed=True)
+            prompt = recorded.part(0, first)
+            layer.append_recorded(prompt)
+            outputs.append(layer.attended(prompt.batch, dropout, observed=True))
+            self._finish_prompt(layer, prompt.batch, observed=True)
         if self.saved is None:
             layer.drop(len(self.tokens))
             self.saved = layer.save()
             self._repeat(layer, self.tokens)
             self.waiting = min(1, len(self.tokens))
-        for one in taken.one_by_one(first):
-            self._digest_waiting(layer)
-            layer.put(one)
-            outputs.append(layer.attended(one.asked, dropout, followed=True))
+        for one in recorded.one_by_one(first):
+            self._finish_waiting(layer)
+            layer.append_recorded(one)
+            outputs.append(layer.attended(one.batch, dropout, observed=True))
             self.tokens.append(one)
             self.waiting = 1
         return torch.cat(outputs, 2)
 
-    def _repeat(self, layer: Recordable, tokens: Sequence[Taken]) -> None:
+    def _repeat(self, layer: Recordable, tokens: Sequence[RecordedTokens]) -> None:
         """Take tokens once more, of which the last waits."""
         for place, one in enumerate(tokens):
             if place:
-                layer.digest(tokens[place - 1].asked, decoding=True, followed=True)
-            layer.put(one)
-            if layer.watched:
-                layer.attended(one.asked, 0.0, followed=True)
+                layer.observe_and_compress(tokens[place - 1].batch, decoding=True, observed=True)
+            layer.append_recorded(one)
+            if layer.has_observers:
+                layer.attended(one.batch, 0.0, observed=True)
 
-    def _digest_prompt(self, layer: Recordable, asked: Asked, *, followed: bool = False) -> None:
-        layer.digest(asked, decoding=asked.queries.shape[2] == 1, followed=followed)
-        self.prompt, layer.prompting = None, False
+    def _finish_prompt(self, layer: Recordable, batch: QueryBatch, *, observed: bool = False) -> None:
+        layer.observe_and_compress(batch, decoding=batch.queries.shape[2] == 1, observed=observed)
+        self.prompt, layer.expects_prompt = None, False
 
-    def _digest_waiting(self, layer: Recordable) -> None:
+    def _finish_waiting(self, layer: Recordable) -> None:
         if self.waiting:
-            layer.digest(self.tokens[-1].asked, decoding=True, followed=True)
+            layer.observe_and_compress(self.tokens[-1].batch, decoding=True, observed=True)
             self.waiting = 0
 
-    def _digest_tokens(self, layer: Recordable, left: Sequence[Taken], undone: int) -> None:
+    def _finish_tokens(self, layer: Recordable, left: Sequence[RecordedTokens], undone: int) -> None:
         if self.saved is None:
             layer.drop(len(self.tokens))
             for one in left:
-                layer.put(one)
-                layer.digest(one.asked, decoding=True, followed=False)
+                layer.append_recorded(one)
+                layer.observe_and_compress(one.batch, decoding=True, observed=False)
         elif undone:
             layer.restore(self.saved)
             self._repeat(layer, left)
             if left:
-                layer.digest(left[-1].asked, decoding=True, followed=True)
+                layer.observe_and_compress(left[-1].batch, decoding=True, observed=True)
         else:
-            self._digest_waiting(layer)
+            self._finish_waiting(layer)

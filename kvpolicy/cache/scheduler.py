@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.compaction.batched_compaction import Holder, compact_layers
+from kvpolicy.cache.compaction.batched_compaction import HasStorage, compact_layers
 from kvpolicy.cache.trigger import entries_allowed
 from kvpolicy.plan.compress.step import Compressed, compress
 from kvpolicy.plan.plan import Plan
@@ -17,32 +17,32 @@ from kvpolicy.stages import View
 Rows = tuple[int, ...]
 
 
-class Compressible(Holder, Protocol):
+class Compressible(HasStorage, Protocol):
     """What the scheduler does with a layer."""
 
     scaling: float
-    real: list[int]  # tokens of each row, pads excluded
+    num_tokens: list[int]  # tokens of each row, pads excluded
 
     @property
     def entries(self) -> list[int]:
         """Entries of each row in all KV heads, pads excluded."""
 
-    def least(self, real: Sequence[int]) -> list[int]:
-        """Entries per KV head that each row must keep at `real` tokens, because the policy protects spans; else 0."""
+    def min_entries(self, num_tokens: Sequence[int]) -> list[int]:
+        """Entries per KV head that each row must keep because the policy protects spans of it; 0 where it does not."""
 
     def close_gaps(self) -> None:
         """Drop the pads."""
 
-    def seal(self) -> None:
+    def pack(self) -> None:
         """Pack what the formats say."""
 
-    def shown(self, rows: Sequence[int]) -> View:
+    def view(self, rows: Sequence[int]) -> View:
         """The rows as plugins see them."""
 
     def budget(self, rows: Sequence[int]) -> list[int]:
         """Entries per KV head that each of the rows may keep."""
 
-    def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
+    def apply(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
 
     def note_compression(self, seconds: float) -> None:
@@ -67,12 +67,12 @@ class CompressionScheduler:
         self.prompt_end: int | None = None  # how many tokens the prompt ends behind, where `generate` has told
         self._arrived: tuple[object, Tensor] | None = None
 
-    def positions(self, real: Sequence[int], count: int, device: torch.device) -> Tensor:
-        """Those of `count` tokens that arrive behind `real` in each row, int32 [B, count]; the same for all layers."""
-        key = (tuple(real), count, device)
+    def positions(self, num_tokens: Sequence[int], count: int, device: torch.device) -> Tensor:
+        """Positions of `count` new tokens behind `num_tokens` in each row, int32 [B, count]; shared by all layers."""
+        key = (tuple(num_tokens), count, device)
         if self._arrived is None or self._arrived[0] != key:
             places = torch.arange(count, device=device)
-            self._arrived = key, (torch.tensor(real, device=device)[:, None] + places).to(torch.int32)
+            self._arrived = key, (torch.tensor(num_tokens, device=device)[:, None] + places).to(torch.int32)
         return self._arrived[1]
 
     def attended(self, layer: Compressible, *, decoding: bool) -> None:
@@ -108,16 +108,16 @@ class CompressionScheduler:
         if rows:
             for layer in layers:
                 layer.close_gaps()
-            for alike in self.plan.budgets.protected_alike(layers[0].real, rows):
+            for alike in self.plan.budgets.protected_alike(layers[0].num_tokens, rows):
                 self._compress(layers, alike, fills=self._decoding and self.plan.fills_holes)
         for layer in layers:
-            layer.seal()
+            layer.pack()
 
     def _rows_due(self, layers: Sequence[Compressible]) -> list[int]:
-        heads, least = self.plan.geometry.kv_heads, layers[0].least(layers[0].real)
+        heads, least = self.plan.geometry.kv_heads, layers[0].min_entries(layers[0].num_tokens)
         held = [sum(entries) for entries in zip(*(layer.entries for layer in layers), strict=True)]
-        real = enumerate(layers[0].real)
-        return [row for row, tokens in real if held[row] > self._allowed(tokens, least[row]) * heads]
+        num_tokens = enumerate(layers[0].num_tokens)
+        return [row for row, tokens in num_tokens if held[row] > self._allowed(tokens, least[row]) * heads]
 
     def _allowed(self, tokens: int, least: int) -> float:
         """Entries per KV head of all layers together; `least` as in `entries_allowed`."""
@@ -131,15 +131,15 @@ class CompressionScheduler:
         alike = len({layer.scaling for layer in layers}) == 1  # a launch has one scaling
         apart = plan.views_are_copies or bool(plan.fusion.off) or not alike
         groups = [[layer] for layer in layers] if apart else [layers]
-        shown = [[partial(layer.shown, rows) for layer in group] for group in groups]
+        shown = [[partial(layer.view, rows) for layer in group] for group in groups]
         budgets = torch.tensor([layer.budget(rows) for layer in layers], device=plan.device)
-        tokens = torch.tensor([layers[0].real[row] for row in rows], device=plan.device)
+        tokens = torch.tensor([layers[0].num_tokens[row] for row in rows], device=plan.device)
         for group, results in zip(groups, compress(plan.spec, plan.fusion, shown, budgets, tokens), strict=True):
             moved = [False] * len(group)
             if plan.kernels:
                 moved = compact_layers(plan, group, rows, results, fills=fills)
             for layer, result, done in zip(group, results, moved, strict=True):
-                layer.take(rows, result, fills=fills, moved=done)
+                layer.apply(rows, result, fills=fills, moved=done)
         spent = (time.perf_counter() - started) / len(layers)
         for layer in layers:
             layer.note_compression(spent)

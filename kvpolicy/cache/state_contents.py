@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.storage.layout import Table
+from kvpolicy.cache.storage.layout import PerSegment
 from kvpolicy.errors import KVPolicyError, shown
 
 Number = bool | int | float
@@ -19,7 +19,7 @@ def below(name: str, described: Iterable[tuple[str, Tensor | Number]]) -> Descri
         yield f"{name}.{inner}", value
 
 
-def counts_of(numbers: Table | Sequence[int]) -> Tensor:
+def counts_of(numbers: PerSegment | Sequence[int]) -> Tensor:
     """Counts as an int64 tensor in host memory; empty when there are none."""
     return torch.tensor(numbers, dtype=torch.int64)
 
@@ -76,7 +76,7 @@ class Contents:
         numbers: list[int] = tensor.flatten().tolist()
         return numbers
 
-    def table(self, name: str, rows: int, heads: int) -> Table:
+    def table(self, name: str, rows: int, heads: int) -> PerSegment:
         """One whole number from 0 on for each segment."""
         numbers = self.counts(name, (rows, heads))
         return tuple(tuple(numbers[row * heads : (row + 1) * heads]) for row in range(rows))
@@ -95,7 +95,7 @@ class Contents:
             raise self.wrong(name, f"must be a whole number from 0 to {most}: {shown(value)}")
         return value
 
-    def real(self, name: str) -> float:
+    def number(self, name: str) -> float:
         """A number that is finite, and not large."""
         value = self._number(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST <= value <= MOST:

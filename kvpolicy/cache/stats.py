@@ -12,7 +12,7 @@ class LayerStats:
     """Counts of one managed layer. Entries are per KV head, averaged over rows and heads; bytes are for all rows."""
 
     layer: int  # index within the model
-    seen: int = 0  # tokens, pads included
+    seq_len: int = 0  # tokens, pads included
     held: float = 0.0
     read: float = 0.0  # entries that the newest query of a row attended to, averaged over decode steps
     decode_steps: int = 0
@@ -29,16 +29,16 @@ class LayerStats:
         """All bytes that the layer holds."""
         return self.entry_bytes + self.window_bytes + self.state_bytes
 
-    def sample(self, seen: int, held: float, entry_bytes: int, window_bytes: int = 0, state_bytes: int = 0) -> None:
+    def sample(self, seq_len: int, held: float, entry_bytes: int, window_bytes: int = 0, state_bytes: int = 0) -> None:
         """Note the present state."""
-        self.seen, self.held = seen, held
+        self.seq_len, self.held = seq_len, held
         self.entry_bytes, self.window_bytes, self.state_bytes = entry_bytes, window_bytes, state_bytes
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
         self.peak_entry_bytes = max(self.peak_entry_bytes, entry_bytes)
 
-    def advance(self, seen: int, held: float) -> None:
+    def advance(self, seq_len: int, held: float) -> None:
         """Note that entries came or went in storage that stays as it is."""
-        self.seen, self.held = seen, held
+        self.seq_len, self.held = seq_len, held
 
     def read_by_step(self, entries: float) -> None:
         """Note how many entries a decode step attends to."""

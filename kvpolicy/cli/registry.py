@@ -51,6 +51,6 @@ def _table(records: list[dict[str, str]]) -> Any:
 
     table = Table("stage", "name", "distribution", "summary", title="Installed plugins")
     for one in records:
-        owner = f"{one['distribution']} {one['version']}"
-        table.add_row(one["stage"], Text(one["name"], no_wrap=True), Text(owner), Text(one["summary"]))
+        origin = f"{one['distribution']} {one['version']}"
+        table.add_row(one["stage"], Text(one["name"], no_wrap=True), Text(origin), Text(one["summary"]))
     return table

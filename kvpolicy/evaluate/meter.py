@@ -75,7 +75,7 @@ def held_bytes(cache: Cache) -> int:
 def layer_bytes(layer: Any) -> int:
     """The same of one layer, a policy's or one of the model's library."""
     if isinstance(layer, PolicyLayer):
-        return layer.held.nbytes
+        return layer.storage.nbytes
     tensors = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
 

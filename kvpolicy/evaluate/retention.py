@@ -85,9 +85,9 @@ def held_tokens(cache: PolicyCache, length: int) -> Tensor:
     """[L, T] float32: for each of the first `length` tokens of row 0, the fraction of KV heads that hold it."""
     held = torch.zeros(len(cache.managed), length, dtype=torch.float32)
     for layer, row in zip(cache.managed, held, strict=True):
-        heads = layer.held.slots.layout.heads
+        heads = layer.storage.slots.layout.heads
         for head in range(heads):
-            positions = layer.held.slots.segment(POSITIONS, 0, head).cpu().long()
+            positions = layer.storage.slots.segment(POSITIONS, 0, head).cpu().long()
             row[positions[(positions >= 0) & (positions < length)]] += 1 / heads
     return held
 

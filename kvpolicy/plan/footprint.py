@@ -31,7 +31,7 @@ class Footprint:
         forms, page = self.formats[layer], self.pages[layer]
         halves = sum(half.nbytes(capacity, self.geometry, self.dtype) for half in (forms.keys, forms.values))
         slot = sum(column.bytes_per_slot for column in self.columns.values())
-        summary = 0 if page is None else capacity // page.unit * _per_unit(page)
+        summary = 0 if page is None else capacity // page.group_size * _per_unit(page)
         return self.geometry.kv_heads * (halves + slot * capacity + summary)
 
     @property
@@ -66,7 +66,7 @@ class Footprint:
         halves = {"keys": [one.keys for one in self.formats], "values": [one.values for one in self.formats]}
         sizes = {name: sum(map(self._marginal, forms)) / len(forms) for name, forms in halves.items()}
         sizes.update({name: column.bytes_per_slot for name, column in self.columns.items()})
-        pages = [_per_unit(page) / page.unit for page in self.pages if page is not None]
+        pages = [_per_unit(page) / page.group_size for page in self.pages if page is not None]
         return sizes | ({"pages": sum(pages) / len(self.pages)} if pages else {})
 
     @property
@@ -77,7 +77,7 @@ class Footprint:
     def _marginal(self, half: Format) -> float:
         if not half.columns:
             return self.geometry.head_dim * self.dtype.itemsize
-        return _per_unit(half) / half.unit / (self.geometry.kv_heads if half.joint else 1)
+        return _per_unit(half) / half.group_size / (self.geometry.kv_heads if half.joint else 1)
 
 
 def _per_unit(form: Format) -> int:

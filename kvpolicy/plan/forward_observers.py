@@ -7,24 +7,24 @@ import torch
 from torch import Tensor
 
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.stages import Glimpse
+from kvpolicy.stages import QueryLogits
 from kvpolicy.stages.checks import check_state
 from kvpolicy.stages.contracts import Observer
 from kvpolicy.stages.declared import needs_of, slot_state_of
 from kvpolicy.stages.formats import ALL
-from kvpolicy.stages.untouched import debugging, tensors_of_glimpse, untouched
+from kvpolicy.stages.untouched import debugging, tensors_of_query_logits, untouched
 
 ATTENTION = "attention"
 MERGE_STATE = "merge."
 
 
 @attrs.frozen(eq=False)
-class Follower:
+class ForwardObserver:
     """Updates columns of a store from what the newest `count` queries of a forward see."""
 
     count: int  # ALL = every query
     columns: Mapping[str, str]  # its own name of a state, and the column that holds it
-    update: Callable[[Glimpse, Mapping[str, Tensor]], Mapping[str, Tensor]]
+    update: Callable[[QueryLogits, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def state_name(term: int, name: str) -> str:
@@ -32,69 +32,69 @@ def state_name(term: int, name: str) -> str:
     return f"score[{term}].{name}"
 
 
-def observers(spec: PolicySpec) -> list[tuple[Observer, str]]:
+def observing_plugins(spec: PolicySpec) -> list[tuple[Observer, str]]:
     """The plugins for which the model is observed, and what the names of their columns begin with."""
     scorers = [(weighted.scorer, state_name(term, "")) for term, weighted in enumerate(spec.score)]
     return [*scorers, (spec.merge, MERGE_STATE)]
 
 
-def followers_of(spec: PolicySpec) -> tuple[Follower, ...]:
+def forward_observers_of(spec: PolicySpec) -> tuple[ForwardObserver, ...]:
     """The attention mass, if a plugin asks for it, and every plugin that follows."""
-    return tuple(_followers(spec))
+    return tuple(_observers(spec))
 
 
-def _followers(spec: PolicySpec) -> Iterator[Follower]:
-    plugins = observers(spec)
+def _observers(spec: PolicySpec) -> Iterator[ForwardObserver]:
+    plugins = observing_plugins(spec)
     if any(needs_of(plugin).attention for plugin, _ in plugins):
-        yield Follower(ALL, {ATTENTION: ATTENTION}, _mass)
+        yield ForwardObserver(ALL, {ATTENTION: ATTENTION}, _mass)
     for plugin, prefix in plugins:
-        followed = needs_of(plugin).followed
-        if followed:
+        count = needs_of(plugin).forward_queries
+        if count:
             columns = {state.name: prefix + state.name for state in slot_state_of(plugin)}
-            yield Follower(followed, columns, Follows(plugin, debugging()))
+            yield ForwardObserver(count, columns, PluginUpdate(plugin, debugging()))
 
 
 @attrs.frozen
-class Follows:
-    """`follow` of a plugin, whose answer is checked."""
+class PluginUpdate:
+    """`observe_forward` of a plugin, whose answer is checked."""
 
     plugin: Observer
     watched: bool  # told when the plan is made: this is called at every token, and traced by compilers
 
-    def __call__(self, glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        told = _told(glimpse)  # of NaN it would remember NaN for good
+    def __call__(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        told = _told(query_logits)  # of NaN it would remember NaN for good
         if self.watched:
-            with untouched(self.plugin, tensors_of_glimpse(told, state)):
-                fresh = self.plugin.follow(told, state)
+            with untouched(self.plugin, tensors_of_query_logits(told, state)):
+                fresh = self.plugin.observe_forward(told, state)
         else:
-            fresh = self.plugin.follow(told, state)
+            fresh = self.plugin.observe_forward(told, state)
         check_state(self.plugin, fresh, state)
         return fresh
 
 
-def _mass(glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _mass(query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Attention received, [B, K, T, G], summed over the queries; as `_sound_mass` where something is NaN."""
-    received = glimpse.probabilities.sum(3)
+    received = query_logits.probabilities.sum(3)
     # Only a host can look without making a device wait.
     if received.device.type != "cpu" or bool(received.isnan().any()):
-        received = _sound_mass(glimpse)
+        received = _sound_mass(query_logits)
     return {ATTENTION: state[ATTENTION] + received.transpose(-1, -2)}
 
 
-def _sound_mass(glimpse: Glimpse) -> Tensor:
+def _sound_mass(query_logits: QueryLogits) -> Tensor:
     """[B, K, G, T]: a query whose attention is NaN counts for nothing, or one of them would spoil all entries for good.
 
     An entry whose own logit is NaN, while others of that query are not, is itself what is wrong: its mass is NaN.
     """
-    logits = glimpse.logits
+    logits = query_logits.logits
     some = (logits.abs() < torch.inf).any(-1, keepdim=True)
-    return glimpse.probabilities.nansum(3).masked_fill((logits.isnan() & some).any(3), torch.nan)
+    return query_logits.probabilities.nansum(3).masked_fill((logits.isnan() & some).any(3), torch.nan)
 
 
-def _told(glimpse: Glimpse) -> Glimpse:
+def _told(query_logits: QueryLogits) -> QueryLogits:
     """A query does not see an entry to which its logit is NaN or +inf."""
-    wrong = ~(glimpse.logits < torch.inf)
+    wrong = ~(query_logits.logits < torch.inf)
     # Only a host can look without making a device wait.
     if wrong.device.type == "cpu" and not bool(wrong.any()):
-        return glimpse
-    return Glimpse(glimpse.logits.masked_fill(wrong, -torch.inf), glimpse.log_votes)
+        return query_logits
+    return QueryLogits(query_logits.logits.masked_fill(wrong, -torch.inf), query_logits.log_votes)

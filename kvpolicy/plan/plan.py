@@ -13,7 +13,7 @@ from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.compress.fusion import Fusion, fusion_of
 from kvpolicy.plan.compress.warm_up import warm_up
 from kvpolicy.plan.footprint import Footprint
-from kvpolicy.plan.forward_observers import ATTENTION, Follower, followers_of, observers
+from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver, forward_observers_of, observing_plugins
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Rotary, Site
 from kvpolicy.stages.declared import (
@@ -46,7 +46,7 @@ class Plan:
     columns: dict[str, Column]  # what one slot of one KV head carries beside its key and value
     formats: tuple[Formats, ...]  # how each managed layer holds its keys and values
     page_formats: tuple[Format | None, ...]  # what the reader keeps per page, for each managed layer
-    followers: tuple[Follower, ...]
+    observers: tuple[ForwardObserver, ...]
     budgets: Budgets
     fusion: Fusion  # which stages run in kernels, and why others do not
     calibration: str = ""  # digest of what the store was calibrated with, "" when it needs nothing
@@ -167,7 +167,7 @@ def compile_policy(
         columns=columns,
         formats=formats,
         page_formats=pages,
-        followers=followers_of(spec),
+        observers=forward_observers_of(spec),
         budgets=Budgets(spec, geometry, footprint),
         fusion=_fusion(spec, geometry, device, dtype, kernels),
         calibration=calibration.digest if spec.store.calibrated and calibration is not None else "",
@@ -240,11 +240,11 @@ def _pages(spec: PolicySpec, site: Site) -> Format | None:
 
 
 def _needs(spec: PolicySpec) -> Needs:
-    needs = [needs_of(plugin) for plugin, _ in observers(spec)]
+    needs = [needs_of(plugin) for plugin, _ in observing_plugins(spec)]
     return Needs(
         queries=max(one.queries for one in needs),
         attention=any(one.attention for one in needs),
-        followed=max(one.followed for one in needs),
+        forward_queries=max(one.forward_queries for one in needs),
     )
 
 
@@ -254,7 +254,7 @@ def _columns(spec: PolicySpec, geometry: Geometry) -> dict[str, Column]:
         columns[LOG_VOTES] = Column((), torch.float32)
     if _needs(spec).attention:
         columns[ATTENTION] = Column((geometry.group,), torch.float32)
-    for plugin, prefix in observers(spec):
+    for plugin, prefix in observing_plugins(spec):
         for state in slot_state_of(plugin):
             columns[prefix + state.name] = Column((), torch.float32, state.fill)
     return columns

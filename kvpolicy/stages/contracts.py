@@ -30,7 +30,7 @@ class Needs:
 
     queries: int = 0  # W, the last queries to keep
     attention: bool = False  # the mass each entry receives, summed over all queries
-    followed: int = 0  # how many of the newest queries of every forward are shown to `follow`
+    forward_queries: int = 0  # how many of the newest queries of every forward `observe_forward` is shown
 
 
 @attrs.frozen
@@ -42,7 +42,7 @@ class State:
 
 
 @attrs.frozen(eq=False)
-class Glimpse:
+class QueryLogits:
     """What the newest w queries of a forward see of the entries, those of the forward itself included.
 
     It is taken from the attention that is computed anyway; `logits` are -inf where a query does not see an entry.
@@ -69,8 +69,8 @@ class Observer(Plugin):
         """State carried per slot: moved with its entry in compaction, beam reordering and cropping."""
         return ()
 
-    def follow(self, glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
-        """New values of slot state, each [B, K, T] float32, from one forward; called if `needs().followed`."""
+    def observe_forward(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """New values of slot state, each [B, K, T] float32, from one forward; called if `needs().forward_queries`."""
         return {}
 
 
@@ -274,7 +274,7 @@ class Codec(Plugin):
 
 
 @attrs.frozen(eq=False)
-class Question:
+class ReadRequest:
     """One decode step, as a reader sees it: the newest query of each row, and what is held.
 
     Along T, the entries of a head stand in ascending order of position; empty slots come last and have position -1.
@@ -286,8 +286,8 @@ class Question:
     geometry: Geometry
     layer: int = 0  # ordinal among the managed layers
     format: Format = attrs.field(factory=AsIs)  # of the keys
-    sealed: Tensor | None = None  # [B, K] int64, the oldest slots that are packed; None = none is
-    packed: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the keys, [B, K or 1, units, *shape]
+    packed_lengths: Tensor | None = None  # [B, K] int64, the oldest slots that are packed; None = none is
+    packed: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the keys, [B, K or 1, groups, *shape]
     pages: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the reader's own, [B, K, pages, *shape]
 
 
@@ -298,14 +298,14 @@ class Reader(Plugin):
     stores: ClassVar[tuple[str, ...]] = ()  # the codecs that it can read; empty = any
 
     def pages(self, site: Site) -> Format | None:  # noqa: ARG002 the default keeps none
-        """What is kept per page of `unit` consecutive keys; None = nothing. Only its `encode` is used.
+        """What is kept per page of `group_size` consecutive keys; None = nothing. Only its `encode` is used.
 
         A page is made when its last entry has come, and made anew where an eviction changed its entries.
         """
         return None
 
     @abc.abstractmethod
-    def choose(self, question: Question) -> Tensor | None:
+    def choose(self, request: ReadRequest) -> Tensor | None:
         """Slots to read, int64 [B, K, n], ascending, -1 behind a head's last one; None = all."""
 
 

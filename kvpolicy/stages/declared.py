@@ -19,7 +19,7 @@ from kvpolicy.stages.formats import ALL, Column, Format, Formats, Site
 MOST_OBSERVED = 2**16  # queries that a plugin may ask for: each is held, and weighed against every entry
 _MOST_STATES = 64  # kinds of state of one plugin
 _MOST_NUMBERS = 2**24  # that one slot, or one unit of slots, may hold under one name
-_LONGEST_UNIT = 10**9  # entries
+_LARGEST_GROUP = 10**9  # entries
 _LENGTHS = (0, 1, 2, 127, 128, 1000)  # of heads, tried on what a format says it packs
 
 
@@ -28,7 +28,7 @@ def needs_of(plugin: Observer) -> Needs:
     found = _asked(plugin, "needs", plugin.needs)
     if not isinstance(found, Needs):
         raise contract_error(plugin, f"needs {shown(found)}, expected Needs")
-    for name in ("queries", "followed"):
+    for name in ("queries", "forward_queries"):
         count = getattr(found, name)
         if type(count) is not int or not 0 <= count <= MOST_OBSERVED:
             raise contract_error(plugin, f"needs {name}={shown(count)}, expected 0 to {MOST_OBSERVED}")
@@ -113,18 +113,20 @@ def _checked_format(plugin: Plugin, what: str, form: object) -> Format:
     wrong = [name for name, sound in _PARTS.items() if not sound(parts[name])]
     if wrong:
         raise contract_error(plugin, f"gave a {what} whose `{wrong[0]}` is {shown(parts[wrong[0]])}")
-    unit, step, keep = parts["unit"], parts["step"], parts["keep"]
-    if step % unit or (keep != ALL and keep % unit):
-        raise contract_error(plugin, f"gave a {what} whose unit {unit} does not divide step {step} and keep {keep}")
+    group, step, residual = parts["group_size"], parts["step"], parts["residual_length"]
+    if step % group or (residual != ALL and residual % group):
+        raise contract_error(
+            plugin, f"gave a {what} whose group_size {group} does not divide step {step} and residual_length {residual}"
+        )
     for length in _LENGTHS:
-        packed = _asked(plugin, "sealed", partial(form.sealed, length))
-        if type(packed) is not int or not 0 <= packed <= length or packed % unit:
-            raise contract_error(plugin, f"packs {shown(packed)} of {length} entries, expected whole units of {unit}")
+        packed = _asked(plugin, "packed_length", partial(form.packed_length, length))
+        if type(packed) is not int or not 0 <= packed <= length or packed % group:
+            raise contract_error(plugin, f"packs {shown(packed)} of {length} entries, expected whole groups of {group}")
     return form
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 1 <= value <= _LONGEST_UNIT
+    return type(value) is int and 1 <= value <= _LARGEST_GROUP
 
 
 def _are_columns(value: object) -> bool:
@@ -142,8 +144,8 @@ def _is_column(column: object) -> bool:
 
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "columns": _are_columns,
-    "unit": _is_count,
+    "group_size": _is_count,
     "step": _is_count,
-    "keep": lambda value: value == ALL or (type(value) is int and 0 <= value <= _LONGEST_UNIT),
+    "residual_length": lambda value: value == ALL or (type(value) is int and 0 <= value <= _LARGEST_GROUP),
     "joint": lambda value: type(value) is bool,
 }

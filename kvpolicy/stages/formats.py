@@ -1,4 +1,4 @@
-"""How the keys or the values of a layer are held once they are packed."""
+"""How the keys or the values of a layer are held."""
 
 import abc
 import sys
@@ -18,15 +18,15 @@ ALL = sys.maxsize
 
 @attrs.frozen
 class Column:
-    """One tensor of a store: what a slot, or a unit of slots, holds under one name."""
+    """One tensor of a store: what a slot, or a group of slots, holds under one name."""
 
-    shape: tuple[int, ...]  # per slot or unit; () for a scalar
+    shape: tuple[int, ...]  # per slot or group; () for a scalar
     dtype: torch.dtype
     fill: float = 0.0
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes that one slot, or one unit, takes."""
+        """Bytes that one slot, or one group, takes."""
         count = 1
         for size in self.shape:
             count *= size
@@ -59,23 +59,23 @@ class Sample:
 class Format(abc.ABC):
     """One half of the entries, their keys or their values, of one layer: which of them are packed, and how.
 
-    The oldest entries of a head are packed, the newest stay as the model gave them. With `length` entries in a head,
-    `sealed(length)` are packed: all but the newest `keep`, in whole steps of `step`. Units are packed independently
-    of each other, so that nothing that is packed has to be packed again when entries arrive.
+    The oldest entries of a head are packed, the newest stay as the model gave them: the residual. With `length` entries
+    in a head, `packed_length(length)` are packed: all but the newest `residual_length`, in whole steps of `step`.
+    Groups are packed independently of each other, so nothing that is packed has to be packed again when entries come.
     """
 
-    columns: Mapping[str, Column]  # what holds a unit; the first dimension of a joint column is usually K
-    unit: int = 1  # consecutive entries of a head that are packed together; divides `step` and `keep`
+    columns: Mapping[str, Column]  # what holds a group; the first dimension of a joint column is usually K
+    group_size: int = 1  # consecutive entries of a head that are packed together; divides `step` and `residual_length`
     step: int = 1  # entries that are packed at one time
-    keep: int = 0  # newest entries that are never packed; ALL = none is ever packed
-    joint: bool = False  # whether a unit holds the entries of all KV heads at one slot, which must then be as many
+    residual_length: int = 0  # newest entries that are never packed; ALL = none is ever packed
+    joint: bool = False  # whether a group holds the entries of all KV heads at one slot, which must then be as many
 
     @abc.abstractmethod
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """Vectors [B, K, n, D] at positions [B, K, n], n a multiple of `unit`, to the columns.
+        """Vectors [B, K, n, D] at positions [B, K, n], n a multiple of `group_size`, to the columns.
 
-        Each column is [B, K, n / unit, *shape], or [B, 1, n / unit, *shape] of a joint format. Empty slots (position
-        -1) hold any finite vector.
+        Each column is [B, K, n / group_size, *shape], or [B, 1, n / group_size, *shape] of a joint format. Empty slots
+        (position -1) hold any finite vector.
         """
 
     @abc.abstractmethod
@@ -86,19 +86,23 @@ class Format(abc.ABC):
         """How a GPU decodes entries while it attends to them; or why it cannot, in a few words."""
         return "has no tile function"
 
-    def sealed(self, length: int) -> int:
+    def packed_length(self, length: int) -> int:
         """How many of the oldest of `length` entries are packed."""
-        return max(0, length - self.keep) // self.step * self.step
+        return max(0, length - self.residual_length) // self.step * self.step
 
-    def tail(self, capacity: int) -> int:
+    def residual_capacity(self, capacity: int) -> int:
         """The most entries that are not packed at one time, while tokens come one by one up to `capacity`."""
-        return min(capacity, self.keep + self.step)
+        return min(capacity, self.residual_length + self.step)
 
     def nbytes(self, capacity: int, geometry: Geometry, dtype: torch.dtype) -> float:
-        """Bytes for one head of up to `capacity` entries: units, and the tail in `dtype`."""
-        packed = self.sealed(capacity) // self.unit * sum(column.bytes_per_slot for column in self.columns.values())
+        """Bytes for one head of up to `capacity` entries: groups, and the residual in `dtype`."""
+        packed = (
+            self.packed_length(capacity)
+            // self.group_size
+            * sum(column.bytes_per_slot for column in self.columns.values())
+        )
         shared = geometry.kv_heads if self.joint else 1
-        return packed / shared + self.tail(capacity) * geometry.head_dim * dtype.itemsize
+        return packed / shared + self.residual_capacity(capacity) * geometry.head_dim * dtype.itemsize
 
 
 @attrs.frozen(eq=False)
@@ -106,7 +110,7 @@ class AsIs(Format):
     """Nothing is packed."""
 
     columns: Mapping[str, Column] = attrs.field(factory=dict)
-    keep: int = ALL
+    residual_length: int = ALL
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 nothing is packed
         return {}

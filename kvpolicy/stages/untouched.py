@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.contracts import Glimpse, Plugin, Question
+from kvpolicy.stages.contracts import Plugin, QueryLogits, ReadRequest
 from kvpolicy.stages.view import View
 
 DEBUG = "KVPOLICY_DEBUG"
@@ -57,17 +57,21 @@ def tensors_of(view: View) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own.items() if tensor is not None}
 
 
-def tensors_of_glimpse(glimpse: Glimpse, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_of_query_logits(query_logits: QueryLogits, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Everything that a plugin sees of a forward, and its own state."""
-    seen = {"logits": glimpse.logits, "log_votes": glimpse.log_votes, "probabilities": glimpse.probabilities}
+    seen = {
+        "logits": query_logits.logits,
+        "log_votes": query_logits.log_votes,
+        "probabilities": query_logits.probabilities,
+    }
     return {name: tensor for name, tensor in (seen | dict(state)).items() if tensor is not None}
 
 
-def tensors_of_question(question: Question) -> dict[str, Tensor]:
-    """Everything in a question that a reader could write to."""
-    own = {name: getattr(question, name) for name in ("queries", "query_positions", "positions", "sealed")}
-    columns = {f"{name} of the keys": one for name, one in question.packed.items()}
-    pages = {f"{name} of the pages": one for name, one in question.pages.items()}
+def tensors_of_request(request: ReadRequest) -> dict[str, Tensor]:
+    """Everything in a request that a reader could write to."""
+    own = {name: getattr(request, name) for name in ("queries", "query_positions", "positions", "packed_lengths")}
+    columns = {f"{name} of the keys": one for name, one in request.packed.items()}
+    pages = {f"{name} of the pages": one for name, one in request.pages.items()}
     return {name: tensor for name, tensor in (own | columns | pages).items() if tensor is not None}
 
 

@@ -30,5 +30,5 @@ def edges_between(numbers: Sequence[float]) -> tuple[float, ...]:
 def _mean(low: float, high: float) -> float:
     """Of a standard normal number between two bounds."""
     density = (math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi) for bound in (low, high))
-    tail = (math.erfc(bound / math.sqrt(2)) / 2 for bound in (low, high))
-    return (next(density) - next(density)) / (next(tail) - next(tail))
+    residual = (math.erfc(bound / math.sqrt(2)) / 2 for bound in (low, high))
+    return (next(density) - next(density)) / (next(residual) - next(residual))

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Glimpse, State
+from kvpolicy.stages import QueryLogits, State
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.merging import Groups, logsumexp_by_target
 
@@ -28,7 +28,7 @@ class Estimate(abc.ABC):
         """What is carried per slot."""
 
     @abc.abstractmethod
-    def followed(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def updated(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state [B, K, T] after queries whose logits are [B, K, w, T], oldest first; -inf = not seen."""
 
     @abc.abstractmethod
@@ -39,10 +39,10 @@ class Estimate(abc.ABC):
     def merged(self, state: Mapping[str, Tensor], kept: Tensor, fold: "ScoreFold") -> dict[str, Tensor]:
         """The state [B, K, N] of merged entries."""
 
-    def follow(self, glimpse: Glimpse, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def observe_forward(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state after a forward."""
-        logits = glimpse.logits[..., -self.window :, :]
-        return self.followed(logits.logsumexp(2) - math.log(logits.shape[2]), state)
+        logits = query_logits.logits[..., -self.window :, :]
+        return self.updated(logits.logsumexp(2) - math.log(logits.shape[2]), state)
 
 
 @attrs.frozen(eq=False)
@@ -70,7 +70,7 @@ class MovingAverage(Estimate):
     def states(self) -> tuple[State, ...]:
         return State("log_estimate", fill=_NONE_YET), State("samples")
 
-    def followed(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def updated(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen = (logits > -torch.inf).to(logits.dtype)
         total = seen.sum(-2)
         later = total[..., None, :] - seen.cumsum(-2)  # queries after this one that see the entry
@@ -111,7 +111,7 @@ class WindowMean(Estimate):
     def states(self) -> tuple[State, ...]:
         return (*(State(name, fill=_NONE_YET) for name in self._names()), State("samples"))
 
-    def followed(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def updated(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = torch.cat([self._rows(state), logits], -2)
         seen = logits > -torch.inf
         real = seen.any(-1).any(1)  # [B, w]; a pad's query sees nothing and pushes nothing out

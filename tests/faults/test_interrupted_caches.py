@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import Plan
 from tests.support.interrupts import Interrupts, failing, forward
@@ -25,7 +25,7 @@ NEXT = TOKENS[:, :1]
 
 
 def parts(one):
-    """What is run after a layer has taken its tokens: every MLP, the norm behind the last layer, and the head."""
+    """What is run after a layer has recorded its tokens: every MLP, the norm behind the last layer, and the head."""
     return [layer.mlp for layer in one.model.layers] + [one.model.norm, one.lm_head]
 
 
@@ -93,7 +93,7 @@ def test_a_model_that_always_leaves_out_its_last_layer_is_compressed_at_the_end_
         cache.activate_past_recording()
         forward(one, cache, NEXT)
         cache.crop(-1)
-        assert [layer.seen for layer in cache.managed] == [49, 49, 0]
+        assert [layer.seq_len for layer in cache.managed] == [49, 49, 0]
 
 
 def test_a_forward_that_was_refused_before_any_layer_took_its_tokens_leaves_the_cache_whole():
@@ -111,11 +111,11 @@ def test_attention_that_is_called_twice_for_one_update_is_refused():
     cache = small("snapkv").attach(build()).cache()
     keys, _ = cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
     layer = keys.kvpolicy_layer
-    asked = Asked(torch.zeros(1, 4, 3, 8), layer.arrive(None), padded=False, scaling=1.0)
-    layer.attend(asked)
-    layer.settle(asked)
+    batch = QueryBatch(torch.zeros(1, 4, 3, 8), layer.place_tokens(None), padded=False, scaling=1.0)
+    layer.attend(batch)
+    layer.finish_forward(batch)
     with pytest.raises(CacheError, match="layer 0: attention must be called once"):
-        layer.arrive(None)
+        layer.place_tokens(None)
 
 
 # -- interrupts at any line ------------------------------------------------------------------------------------

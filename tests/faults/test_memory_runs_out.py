@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy.errors import CacheError
 from tests.support.driving import feed, new_layer, random_entries, worth_plan
-from tests.support.holdings import stores
+from tests.support.storage import stores
 
 _WRITES = ("copy_", "fill_", "index_put_", "add_", "zero_")
 
@@ -33,7 +33,7 @@ def grown(plan, counts, rows):
     layer = new_layer(plan)
     generator = torch.Generator().manual_seed(0)
     for count in counts:
-        feed(layer, *random_entries(generator, rows, count, layer.seen * rows))
+        feed(layer, *random_entries(generator, rows, count, layer.seq_len * rows))
     return layer
 
 
@@ -59,9 +59,9 @@ def test_the_cache_is_whole_whichever_allocation_fails(before, count, ragged):
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             feed(layer, *entries)
-        for store in stores(layer.held):
+        for store in stores(layer.storage):
             store.check_integrity()
-        if layer.seen > start.seen:  # the forward had begun
+        if layer.seq_len > start.seq_len:  # the forward had begun
             with pytest.raises(CacheError, match="failed"):
                 feed(layer, *entries)
         layer.reset()
@@ -87,7 +87,7 @@ def test_moving_rows_and_undoing_tokens_fail_as_a_whole(change, ragged):
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             changed(layer)
-        for store in stores(layer.held):
+        for store in stores(layer.storage):
             store.check_integrity()
         with pytest.raises(CacheError, match="failed"):
             feed(layer, *random_entries(torch.Generator().manual_seed(1), 2, 1))

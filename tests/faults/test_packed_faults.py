@@ -16,8 +16,8 @@ from tests.faults.test_stages_raise import ERRORS, Failing, steps
 from tests.property.test_packed_layers import entries, plan_of
 from tests.support import fingerprint
 from tests.support.driving import feed, new_layer
-from tests.support.holdings import stores
 from tests.support.models import build, difference, generate, prompt
+from tests.support.storage import stores
 
 PLACES = {
     "packing values": (PerToken, "encode"),
@@ -25,7 +25,7 @@ PLACES = {
     "packing keys": (PerChannel, "encode"),
     "unpacking keys": (PerChannel, "decode"),
     "merging": (KeepKV, "merge"),
-    "following": (MovingAverage, "followed"),
+    "following": (MovingAverage, "forward_queries"),
     "choosing": (Pages, "choose"),
     "making pages": (Bounds, "encode"),
 }
@@ -89,9 +89,9 @@ def test_a_packed_layer_says_that_it_failed_whichever_allocation_fails(store, be
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             feed(layer, *given)
-        for store_ in stores(layer.held):
+        for store_ in stores(layer.storage):
             store_.check_integrity()
-        if layer.seen > start.seen:
+        if layer.seq_len > start.seq_len:
             with pytest.raises(CacheError, match="failed"):
                 feed(layer, *given)
     assert torch.equal(feed(copy.deepcopy(start), *given), expected)

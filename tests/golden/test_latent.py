@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvpolicy.stages import Geometry, Question, Rotary, Sample, Site
+from kvpolicy.stages import Geometry, ReadRequest, Rotary, Sample, Site
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.codecs.latent import Latent, joint_spectrum
 from kvpolicy_plugins.packing import unpack
@@ -47,14 +47,14 @@ class Case:
         self.reader = LatentTopK(*parts, v["score_rank"].item() / v["rank"].item(), dense_first=0, dense_last=0)
 
     def question(self):
-        sealed = torch.full(self.keys.shape[:2], self.keys.shape[2])
+        packed_lengths = torch.full(self.keys.shape[:2], self.keys.shape[2])
         packed = self.formats.keys.encode(self.keys, self.positions)
-        held = {"format": self.formats.keys, "sealed": sealed, "packed": packed}
-        return Question(self.queries, self.query_positions, self.positions, self.geometry, **held)
+        held = {"format": self.formats.keys, "packed_lengths": packed_lengths, "packed": packed}
+        return ReadRequest(self.queries, self.query_positions, self.positions, self.geometry, **held)
 
     def chosen(self):
         """Slots [B, K, n] that are read."""
-        found = self.reader.choose(self.question())
+        found = self.reader.choose(self.request())
         return torch.arange(self.keys.shape[2]).expand(self.positions.shape) if found is None else found
 
 
@@ -82,14 +82,14 @@ def check_values(v, case):
 
 
 def check_reading(v, case):
-    tight(case.reader.latent_query(case.question()), v["q_latent"])
-    tight(case.reader.scores(case.question()), v["scores"])
+    tight(case.reader.latent_query(case.request()), v["q_latent"])
+    tight(case.reader.scores(case.request()), v["scores"])
     same(case.chosen(), v["selected"][:, None].expand(-1, case.kv_heads, -1))
 
 
 def check_attention(v, case):
     chosen = case.chosen()
-    latents = case.question().packed["latent"]
+    latents = case.request().packed["latent"]
     places = case.positions.gather(2, chosen)
     keys = case.formats.keys.decode({"latent": gather(latents, chosen[:, :1])}, places)
     columns = case.formats.values.encode(v["v"], case.positions)

@@ -93,25 +93,25 @@ def check_kivi_format(v, name, bits, half):
     close(decoded[apart == 0], v[f"{name}_dequant"][apart == 0], atol=2 * unit, rtol=0)
 
 
-class Half:
+class KVTensor:
     """Keys or values while tokens come: packed as they are due, never packed again."""
 
     def __init__(self, form, vectors):
-        self.form, self.vectors, self.sealed = form, vectors, 0
+        self.form, self.vectors, self.packed_lengths = form, vectors, 0
         self.columns = form.encode(vectors[:, :, :0], places(vectors)[..., :0])
 
-    def seal(self, length):
-        due = slice(self.sealed, self.form.sealed(length))
+    def pack(self, length):
+        due = slice(self.packed_lengths, self.form.packed_length(length))
         new = self.form.encode(self.vectors[:, :, due], places(self.vectors)[..., due])
         self.columns = {name: torch.cat([column, new[name]], 2) for name, column in self.columns.items()}
-        self.sealed = due.stop
+        self.packed_lengths = due.stop
 
     def held(self, length):
-        packed = self.form.decode(self.columns, places(self.vectors)[..., : self.sealed])
-        return torch.cat([packed, self.vectors[:, :, self.sealed : length]], 2)
+        packed = self.form.decode(self.columns, places(self.vectors)[..., : self.packed_lengths])
+        return torch.cat([packed, self.vectors[:, :, self.packed_lengths : length]], 2)
 
     def counts(self, length):
-        return [self.sealed, length - self.sealed]
+        return [self.packed_lengths, length - self.packed_lengths]
 
 
 def check_kivi_decode(v):
@@ -124,7 +124,7 @@ def check_kivi_decode(v):
         scales="full",
     )
     formats = codec.formats(site_of(keys, v["q"].shape[1]))
-    halves = Half(formats.keys, keys), Half(formats.values, values)
+    halves = KVTensor(formats.keys, keys), KVTensor(formats.values, values)
     states = []
     for step in range(v["q"].shape[2] + 1):
         length = prefill + step
@@ -133,7 +133,7 @@ def check_kivi_decode(v):
             out = attention(v["q"][:, :, step - 1 : step], *held, keys.shape[-1] ** -0.5)
             close(out, v["out"][:, :, step - 1 : step], atol=1e-12, rtol=1e-10)
         for half in halves:
-            half.seal(length)
+            half.pack(length)
         states.append([count for half in halves for count in half.counts(length)])
     same(torch.tensor(states), v["state_kq_kres_vq_vres"])
 
@@ -153,7 +153,7 @@ def check_tada(v):
 
 def check_tada_half(v, name, half):
     vectors = v[name]
-    packed = half.sealed(vectors.shape[2])
+    packed = half.packed_length(vectors.shape[2])
     at = places(vectors)[..., :packed]
     columns = half.encode(vectors[:, :, :packed], at)
     close(columns["mean"][:, 0], v[f"{name}_mean"], atol=1e-12)

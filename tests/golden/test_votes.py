@@ -9,13 +9,13 @@ import torch
 
 import kvpolicy
 from kvpolicy.attention.attend import attend as attend_held
-from kvpolicy.cache.compaction.compaction_plan import Move
-from kvpolicy.cache.query_batch import Asked
-from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
+from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import Layout
-from kvpolicy.plan.forward_observers import Follower
+from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.stages import Entries, Geometry, Glimpse
+from kvpolicy.stages import Entries, Geometry, QueryLogits
 from kvpolicy.stages.formats import ALL
 from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
@@ -64,25 +64,25 @@ def check_attention(v):
     close(logits.logsumexp(-1), v["lse"], atol=1e-5)
     seen = values.float().repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     close(logits.softmax(-1) @ seen, v["out"], atol=1e-5)
-    for followers in ((), (Follower(ALL, {}, lambda _glimpse, _state: {}),)):  # at once, and block by block
-        found = of_a_layer(v["q"], v["k"], v["v"], v["votes"].log(), v["lengths"], followers)
+    for observers in ((), (ForwardObserver(ALL, {}, lambda _glimpse, _state: {}),)):  # at once, and block by block
+        found = of_a_layer(v["q"], v["k"], v["v"], v["votes"].log(), v["lengths"], observers)
         close(found, v["out"], atol=1e-5)
 
 
-def of_a_layer(queries, keys, values, log_votes, lengths, followers):
+def of_a_layer(queries, keys, values, log_votes, lengths, observers):
     """What the runtime's attention gives over ragged heads with votes."""
     rows, heads, slots, dim = keys.shape
     geometry = Geometry((0,), queries.shape[1], heads, dim)
     spec = kvpolicy.load("snapkv", merge="window_fit", allocate={"heads": "adaptive"}).spec
-    held = Holdings(compile_policy(spec, geometry, "cpu", torch.float32), 0, rows, torch.device("cpu"))
+    held = LayerStorage(compile_policy(spec, geometry, "cpu", torch.float32), 0, rows, torch.device("cpu"))
     places = torch.arange(slots).expand(rows, heads, slots)
     kept = places.where(places < lengths[..., None], -1)
     layout = Layout(tuple(map(tuple, lengths.tolist())))
     entries = Entries(keys.float(), values.float(), log_votes.float())
-    held.replace(Move(range(rows), kept), entries, {"positions": places.int()}, layout)
-    asked = torch.full((rows, queries.shape[2]), slots)
+    held.replace(CompactionPlan(range(rows), kept), entries, {"positions": places.int()}, layout)
+    batch = torch.full((rows, queries.shape[2]), slots)
     return attend_held(
-        held, Asked(queries.float(), asked, padded=False, scaling=dim**-0.5), followers=followers, pads=False
+        held, QueryBatch(queries.float(), batch, padded=False, scaling=dim**-0.5), observers=observers, pads=False
     )
 
 
@@ -137,11 +137,13 @@ def compare_fold(v, folded, member):
 
 def compare_merger(v, view, threshold):
     """The plugin as the cache calls it; alpha 0 makes the newest scores the estimate."""
-    glimpse = Glimpse(v["logits"][:, :, None, None])
+    query_logits = QueryLogits(v["logits"][:, :, None, None])
     for key, keys in {"scale": "k_merged", "additive": "k_merged_additive", "mean": "k_merged_avg"}.items():
         merger = KeepKV(threshold, alpha=0, key=key, scale_max=1e9)
         state = {name: one.double() for name, one in fresh_state(merger, view).items()}
-        entries = merger.merge(attrs.evolve(view, slot_state=merger.follow(glimpse, state)), v["keep_idx"])
+        entries = merger.merge(
+            attrs.evolve(view, slot_state=merger.observe_forward(query_logits, state)), v["keep_idx"]
+        )
         negative = (v["key_scale"] <= 0) & (key == "scale")
         expected = torch.where(negative[..., None], v["k_merged_additive"], v[keys])
         close(entries.keys, expected, atol=1e-9, rtol=1e-6)
@@ -157,10 +159,10 @@ def check_moving_average(v):
     rule = MovingAverage(alpha, steps)
     state = {one.name: torch.full_like(sequence[:, :, 0], one.fill) for one in rule.states()}
     for step in range(steps):
-        state = rule.follow(Glimpse(sequence[:, :, None, [step]].log()), state)
+        state = rule.observe_forward(QueryLogits(sequence[:, :, None, [step]].log()), state)
         exact(rule.log_scores(state).exp(), expected[:, :, step])
         at_once = {one.name: torch.full_like(sequence[:, :, 0], one.fill) for one in rule.states()}
-        at_once = rule.follow(Glimpse(sequence[:, :, None, : step + 1].log()), at_once)
+        at_once = rule.observe_forward(QueryLogits(sequence[:, :, None, : step + 1].log()), at_once)
         exact(rule.log_scores(at_once).exp(), expected[:, :, step])
 
 
@@ -201,7 +203,7 @@ def longer(carried, fill):
 
 
 def followed(merger, view, logits, state):
-    return attrs.evolve(view, slot_state=merger.follow(Glimpse(logits[:, :, None]), state))
+    return attrs.evolve(view, slot_state=merger.observe_forward(QueryLogits(logits[:, :, None]), state))
 
 
 def step_of(v, merger, view, cfg, step):

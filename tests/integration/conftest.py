@@ -2,18 +2,18 @@
 
 import pytest
 
-from kvpolicy.integrations.transformers.decode_graph.session import Session
+from kvpolicy.integrations.transformers.decode_graph.session import StaticSession
 
 
 @pytest.fixture
 def steps(monkeypatch):
     """The sessions by which decode steps were served, one entry a step."""
-    served, run = [], Session.run
+    served, run = [], StaticSession.run
 
     def recorded(session, tokens, places):
         logits = run(session, tokens, places)
         served.append(session)
         return logits
 
-    monkeypatch.setattr(Session, "run", recorded)
+    monkeypatch.setattr(StaticSession, "run", recorded)
     return served

@@ -35,8 +35,8 @@ def assert_alike(policy, one, tokens, mask, **options):
     _, reports, positions = both(policy, one, tokens, mask, **options)
     assert positions[0] == positions[1]
     for layer, other in zip(*(report.layers for report in reports), strict=True):
-        assert (layer.seen, layer.held, layer.compressions, layer.decode_steps) == (
-            other.seen,
+        assert (layer.seq_len, layer.held, layer.compressions, layer.decode_steps) == (
+            other.seq_len,
             other.held,
             other.compressions,
             other.decode_steps,

@@ -94,10 +94,10 @@ def test_the_bound_holds_after_every_round(name, way, assistant, monkeypatch):
         after_forward, crop, seen = [], type(cache).crop, []
 
         def watched(self, count):
-            after_forward.append([sum(map(sum, layer.held.slots.lengths)) for layer in self.managed])
+            after_forward.append([sum(map(sum, layer.storage.slots.lengths)) for layer in self.managed])
             seen.append(self.get_seq_length())
             crop(self, count)
-            assert all(sum(map(sum, layer.held.slots.lengths)) <= 2 * (12 + 4 - 1) for layer in self.managed)
+            assert all(sum(map(sum, layer.storage.slots.lengths)) <= 2 * (12 + 4 - 1) for layer in self.managed)
             self.check_integrity()
 
         monkeypatch.setattr(type(cache), "crop", watched)
@@ -148,7 +148,7 @@ def test_verified_tokens_leave_what_they_would_have_left_one_by_one(name):
                 model()(tokens[:, 21:], past_key_values=cache)
                 cache.crop(0)
     assert held(caches[0]) == held(caches[1])
-    assert [layer.held.slots.lengths for layer in caches[0].managed] != [((50, 50),)] * 3
+    assert [layer.storage.slots.lengths for layer in caches[0].managed] != [((50, 50),)] * 3
 
 
 @pytest.mark.parametrize("name", ["pyramidkv", "snapkv"])
@@ -162,7 +162,7 @@ def test_undoing_evicted_tokens_is_refused_before_any_layer_has_changed(name):
             with pytest.raises(CacheError, match="undo"):
                 cache.crop(-6)
             assert held(cache) == before
-            assert [layer.seen for layer in cache.managed] == [28 + token + 1] * 3
+            assert [layer.seq_len for layer in cache.managed] == [28 + token + 1] * 3
 
 
 def test_a_cache_left_in_the_middle_of_assisted_decoding_goes_on_evicting():
@@ -186,4 +186,4 @@ def test_crop_takes_a_tensor():
         model()(tokens[:, 18:], past_key_values=cache)
         cache.crop(torch.tensor(0))
         assert cache.get_seq_length() == 30
-        assert all(type(layer.seen) is int and layer.real == [30] for layer in cache.managed)
+        assert all(type(layer.seq_len) is int and layer.num_tokens == [30] for layer in cache.managed)

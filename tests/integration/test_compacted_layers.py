@@ -41,7 +41,7 @@ def rounds(draw):
 
 def _result(layer, rows, most, random, *, ragged):
     """Up to `most` slots of every head of the rows, equally many unless `ragged`; and new attention mass."""
-    lengths = [layer.held.slots.lengths[row] for row in rows]
+    lengths = [layer.storage.slots.lengths[row] for row in rows]
     width = min(most, *map(min, lengths))
     kept = torch.full((len(rows), HEADS, width), -1)
     for row, counts in enumerate(lengths):
@@ -49,7 +49,7 @@ def _result(layer, rows, most, random, *, ragged):
             stay = int(torch.randint(width + 1, (1,), generator=random)) if ragged else width
             kept[row, head, :stay] = torch.randperm(length, generator=random)[:stay].sort().values
     stays = tuple(map(tuple, (kept >= 0).sum(-1).tolist()))
-    mass = layer.held.slots.padded("attention", rows)
+    mass = layer.storage.slots.padded("attention", rows)
     return Compressed(kept, stays, {"attention": torch.rand(mass.shape, generator=random)})
 
 
@@ -59,14 +59,14 @@ def test_the_same_entries_stand_in_the_same_slots(problem):
     plan, layers, rows, results, fills = problem
     expected = copy.deepcopy(layers)
     for layer, result in zip(expected, results, strict=True):
-        layer.take(rows, result, fills=fills)
+        layer.apply(rows, result, fills=fills)
     done = compact_layers(plan, layers, rows, results, fills=fills)
     for layer, result, moved in zip(layers, results, done, strict=True):
         assert moved
-        layer.take(rows, result, fills=fills, moved=moved)
+        layer.apply(rows, result, fills=fills, moved=moved)
     for layer, other in zip(layers, expected, strict=True):
-        layer.held.check_integrity()
-        assert layer.held.slots.layout == other.held.slots.layout
+        layer.storage.check_integrity()
+        assert layer.storage.slots.layout == other.storage.slots.layout
         for store, right in zip(_stores(layer), _stores(other), strict=True):
             assert store.lengths == right.lengths
             for name, row, head in ((name, row, head) for name in store.columns for row, head in _segments(store)):
@@ -93,7 +93,7 @@ def _refuse(*_args, **_named):
 
 
 def _stores(layer):
-    return layer.held.keys.tail, layer.held.values.tail, layer.held.slots
+    return layer.storage.keys.residual, layer.storage.values.residual, layer.storage.slots
 
 
 def _segments(store):

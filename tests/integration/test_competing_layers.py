@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.cache.storage.kv_tensor import Half
+from kvpolicy.cache.storage.kv_tensor import KVTensor
 from kvpolicy.errors import PolicyError, UnsupportedCallError
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.integrations.transformers.models.support import geometry_of
@@ -84,13 +84,13 @@ def test_merging_and_packing_come_after_the_layers_have_competed(rest):
 
 
 def test_packing_waits_for_the_compression(monkeypatch):
-    packed, inner = [], Half._packed
+    packed, inner = [], KVTensor._packed
 
     def noted(half, vectors, positions, counts):
         packed.append(vectors.shape[2])
         return inner(half, vectors, positions, counts)
 
-    monkeypatch.setattr(Half, "_packed", noted)
+    monkeypatch.setattr(KVTensor, "_packed", noted)
     with competing(store="rotation").attach(model()) as attachment, torch.no_grad():
         attachment.model(prompt(40)[0], past_key_values=attachment.cache())
     assert max(packed) < 40 - 4

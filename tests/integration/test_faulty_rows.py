@@ -8,9 +8,9 @@ import torch
 import kvpolicy
 from kvpolicy.errors import NonFiniteScoreWarning
 from tests.integration.test_stores import READERS, STORES, attached
-from tests.support.holdings import segment
 from tests.support.models import build, generate, prompt
 from tests.support.policies import NAMES, small
+from tests.support.storage import segment
 
 ONE = build(num_hidden_layers=2)
 STEPS, LENGTH, ROW = 26, 30, 1
@@ -59,7 +59,7 @@ def run(policy, fault=None):
 def faulty(cache):
     """How many entries of the row are not finite, and how many there are."""
     found = [
-        segment(layer.held, name, ROW, head).isfinite().all(-1)
+        segment(layer.storage, name, ROW, head).isfinite().all(-1)
         for layer in cache.managed
         for name in ("keys", "values")
         for head in range(2)

@@ -111,7 +111,7 @@ def test_a_decoder_that_makes_a_cache_of_its_own_is_found_out():
         warnings.simplefilter("always")
         generate(model, prompt(20)[0], count=6, encoder_outputs=states)
         report = attachment.report()
-        assert report.layers[0].seen == 25 or (len(said(caught)) == 1 and report.forwards_without_cache == 6)
+        assert report.layers[0].seq_len == 25 or (len(said(caught)) == 1 and report.forwards_without_cache == 6)
 
 
 def test_a_prefix_that_another_library_puts_into_a_cache_is_found_out():

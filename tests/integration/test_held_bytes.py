@@ -65,7 +65,7 @@ def test_a_report_counts_every_byte(name, architecture):
             one(tokens, attention_mask=mask, past_key_values=cache)
             report = attachment.report()
             assert report.nbytes == reached(cache)
-            assert report.parts["entries"] == sum(layer.held.nbytes for layer in cache.managed)
+            assert report.parts["entries"] == sum(layer.storage.nbytes for layer in cache.managed)
             assert report.parts["window"] == sum(layer.window.nbytes for layer in cache.managed)
         stock = [layer for layer in cache.layers if layer not in cache.managed]
         assert report.parts["other_layers"] == reached(stock)
@@ -161,7 +161,7 @@ def test_a_budget_in_bytes_covers_the_window_and_the_state(name):
         for step in range(10):
             one(tokens if not step else tokens[:, :1], past_key_values=cache)
             report = attachment.report()
-            tables = sum(t.nbytes for layer in cache.managed for t in layer.held.index_tensors)
+            tables = sum(t.nbytes for layer in cache.managed for t in layer.storage.index_tensors)
             assert report.nbytes - tables <= size
         one_more = attachment.plan.footprint.entry_bytes * 3 * 2
         assert report.nbytes + 5 * one_more > size

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import kvpolicy
-from tests.support.holdings import bytes_per_slot, tensors
 from tests.support.models import VOCABULARY, model, prompt
 from tests.support.policies import EVEN, RAGGED, small
+from tests.support.storage import bytes_per_slot, tensors
 
 EVERY = 4
 
@@ -23,7 +23,7 @@ def stepping(one, cache, tokens, mask, steps):
 
 
 def storage(layer):
-    return {name: tensor.untyped_storage() for name, tensor in tensors(layer.held).items()}
+    return {name: tensor.untyped_storage() for name, tensor in tensors(layer.storage).items()}
 
 
 def bytes_of(layer):
@@ -31,7 +31,7 @@ def bytes_of(layer):
 
 
 def held_bytes(layer, per_slot):
-    return sum(length + EVERY for row in layer.held.slots.lengths for length in row) * per_slot
+    return sum(length + EVERY for row in layer.storage.slots.lengths for length in row) * per_slot
 
 
 @pytest.mark.parametrize("lengths", [(40,), (40, 29)], ids=["alone", "padded"])
@@ -44,7 +44,7 @@ def test_bytes_are_budget_plus_every_per_head_at_every_step(name, lengths):
         for _ in stepping(one, cache, *prompt(*lengths), 24):
             for layer in cache.managed:
                 assert bytes_of(layer) == (12 + EVERY) * heads * bytes_per_slot(cache.plan)
-                assert all(12 <= length < 12 + EVERY for row in layer.held.slots.lengths for length in row)
+                assert all(12 <= length < 12 + EVERY for row in layer.storage.slots.lengths for length in row)
 
 
 def test_bytes_follow_the_budget_of_each_layer():
@@ -71,7 +71,7 @@ def test_ragged_heads_take_what_they_hold_plus_every(name, lengths):
                 if step % EVERY == 0:
                     assert bytes_of(layer) == held_bytes(layer, per_slot)
                 assert bytes_of(layer) == len(lengths) * 2 * (12 + EVERY) * per_slot
-                uneven |= len(set(layer.held.slots.lengths[0])) > 1
+                uneven |= len(set(layer.storage.slots.lengths[0])) > 1
         assert uneven
 
 
@@ -106,7 +106,7 @@ def test_a_share_holds_that_part_of_the_tokens_seen(name):
         for step, _ in enumerate(stepping(one, cache, *prompt(80), 80)):
             for layer in cache.managed:
                 seen = 80 + step
-                held = sum(map(sum, layer.held.slots.lengths)) / 2
+                held = sum(map(sum, layer.storage.slots.lengths)) / 2
                 assert seen // 4 <= held < seen // 4 + EVERY
                 assert bytes_of(layer) <= (seen // 4 + EVERY) * 2 * bytes_per_slot(cache.plan)
 
@@ -137,7 +137,7 @@ def test_a_policy_for_prompts_only_moves_its_storage_rarely_while_decoding(name)
     with kvpolicy.load(name, budget=40, protect={"recent": 4}, compress={"every": "never"}).attach(one) as attachment:
         cache, pointers = attachment.cache(), set()
         for _ in stepping(one, cache, *prompt(60), 60):
-            pointers.add(cache.managed[0].held.keys.tail.tensors["keys"].shape[0])
+            pointers.add(cache.managed[0].held.keys.residual.tensors["keys"].shape[0])
         assert cache.managed[0].held.slots.longest >= 100
         assert len(pointers) <= 6
 

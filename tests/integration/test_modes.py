@@ -147,7 +147,7 @@ def test_nothing_of_an_attachment_outlives_it(graph):
     attachment = small("snapkv").attach(model, graph=graph)
     generate(model, tokens, count=6)
     cache = attachment.cache()
-    gone = [weakref.ref(one) for one in (attachment, attachment.misses, cache, cache.managed[0])]
+    gone = [weakref.ref(one) for one in (attachment, attachment.uncompressed, cache, cache.managed[0])]
     attachment.detach()
     del attachment, cache
     gc.collect()

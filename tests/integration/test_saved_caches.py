@@ -232,23 +232,23 @@ def text(key, value):
     return lambda _tensors, about: about.__setitem__(key, value)
 
 
-SLOTS, KEYS = "layers.1.held.slots", "layers.1.held.keys"
+SLOTS, KEYS = "layers.1.storage.slots", "layers.1.storage.keys"
 HOSTILE = {
     "a layer is missing": lambda tensors, _: [tensors.pop(name) for name in sorted(tensors) if "layers.2" in name],
-    "another layer": lambda tensors, _: tensors.update({"layers.7.real": torch.tensor([1, 2])}),
+    "another layer": lambda tensors, _: tensors.update({"layers.7.num_tokens": torch.tensor([1, 2])}),
     "a column is missing": lambda tensors, _: tensors.pop(f"{SLOTS}.columns.positions"),
     "another column": lambda tensors, _: tensors.update({f"{SLOTS}.columns.votes": torch.ones(3)}),
-    "a number is missing": numbers(lambda found: found.pop("layers.1.seen")),
+    "a number is missing": numbers(lambda found: found.pop("layers.1.seq_len")),
     "another number": numbers(lambda found: found.update(more=1)),
-    "a flag is a number": numbers(lambda found: found.update({"layers.1.altered": 1})),
-    "a count is NaN": numbers(lambda found: found.update({"layers.1.seen": float("nan")})),
+    "a flag is a number": numbers(lambda found: found.update({"layers.1.compressed": 1})),
+    "a count is NaN": numbers(lambda found: found.update({"layers.1.seq_len": float("nan")})),
     "a count is infinite": numbers(lambda found: found.update({"layers.1.scaling": float("inf")})),
-    "a count is negative": numbers(lambda found: found.update({"layers.1.seen": -1})),
-    "a count is huge": numbers(lambda found: found.update({"layers.1.seen": 10**30})),
-    "a count is a mapping": numbers(lambda found: found.update({"layers.1.seen": {}})),
-    "layers have seen different tokens": numbers(lambda found: found.update({"layers.1.seen": 41})),
+    "a count is negative": numbers(lambda found: found.update({"layers.1.seq_len": -1})),
+    "a count is huge": numbers(lambda found: found.update({"layers.1.seq_len": 10**30})),
+    "a count is a mapping": numbers(lambda found: found.update({"layers.1.seq_len": {}})),
+    "layers have seen different tokens": numbers(lambda found: found.update({"layers.1.seq_len": 41})),
     "more cannot be undone than came": numbers(lambda found: found.update({"layers.1.rollback_limit": 99})),
-    "nothing was evicted": numbers(lambda found: found.update({"layers.1.altered": False})),
+    "nothing was evicted": numbers(lambda found: found.update({"layers.1.compressed": False})),
     "a window of another model": numbers(lambda found: found.update({"layers.0.sliding_window": 17})),
     "a window without entries": numbers(lambda found: found.update({"layers.0.is_initialized": False})),
     "a window of other tokens": numbers(lambda found: found.update({"layers.0.cumulative_length": 12})),
@@ -260,11 +260,11 @@ HOSTILE = {
     "numbers are missing": lambda _, about: about.pop("numbers"),
     "other rows": text("rows", "3"),
     "other tokens": text("seen", "3"),
-    "tokens of rows": put("layers.1.real", 0, 99),
-    "tokens of rows in one layer": put("layers.1.real", 0, 39),
-    "negative tokens of rows": put("layers.1.real", 0, -1),
-    "more rows": tensor("layers.1.real", lambda one: one.repeat(3)),
-    "rows are no numbers": tensor("layers.1.real", lambda one: one.float()),
+    "tokens of rows": put("layers.1.num_tokens", 0, 99),
+    "tokens of rows in one layer": put("layers.1.num_tokens", 0, 39),
+    "negative tokens of rows": put("layers.1.num_tokens", 0, -1),
+    "more rows": tensor("layers.1.num_tokens", lambda one: one.repeat(3)),
+    "rows are no numbers": tensor("layers.1.num_tokens", lambda one: one.float()),
     "lengths beyond capacity": put(f"{SLOTS}.lengths", 0, 2**20),
     "lengths of other stores": put(f"{SLOTS}.lengths", 0, 3),
     "lengths below zero": put(f"{SLOTS}.lengths", 0, -3),
@@ -277,9 +277,9 @@ HOSTILE = {
     "positions twice": put(f"{SLOTS}.columns.positions", 1, 0),
     "positions below -1": put(f"{SLOTS}.columns.positions", 0, -5),
     "positions are no integers": tensor(f"{SLOTS}.columns.positions", lambda one: one.float()),
-    "keys of another dtype": tensor(f"{KEYS}.tail.columns.keys", lambda one: one.double()),
-    "keys of another width": tensor(f"{KEYS}.tail.columns.keys", lambda one: one[:, :4]),
-    "keys behind the lengths are NaN": put(f"{KEYS}.tail.columns.keys", slice(-8, None), float("nan")),
+    "keys of another dtype": tensor(f"{KEYS}.residual.columns.keys", lambda one: one.double()),
+    "keys of another width": tensor(f"{KEYS}.residual.columns.keys", lambda one: one[:, :4]),
+    "keys behind the lengths are NaN": put(f"{KEYS}.residual.columns.keys", slice(-8, None), float("nan")),
     "queries of other heads": tensor("layers.1.window.queries", lambda one: one[:, :2]),
     "queries of tokens that did not come": put("layers.1.window.positions", 0, 1000),
     "state of other rows": lambda tensors, _: tensors.update(
@@ -369,7 +369,7 @@ def test_caches_go_with_an_attachment(attachment, good, tmp_path):
     with pytest.raises(AttachError):
         other.load_cache(good)
     cache = filled(attachment)
-    cache.origin = None
+    cache.owner = None
     with pytest.raises(CacheError, match="belongs to no attachment"):
         cache.save(tmp_path / "c")
 

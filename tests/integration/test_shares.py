@@ -97,7 +97,7 @@ def test_every_shipped_policy_keeps_exactly_any_budget(name):
             cache = attachment.cache()
             one(tokens, past_key_values=cache)
             expected = {"40%": 40, "1MiB": min(100, attachment.plan.budgets.average(100))}.get(budget, budget)
-            assert sum(layer.held.slots.average for layer in cache.managed) == pytest.approx(3 * expected)
+            assert sum(layer.storage.slots.average for layer in cache.managed) == pytest.approx(3 * expected)
             one(tokens[:, :1], past_key_values=cache)
 
 

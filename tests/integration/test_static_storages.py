@@ -6,7 +6,7 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.integrations.transformers.decode_graph.session import Session
+from kvpolicy.integrations.transformers.decode_graph.session import StaticSession
 from kvpolicy.stages import LayerAllocator
 from tests.integration.static_steps import DEVICES, assert_alike
 from tests.support.alone import repeat
@@ -17,14 +17,14 @@ from tests.support.policies import small
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_storages_and_shapes_stay_the_same_for_generations_and_rounds(device, steps, monkeypatch):
-    one, seen, run = build().to(device), [], Session.run
+    one, seen, run = build().to(device), [], StaticSession.run
 
     def recorded(session, tokens, places):
         tensors = [tensor for layer in session.layers for tensor in layer.slots.tensors + layer.slots.window]
         seen.append([(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors])
         return run(session, tokens, places)
 
-    monkeypatch.setattr(Session, "run", recorded)
+    monkeypatch.setattr(StaticSession, "run", recorded)
     with small("gkv").attach(one, graph=True) as attachment:
         for lengths in ((40, 20), (17, 30)):
             tokens, mask = (part.to(device) for part in prompt(*lengths))
@@ -39,7 +39,7 @@ def test_what_is_reported_in_bytes_is_what_is_held(steps):
         cache = attachment.cache()
         generate(model(), *prompt(40, 20), past_key_values=cache)
         reported = attachment.report()
-    stored = [layer.held.nbytes for layer in cache.managed]
+    stored = [layer.storage.nbytes for layer in cache.managed]
     assert [layer.entry_bytes for layer in reported.layers] == stored
     slots, entry = 2 * 2 * (12 + 4), 2 * 8 * 4 + 4 + 2 * 4  # rows, heads, slots; key and value, position, attention
     assert stored == [slots * entry] * 3

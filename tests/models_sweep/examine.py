@@ -141,7 +141,7 @@ class _Examination:
                 yield f"{padding}: logits off by {max(off(one, other) for one, other in pairs):.2g} of the largest"
             if any(issubclass(warning.category, UncompressedWarning) for warning in caught):
                 yield f"{padding}: generate warns that nothing is compressed"
-            seen = {layer.seen for layer in report.layers}
+            seen = {layer.seq_len for layer in report.layers}
             if seen != {PROMPT + NEW - 1}:
                 yield f"{padding}: the report says that {sorted(seen)} tokens were seen"
 
@@ -178,7 +178,7 @@ class _Examination:
             yield f"logits off by {error:.2g} of the largest"
         if not effect > 10 * TOLERANCE:
             yield f"nothing of it is seen in the logits: {effect:.2g}"
-        if name not in KEEPING and any(layer.held >= layer.seen for layer in report.layers):
+        if name not in KEEPING and any(layer.held >= layer.seq_len for layer in report.layers):
             yield "nothing was evicted"
 
 

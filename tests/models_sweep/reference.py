@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy.integrations.transformers.cache import PolicyCache
-from tests.support import holdings
+from tests.support import storage
 
 NAME = "sweep_reference"
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "is_causal", "sliding_window", "layer_idx"}
@@ -103,7 +103,7 @@ def _held_by(cache: PolicyCache) -> dict[int, Held]:
     found = {}
     for layer in cache.managed:
         if layer.is_initialized:
-            columns = (holdings.padded(layer.held, name).clone() for name in ("positions", "keys", "values"))
+            columns = (storage.padded(layer.storage, name).clone() for name in ("positions", "keys", "values"))
             found[layer.stats.layer] = Held(*columns)
     return found
 

@@ -10,7 +10,7 @@ import yaml
 import kvpolicy
 from kvpolicy.plan.plan import LOG_VOTES
 from tests.oracles.simulation import Contents, Method, simulate
-from tests.support import holdings
+from tests.support import storage
 from tests.support.models import build, model, prompt
 from tests.support.policies import held
 
@@ -82,17 +82,17 @@ def _real(slots: list[int]) -> list[int]:
 def _contents(cache: Any, rows: int) -> Contents:
     heads = range(cache.plan.geometry.kv_heads)
     return {
-        (layer.stats.layer, row): [_of_head(layer.held, row, head) for head in heads]
+        (layer.stats.layer, row): [_of_head(layer.storage, row, head) for head in heads]
         for layer in cache.managed
         for row in range(rows)
     }
 
 
 def _of_head(entries: Any, row: int, head: int) -> dict[int, tuple[np.ndarray, np.ndarray, float]]:
-    positions, keys, values = (holdings.segment(entries, name, row, head) for name in ("positions", "keys", "values"))
+    positions, keys, values = (storage.segment(entries, name, row, head) for name in ("positions", "keys", "values"))
     votes = torch.zeros(len(positions))
     if LOG_VOTES in entries.slots.columns:
-        votes = holdings.segment(entries, LOG_VOTES, row, head)
+        votes = storage.segment(entries, LOG_VOTES, row, head)
     columns = (positions.tolist(), keys.double().numpy(), values.double().numpy(), votes.double().exp().tolist())
     return {position: tuple(rest) for position, *rest in zip(*columns, strict=True)}  # type: ignore[misc]
 

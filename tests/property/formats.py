@@ -49,7 +49,7 @@ def halves(draw, kinds=codecs, contents=tuple(CONTENTS), dtypes=FLOATS, least=0)
     dtype = draw(st.sampled_from(dtypes))
     formats = draw(kinds).formats(Site(Geometry((0,), heads, heads, dim), dtype))
     half = draw(st.sampled_from((formats.keys, formats.values)))
-    shape = batch, heads, half.unit * draw(st.integers(least, 5)), dim
+    shape = batch, heads, half.group_size * draw(st.integers(least, 5)), dim
     vectors = ({**CONTENTS, **EXTREME}[draw(st.sampled_from(contents))])(draw(generators), *shape)
     largest = torch.finfo(dtype).max
     return half, vectors.double().clamp(-largest, largest).to(dtype), torch.arange(shape[2]).expand(shape[:3])

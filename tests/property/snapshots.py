@@ -5,7 +5,7 @@ import math
 import torch
 
 from tests.support import driving
-from tests.support.holdings import HALVES, segments_of
+from tests.support.storage import HALVES, segments_of
 
 SCALING = driving.DIM**-0.5  # that of `feed`
 ESTIMATE = "merge.log_estimate"
@@ -32,8 +32,8 @@ def held_by(layer):
     """[row][head] of the columns, keys and values of a layer, copied, pads left out."""
     heads, names = range(layer.plan.geometry.kv_heads), (*HALVES, *layer.plan.columns)
     held = []
-    for row in range(len(layer.real)):
-        columns = {name: segments_of(layer.held, name, row) for name in names}
+    for row in range(len(layer.num_tokens)):
+        columns = {name: segments_of(layer.storage, name, row) for name in names}
         held.append([_without_pads({name: columns[name][head] for name in names}) for head in heads])
     return held
 
@@ -84,7 +84,7 @@ def attention(held, forward):
     return out
 
 
-def follow(held, forward, merge):
+def update_observers(held, forward, merge):
     """Bring the state of the merger up to date, query by query: only the newest `window` of each row count."""
     for row, segments in enumerate(held):
         real = (forward.positions[row] >= 0).nonzero()[:, 0].tolist()[-merge.window :]

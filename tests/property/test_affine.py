@@ -22,8 +22,8 @@ def test_the_error_is_at_most_half_a_step(given_half):
 def steps(half, columns):
     """The scale of each number [B, K, n, D]."""
     scale = columns["scale"]
-    if half.unit > 1:
-        return scale.repeat_interleave(half.unit, 2)
+    if half.group_size > 1:
+        return scale.repeat_interleave(half.group_size, 2)
     scale = scale[:, 0].movedim(2, 1) if half.joint else scale
     return scale.repeat_interleave(half.group, -1)
 

@@ -21,10 +21,10 @@ def test_bytes_of_kivi_are_the_closed_form(key_bits, value_bits, group, steps, l
     dim, residual = 32, group * steps
     geometry = Geometry((0,), heads, heads, dim)
     formats = Kivi(key_bits, value_bits, group, residual).formats(Site(geometry, torch.bfloat16))
-    keys, values = formats.keys.sealed(length), formats.values.sealed(length)
+    keys, values = formats.keys.packed_length(length), formats.values.packed_length(length)
     assert keys == length - length % residual
     assert values == max(0, length - residual)
-    tails = [half.tail(length) for half in (formats.keys, formats.values)]
+    tails = [half.residual_capacity(length) for half in (formats.keys, formats.values)]
     codes = keys * dim * heads * key_bits / 8 + values * dim * heads * value_bits / 8
     scales = 2 * 2 * (keys / group) * dim * heads + 4 * values * (dim / group) * heads
     found = sum(half.nbytes(length, geometry, torch.bfloat16) for half in (formats.keys, formats.values))
@@ -37,9 +37,9 @@ def test_bytes_of_tada_are_the_closed_form(bits, group, heads, length):
     geometry = Geometry((0,), heads, heads, dim)
     half = Tada(bits, group, residual, batch=1).formats(Site(geometry, torch.bfloat16)).values
     packed = max(0, length - residual)
-    assert half.sealed(length) == packed
+    assert half.packed_length(length) == packed
     share = bits / 16 + 1 / heads + 2 / (group or dim)
-    found = half.nbytes(length, geometry, torch.bfloat16) - 2 * dim * half.tail(length)
+    found = half.nbytes(length, geometry, torch.bfloat16) - 2 * dim * half.residual_capacity(length)
     assert math.isclose(found, 2 * dim * packed * share, abs_tol=1e-9)
 
 

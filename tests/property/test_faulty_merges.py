@@ -11,7 +11,7 @@ from kvpolicy.errors import NonFiniteScoreWarning
 from kvpolicy.plan.compress.finite import faults_of, is_finite
 from kvpolicy.plan.compress.step import Chosen, compress_one, reduced
 from kvpolicy.stages import Entries, Merger, State
-from kvpolicy.stages.conformance.samples import glimpse_of, sample_view
+from kvpolicy.stages.conformance.samples import query_logits_of, sample_view
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy_plugins.mergers.cam import CaM
 from kvpolicy_plugins.mergers.d2o import D2O
@@ -85,9 +85,10 @@ MERGERS = {
 def view_for(merger):
     """Three rows; the merger has followed one forward."""
     view = sample_view(merger)
-    if merger.needs().followed:
+    if merger.needs().forward_queries:
         view = attrs.evolve(
-            view, slot_state={**view.slot_state, **merger.follow(glimpse_of(merger, view), view.slot_state)}
+            view,
+            slot_state={**view.slot_state, **merger.observe_forward(query_logits_of(merger, view), view.slot_state)},
         )
     state = {f"merge.{name}": values for name, values in view.slot_state.items()}
     return attrs.evolve(view, slot_state=state)

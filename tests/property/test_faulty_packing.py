@@ -10,7 +10,7 @@ from kvpolicy.errors import NonFiniteScoreWarning
 from kvpolicy.plan.plan import POSITIONS
 from tests.property.test_packed_layers import DIM, HEADS, STORES, entries, plan_of
 from tests.support.driving import feed, new_layer
-from tests.support.holdings import segment
+from tests.support.storage import segment
 
 PACKING = [name for name in STORES if name != "plain"]
 SIZES = (21, 1, 1, 1, 5, 1, 1, 1, 1, 1, 1)
@@ -36,8 +36,8 @@ def forwards(seed=0):
 
 def contents(layer, row):
     """All that a row holds, as attention sees it."""
-    names = ("keys", "values", *layer.held.slots.columns)
-    return [segment(layer.held, name, row, head) for name in names for head in range(HEADS)]
+    names = ("keys", "values", *layer.storage.slots.columns)
+    return [segment(layer.storage, name, row, head) for name in names for head in range(HEADS)]
 
 
 def said(found):
@@ -58,14 +58,14 @@ def test_other_rows_do_not_notice(store, budget, half):
                 warnings.simplefilter("ignore", NonFiniteScoreWarning)
                 output = feed(layer, *step)
             seen += step[0].shape[2]
-            layer.held.check_integrity()
+            layer.storage.check_integrity()
             assert torch.equal(output[[0, 2]], plain[[0, 2]])
             if seen <= place:
                 assert torch.equal(output, plain)
             for name in range(2):  # nothing else of the row has become NaN
                 for head in range(HEADS):
-                    found = segment(layer.held, ("keys", "values")[name], ROW, head)
-                    good = layer.held.slots.segment(POSITIONS, ROW, head) != place
+                    found = segment(layer.storage, ("keys", "values")[name], ROW, head)
+                    good = layer.storage.slots.segment(POSITIONS, ROW, head) != place
                     assert found[good].isfinite().all()
         for row in (0, 2):
             assert all(torch.equal(*pair) for pair in zip(contents(layer, row), contents(usual, row), strict=True))
@@ -81,13 +81,13 @@ def test_a_faulty_row_is_held_unpacked_and_says_so_once(store, wrong):
         for step in steps:
             feed(layer, *step)
     assert said(found) == ["keys of row 1 are NaN or infinite: they, and what follows, are held unpacked"]
-    half, form = layer.held.keys, plan.formats[0].keys
-    sealed = form.sealed(sum(SIZES))
-    assert half.sealed[0] == half.sealed[2] == (sealed,) * HEADS
-    before = place // form.unit * form.unit
-    assert half.sealed[ROW] == ((before, before) if form.joint else (before, sealed))
-    assert layer.held.values.sealed[ROW] == layer.held.values.sealed[0]
-    held, whole = segment(layer.held, "keys", ROW, 0), torch.cat([step[0][ROW, 0] for step in steps])
+    half, form = layer.storage.keys, plan.formats[0].keys
+    packed_lengths = form.packed_length(sum(SIZES))
+    assert half.packed_lengths[0] == half.packed_lengths[2] == (packed_lengths,) * HEADS
+    before = place // form.group_size * form.group_size
+    assert half.packed_lengths[ROW] == ((before, before) if form.joint else (before, packed_lengths))
+    assert layer.storage.values.packed_lengths[ROW] == layer.storage.values.packed_lengths[0]
+    held, whole = segment(layer.storage, "keys", ROW, 0), torch.cat([step[0][ROW, 0] for step in steps])
     assert torch.equal(held[before:].nan_to_num(7.0), whole[before:].nan_to_num(7.0))
     plain = ROWS * HEADS * (sum(SIZES) + 16) * DIM * 4  # storage grows by 16 slots or more
     assert half.nbytes <= 2 * plain
@@ -111,14 +111,16 @@ def test_once_the_fault_is_evicted_the_row_is_packed_and_right_again(store, ragg
         assert output.isfinite().all()
         for name in ("keys", "values"):
             forms = getattr(plan.formats[0], name)
-            lengths = layer.held.slots.lengths
-            assert getattr(layer.held, name).sealed == tuple(tuple(map(forms.sealed, row)) for row in lengths)
+            lengths = layer.storage.slots.lengths
+            assert getattr(layer.storage, name).packed_lengths == tuple(
+                tuple(map(forms.packed_lengths, row)) for row in lengths
+            )
     for head in range(HEADS):
-        positions = layer.held.slots.segment(POSITIONS, ROW, head).long()
+        positions = layer.storage.slots.segment(POSITIONS, ROW, head).long()
         assert head or place not in positions
         own = keys[ROW, head, positions], values[ROW, head, positions]
         for name, exact in zip(("keys", "values"), own, strict=True):
-            assert (segment(layer.held, name, ROW, head) - exact).abs().max() < 2.5  # packed, of numbers up to 4
+            assert (segment(layer.storage, name, ROW, head) - exact).abs().max() < 2.5  # packed, of numbers up to 4
 
 
 def test_what_is_undone_is_no_fault_any_more():
@@ -133,9 +135,9 @@ def test_what_is_undone_is_no_fault_any_more():
     layer.crop(-4)
     feed(layer, *again)
     layer.crop(0)
-    assert layer.held.keys.sealed == ((7, 7),)
+    assert layer.storage.keys.packed_lengths == ((7, 7),)
     for head in range(HEADS):
-        assert segment(layer.held, "keys", 0, head).isfinite().all()
+        assert segment(layer.storage, "keys", 0, head).isfinite().all()
 
 
 def test_rows_that_are_chosen_take_their_fault_along():
@@ -148,9 +150,9 @@ def test_rows_that_are_chosen_take_their_fault_along():
         for step in steps[1:]:
             feed(layer, *[part[[1, 0, 1]] for part in step])
     assert len(said(found)) == 1
-    sealed = layer.held.values.sealed
-    assert sealed[0] == sealed[2] == (6, sealed[1][1])
-    assert sealed[1][0] == sealed[1][1] > 6
+    packed_lengths = layer.storage.values.packed_lengths
+    assert packed_lengths[0] == packed_lengths[2] == (6, packed_lengths[1][1])
+    assert packed_lengths[1][0] == packed_lengths[1][1] > 6
 
 
 def test_a_fault_that_stays_through_compressions_is_told_once():
@@ -166,8 +168,8 @@ def test_a_fault_that_stays_through_compressions_is_told_once():
         for step in steps:
             feed(layer, *step)
     assert layer.stats.compressions >= 3
-    assert 0 in layer.held.slots.segment(POSITIONS, 1, 0)
-    assert layer.held.values.sealed[1][0] == 0
+    assert 0 in layer.storage.slots.segment(POSITIONS, 1, 0)
+    assert layer.storage.values.packed_lengths[1][0] == 0
     assert len(said(found)) == 1
 
 
@@ -177,8 +179,8 @@ def test_what_was_held_unpacked_is_packed_when_the_fault_is_undone():
     wrong[0][0, :, 0], wrong[1][0, :, 0] = torch.nan, torch.nan
     with pytest.warns(NonFiniteScoreWarning, match="held unpacked"):
         feed(layer, *wrong)
-    assert layer.held.is_plain
-    layer.held.seal(layer.limit)  # looks no further, and says nothing again: warnings are errors here
+    assert layer.storage.is_plain
+    layer.storage.pack(layer.limit)  # looks no further, and says nothing again: warnings are errors here
     layer.crop(-4)
     feed(layer, *good)
-    assert layer.held.keys.sealed == layer.held.values.sealed == ((3, 3),)
+    assert layer.storage.keys.packed_lengths == layer.storage.values.packed_lengths == ((3, 3),)

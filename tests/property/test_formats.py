@@ -68,11 +68,11 @@ def test_zero_stays_zero(given_half):
 def test_bytes_are_those_of_the_tensors(given_half, capacity):
     half, vectors, at = given_half
     geometry = Geometry((0,), vectors.shape[1], vectors.shape[1], vectors.shape[-1])
-    units = vectors.shape[2] // half.unit
+    units = vectors.shape[2] // half.group_size
     held = sum(column.nbytes for column in half.encode(vectors, at).values())
     assert held == units * vectors.shape[0] * unit_bytes(half, geometry)
-    packed = half.sealed(capacity) // half.unit * unit_bytes(half, geometry) / geometry.kv_heads
-    tail = half.tail(capacity) * geometry.head_dim * vectors.dtype.itemsize
+    packed = half.packed_length(capacity) // half.group_size * unit_bytes(half, geometry) / geometry.kv_heads
+    tail = half.residual_capacity(capacity) * geometry.head_dim * vectors.dtype.itemsize
     assert math.isclose(half.nbytes(capacity, geometry, vectors.dtype), packed + tail)
 
 

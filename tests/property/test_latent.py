@@ -12,7 +12,7 @@ from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.latent import Latent, joint_spectrum
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from tests.property.layers import generators
-from tests.support.latents import formats_of, only_rows, question_of, samples
+from tests.support.latents import formats_of, only_rows, read_request, samples
 
 ranks = st.sampled_from((0.1, 0.25, 0.5, 0.9, 1.0))
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
@@ -130,7 +130,7 @@ def test_empty_slots_pack_to_nothing(sample, rank, junk):
 def test_a_common_shift_of_all_positions_changes_no_score(sample, shift):
     """No rotation takes part in a score."""
     reader, form = LatentTopK(), formats_of(sample).keys
-    question = question_of(sample, form)
+    question = read_request(sample, form)
     moved = places_of(sample) + abs(shift)
     keys = sample.rotary.rotate(sample.rotary.unrotate(sample.keys, places_of(sample)), moved)
     queries = sample.rotary.unrotate(question.queries, question.query_positions[:, None])
@@ -147,7 +147,7 @@ def test_a_common_shift_of_all_positions_changes_no_score(sample, shift):
 
 @given(samples(), generators)
 def test_rows_are_scored_apart(sample, random):
-    question = question_of(sample, formats_of(sample).keys)
+    question = read_request(sample, formats_of(sample).keys)
     rows = torch.randperm(len(sample.keys), generator=random)
     reader = LatentTopK()
     assert_close(reader.scores(only_rows(question, rows)), reader.scores(question)[rows], **EXACT)

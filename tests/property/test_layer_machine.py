@@ -10,7 +10,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from tests.support import driving
 from tests.support.driving import GROUP, HEADS, NAME, WORTH, feed, new_layer, random_entries, worth_plan
-from tests.support.holdings import HALVES, segments_of
+from tests.support.storage import HALVES, segments_of
 
 ROWS = 4
 
@@ -25,7 +25,7 @@ class Row:
 
     def copy(self):
         other = Row()
-        other.real, other.heads, other.recent = self.real, [list(head) for head in self.heads], list(self.recent)
+        other.num_tokens, other.heads, other.recent = self.real, [list(head) for head in self.heads], list(self.recent)
         return other
 
     def append(self, keys, values, valid):
@@ -240,11 +240,11 @@ class LayerMachine(RuleBasedStateMachine):
         assert layer.get_mask_sizes(3) == (self.seen + 3, 0)
         if not self.seen:
             return
-        layer.held.check_integrity()
-        assert layer.real == [row.real for row in self.rows]
-        assert layer.altered == self.evicted
+        layer.storage.check_integrity()
+        assert layer.num_tokens == [row.real for row in self.rows]
+        assert layer.compressed == self.evicted
         for place, row in enumerate(self.rows):
-            read = {name: segments_of(layer.held, name, place) for name in (*HALVES, *self.plan.columns)}
+            read = {name: segments_of(layer.storage, name, place) for name in (*HALVES, *self.plan.columns)}
             for head, held in enumerate(row.heads):
                 columns = {name: own[head] for name, own in read.items()}
                 real = (columns[POSITIONS] >= 0).nonzero()[:, 0]
@@ -258,7 +258,7 @@ class LayerMachine(RuleBasedStateMachine):
     def stays_within_its_capacity(self):
         if self.seen and self.evicted and self.prefill and not self.layer.record_past:
             most = len(self.rows) * HEADS * (self.budget + self.every)
-            assert self.layer.held.slots.layout.slots <= most or self.layer.padded
+            assert self.layer.storage.slots.layout.slots <= most or self.layer.padded
 
 
 def _stacked(parts):

@@ -32,5 +32,5 @@ def test_drop_gathers_exactly(view, random, dtype, votes):
 def test_plain_packs_nothing(length):
     formats = Plain().formats(Site(Geometry((0,), 4, 2, 16), torch.float32))
     for half in (formats.keys, formats.values):
-        assert half.sealed(length) == 0
-        assert half.tail(length) == length
+        assert half.packed_length(length) == 0
+        assert half.residual_capacity(length) == length

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import kvpolicy
 from kvpolicy.attention.attend import attend
-from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import POSITIONS, compile_policy
 from kvpolicy.spec.policy import Weighted
@@ -18,8 +18,8 @@ from kvpolicy.stages.slots import gather
 from tests.support import driving
 from tests.support.decisions import Decisions
 from tests.support.driving import feed, new_layer
-from tests.support.holdings import segment, stores
 from tests.support.rounding import PROBES, Noise, close, noisy
+from tests.support.storage import segment, stores
 
 HEADS, GROUP, DIM = 2, 2, 8
 SCALING = driving.DIM**-0.5  # that of `feed`
@@ -69,7 +69,7 @@ def expected_entries(plan, keys, values):
     positions = torch.arange(keys.shape[2]).expand(keys.shape[:3])
     seen = []
     for form, vectors in ((plan.formats[0].keys, keys), (plan.formats[0].values, values)):
-        count = form.sealed(vectors.shape[2])
+        count = form.packed_length(vectors.shape[2])
         old = (
             form.decode(form.encode(vectors[:, :, :count], positions[:, :, :count]), positions[:, :, :count])
             if count
@@ -114,7 +114,7 @@ def test_attention_is_over_packed_past_exact_recent_and_the_new_tokens(store, pr
             assume(not rounding_decides(plan, keys, values))
             raise AssertionError((output - expected).abs().max())
         keys, values = torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2)
-        layer.held.check_integrity()
+        layer.storage.check_integrity()
 
 
 MERGES = ("drop", "window_fit", {"use": "keepkv", "window": 4}, "tome")
@@ -156,13 +156,13 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(store, lengths, steps
             with decisions.followed():
                 own = feed(layer, *(one[row : row + 1, :, skipped:] for one in new))
             assert torch.allclose(output[row : row + 1, :, skipped:], own, atol=1e-4)
-        batch.held.check_integrity()
+        batch.storage.check_integrity()
         for store_ in stores(batch.held):
             store_.check_integrity()
     for row, layer in enumerate(alone):
         for head in range(HEADS):
             together = segment(batch.held, POSITIONS, row, head)
-            assert torch.equal(together[together >= 0], segment(layer.held, POSITIONS, 0, head))
+            assert torch.equal(together[together >= 0], segment(layer.storage, POSITIONS, 0, head))
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -172,8 +172,8 @@ def test_bytes_held_are_those_of_the_formula(store):
     feed(layer, *entries(generator, 1, 60))
     for _ in range(40):
         feed(layer, *entries(generator, 1, 1))
-        assert layer.held.nbytes == plan.footprint.layer_bytes(0, 24 + 8)
-        assert layer.stats.entry_bytes == layer.held.nbytes
+        assert layer.storage.nbytes == plan.footprint.layer_bytes(0, 24 + 8)
+        assert layer.stats.entry_bytes == layer.storage.nbytes
 
 
 @pytest.mark.parametrize("store", [store for store in STORES if store != "plain"])
@@ -183,17 +183,17 @@ def test_what_is_packed_moves_bit_for_bit_when_other_entries_are_evicted(store):
     feed(layer, *entries(generator, 1, 60))
     before = {
         int(p): k
-        for p, k in zip(segment(layer.held, POSITIONS, 0, 0), segment(layer.held, "values", 0, 0), strict=True)
+        for p, k in zip(segment(layer.storage, POSITIONS, 0, 0), segment(layer.storage, "values", 0, 0), strict=True)
     }
-    sealed = segment(layer.held, POSITIONS, 0, 0)[: layer.held.values.sealed[0][0]].tolist()
+    packed_lengths = segment(layer.storage, POSITIONS, 0, 0)[: layer.storage.values.packed_lengths[0][0]].tolist()
     for _ in range(8):
         feed(layer, *entries(generator, 1, 1))
     assert layer.stats.compressions == 2
     survivors = 0
-    held = zip(segment(layer.held, POSITIONS, 0, 0).tolist(), segment(layer.held, "values", 0, 0), strict=True)
+    held = zip(segment(layer.storage, POSITIONS, 0, 0).tolist(), segment(layer.storage, "values", 0, 0), strict=True)
     for place, (position, value) in enumerate(held):
-        if position in sealed and place < layer.held.values.sealed[0][0]:
-            together = store != "tada" or segment(layer.held, POSITIONS, 0, 1)[place] == position
+        if position in packed_lengths and place < layer.storage.values.packed_lengths[0][0]:
+            together = store != "tada" or segment(layer.storage, POSITIONS, 0, 1)[place] == position
             survivors += 1
             if together:
                 assert torch.equal(value, before[position])
@@ -223,22 +223,22 @@ def test_units_that_were_merged_into_are_packed_anew_and_the_others_not(store, c
     plan = attrs.evolve(plan, spec=attrs.evolve(plan.spec, score=(oldest,), merge=Adding(changed)))
     layer = new_layer(attrs.evolve(plan, spec=attrs.evolve(plan.spec, merge=Adding())))
     feed(layer, *entries(generator, 2, 20))
-    before = {name: [[segment(layer.held, name, row, head).clone() for head in range(HEADS)] for row in range(2)]
+    before = {name: [[segment(layer.storage, name, row, head).clone() for head in range(HEADS)] for row in range(2)]
               for name in ("keys", "values")}  # fmt: skip
     layer.plan = layer.scheduler.plan = plan
     for _ in range(4):
         feed(layer, *entries(generator, 2, 1))
-    assert layer.held.slots.lengths == ((20, 20),) * 2
+    assert layer.storage.slots.lengths == ((20, 20),) * 2
     for name, rows in before.items():
         form = getattr(plan.formats[0], name)
-        sealed, touched = form.sealed(20), {position // form.unit for position in changed}
-        assert sealed >= 8
+        packed_lengths, touched = form.packed_length(20), {position // form.group_size for position in changed}
+        assert packed_lengths >= 8
         for row in range(2):
             for head in range(HEADS):
-                old, new = rows[row][head], segment(layer.held, name, row, head)
-                assert layer.held.slots.segment(POSITIONS, row, head)[:20].tolist() == list(range(20))
-                for unit in range(sealed // form.unit):
-                    slots = slice(unit * form.unit, (unit + 1) * form.unit)
+                old, new = rows[row][head], segment(layer.storage, name, row, head)
+                assert layer.storage.slots.segment(POSITIONS, row, head)[:20].tolist() == list(range(20))
+                for unit in range(packed_lengths // form.group_size):
+                    slots = slice(unit * form.group_size, (unit + 1) * form.group_size)
                     if unit not in touched:
                         assert torch.equal(new[slots], old[slots])
                 for position in changed:
@@ -251,8 +251,8 @@ def test_a_reader_with_pages_reads_what_attention_would_find_and_keeps_the_rest(
     feed(layer, *entries(generator, 1, 30))
     for count in range(31, 50):
         feed(layer, *entries(generator, 1, 1))
-        assert layer.held.slots.lengths == ((count, count),)
-        assert layer.held.pages.store.lengths == ((count // 4, count // 4),)
+        assert layer.storage.slots.lengths == ((count, count),)
+        assert layer.storage.pages.store.lengths == ((count // 4, count // 4),)
     assert 4 <= layer.stats.read <= 12
 
 
@@ -266,9 +266,9 @@ def test_pages_are_those_of_the_keys_that_are_held(store):
         feed(layer, *entries(generator, 2, 1))
         for row in range(2):
             for head in range(HEADS):
-                keys = segment(layer.held, "keys", row, head)
+                keys = segment(layer.storage, "keys", row, head)
                 pages = keys[: keys.shape[0] // 4 * 4].unflatten(0, (-1, 4))
-                low = layer.held.pages.store.segment("minimum", row, head)
+                low = layer.storage.pages.store.segment("minimum", row, head)
                 # A page is made when it is full, which may be before its keys are packed.
                 assert torch.allclose(low, pages.amin(1), atol=0.3)
                 assert store != "plain" or torch.equal(low, pages.amin(1))
@@ -276,14 +276,14 @@ def test_pages_are_those_of_the_keys_that_are_held(store):
 
 @pytest.mark.parametrize("store", STORES)
 def test_a_choice_of_all_slots_reads_the_same_as_no_choice(store):
-    plan = attrs.evolve(plan_of(store), followers=())
+    plan = attrs.evolve(plan_of(store), observers=())
     layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
     feed(layer, *entries(generator, 2, 30), torch.arange(30) >= torch.tensor([[0], [7]]))
     keys, values, queries = entries(generator, 2, 1)
     layer.update(keys, values)
-    asked = Asked(queries, layer.arrive(None), padded=False, scaling=SCALING)
-    positions = layer.held.everything.of(layer.held.slots, POSITIONS)
+    batch = QueryBatch(queries, layer.place_tokens(None), padded=False, scaling=SCALING)
+    positions = layer.storage.everything.of(layer.storage.slots, POSITIONS)
     slots = torch.arange(positions.shape[2]).expand(positions.shape)
     chosen = slots.where(positions >= 0, -1)
-    whole = attend(layer.held, asked, pads=layer.padded)
-    assert torch.allclose(attend(layer.held, asked, chosen, pads=layer.padded), whole, atol=1e-5)
+    whole = attend(layer.storage, batch, pads=layer.padded)
+    assert torch.allclose(attend(layer.storage, batch, chosen, pads=layer.padded), whole, atol=1e-5)

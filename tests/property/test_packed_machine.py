@@ -52,7 +52,7 @@ class PackedMachine(RuleBasedStateMachine):
         real = torch.tensor([len(one) for one, _ in self.given])
         positions = (real[:, None] + valid.cumsum(1) - 1).where(valid, -1)
         forward = Forward(queries, positions)
-        before = held_by(self.layer) if self.layer.seen else nothing(self.plan, self.batch)
+        before = held_by(self.layer) if self.layer.seq_len else nothing(self.plan, self.batch)
         expected = attention(appended(before, self.plan, forward, keys, values), forward)
         output = feed(self.layer, keys, values, queries, None if valid.all() else valid)
         if self.plan.spec.read.name == "all" or valid.shape[1] > 1:
@@ -72,7 +72,7 @@ class PackedMachine(RuleBasedStateMachine):
         valid[:, seed % count] = True
         self._forward(valid | torch.tensor(not padded))
 
-    @precondition(lambda self: self.layer.seen)
+    @precondition(lambda self: self.layer.seq_len)
     @rule(data=st.data(), how=st.sampled_from(["reorder", "repeat", "select"]))
     def move(self, data, how):
         before = held_by(self.layer)
@@ -98,18 +98,18 @@ class PackedMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds_what_came(self):
-        if not self.layer.seen:
+        if not self.layer.seq_len:
             return
         layer = self.layer
-        layer.held.check_integrity()
-        assert layer.real == [len(keys) for keys, _ in self.given]
+        layer.storage.check_integrity()
+        assert layer.num_tokens == [len(keys) for keys, _ in self.given]
         for row, heads in enumerate(held_by(layer)):
             for head, one in enumerate(heads):
                 positions = one["positions"].long().tolist()
                 assert positions == sorted(set(positions))
-                assert not positions or positions[-1] == layer.real[row] - 1
+                assert not positions or positions[-1] == layer.num_tokens[row] - 1
                 for name, own in zip(("keys", "values"), self.given[row], strict=True):
-                    self._compare(getattr(layer.held, name), one[name], [own[p] for p in positions], head)
+                    self._compare(getattr(layer.storage, name), one[name], [own[p] for p in positions], head)
 
     def _compare(self, half, found, given, head):
         """Within the error of the format: what is not packed now may have been before others were evicted."""
@@ -117,7 +117,7 @@ class PackedMachine(RuleBasedStateMachine):
             return
         exact = torch.stack([one[head] for one in given]).double()
         assert (found - exact).abs().max() <= TIMES * self._error
-        if half.form.keep or not self.layer.altered:
+        if half.form.residual_length or not self.layer.compressed:
             assert torch.equal(found[-1:], exact[-1:])
 
     @property
@@ -129,15 +129,17 @@ class PackedMachine(RuleBasedStateMachine):
     @invariant()
     def stays_within_the_bytes_of_the_plan(self):
         layer = self.layer
-        if not layer.seen or not layer.stats.compressions:
+        if not layer.seq_len or not layer.stats.compressions:
             return
         most = layer.plan.footprint.layer_bytes(0, BUDGET + self.every) * self.batch
         units = 0
         if self.ragged:  # each head of its own length rounds up its units by itself
             forms = (self.plan.formats[0].keys, self.plan.formats[0].values)
-            sizes = (form.nbytes(form.keep + form.step, self.plan.geometry, self.plan.dtype) for form in forms)
+            sizes = (
+                form.nbytes(form.residual_length + form.step, self.plan.geometry, self.plan.dtype) for form in forms
+            )
             units = HEADS * self.batch * sum(sizes)
-        assert layer.held.nbytes <= most + units
+        assert layer.storage.nbytes <= most + units
 
 
 class ReadMachine(PackedMachine):
@@ -161,7 +163,7 @@ def test_a_head_with_nothing_packed_is_read_beside_one_that_is_full():
     feed(layer, *entries(generator, 1, 60))
     for _ in range(12):
         feed(layer, *entries(generator, 1, 1))
-        assert layer.held.keys.sealed[0][0] > layer.held.keys.sealed[0][1] == 0
+        assert layer.storage.keys.packed_lengths[0][0] > layer.storage.keys.packed_lengths[0][1] == 0
 
 
 @pytest.mark.parametrize("store", PACKED)
@@ -170,14 +172,14 @@ def test_a_block_behind_what_is_packed_of_any_row_is_read_where_each_row_has_it(
     plan = plan_of(store, "100%")
     layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
     feed(layer, *entries(generator, 2, 40), torch.arange(40) >= torch.tensor([[0], [7]]))
-    positions = layer.held.everything.of(layer.held.slots, POSITIONS)
+    positions = layer.storage.everything.of(layer.storage.slots, POSITIONS)
     real = positions >= 0
     for size in (4, 8, 12):
         starts = range(0, positions.shape[2], size)
         blocks = [(start, min(start + size, positions.shape[2])) for start in starts]
-        for half in (layer.held.keys, layer.held.values):
-            whole = half.read(layer.held.everything, 0, positions.shape[2], positions)
-            read = [half.read(layer.held.everything, *one, positions) for one in blocks]
+        for half in (layer.storage.keys, layer.storage.values):
+            whole = half.read(layer.storage.everything, 0, positions.shape[2], positions)
+            read = [half.read(layer.storage.everything, *one, positions) for one in blocks]
             assert torch.allclose(torch.cat(read, 2)[real], whole[real], atol=1e-6)
 
 
@@ -185,7 +187,7 @@ def test_a_block_behind_what_is_packed_of_any_row_is_read_where_each_row_has_it(
 def test_what_is_noted_of_a_step_is_what_it_leaves(count):
     layer, generator = new_layer(plan_of("kivi", "100%")), torch.Generator().manual_seed(0)
     feed(layer, *entries(generator, 2, count), torch.arange(count) >= torch.tensor([[0], [3]]))
-    assert layer.held.is_plain == (count == 6)
+    assert layer.storage.is_plain == (count == 6)
     assert not layer.padded
-    assert layer.stats.held == layer.held.slots.average == count - 1.5
-    assert layer.stats.entry_bytes == layer.held.nbytes
+    assert layer.stats.held == layer.storage.slots.average == count - 1.5
+    assert layer.stats.entry_bytes == layer.storage.nbytes

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kvpolicy.stages import Question, Site
+from kvpolicy.stages import ReadRequest, Site
 from kvpolicy.stages.ordering import best_first
 from kvpolicy_plugins.leading import leading
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
 from tests.property.layers import generators, layers, scored
 from tests.support.decisions import Decisions
-from tests.support.latents import formats_of, only_rows, question_of, samples
+from tests.support.latents import formats_of, only_rows, read_request, samples
 
 latent_readers = st.builds(
     LatentTopK,
@@ -38,7 +38,7 @@ def latent_questions(draw):
     slots = sample.keys.shape[2]
     lengths = torch.tensor([draw(st.integers(1, slots)) for _ in sample.keys])
     form = formats_of(sample, residual=draw(st.sampled_from((0, 3, 7)))).keys
-    return question_of(sample, form, lengths)
+    return read_request(sample, form, lengths)
 
 
 def asked_for_pages(view, reader):
@@ -47,7 +47,7 @@ def asked_for_pages(view, reader):
     form = reader.pages(Site(view.geometry, view.keys.dtype))
     pages = form.encode(view.keys[:, :, :full], view.positions[:, :, :full])
     newest = view.positions.amax((1, 2))
-    return Question(view.queries[:, :, -1], newest, view.positions, view.geometry, pages=pages)
+    return ReadRequest(view.queries[:, :, -1], newest, view.positions, view.geometry, pages=pages)
 
 
 def read_slots(reader, question):
@@ -73,8 +73,8 @@ def test_latent_topk_reads_what_a_plain_search_finds(question, reader):
     scores = reader.scores(question).float().tolist()
     most = reader.sinks + reader.critical + reader.recent
     for row, heads in enumerate(read_slots(reader, question)):
-        length, sealed = int((question.positions[row, 0] >= 0).sum()), int(question.sealed[row, 0])
-        middle = range(reader.sinks, min(sealed, length - reader.recent))
+        length, packed_lengths = int((question.positions[row, 0] >= 0).sum()), int(question.packed_lengths[row, 0])
+        middle = range(reader.sinks, min(packed_lengths, length - reader.recent))
         best = sorted(middle, key=lambda slot: (-scores[row][slot], slot))[: reader.critical]
         expected = sorted({*range(length)} - {*middle} | {*best})
         whole = length < reader.min_length or question.positions.shape[2] <= most
@@ -84,12 +84,12 @@ def test_latent_topk_reads_what_a_plain_search_finds(question, reader):
 @given(latent_questions(), latent_readers)
 def test_latent_topk_reads_the_first_the_last_and_as_many_as_it_says(question, reader):
     most = reader.sinks + reader.critical + reader.recent
-    residual = question.format.keep
+    residual = question.format.residual_length
     for row, heads in enumerate(read_slots(reader, question)):
         length = int((question.positions[row, 0] >= 0).sum())
         read = set(heads[0])
         assert read >= {*range(min(length, reader.sinks)), *range(max(0, length - reader.recent), length)}
-        assert read >= {*range(int(question.sealed[row, 0]), length)}
+        assert read >= {*range(int(question.packed_lengths[row, 0]), length)}
         if length < reader.min_length:
             assert len(read) == length
         elif residual <= reader.recent:
@@ -124,7 +124,7 @@ def test_what_one_query_leaves_the_next_may_read(question, reader, seed):
 def test_units_of_no_entry_are_never_scored(question, junk):
     reader = LatentTopK(1, 3, 2)
     units = torch.arange(question.packed["latent"].shape[2])
-    behind = (units >= question.sealed[:, :1])[:, None, :, None].any(1)
+    behind = (units >= question.packed_lengths[:, :1])[:, None, :, None].any(1)
     latents = question.packed["latent"].masked_fill(behind[:, None], junk)
     assert read_slots(reader, attrs.evolve(question, packed={"latent": latents})) == read_slots(reader, question)
 

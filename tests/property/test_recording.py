@@ -30,7 +30,7 @@ def copied(layer):
 
 
 def assert_alike(layer, other):
-    assert (layer.seen, layer.real, layer.altered) == (other.seen, other.real, other.altered)
+    assert (layer.seq_len, layer.num_tokens, layer.compressed) == (other.seq_len, other.num_tokens, other.compressed)
     assert layer.stats.compressions == other.stats.compressions
     for rows in zip(held_by(layer), held_by(other), strict=True):
         for one, wanted in zip(*rows, strict=True):
@@ -91,7 +91,7 @@ def test_rows_may_move_while_candidates_are_recorded(merge):
     for one in (layer, other):
         feed(one, *prompt)
     layer.activate_past_recording()
-    layer.prompting = False
+    layer.expects_prompt = False
     feed(layer, *tokens)
     layer.reorder_cache(torch.tensor([1, 1]))
     layer.crop(-5)

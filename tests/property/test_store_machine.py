@@ -5,9 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvpolicy.cache.compaction.compaction_plan import Move
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.storage.layout import Layout
-from kvpolicy.cache.storage.slot_store import Store
+from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.stages import Column
 
@@ -33,7 +33,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(rows=st.integers(1, 3), heads=st.integers(1, 3))
     def start(self, rows, heads):
-        self.store = Store(COLUMNS, rows, heads, torch.device("cpu"))
+        self.store = SlotStore(COLUMNS, rows, heads, torch.device("cpu"))
         self.heads, self.next = heads, 1
         self.segments = [[[] for _ in range(heads)] for _ in range(rows)]
 
@@ -63,11 +63,11 @@ class StoreMachine(RuleBasedStateMachine):
     def overwrite(self, data):
         count = data.draw(st.integers(1, self._shortest()), "newest")
         fresh = self._fresh(len(self.segments), count)[POSITIONS]
-        self.store.overwrite_tail(POSITIONS, fresh)
+        self.store.overwrite_newest(POSITIONS, fresh)
         keys = torch.stack([fresh, -fresh], -1).float()
-        self.store.overwrite_tail("keys", keys)
-        self.store.overwrite_tail("values", keys.repeat(1, 1, 1, 16))
-        self.store.overwrite_tail("votes", fresh / 2)
+        self.store.overwrite_newest("keys", keys)
+        self.store.overwrite_newest("values", keys.repeat(1, 1, 1, 16))
+        self.store.overwrite_newest("votes", fresh / 2)
         for row, heads in enumerate(self.segments):
             for head, held in enumerate(heads):
                 held[-count:] = [(name, name / 2) for name in fresh[row, head].tolist()]
@@ -132,7 +132,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.segments[row] = [
                 [held[slot] for slot in stand(head)] for held, head in zip(self.segments[row], heads, strict=True)
             ]
-        self.store.keep(Move(rows, kept.reshape(len(rows), self.heads, most), fills), layout)
+        self.store.keep(CompactionPlan(rows, kept.reshape(len(rows), self.heads, most), fills), layout)
         if unchanged:
             assert before == {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
 

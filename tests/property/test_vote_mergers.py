@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kvpolicy.stages import Glimpse
+from kvpolicy.stages import QueryLogits
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.drop import Drop
@@ -209,9 +209,9 @@ def test_a_moving_average_does_not_mind_how_many_queries_come_at_a_time(random, 
     logits = logits.masked_fill(torch.rand(2, 3, 1, count, 7, generator=random) < 0.3, -torch.inf)
     rule = MovingAverage(alpha, count)
     start = {one.name: torch.full((2, 3, 7), one.fill, dtype=torch.float64) for one in rule.states()}
-    at_once, state = rule.follow(Glimpse(logits), start), start
+    at_once, state = rule.observe_forward(QueryLogits(logits), start), start
     for part in logits.split(int(torch.randint(1, 4, (), generator=random)), -2):
-        state = rule.follow(Glimpse(part), state)
+        state = rule.observe_forward(QueryLogits(part), state)
     for name, one in state.items():
         assert_close(at_once[name], one)
     plain = torch.zeros(2, 3, 7, dtype=torch.float64)

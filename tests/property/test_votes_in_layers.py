@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvpolicy.attention import attended_slots as part
 from kvpolicy.attention import blockwise
-from tests.property.snapshots import Forward, appended, assert_same_state, attention, follow, held_by, nothing
+from tests.property.snapshots import Forward, appended, assert_same_state, attention, held_by, nothing, update_observers
 from tests.property.test_packed_layers import HEADS, entries, plan_of
 from tests.support.driving import feed, new_layer
 
@@ -88,7 +88,7 @@ class VotesMachine(RuleBasedStateMachine):
         count = valid.shape[1]
         keys, values, queries = entries(self.generator, self.batch, count)
         forward = Forward(queries, self._positions(valid))
-        before = held_by(self.layer) if self.layer.seen else nothing(self.plan, self.batch)
+        before = held_by(self.layer) if self.layer.seq_len else nothing(self.plan, self.batch)
         expected = appended(before, self.plan, forward, keys, values)
         output = feed(self.layer, keys, values, queries, None if valid.all() else valid)
         assert output.isfinite().all()
@@ -97,21 +97,21 @@ class VotesMachine(RuleBasedStateMachine):
         self.real = [real + int(new) for real, new in zip(self.real, valid.sum(1), strict=True)]
         self.valid.append(valid)
         if self._follows:
-            follow(expected, forward, self.merge)
+            update_observers(expected, forward, self.merge)
         self._compare(expected)
 
     @property
     def _follows(self):
-        return bool(self.merge.needs().followed)
+        return bool(self.merge.needs().forward_queries)
 
     def _compare(self, expected):
         if self._follows:
-            held = held_by(self.layer) if self.layer.seen else []
+            held = held_by(self.layer) if self.layer.seq_len else []
             for rows in zip(held, expected, strict=False):
                 for found, wanted in zip(*rows, strict=True):
                     assert_same_state(found, wanted)
 
-    @precondition(lambda self: self.layer.seen)
+    @precondition(lambda self: self.layer.seq_len)
     @rule(data=st.data(), how=st.sampled_from(["reorder", "repeat", "select"]))
     def move(self, data, how):
         before = held_by(self.layer)
@@ -138,10 +138,10 @@ class VotesMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds_together(self):
-        if not self.layer.seen:
+        if not self.layer.seq_len:
             return
-        self.layer.held.check_integrity()
-        assert self.layer.real == self.real
+        self.layer.storage.check_integrity()
+        assert self.layer.num_tokens == self.real
         for row, heads in enumerate(held_by(self.layer)):
             for one in heads:
                 assert (one["positions"].diff() > 0).all()
@@ -152,9 +152,9 @@ class VotesMachine(RuleBasedStateMachine):
 
     @invariant()
     def stays_within_its_capacity(self):
-        if self.layer.seen and self.layer.stats.compressions:
+        if self.layer.seq_len and self.layer.stats.compressions:
             most = HEADS * (self.budget + self.every) * self.batch
-            assert self.layer.held.slots.layout.slots <= most or self.layer.padded
+            assert self.layer.storage.slots.layout.slots <= most or self.layer.padded
 
 
 class RaggedVotesMachine(VotesMachine):

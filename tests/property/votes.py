@@ -4,7 +4,7 @@ import attrs
 import torch
 from hypothesis import strategies as st
 
-from kvpolicy.stages import Glimpse
+from kvpolicy.stages import QueryLogits
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
@@ -70,7 +70,7 @@ def followed(merger, view, queries):
     """The view after a forward of `queries` [B, K, G, W, D] that see everything."""
     logits = statistics_of(raw_logits(view, queries))
     state = {name: one.to(logits.dtype) for name, one in fresh_state(merger, view).items()}
-    return attrs.evolve(view, slot_state={**state, **merger.follow(Glimpse(logits), state)})
+    return attrs.evolve(view, slot_state={**state, **merger.observe_forward(QueryLogits(logits), state)})
 
 
 def attend(queries, keys, values, log_votes):

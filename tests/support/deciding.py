@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from kvpolicy.cache.storage.kv_tensor import Half
+from kvpolicy.cache.storage.kv_tensor import KVTensor
 from kvpolicy.integrations.transformers.decode_graph import evict
 from kvpolicy.plan.compress import step
 from kvpolicy.plan.compress.merge import merge
@@ -19,7 +19,7 @@ READERS = (LatentTopK, Pages)
 
 def places(settle):
     """Owner, name and wrapped function of each; `settle(kind, decision)` gives the decision that is to stand."""
-    merged, packed, anyhow, on_device = merge, Half._packed, step._choose_anyhow, evict._choose
+    merged, packed, anyhow, on_device = merge, KVTensor._packed, step._choose_anyhow, evict._choose
 
     def views(spec, fusion, batch, tokens, *, forgets):
         results, parts = [], anyhow(spec, fusion, batch, tokens, forgets=forgets)
@@ -51,7 +51,7 @@ def places(settle):
         (step, "_choose_anyhow", views),
         (evict, "_choose", static),
         (step, "merge", merging),
-        (Half, "_packed", packing),
+        (KVTensor, "_packed", packing),
     )
     for reader in READERS:
         yield reader, "choose", _reading(settle, reader.choose)
@@ -215,7 +215,7 @@ def _stacked(rows, width, like):
 
 
 @attrs.frozen(eq=False)
-class Packing(Decision):
+class PackedEntries(Decision):
     """The columns, its payload, that the entries of a head got, or of all heads where they are packed together."""
 
     outcome: dict[str, torch.Tensor] = attrs.field(init=False, factory=dict)
@@ -228,8 +228,8 @@ class Packing(Decision):
 
     def _first(self, count):
         numbers = tuple(number[:, :, :count] for number in self.numbers)
-        columns = {name: column[:, :, : count // self.form.unit] for name, column in self.payload.items()}
-        return Packing(self.exact[:, :, :count], numbers, payload=columns, form=self.form)
+        columns = {name: column[:, :, : count // self.form.group_size] for name, column in self.payload.items()}
+        return PackedEntries(self.exact[:, :, :count], numbers, payload=columns, form=self.form)
 
     def same_answer(self, other, rounding=ROUNDING):
         """Whether the columns are the same, or what they stand for agrees up to rounding."""
@@ -252,14 +252,14 @@ def _packed(settle, half, vectors, positions, columns):
     for row in range(vectors.shape[0]):
         for place, head in enumerate(heads):
             at = positions[row : row + 1, head]
-            units = _leading(at) // form.unit
+            units = _leading(at) // form.group_size
             if not units:
                 continue
-            count = units * form.unit
+            count = units * form.group_size
             parts = {name: column[row : row + 1, place : place + 1] for name, column in columns.items()}
             mine = {name: column[:, :, :units].clone() for name, column in parts.items()}
             given = vectors[row : row + 1, head, :count].clone()  # the storage that they stand in is written again
-            found = Packing(at[:, :, :count].clone(), (given,), payload=mine, form=form)
+            found = PackedEntries(at[:, :, :count].clone(), (given,), payload=mine, form=form)
             settled = settle(("packed", half.name, int(at[0, 0, 0])), found)
             for name, column in settled.payload.items():
                 parts[name][:, :, : column.shape[2]] = column
@@ -304,6 +304,8 @@ def _reading(settle, inner):
 def _looked_at(reader, question, row):
     """What a reader judges by, of one row: in a first layer, rows with the same newest token ask alike."""
     length = int((question.positions[row] >= 0).sum(-1).min())
-    units = 0 if question.sealed is None else int(question.sealed[row].min()) // question.format.unit
+    units = (
+        0 if question.packed_lengths is None else int(question.packed_lengths[row].min()) // question.format.group_size
+    )
     yield from (column[row, :, :units].clone() for column in question.packed.values())
     yield from (column[row, :, : length // reader.page].clone() for column in question.pages.values())

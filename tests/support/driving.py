@@ -4,9 +4,9 @@ import attrs
 import torch
 
 from kvpolicy.attention.attend import attend
-from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
-from kvpolicy.integrations.transformers.calls.padding_mask import Arrival
+from kvpolicy.integrations.transformers.calls.padding_mask import NewTokens
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.policy import Allocate, Weighted
 from kvpolicy.stages import Geometry, HeadAllocator, Needs, Scorer
@@ -81,13 +81,13 @@ def random_entries(generator, rows, count, first_name=0):
 def feed(layer, keys, values, queries, valid=None, scaling=DIM**-0.5):
     """One forward of the layer; returns the attention output [B, H, q, D]."""
     layer.update(keys, values)
-    arrival = None if valid is None else Arrival(valid, valid[:, :0])
-    positions = layer.arrive(arrival)
-    asked = Asked(queries, positions, padded=arrival is not None and arrival.padded, scaling=scaling)
-    output = layer.attend(asked)
+    new_tokens = None if valid is None else NewTokens(valid, valid[:, :0])
+    positions = layer.place_tokens(new_tokens)
+    batch = QueryBatch(queries, positions, padded=new_tokens is not None and new_tokens.padded, scaling=scaling)
+    output = layer.attend(batch)
     if output is None:  # the stock call, elsewhere
-        output = attend(layer.held, asked, pads=layer.padded)
-    layer.settle(asked)
+        output = attend(layer.storage, batch, pads=layer.padded)
+    layer.finish_forward(batch)
     return output
 
 
@@ -95,4 +95,4 @@ def drive(layer, *counts, rows=1, seed=0):
     """Several forwards of random entries."""
     generator = torch.Generator().manual_seed(seed)
     for count in counts:
-        feed(layer, *random_entries(generator, rows, count, layer.seen * rows))
+        feed(layer, *random_entries(generator, rows, count, layer.seq_len * rows))

@@ -1,10 +1,10 @@
-"""Layers with a latent store: rotations, calibration samples and questions, made by hand or drawn."""
+"""Layers with a latent store: rotations, calibration samples and requests, made by hand or drawn."""
 
 import attrs
 import torch
 from hypothesis import strategies as st
 
-from kvpolicy.stages import Geometry, Question, Rotary, Sample, Site
+from kvpolicy.stages import Geometry, ReadRequest, Rotary, Sample, Site
 from kvpolicy_plugins.codecs.latent import Latent
 from tests.property.layers import generators
 
@@ -43,30 +43,30 @@ def formats_of(sample, rank=0.5, *, dtype=torch.float64, layer=0, **parameters):
     return codec.formats(Site(sample.geometry, dtype, layer, sample.rotary, calibration))
 
 
-def question_of(sample, form, lengths=None, layer=4, seed=0):
+def read_request(sample, form, lengths=None, layer=4, seed=0):
     """What a reader is asked after the sample's tokens: the sequences are rows of `lengths` entries."""
     slots = sample.keys.shape[2]
     lengths = torch.full((len(sample.keys),), slots) if lengths is None else lengths
     positions = torch.arange(slots).expand(sample.keys.shape[:3])
     positions = positions.where(positions < lengths[:, None, None], -1)
-    sealed = torch.tensor([[form.sealed(length)] for length in lengths.tolist()])
-    count = int(sealed.max())
+    packed_lengths = torch.tensor([[form.packed_length(length)] for length in lengths.tolist()])
+    count = int(packed_lengths.max())
     random = torch.Generator().manual_seed(seed)
     shape = len(lengths), sample.geometry.query_heads, sample.geometry.head_dim
-    return Question(
+    return ReadRequest(
         queries=torch.randn(shape, generator=random).to(sample.keys.dtype),
         query_positions=lengths - 1,
         positions=positions,
         geometry=sample.geometry,
         layer=layer,
         format=form,
-        sealed=sealed.expand(positions.shape[:2]),
+        packed_lengths=packed_lengths.expand(positions.shape[:2]),
         packed=form.encode(sample.keys[:, :, :count], positions[:, :, :count]),
     )
 
 
 def only_rows(question, rows):
     """The rows named, in that order."""
-    part = ("queries", "query_positions", "positions", "sealed")
+    part = ("queries", "query_positions", "positions", "packed_lengths")
     packed = {name: column[rows] for name, column in question.packed.items()}
     return attrs.evolve(question, packed=packed, **{name: getattr(question, name)[rows] for name in part})

@@ -4,10 +4,10 @@ import attrs
 import torch
 
 import kvpolicy
-from kvpolicy.cache.observation_window import Window
+from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.request_spans import RequestSpans
-from kvpolicy.cache.storage.kv_tensor import Half
-from kvpolicy.cache.storage.page_summaries import Pages
+from kvpolicy.cache.storage.kv_tensor import KVTensor
+from kvpolicy.cache.storage.page_summaries import PageSummaries
 from kvpolicy.cache.storage.segmented import Segmented
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
@@ -19,9 +19,9 @@ NOT_STATE = {  # what a copy has from the attachment, what is counted anew, and 
     PolicyLayer: {"plan", "scheduler", "integrity", "stats", "changes"},
     RequestSpans: {"protect", "_given", "_labels"},
     Segmented: {"_base", "_added", "_longest_base", "_average_base", "_starts", "_tables", "_tabled"},
-    Half: {"form"},
-    Pages: {"form"},
-    Window: {"_queries", "_positions"},
+    KVTensor: {"form"},
+    PageSummaries: {"form"},
+    ObservationWindow: {"_queries", "_positions"},
 }
 
 
@@ -71,7 +71,7 @@ def _attributes(value):
 def _computed(value):
     if isinstance(value, Segmented):
         return [(name, getattr(value, name)) for name in ("lengths", "longest", "average", "nbytes")]
-    if isinstance(value, Window):
+    if isinstance(value, ObservationWindow):
         rows = range(value._positions.shape[0] if value._filled else 0)
         return [("last", value.last(rows)), ("nbytes", value.nbytes)]
     return []

@@ -6,22 +6,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.compaction.compaction_plan import Move
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.compaction.write_back import layout_after
-from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import Layout
-from kvpolicy.cache.storage.slot_store import Store
+from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.plan.compress.kernel_errors import kernel_errors
 from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy_kernels import Column, Segments
 
 
-class Holder(Protocol):
+class HasStorage(Protocol):
     """A layer, as far as its entries go."""
 
     @property
-    def held(self) -> Holdings:
+    def storage(self) -> LayerStorage:
         """Its entries."""
 
     @property
@@ -30,73 +30,73 @@ class Holder(Protocol):
 
 
 def compact_layers(
-    plan: Plan, layers: Sequence[Holder], rows: Sequence[int], results: Sequence[Compressed], *, fills: bool
+    plan: Plan, layers: Sequence[HasStorage], rows: Sequence[int], results: Sequence[Compressed], *, fills: bool
 ) -> list[bool]:
     """Reduce some rows of the layers to what a compression keeps; says of each layer whether that was done.
 
-    It is not where entries were changed or are packed, and nothing is done then. `fills` as in `Move`.
+    It is not where entries were changed or are packed, and nothing is done then. `fills` as in `CompactionPlan`.
     """
     if plan.packs or any(result.entries is not None for result in results):
         return [False] * len(layers)  # packed entries and pages do not stand where their slots do
     moves = []
     for layer, result in zip(layers, results, strict=True):
-        layer.held.slots.write(rows, result.observed)
-        moves.append(_of_all_rows(layer.held, rows, result, fills=fills))
+        layer.storage.slots.write(rows, result.observed)
+        moves.append(_of_all_rows(layer.storage, rows, result, fills=fills))
     pairs = list(zip(layers, moves, strict=True))
-    layouts = [layout_after(plan, layer.held, move, layer.limit) for layer, move in pairs]
-    stay = [layout == layer.held.slots.layout for layout, layer in zip(layouts, layers, strict=True)]
+    layouts = [layout_after(plan, layer.storage, move, layer.limit) for layer, move in pairs]
+    stay = [layout == layer.storage.slots.layout for layout, layer in zip(layouts, layers, strict=True)]
     if all(stay):
         return [_within(layers, moves)] * len(layers)
     each = zip(pairs, layouts, stay, strict=True)
     return [_within([layer], [move]) if stays else _into(layout, layer, move) for (layer, move), layout, stays in each]
 
 
-def _of_all_rows(held: Holdings, rows: Sequence[int], result: Compressed, *, fills: bool) -> Move:
+def _of_all_rows(storage: LayerStorage, rows: Sequence[int], result: Compressed, *, fills: bool) -> CompactionPlan:
     """The move that keeps of some rows what is said, and everything of the others."""
-    layout, longest, kept = held.slots.layout, held.slots.longest, result.kept
+    layout, longest, kept = storage.slots.layout, storage.slots.longest, result.kept
     if len(rows) == layout.rows:
-        return Move(rows, kept, fills, result.lengths)
+        return CompactionPlan(rows, kept, fills, result.lengths)
     slots = torch.arange(longest, device=kept.device)
-    lengths = held.slots.lengths_on_device.view(layout.rows, layout.heads, 1)
+    lengths = storage.slots.lengths_on_device.view(layout.rows, layout.heads, 1)
     everything = slots.where(slots < lengths, -1)
     everything[list(rows)] = torch.nn.functional.pad(kept, (0, longest - kept.shape[-1]), value=-1)
-    after = list(held.slots.lengths)
+    after = list(storage.slots.lengths)
     for row, counts in zip(rows, result.lengths, strict=True):
         after[row] = counts
-    return Move(range(layout.rows), everything, fills, tuple(after))
+    return CompactionPlan(range(layout.rows), everything, fills, tuple(after))
 
 
-def _within(layers: Sequence[Holder], moves: Sequence[Move]) -> bool:
-    """Move entries within their storages, all layers in one launch; False when kernels cannot."""
+def _within(layers: Sequence[HasStorage], moves: Sequence[CompactionPlan]) -> bool:
+    """CompactionPlan entries within their storages, all layers in one launch; False when kernels cannot."""
     from kvpolicy_kernels.compact import compact
 
-    held = [layer.held for layer in layers]
+    storage = [layer.storage for layer in layers]
     ordered = not moves[0].fills
     try:
-        columns = _columns(held)
+        columns = _columns(storage)
         positions = columns.pop(POSITIONS)
-        compact(_segments(held), _kept(moves), list(columns.values()), ordered=ordered, positions=positions)
+        compact(_segments(storage), _kept(moves), list(columns.values()), ordered=ordered, positions=positions)
     except kernel_errors():
         return False
-    for one, move in zip(held, moves, strict=True):
+    for one, move in zip(storage, moves, strict=True):
         for store in _stores(one):
             store.adopt(store.tensors, store.layout, move.lengths)
     return True
 
 
-def _into(layout: Layout, layer: Holder, move: Move) -> bool:
+def _into(layout: Layout, layer: HasStorage, move: CompactionPlan) -> bool:
     """Copy the entries of a layer into storages of another size, or of heads of other sizes, in one launch."""
     from kvpolicy_kernels.compact import compact_to
 
-    held = layer.held
-    stores, segments = list(_stores(held)), _segments([held])
+    storage = layer.storage
+    stores, segments = list(_stores(storage)), _segments([storage])
     fresh = [store.allocate(layout) for store in stores]
     tensors = {name: tensor for columns in fresh for name, tensor in columns.items()}
     starts = layout.offsets_on(segments.starts.device).flatten()
     after = Segments(starts, segments.lengths, 1, layout.rows, layout.heads, segments.longest)
     try:
-        targets = [_column([tensors[name]]) for name in _names(held)]
-        compact_to(segments, _kept([move]), list(_columns([held]).values()), after, targets)
+        targets = [_column([tensors[name]]) for name in _names(storage)]
+        compact_to(segments, _kept([move]), list(_columns([storage]).values()), after, targets)
     except kernel_errors():
         return False
     for store, columns in zip(stores, fresh, strict=True):
@@ -104,8 +104,8 @@ def _into(layout: Layout, layer: Holder, move: Move) -> bool:
     return True
 
 
-def _segments(held: Sequence[Holdings]) -> Segments:
-    stores = [one.slots for one in held]
+def _segments(storage: Sequence[LayerStorage]) -> Segments:
+    stores = [one.slots for one in storage]
     return Segments(
         starts=torch.cat([store.starts for store in stores]),
         lengths=torch.cat([store.lengths_on_device for store in stores]),
@@ -116,27 +116,27 @@ def _segments(held: Sequence[Holdings]) -> Segments:
     )
 
 
-def _kept(moves: Sequence[Move]) -> Tensor:
+def _kept(moves: Sequence[CompactionPlan]) -> Tensor:
     """[P, N] int32, N the largest number that any head of any layer keeps."""
     width = max(move.kept.shape[-1] for move in moves)
     kept = [torch.nn.functional.pad(move.kept, (0, width - move.kept.shape[-1]), value=-1) for move in moves]
     return torch.cat(kept).flatten(0, 1).int()
 
 
-def _columns(held: Sequence[Holdings]) -> dict[str, Column]:
-    return {name: _column([_tensor(one, name) for one in held]) for name in _names(held[0])}
+def _columns(storage: Sequence[LayerStorage]) -> dict[str, Column]:
+    return {name: _column([_tensor(one, name) for one in storage]) for name in _names(storage[0])}
 
 
-def _stores(held: Holdings) -> Iterator[Store]:
-    yield from (held.keys.tail, held.values.tail, held.slots)
+def _stores(storage: LayerStorage) -> Iterator[SlotStore]:
+    yield from (storage.keys.residual, storage.values.residual, storage.slots)
 
 
-def _names(held: Holdings) -> list[str]:
-    return [name for store in _stores(held) for name in store.columns]
+def _names(storage: LayerStorage) -> list[str]:
+    return [name for store in _stores(storage) for name in store.columns]
 
 
-def _tensor(held: Holdings, name: str) -> Tensor:
-    return next(store.tensors[name] for store in _stores(held) if name in store.columns)
+def _tensor(storage: LayerStorage, name: str) -> Tensor:
+    return next(store.tensors[name] for store in _stores(storage) if name in store.columns)
 
 
 def _column(storages: Sequence[Tensor]) -> Column:

@@ -7,13 +7,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.storage.layout import Layout, Table
+from kvpolicy.cache.storage.layout import Layout, PerSegment
 
 _BLOCK = {"cpu": 2**20}  # bytes moved at once, so that what is set aside stays in the cache of the processor
 
 
 @attrs.frozen(eq=False)
-class Move:
+class CompactionPlan:
     """Which slots of some rows stay: they become the first of their segment.
 
     They close up in order; or, if the move `fills` and storage stays, the last of them fill the holes among the first.
@@ -22,12 +22,12 @@ class Move:
     rows: Sequence[int]
     kept: Tensor  # [rows, K, N] int64, ascending, -1 behind a head's last one
     fills: bool = False
-    known_lengths: Table | None = None  # what `lengths` gives, where the host has been told
+    known_lengths: PerSegment | None = None  # what `lengths` gives, where the host has been told
     _holes: dict[Layout, tuple[Tensor, Tensor]] = attrs.field(init=False, factory=dict, repr=False)
     _sources: dict[Layout, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # what all columns share
 
     @cached_property
-    def lengths(self) -> Table:
+    def lengths(self) -> PerSegment:
         """How many slots stay, [rows][K]."""
         return self.known_lengths or tuple(map(tuple, self._counts.tolist()))
 
@@ -71,12 +71,12 @@ class Move:
         return torch.tensor([layout.offsets[row] for row in self.rows], device=self.kept.device)[..., None]
 
 
-def write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: Table) -> None:
+def write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: PerSegment) -> None:
     """The first `lengths` entries [rows, K, N, ...] to the start of their segments."""
     _write(target, layout, _segments(layout, rows), entries.flatten(0, 1), _flat(lengths))
 
 
-def clear_behind(column: Tensor, layout: Layout, rows: Sequence[int], lengths: Table, value: float) -> None:
+def clear_behind(column: Tensor, layout: Layout, rows: Sequence[int], lengths: PerSegment, value: float) -> None:
     """Fill the slots behind the first `lengths` of their segments."""
     segments, counts = _segments(layout, rows), _flat(lengths)
     if _alike(layout, segments, counts):
@@ -114,5 +114,5 @@ def _segments(layout: Layout, rows: Sequence[int]) -> list[int]:
     return [row * layout.heads + head for row in rows for head in range(layout.heads)]
 
 
-def _flat(numbers: Table) -> list[int]:
+def _flat(numbers: PerSegment) -> list[int]:
     return [number for row in numbers for number in row]

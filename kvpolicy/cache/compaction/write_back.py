@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from kvpolicy.cache.compaction.compaction_plan import Move
-from kvpolicy.cache.observation_window import Window
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
+from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.request_spans import RequestSpans
-from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import Layout
-from kvpolicy.cache.storage.segment_index import Rows
+from kvpolicy.cache.storage.segment_index import RowSegments
 from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
@@ -19,10 +19,10 @@ from kvpolicy.stages.slots import by_position, indices_of, take
 _ROOM = 1024  # slots that a compression may leave room for, however few entries stay
 
 
-def view_of(
+def build_view(
     plan: Plan,
-    held: Holdings,
-    window: Window,
+    storage: LayerStorage,
+    window: ObservationWindow,
     rows: Sequence[int],
     *,
     layer: int,
@@ -38,14 +38,14 @@ def view_of(
 
     What is packed is unpacked here: this one layer exists in full precision while it is compressed.
     """
-    at = Rows(rows)
-    columns = {name: held.slots.padded(name, rows) for name in plan.columns}
+    at = RowSegments(rows)
+    columns = {name: storage.slots.padded(name, rows) for name in plan.columns}
     positions = columns.pop(POSITIONS)
     attention, votes = columns.pop(ATTENTION, None), columns.pop(LOG_VOTES, None)
     queries, query_positions = window.last(rows)
     return View(
-        keys=held.keys.read(at, 0, positions.shape[2], positions),
-        values=held.values.read(at, 0, positions.shape[2], positions),
+        keys=storage.keys.read(at, 0, positions.shape[2], positions),
+        values=storage.values.read(at, 0, positions.shape[2], positions),
         positions=positions,
         geometry=plan.geometry,
         scaling=scaling,
@@ -65,37 +65,37 @@ def view_of(
     )
 
 
-def lay_down(
-    plan: Plan, held: Holdings, rows: Sequence[int], result: Compressed, limit: int, *, fills: bool = False
+def write_back(
+    plan: Plan, storage: LayerStorage, rows: Sequence[int], result: Compressed, limit: int, *, fills: bool = False
 ) -> None:
-    """Replace the contents of the rows by what a compression left of them; `fills` as in `Move`."""
-    held.slots.write(rows, result.observed)
-    move = Move(rows, result.kept, fills, result.lengths)
-    layout = layout_after(plan, held, move, limit)
+    """Replace the contents of the rows by what a compression left of them; `fills` as in `CompactionPlan`."""
+    storage.slots.write(rows, result.observed)
+    move = CompactionPlan(rows, result.kept, fills, result.lengths)
+    layout = layout_after(plan, storage, move, limit)
     if result.entries is None:
-        held.evict(move, layout)
+        storage.evict(move, layout)
     else:
-        held.replace(move, result.entries, result.slot_state, layout)
+        storage.replace(move, result.entries, result.slot_state, layout)
 
 
-def drop_pads(plan: Plan, held: Holdings, limit: int) -> None:
+def drop_pads(plan: Plan, storage: LayerStorage, limit: int) -> None:
     """Close the gaps that pads have left in every row."""
-    rows = range(held.slots.layout.rows)
-    move = Move(rows, indices_of(held.slots.padded(POSITIONS, rows) >= 0))
-    held.keep(move, layout_after(plan, held, move, limit))
+    rows = range(storage.slots.layout.rows)
+    move = CompactionPlan(rows, indices_of(storage.slots.padded(POSITIONS, rows) >= 0))
+    storage.keep(move, layout_after(plan, storage, move, limit))
 
 
-def put_in_order(held: Holdings) -> None:
+def sort_by_position(storage: LayerStorage) -> None:
     """Let the entries of every segment stand in ascending order of position; none may be packed."""
-    rows = range(held.slots.layout.rows)
-    slots = by_position(held.slots.padded(POSITIONS, rows))
-    for store in (held.keys.tail, held.values.tail, held.slots):
+    rows = range(storage.slots.layout.rows)
+    slots = by_position(storage.slots.padded(POSITIONS, rows))
+    for store in (storage.keys.residual, storage.values.residual, storage.slots):
         store.write(rows, {name: take(store.padded(name, rows), slots) for name in store.columns})
 
 
-def layout_after(plan: Plan, held: Holdings, move: Move, limit: int) -> Layout:
+def layout_after(plan: Plan, storage: LayerStorage, move: CompactionPlan, limit: int) -> Layout:
     """How all segments of a layer are laid out once some rows have been reduced."""
-    lengths = list(held.slots.lengths)
+    lengths = list(storage.slots.lengths)
     for row, counts in zip(move.rows, move.lengths, strict=True):
         lengths[row] = counts
     longest = max(max(row) for row in lengths)

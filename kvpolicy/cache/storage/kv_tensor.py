@@ -10,11 +10,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.compaction.compaction_plan import Move
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below, counts_of
-from kvpolicy.cache.storage.layout import Layout, Table, table
-from kvpolicy.cache.storage.segment_index import Access, Rows
-from kvpolicy.cache.storage.slot_store import Store
+from kvpolicy.cache.storage.layout import Layout, PerSegment, per_segment
+from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex
+from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.errors import CacheError, NonFiniteScoreWarning
 from kvpolicy.plan.compress.finite import is_finite
 from kvpolicy.stages import Column, Format, Geometry
@@ -22,20 +22,20 @@ from kvpolicy.stages.slots import take
 
 
 @attrs.frozen(eq=False)
-class Packing:
+class PackedEntries:
     """The oldest entries of some rows, packed."""
 
     columns: Mapping[str, Tensor]  # [rows, K or 1, units, ...]
-    sealed: Table  # entries [rows][K] of which the columns count
+    packed_lengths: PerSegment  # entries [rows][K] of which the columns count
 
 
-class Half:
-    """Two stores, one behind the other: `packed`, in units of the format, and `tail`.
+class KVTensor:
+    """Two stores, one behind the other: `packed`, in groups of the format, and `residual`.
 
-    Slots count through both. How many are packed follows from the length of a segment alone (`Format.sealed`), once
-    `seal` has been called, unless something in it is NaN or infinite: from that unit on its entries stay as the model
-    gave them, until they are evicted. A format that packs nothing leaves the first store empty, and nothing is ever
-    copied.
+    Slots count through both. Once `pack` has been called, how many are packed follows from the length of a segment
+    alone (`Format.packed_length`), unless something in it is NaN or infinite: from that group on its entries stay as
+    the model gave them, until they are evicted. A format that packs nothing leaves the first store empty, and nothing
+    is ever copied.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Half:
     ) -> None:
         self.name = name
         self.form = form
-        self.packed = Store(form.columns, rows, 1 if form.joint else geometry.kv_heads, device)
-        self.tail = Store({name: Column((geometry.head_dim,), dtype)}, rows, geometry.kv_heads, device)
+        self.packed = SlotStore(form.columns, rows, 1 if form.joint else geometry.kv_heads, device)
+        self.residual = SlotStore({name: Column((geometry.head_dim,), dtype)}, rows, geometry.kv_heads, device)
         self._stuck: frozenset[tuple[int, int]] = frozenset()  # segments whose next unit is not finite
 
     # -- what is held ------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class Half:
     @property
     def nbytes(self) -> int:
         """Bytes of both storages, as allocated."""
-        return self.packed.nbytes + self.tail.nbytes
+        return self.packed.nbytes + self.residual.nbytes
 
     @property
     def is_plain(self) -> bool:
@@ -60,54 +60,54 @@ class Half:
         return self.packed.longest == 0
 
     @property
-    def sealed(self) -> Table:
+    def packed_lengths(self) -> PerSegment:
         """Packed entries, [B][K]."""
-        heads = self.tail.layout.heads
+        heads = self.residual.layout.heads
         return tuple(
-            tuple(units * self.form.unit for units in row) * (heads // len(row)) for row in self.packed.lengths
+            tuple(units * self.form.group_size for units in row) * (heads // len(row)) for row in self.packed.lengths
         )
 
-    def read(self, at: Access, start: int, stop: int, positions: Tensor) -> Tensor:
+    def read(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
         """Slots `start` (a multiple of the unit) to `stop` as [b, k, n, D]; `positions` [b, k, T] of all slots.
 
         What is not packed is a view.
         """
-        tail = at.of(self.tail, self.name)
+        residual = at.of(self.residual, self.name)
         if self.is_plain:
-            return tail[:, :, start:stop]
-        sealed = at.table(self.sealed)
-        longest = max(map(max, sealed))
-        if all(count == longest for row in sealed for count in row):
+            return residual[:, :, start:stop]
+        packed_lengths = at.table(self.packed_lengths)
+        longest = max(map(max, packed_lengths))
+        if all(count == longest for row in packed_lengths for count in row):
             parts = [self._decoded(at, start, min(stop, longest), positions)] if start < longest else []
-            parts += [tail[:, :, max(0, start - longest) : stop - longest]] if stop > longest else []
+            parts += [residual[:, :, max(0, start - longest) : stop - longest]] if stop > longest else []
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        first = torch.tensor(sealed, device=tail.device)[..., None]
-        slots = torch.arange(start, stop, device=tail.device)
-        newest = _taken(tail, slots - first)
+        first = torch.tensor(packed_lengths, device=residual.device)[..., None]
+        slots = torch.arange(start, stop, device=residual.device)
+        newest = _taken(residual, slots - first)
         if start >= longest:
             return newest
         packed = self._decoded(at, start, min(stop, longest), positions)
         packed = torch.nn.functional.pad(packed, (0, 0, 0, newest.shape[2] - packed.shape[2]))
         return torch.where((slots < first)[..., None], packed, newest)
 
-    def _decoded(self, at: Access, start: int, stop: int, positions: Tensor) -> Tensor:
+    def _decoded(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
         """Packed slots of the block; those that a shorter segment does not have hold anything finite."""
-        units = slice(start // self.form.unit, -(-stop // self.form.unit))
+        units = slice(start // self.form.group_size, -(-stop // self.form.group_size))
         columns = {name: at.of(self.packed, name)[:, :, units] for name in self.form.columns}
         return self.form.decode(columns, positions[:, :, start:stop])
 
-    def pick(self, at: Access, slots: Tensor, positions: Tensor) -> Tensor:
+    def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
         """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their units only. `positions` [b, k, T]."""
-        tail = at.of(self.tail, self.name)
-        sealed = at.table(self.sealed)
-        if not any(map(any, sealed)):
-            return take(tail, slots)
-        first = torch.tensor(sealed, device=slots.device)[..., None]
+        residual = at.of(self.residual, self.name)
+        packed_lengths = at.table(self.packed_lengths)
+        if not any(map(any, packed_lengths)):
+            return take(residual, slots)
+        first = torch.tensor(packed_lengths, device=slots.device)[..., None]
         packed = self._picked(at, slots.minimum(first - 1).clamp(min=0), positions)
-        return torch.where((slots < first)[..., None], packed, _taken(tail, slots - first))
+        return torch.where((slots < first)[..., None], packed, _taken(residual, slots - first))
 
-    def _picked(self, at: Access, slots: Tensor, positions: Tensor) -> Tensor:
-        unit, joint = self.form.unit, self.form.joint
+    def _picked(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
+        unit, joint = self.form.group_size, self.form.joint
         wanted = slots.flatten(1)[:, None] if joint else slots
         units, place = _distinct(wanted // unit)
         columns = {name: take(at.of(self.packed, name), units) for name in self.form.columns}
@@ -121,9 +121,9 @@ class Half:
 
     def append(self, vectors: Tensor, limit: int) -> None:
         """Add [B, K, q, D] behind all segments; their storage need not grow beyond `limit` slots."""
-        self.tail.append({self.name: vectors}, limit if self._stuck else self.form.tail(limit))
+        self.residual.append({self.name: vectors}, limit if self._stuck else self.form.residual_capacity(limit))
 
-    def seal(self, slots: Store, positions: str, limit: int) -> bool:
+    def pack(self, slots: SlotStore, positions: str, limit: int) -> bool:
         """Pack what is due, now that the segments are as long as those of `slots`; False when nothing was.
 
         Storage grows as if up to `limit` slots.
@@ -132,37 +132,41 @@ class Half:
         if not most:
             return False
         everything = range(slots.layout.rows)
-        vectors = self.tail.padded(self.name, everything)[:, :, :most]
+        vectors = self.residual.padded(self.name, everything)[:, :, :most]
         packing = self._packed(vectors, self._places(slots.padded(positions, everything), most), counts)
-        stuck = _differing(everything, packing.sealed, counts)
-        if any(map(any, packing.sealed)):
-            self.packed.extend(packing.columns, self._units(packing.sealed), self.form.sealed(limit) // self.form.unit)
-            left = _less(self.tail.lengths, packing.sealed)
-            self.tail.drop_front(packing.sealed, self._tail_layout(slots.layout, left))
+        stuck = _differing(everything, packing.packed_lengths, counts)
+        if any(map(any, packing.packed_lengths)):
+            self.packed.extend(
+                packing.columns,
+                self._units(packing.packed_lengths),
+                self.form.packed_length(limit) // self.form.group_size,
+            )
+            left = _less(self.residual.lengths, packing.packed_lengths)
+            self.residual.drop_front(packing.packed_lengths, self._residual_layout(slots.layout, left))
         self._stuck |= stuck
         self._warn_of(stuck)
-        return any(map(any, packing.sealed))
+        return any(map(any, packing.packed_lengths))
 
-    def _due(self, slots: Store) -> tuple[Table, int]:
+    def _due(self, slots: SlotStore) -> tuple[PerSegment, int]:
         """Entries to be packed per segment, and the most of any."""
         if slots.even and self.packed.even and not self._stuck:
-            count = self.form.sealed(slots.longest) - self.packed.longest * self.form.unit
+            count = self.form.packed_length(slots.longest) - self.packed.longest * self.form.group_size
             return (slots.layout.with_each(count), count) if count else ((), 0)
-        lengths, sealed = slots.lengths, self.sealed
+        lengths, packed_lengths = slots.lengths, self.packed_lengths
 
         def due(row: int, head: int) -> int:
             stuck = (row, head) in self._stuck
-            return 0 if stuck else self.form.sealed(lengths[row][head]) - sealed[row][head]
+            return 0 if stuck else self.form.packed_length(lengths[row][head]) - packed_lengths[row][head]
 
-        counts = table(slots.layout.rows, slots.layout.heads, due)
+        counts = per_segment(slots.layout.rows, slots.layout.heads, due)
         return counts, max((max(row) for row in counts), default=0)
 
     def _places(self, positions: Tensor, count: int) -> Tensor:
         """Positions [B, K, count] of the slots behind the packed ones."""
         if self.packed.even:
-            start = self.packed.longest * self.form.unit
+            start = self.packed.longest * self.form.group_size
             return positions[:, :, start : start + count]
-        first = torch.tensor(self.sealed, device=positions.device)[..., None]
+        first = torch.tensor(self.packed_lengths, device=positions.device)[..., None]
         index = first + torch.arange(count, device=positions.device)
         return take(positions, index.clamp(max=positions.shape[2] - 1))
 
@@ -173,15 +177,15 @@ class Half:
         vectors: Tensor,
         positions: Tensor,
         changed: Tensor | None,
-        lengths: Table,
-    ) -> Packing:
+        lengths: PerSegment,
+    ) -> PackedEntries:
         """The entries [rows, K, N, D], `lengths` in each segment, that are in the slots `kept` [rows, K, N], packed.
 
         Packed units whose entries stay together, none of them `changed`, are moved bit for bit.
         """
-        due = self._sealed_of(lengths)
+        due = self._due_lengths(lengths)
         if not self.form.columns:
-            return Packing({}, due)
+            return PackedEntries({}, due)
         most = max((count for row in due for count in row), default=0)
         packing = self._packed(vectors[:, :, :most], positions[:, :, :most], due)
         if self.is_plain or not most:
@@ -190,53 +194,57 @@ class Half:
         columns = {name: self._moved(name, rows, stay, source, new) for name, new in packing.columns.items()}
         return attrs.evolve(packing, columns=columns)
 
-    def replace(self, rows: Sequence[int], packing: Packing, vectors: Tensor, lengths: Table, layout: Layout) -> None:
+    def replace(
+        self, rows: Sequence[int], packing: PackedEntries, vectors: Tensor, lengths: PerSegment, layout: Layout
+    ) -> None:
         """Give some rows the entries [rows, K, N, D], of which `lengths` count, the oldest of them packed.
 
         `layout` is that of all slots.
         """
-        self.packed.replace(rows, packing.columns, self._units(packing.sealed), self._packed_layout(layout))
-        left = _less(lengths, packing.sealed)
-        newest = take(vectors, _following(packing.sealed, left, vectors)) if packing.columns else vectors
-        self._replace_tail(rows, newest, left, layout)
-        stuck, before = _differing(rows, packing.sealed, self._sealed_of(lengths)), self._stuck
+        self.packed.replace(rows, packing.columns, self._units(packing.packed_lengths), self._packed_layout(layout))
+        left = _less(lengths, packing.packed_lengths)
+        newest = take(vectors, _following(packing.packed_lengths, left, vectors)) if packing.columns else vectors
+        self._replace_residual(rows, newest, left, layout)
+        stuck, before = _differing(rows, packing.packed_lengths, self._due_lengths(lengths)), self._stuck
         self._forget(rows)
         self._stuck |= stuck
         self._warn_of(stuck - before)
 
-    def keep(self, move: Move, layout: Layout) -> None:
+    def keep(self, move: CompactionPlan, layout: Layout) -> None:
         """Reduce some rows to the slots that a move keeps, among them all that are packed."""
         self._forget(move.rows)
         if self.is_plain:
-            self.tail.keep(move, self._tail_layout(layout, self._tail_lengths(move.rows, move.lengths)))
+            self.residual.keep(move, self._residual_layout(layout, self._residual_lengths(move.rows, move.lengths)))
             return
-        sealed = Rows(move.rows).table(self.sealed)
-        left = _less(move.lengths, sealed)
-        first = torch.tensor(sealed, device=move.kept.device)[..., None]
-        places = take(move.kept, _following(sealed, left, move.kept)) - first
-        self._replace_tail(move.rows, _taken(self.tail.padded(self.name, move.rows), places), left, layout)
+        packed_lengths = RowSegments(move.rows).table(self.packed_lengths)
+        left = _less(move.lengths, packed_lengths)
+        first = torch.tensor(packed_lengths, device=move.kept.device)[..., None]
+        places = take(move.kept, _following(packed_lengths, left, move.kept)) - first
+        self._replace_residual(move.rows, _taken(self.residual.padded(self.name, move.rows), places), left, layout)
 
-    def _replace_tail(self, rows: Sequence[int], newest: Tensor, left: Table, layout: Layout) -> None:
-        self.tail.replace(rows, {self.name: newest}, left, self._tail_layout(layout, self._tail_lengths(rows, left)))
+    def _replace_residual(self, rows: Sequence[int], newest: Tensor, left: PerSegment, layout: Layout) -> None:
+        self.residual.replace(
+            rows, {self.name: newest}, left, self._residual_layout(layout, self._residual_lengths(rows, left))
+        )
 
-    def _tail_lengths(self, rows: Sequence[int], left: Table) -> Table:
-        """Lengths of the tail once some rows have `left`."""
-        after = list(self.tail.lengths)
+    def _residual_lengths(self, rows: Sequence[int], left: PerSegment) -> PerSegment:
+        """Lengths of the residual once some rows have `left`."""
+        after = list(self.residual.lengths)
         for row, counts in zip(rows, left, strict=True):
             after[row] = counts
         return tuple(after)
 
-    def _sealed_of(self, lengths: Iterable[Iterable[int]]) -> Table:
+    def _due_lengths(self, lengths: Iterable[Iterable[int]]) -> PerSegment:
         """How many of the oldest entries are packed where all are finite."""
-        return tuple(tuple(map(self.form.sealed, row)) for row in lengths)
+        return tuple(tuple(map(self.form.packed_length, row)) for row in lengths)
 
     def _staying(self, rows: Sequence[int], kept: Tensor, changed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Per new unit, whether it is an old one, bool [rows, K or 1, units], and which."""
-        unit = self.form.unit
+        unit = self.form.group_size
         slots = kept.unflatten(2, (-1, unit))
-        sealed = torch.tensor(Rows(rows).table(self.sealed), device=kept.device)[..., None]
+        packed_lengths = torch.tensor(RowSegments(rows).table(self.packed_lengths), device=kept.device)[..., None]
         follow = slots == slots[..., :1] + torch.arange(unit, device=kept.device)
-        stay = follow.all(-1) & (slots[..., 0] % unit == 0) & (slots[..., 0] >= 0) & (slots[..., -1] < sealed)
+        stay = follow.all(-1) & (slots[..., 0] % unit == 0) & (slots[..., 0] >= 0) & (slots[..., -1] < packed_lengths)
         if changed is not None:
             stay = stay & ~changed.unflatten(2, (-1, unit)).any(-1)
         if self.form.joint:
@@ -253,14 +261,14 @@ class Half:
 
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment, none of which is packed."""
-        self.tail.truncate(count)
+        self.residual.truncate(count)
         self._stuck = frozenset()
 
     def selected(self, rows: Sequence[int]) -> Self:
         """The rows named, in that order, in storages of their own."""
         other = copy.copy(self)
-        other.packed, other.tail = self.packed.selected(rows), self.tail.selected(rows)
-        heads = range(self.tail.layout.heads)
+        other.packed, other.residual = self.packed.selected(rows), self.residual.selected(rows)
+        heads = range(self.residual.layout.heads)
         places = ((new, old, head) for new, old in enumerate(rows) for head in heads)
         other._stuck = frozenset((new, head) for new, old, head in places if (old, head) in self._stuck)  # noqa: SLF001
         return other
@@ -269,47 +277,48 @@ class Half:
         """Its state: both stores, and the segments [n, 2] (row, head) in which nothing more is packed for now."""
         yield "stuck", counts_of(tuple(sorted(self._stuck))).reshape(-1, 2)
         yield from below("packed", self.packed.describe())
-        yield from below("tail", self.tail.describe())
+        yield from below("residual", self.residual.describe())
 
     def restore(self, contents: Contents) -> None:
         """Take the state that is written there; there are as many rows, and nothing in them."""
         stuck = contents.counts("stuck", (None, 2))
         self._stuck = frozenset(zip(stuck[::2], stuck[1::2], strict=True))
         self.packed.restore(contents.below("packed"))
-        self.tail.restore(contents.below("tail"))
+        self.residual.restore(contents.below("residual"))
 
-    def check_integrity(self, lengths: Table) -> None:
+    def check_integrity(self, lengths: PerSegment) -> None:
         """Raise CacheError unless both stores together hold `lengths` entries, no more of them packed than are due."""
         self.packed.check_integrity()
-        self.tail.check_integrity()
+        self.residual.check_integrity()
         found = tuple(
-            tuple(map(sum, zip(*pair, strict=True))) for pair in zip(self.sealed, self.tail.lengths, strict=True)
+            tuple(map(sum, zip(*pair, strict=True)))
+            for pair in zip(self.packed_lengths, self.residual.lengths, strict=True)
         )
         if found != lengths:
             raise CacheError(f"{self.name}: {found} entries are held, expected {lengths}")
-        due = self._sealed_of(lengths)
-        if any(n > m for ns, ms in zip(self.sealed, due, strict=True) for n, m in zip(ns, ms, strict=True)):
-            raise CacheError(f"{self.name}: {self.sealed} entries are packed, {due} are due")
-        rows, heads = self.tail.layout.rows, self.tail.layout.heads
+        due = self._due_lengths(lengths)
+        if any(n > m for ns, ms in zip(self.packed_lengths, due, strict=True) for n, m in zip(ns, ms, strict=True)):
+            raise CacheError(f"{self.name}: {self.packed_lengths} entries are packed, {due} are due")
+        rows, heads = self.residual.layout.rows, self.residual.layout.heads
         if any(row >= rows or head >= heads for row, head in self._stuck):
             raise CacheError(f"{self.name}: segments that are not packed further are not among those held")
 
     # -- storage -----------------------------------------------------------------------------------------------
 
-    def _packed(self, vectors: Tensor, positions: Tensor, due: Table) -> Packing:
+    def _packed(self, vectors: Tensor, positions: Tensor, due: PerSegment) -> PackedEntries:
         """Vectors [rows, K, n, D] packed; of the entries that are `due` only those before a unit that is not finite.
 
         The host waits for where that is.
         """
-        unit, finite = self.form.unit, is_finite(vectors)
+        unit, finite = self.form.group_size, is_finite(vectors)
         whole = finite.unflatten(2, (-1, unit)).all(-1)
         if self.form.joint:
             whole = whole.all(1, keepdim=True).expand_as(whole)
         sound = (whole.cumprod(-1).sum(-1) * unit).tolist()
-        sealed = tuple(tuple(map(min, *pair)) for pair in zip(sound, due, strict=True))
-        if sealed != due:
+        packed_lengths = tuple(tuple(map(min, *pair)) for pair in zip(sound, due, strict=True))
+        if packed_lengths != due:
             vectors = vectors.masked_fill(~finite[..., None], 0)
-        return Packing(self.form.encode(vectors, positions), sealed)
+        return PackedEntries(self.form.encode(vectors, positions), packed_lengths)
 
     def _forget(self, rows: Sequence[int]) -> None:
         """What stands in some rows is other than it was: look anew when they are packed next."""
@@ -321,34 +330,38 @@ class Half:
             message = f"{self.name} of row {which} are NaN or infinite: they, and what follows, are held unpacked"
             warnings.warn(message, NonFiniteScoreWarning, stacklevel=2)
 
-    def _units(self, entries: Table) -> Table:
+    def _units(self, entries: PerSegment) -> PerSegment:
         """Counts of entries as counts of units, one a row where all heads are in one."""
         heads = 1 if self.form.joint else None
-        return tuple(tuple(count // self.form.unit for count in row[:heads]) for row in entries)
+        return tuple(tuple(count // self.form.group_size for count in row[:heads]) for row in entries)
 
     def _packed_layout(self, layout: Layout) -> Layout:
-        return Layout(self._units(self._sealed_of(layout.capacity)))
+        return Layout(self._units(self._due_lengths(layout.capacity)))
 
-    def _tail_layout(self, layout: Layout, lengths: Table) -> Layout:
+    def _residual_layout(self, layout: Layout, lengths: PerSegment) -> Layout:
         """Room for what is not packed; more while a row waits for what a prompt brought to be packed."""
         if layout.uniform is not None:
             longest = max((max(row) for row in lengths), default=0)
-            return Layout.even(layout.rows, layout.heads, max(self.form.tail(layout.uniform), longest))
+            return Layout.even(layout.rows, layout.heads, max(self.form.residual_capacity(layout.uniform), longest))
         room = layout.capacity
-        return Layout(table(layout.rows, layout.heads, lambda b, k: max(self.form.tail(room[b][k]), lengths[b][k])))
+        return Layout(
+            per_segment(
+                layout.rows, layout.heads, lambda b, k: max(self.form.residual_capacity(room[b][k]), lengths[b][k])
+            )
+        )
 
 
-def _taken(tail: Tensor, places: Tensor) -> Tensor:
+def _taken(residual: Tensor, places: Tensor) -> Tensor:
     """[b, k, n, D] at the places that exist; anything finite elsewhere."""
-    tail = tail if tail.shape[2] else tail.new_zeros((*tail.shape[:2], 1, tail.shape[3]))
-    return take(tail, places.clamp(0, tail.shape[2] - 1))
+    residual = residual if residual.shape[2] else residual.new_zeros((*residual.shape[:2], 1, residual.shape[3]))
+    return take(residual, places.clamp(0, residual.shape[2] - 1))
 
 
-def _less(one: Table, other: Table) -> Table:
+def _less(one: PerSegment, other: PerSegment) -> PerSegment:
     return tuple(tuple(map(sub, *rows)) for rows in zip(one, other, strict=True))
 
 
-def _following(first: Table, counts: Table, among: Tensor) -> Tensor:
+def _following(first: PerSegment, counts: PerSegment, among: Tensor) -> Tensor:
     """Slots [rows, K, n] of `among`, n the largest of `counts`, from `first` on; the last slot when there are fewer."""
     most = max(max(row) for row in counts)
     slots = torch.tensor(first, device=among.device)[..., None] + torch.arange(most, device=among.device)
@@ -367,7 +380,7 @@ def _distinct(units: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, torch.empty_like(rank).scatter_(-1, order.indices, rank)
 
 
-def _differing(rows: Sequence[int], one: Table, other: Table) -> frozenset[tuple[int, int]]:
+def _differing(rows: Sequence[int], one: PerSegment, other: PerSegment) -> frozenset[tuple[int, int]]:
     """Segments (row, head) of which two tables [rows][K] do not say the same."""
     pairs = zip(rows, one, other, strict=True)
     return frozenset((row, head) for row, ns, ms in pairs for head, n in enumerate(ns) if n != ms[head])

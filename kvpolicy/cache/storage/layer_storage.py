@@ -7,13 +7,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.compaction.compaction_plan import Move
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below
-from kvpolicy.cache.storage.kv_tensor import Half
+from kvpolicy.cache.storage.kv_tensor import KVTensor
 from kvpolicy.cache.storage.layout import Layout
-from kvpolicy.cache.storage.page_summaries import Pages
-from kvpolicy.cache.storage.segment_index import Rows
-from kvpolicy.cache.storage.slot_store import Store
+from kvpolicy.cache.storage.page_summaries import PageSummaries
+from kvpolicy.cache.storage.segment_index import RowSegments
+from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.stages import Entries
 from kvpolicy.stages.slots import gather
@@ -21,15 +21,15 @@ from kvpolicy.stages.slots import gather
 _PARTS = ("slots", "keys", "values", "pages")
 
 
-class Holdings:
+class LayerStorage:
     """The store of what every slot carries, the halves of the entries, and the reader's pages; one slot numbering."""
 
     def __init__(self, plan: Plan, ordinal: int, rows: int, device: torch.device) -> None:
         geometry, forms = plan.geometry, plan.formats[ordinal]
-        self.slots = Store(plan.columns, rows, geometry.kv_heads, device)
-        self.keys = Half("keys", forms.keys, geometry, plan.dtype, rows, device)
-        self.values = Half("values", forms.values, geometry, plan.dtype, rows, device)
-        self.pages = Pages(plan.page_formats[ordinal], rows, geometry.kv_heads, device)
+        self.slots = SlotStore(plan.columns, rows, geometry.kv_heads, device)
+        self.keys = KVTensor("keys", forms.keys, geometry, plan.dtype, rows, device)
+        self.values = KVTensor("values", forms.values, geometry, plan.dtype, rows, device)
+        self.pages = PageSummaries(plan.page_formats[ordinal], rows, geometry.kv_heads, device)
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +39,14 @@ class Holdings:
     @property
     def index_tensors(self) -> list[Tensor]:
         """Where segments begin and how long they are, as far as a device has been told."""
-        stores = (self.slots, self.keys.packed, self.keys.tail, self.values.packed, self.values.tail, self.pages.store)
+        stores = (
+            self.slots,
+            self.keys.packed,
+            self.keys.residual,
+            self.values.packed,
+            self.values.residual,
+            self.pages.store,
+        )
         return [tensor for store in stores for tensor in store.index_tensors]
 
     @property
@@ -48,13 +55,13 @@ class Holdings:
         return self.keys.is_plain and self.values.is_plain
 
     @property
-    def everything(self) -> Rows:
+    def everything(self) -> RowSegments:
         """All rows."""
-        return Rows(range(self.slots.layout.rows))
+        return RowSegments(range(self.slots.layout.rows))
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """All keys and values [B, K, T, D], without a copy; nothing may be packed yet, and heads must be alike."""
-        return self.keys.tail.dense(self.keys.name), self.values.tail.dense(self.values.name)
+        return self.keys.residual.dense(self.keys.name), self.values.residual.dense(self.values.name)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> None:
         """Add [B, K, q, D] and positions [B, K, q] behind all segments; the other columns get their fill."""
@@ -62,15 +69,15 @@ class Holdings:
         self.values.append(values, limit)
         self.slots.append({POSITIONS: positions}, limit)
 
-    def seal(self, limit: int) -> bool:
+    def pack(self, limit: int) -> bool:
         """Pack what is due and complete pages; False when there was nothing to do."""
         paged = self.pages.complete(self.keys, self.slots, limit)
-        keys = self.keys.seal(self.slots, POSITIONS, limit)
-        return self.values.seal(self.slots, POSITIONS, limit) or keys or paged
+        keys = self.keys.pack(self.slots, POSITIONS, limit)
+        return self.values.pack(self.slots, POSITIONS, limit) or keys or paged
 
     def replace(
         self,
-        move: Move,
+        move: CompactionPlan,
         entries: Entries,
         fresh: Mapping[str, Tensor],
         layout: Layout,
@@ -94,13 +101,13 @@ class Holdings:
         self.pages.replace(rows, pages, lengths, layout)
         self.slots.replace(rows, columns, lengths, layout)
 
-    def evict(self, move: Move, layout: Layout) -> None:
+    def evict(self, move: CompactionPlan, layout: Layout) -> None:
         """Reduce some rows to the slots that a move keeps, entries as they are."""
         if not self._packs:
             self.keep(move, layout)
             return
         positions = self.slots.padded(POSITIONS, move.rows)
-        at, gone = Rows(move.rows), (move.kept < 0)[..., None]
+        at, gone = RowSegments(move.rows), (move.kept < 0)[..., None]
         keys, values = (
             half.pick(at, move.kept.clamp(min=0), positions).masked_fill(gone, 0) for half in (self.keys, self.values)
         )
@@ -111,7 +118,7 @@ class Holdings:
         """Whether anything is ever held that is made of several entries."""
         return bool(self.keys.form.columns or self.values.form.columns or self.pages.form)
 
-    def keep(self, move: Move, layout: Layout) -> None:
+    def keep(self, move: CompactionPlan, layout: Layout) -> None:
         """Reduce some rows to the slots that a move keeps, among them all that are packed; nothing else changes."""
         self.keys.keep(move, layout)
         self.values.keep(move, layout)

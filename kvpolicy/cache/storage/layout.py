@@ -7,10 +7,10 @@ import attrs
 import torch
 from torch import Tensor
 
-Table = tuple[tuple[int, ...], ...]  # one number per (row, KV head): [B][K]
+PerSegment = tuple[tuple[int, ...], ...]  # one number per (row, KV head): [B][K]
 
 
-def table(rows: int, heads: int, value: Callable[[int, int], int]) -> Table:
+def per_segment(rows: int, heads: int, value: Callable[[int, int], int]) -> PerSegment:
     """A table filled by `value(row, head)`."""
     return tuple(tuple(value(row, head) for head in range(heads)) for row in range(rows))
 
@@ -19,12 +19,12 @@ def table(rows: int, heads: int, value: Callable[[int, int], int]) -> Table:
 class Layout:
     """Capacities of all segments, in slots; they follow each other without gaps, row by row, head by head."""
 
-    capacity: Table
+    capacity: PerSegment
 
     @classmethod
     def even(cls, rows: int, heads: int, capacity: int) -> "Layout":
         """Every segment with the same capacity: the storage can then be seen as [B, K, capacity]."""
-        return cls(table(rows, heads, lambda _row, _head: capacity))
+        return cls(per_segment(rows, heads, lambda _row, _head: capacity))
 
     @property
     def rows(self) -> int:
@@ -48,7 +48,7 @@ class Layout:
         return sizes.pop() if len(sizes) == 1 else None
 
     @cached_property
-    def offsets(self) -> Table:
+    def offsets(self) -> PerSegment:
         """First slot of each segment."""
         starts: list[tuple[int, ...]] = []
         start = 0
@@ -64,15 +64,15 @@ class Layout:
         """`offsets` as int64 [B, K] on a device."""
         return self.on(self.offsets, device)
 
-    def on(self, numbers: Table, device: torch.device) -> Tensor:
+    def on(self, numbers: PerSegment, device: torch.device) -> Tensor:
         """One number per segment as int64 [B, K] on a device."""
         return torch.tensor(numbers, dtype=torch.long, device=device).reshape(self.rows, self.heads)
 
-    def with_each(self, number: int) -> Table:
+    def with_each(self, number: int) -> PerSegment:
         """A table with the same number for every segment."""
-        return table(self.rows, self.heads, lambda _row, _head: number)
+        return per_segment(self.rows, self.heads, lambda _row, _head: number)
 
-    def with_room(self, needed: Table, limit: int) -> "Layout":
+    def with_room(self, needed: PerSegment, limit: int) -> "Layout":
         """A layout in which `needed` entries have room; this one, if they have.
 
         What grows gets a quarter more than it needs, but not beyond `limit` slots (on average over the heads of a row,

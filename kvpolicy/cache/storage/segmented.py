@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.storage.layout import Layout, Table
+from kvpolicy.cache.storage.layout import Layout, PerSegment
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.stages import Column
@@ -26,10 +26,10 @@ class Segmented:
         self._starts: Tensor | None = None
         self.forget_tables()
         self.layout = Layout.even(rows, heads, 0)
-        self._settle(self.allocate(self.layout), self.layout, self.layout.capacity)
+        self._adopt(self.allocate(self.layout), self.layout, self.layout.capacity)
 
     @property
-    def lengths(self) -> Table:
+    def lengths(self) -> PerSegment:
         """Slots in use, [B][K]."""
         return tuple(tuple(base + self._added for base in row) for row in self._base)
 
@@ -99,7 +99,7 @@ class Segmented:
             tensors[POSITIONS].fill_(-1)
         return tensors
 
-    def _numbers(self, table: Table, rows: Sequence[int]) -> Tensor:
+    def _numbers(self, table: PerSegment, rows: Sequence[int]) -> Tensor:
         """What a table says of some rows, [rows, K, 1]."""
         return torch.tensor([table[row] for row in rows], device=self.device)[..., None]
 
@@ -134,7 +134,7 @@ class Segmented:
             torch.empty(0, dtype=torch.int64),
             torch.empty(0, dtype=torch.int32),
         )  # what kernels are told of segments
-        self._tabled: tuple[Layout, Table] | None = None  # and of which layout and base lengths
+        self._tabled: tuple[Layout, PerSegment] | None = None  # and of which layout and base lengths
 
     def _capacity_view(self, name: str) -> Tensor:
         if self.layout.uniform is None:
@@ -150,7 +150,7 @@ class Segmented:
             self._tabled = (self.layout, self._base)
         return self._tables
 
-    def _settle(self, tensors: dict[str, Tensor], layout: Layout, base: Table, added: int = 0) -> None:
+    def _adopt(self, tensors: dict[str, Tensor], layout: Layout, base: PerSegment, added: int = 0) -> None:
         """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
         known = self.layout is not layout and self.layout == layout
         self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known

@@ -8,16 +8,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.compaction.compaction_plan import Move, clear_behind, write
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan, clear_behind, write
 from kvpolicy.cache.state_contents import Contents, Described, below, counts_of
-from kvpolicy.cache.storage.layout import Layout, Table, table
+from kvpolicy.cache.storage.layout import Layout, PerSegment, per_segment
 from kvpolicy.cache.storage.segmented import Segmented
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.stages.slots import take
 
 
-class Store(Segmented):
+class SlotStore(Segmented):
     """What changes them: entries come, go and move, all columns alike."""
 
     def append(self, entries: Mapping[str, Tensor], limit: int) -> None:
@@ -29,10 +29,10 @@ class Store(Segmented):
         count = next(iter(entries.values())).shape[2]
         self._reserve(count, limit)
         for name in _positions_last(self.columns):
-            self._write_tail(name, self._added, count, entries.get(name, self.columns[name].fill))
+            self._write_newest(name, self._added, count, entries.get(name, self.columns[name].fill))
         self._added += count
 
-    def extend(self, entries: Mapping[str, Tensor], counts: Table, limit: int) -> None:
+    def extend(self, entries: Mapping[str, Tensor], counts: PerSegment, limit: int) -> None:
         """Add the first `counts` of [B, K, q, ...] to each segment, all columns given; capacity as in `append`."""
         if len({count for row in counts for count in row}) == 1:
             self.append({name: tensor[:, :, : counts[0][0]] for name, tensor in entries.items()}, limit)
@@ -44,10 +44,10 @@ class Store(Segmented):
         self._base, self._added = _plus(lengths, counts), 0
         self._measure()
 
-    def drop_front(self, counts: Table, layout: Layout) -> None:
+    def drop_front(self, counts: PerSegment, layout: Layout) -> None:
         """Drop the oldest `counts` slots of each segment, and lay all segments out anew."""
         lengths = self.lengths
-        left = table(self.layout.rows, self.layout.heads, lambda b, k: lengths[b][k] - counts[b][k])
+        left = per_segment(self.layout.rows, self.layout.heads, lambda b, k: lengths[b][k] - counts[b][k])
         rows = range(self.layout.rows)
         if self.even and len({count for row in counts for count in row}) == 1:
             entries = {name: self.dense(name)[:, :, counts[0][0] :] for name in self.columns}
@@ -59,10 +59,10 @@ class Store(Segmented):
             entries = {name: take(self.padded(name, rows), index) for name in self.columns}
         self.replace(rows, entries, left, layout)
 
-    def overwrite_tail(self, name: str, entries: Tensor) -> None:
+    def overwrite_newest(self, name: str, entries: Tensor) -> None:
         """Replace one column of the newest q slots, [B, K, q, ...]."""
         count = entries.shape[2]
-        self._write_tail(name, self._added - count, count, entries)
+        self._write_newest(name, self._added - count, count, entries)
 
     def write(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         """Overwrite columns of all entries of some rows, [rows, K, T, ...], T the longest length among them."""
@@ -70,7 +70,7 @@ class Store(Segmented):
         for name, tensor in columns.items():
             write(self.tensors[name], self.layout, rows, tensor, lengths)
 
-    def replace(self, rows: Sequence[int], entries: Mapping[str, Tensor], lengths: Table, layout: Layout) -> None:
+    def replace(self, rows: Sequence[int], entries: Mapping[str, Tensor], lengths: PerSegment, layout: Layout) -> None:
         """Give some rows new contents, [rows, K, N, ...] of which `lengths` count, and lay all segments out anew.
 
         Storage of the right size is reused in place; otherwise the new one is filled before the old one is dropped.
@@ -85,9 +85,9 @@ class Store(Segmented):
             write(target[name], layout, rows, tensor, lengths)
         for name in entries:  # what was there could be NaN, and a masked slot is still multiplied
             clear_behind(target[name], layout, rows, lengths, -1 if name == POSITIONS else 0)
-        self._settle(target, layout, after)
+        self._adopt(target, layout, after)
 
-    def keep(self, move: Move, layout: Layout) -> None:
+    def keep(self, move: CompactionPlan, layout: Layout) -> None:
         """Reduce some rows to what a move keeps, and lay all segments out anew; in place if the layout stays."""
         after = self._after(move.rows, move.lengths, layout)
         in_place = layout == self.layout
@@ -98,9 +98,9 @@ class Store(Segmented):
             move.copy(self.tensors[name], self.layout, target[name], layout)
         for name in target:
             clear_behind(target[name], layout, range(layout.rows), after, -1 if name == POSITIONS else 0)
-        self._settle(target, layout, after)
+        self._adopt(target, layout, after)
 
-    def _after(self, rows: Sequence[int], lengths: Table, layout: Layout) -> Table:
+    def _after(self, rows: Sequence[int], lengths: PerSegment, layout: Layout) -> PerSegment:
         """Lengths of all rows once some have new ones."""
         after = list(self.lengths)
         for row, counts in zip(rows, lengths, strict=True):
@@ -112,15 +112,15 @@ class Store(Segmented):
     def _others(self, rows: Sequence[int]) -> list[int]:
         return [row for row in range(self.layout.rows) if row not in rows]
 
-    def adopt(self, tensors: Mapping[str, Tensor], layout: Layout, lengths: Table) -> None:
+    def adopt(self, tensors: Mapping[str, Tensor], layout: Layout, lengths: PerSegment) -> None:
         """Take over flat storages, one a column, in which `lengths` entries stand already; drop the present ones."""
-        self._settle(dict(tensors), layout, lengths)
+        self._adopt(dict(tensors), layout, lengths)
 
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment."""
         if count:
             for name in self.columns:
-                self._write_tail(name, self._added - count, count, -1 if name == POSITIONS else 0)
+                self._write_newest(name, self._added - count, count, -1 if name == POSITIONS else 0)
             self._added -= count
 
     def selected(self, rows: Sequence[int]) -> Self:
@@ -128,7 +128,7 @@ class Store(Segmented):
         other = copy.copy(self)
         other.forget_tables()
         if list(rows) == list(range(self.layout.rows)):
-            other._settle(  # noqa: SLF001 - of its own class
+            other._adopt(  # noqa: SLF001 - of its own class
                 {name: tensor.clone() for name, tensor in self.tensors.items()}, self.layout, self._base, self._added
             )
             return other
@@ -140,7 +140,7 @@ class Store(Segmented):
             selected = {
                 name: torch.cat([self._row(tensor, row) for row in rows]) for name, tensor in self.tensors.items()
             }
-        other._settle(selected, layout, tuple(self._base[row] for row in rows), self._added)  # noqa: SLF001
+        other._adopt(selected, layout, tuple(self._base[row] for row in rows), self._added)  # noqa: SLF001
         return other
 
     def describe(self) -> Described:
@@ -160,13 +160,13 @@ class Store(Segmented):
             name: columns.tensor(name, column.dtype, (layout.slots, *column.shape))
             for name, column in self.columns.items()
         }
-        self._settle(tensors, layout, lengths)
+        self._adopt(tensors, layout, lengths)
 
     def _row(self, tensor: Tensor, row: int) -> Tensor:
         start = self.layout.offsets[row][0]
         return tensor[start : start + sum(self.layout.capacity[row])]
 
-    def _reserve(self, counts: int | Table, limit: int) -> None:
+    def _reserve(self, counts: int | PerSegment, limit: int) -> None:
         if self.layout.uniform is not None and self._most(counts) <= self.layout.uniform:
             return
         needed = _plus(self.lengths, counts if isinstance(counts, tuple) else self.layout.with_each(counts))
@@ -175,9 +175,9 @@ class Store(Segmented):
             return
         target = self.allocate(layout)
         self._copy_rows(list(range(self.layout.rows)), target, layout)
-        self._settle(target, layout, self._base, self._added)
+        self._adopt(target, layout, self._base, self._added)
 
-    def _most(self, counts: int | Table) -> int:
+    def _most(self, counts: int | PerSegment) -> int:
         """The longest segment after `counts` more."""
         if isinstance(counts, int):
             return self.longest + counts
@@ -190,7 +190,7 @@ class Store(Segmented):
         for name in self.columns:
             write(target[name], layout, rows, self.padded(name, rows), lengths)
 
-    def _write_tail(self, name: str, added: int, count: int, entries: Tensor | float) -> None:
+    def _write_newest(self, name: str, added: int, count: int, entries: Tensor | float) -> None:
         """Write `count` slots of every segment, from `added` behind its base length on."""
         if self.even:
             first = self._longest_base + added
@@ -201,7 +201,7 @@ class Store(Segmented):
         newest = self._starts[..., None] + added + torch.arange(count, device=self.device)
         self.tensors[name][newest] = torch.as_tensor(entries, dtype=self.columns[name].dtype, device=self.device)
 
-    def _write_segments(self, name: str, entries: Tensor, starts: Table, counts: Table) -> None:
+    def _write_segments(self, name: str, entries: Tensor, starts: PerSegment, counts: PerSegment) -> None:
         for row, sizes in enumerate(counts):
             for head, count in enumerate(sizes):
                 first = self.layout.offsets[row][head] + starts[row][head]
@@ -213,7 +213,7 @@ def _positions_last(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name == POSITIONS)
 
 
-def _plus(one: Table, other: Table) -> Table:
+def _plus(one: PerSegment, other: PerSegment) -> PerSegment:
     return tuple(tuple(map(add, *rows)) for rows in zip(one, other, strict=True))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.attend import attend
-from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.evaluate.table.trace import Batch, Traced, replay
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.plan.plan import Plan
@@ -106,9 +106,9 @@ def _read_share(layer: PolicyLayer) -> float:
 def _step(layer: PolicyLayer, traced: Traced, place: int) -> Tensor:
     now = slice(place, place + 1)
     layer.update(traced.keys[:, :, now], traced.values[:, :, now])
-    asked = Asked(traced.queries[:, :, now], layer.arrive(None), padded=False, scaling=traced.scaling)
+    asked = QueryBatch(traced.queries[:, :, now], layer.place_tokens(None), padded=False, scaling=traced.scaling)
     output = layer.attend(asked)
     if output is None:  # nothing is packed or evicted yet: what the model's own attention function would be left to do
-        output = attend(layer.held, asked, pads=layer.padded)
-    layer.settle(asked)
+        output = attend(layer.storage, asked, pads=layer.padded)
+    layer.finish_forward(asked)
     return output

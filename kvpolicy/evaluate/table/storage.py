@@ -38,11 +38,11 @@ def storage_of(layers: Sequence[PolicyLayer]) -> Storage:
     """What layers that have been filled take."""
     plan = layers[0].plan
     geometry = plan.geometry
-    rows = len(layers[0].real)
-    slots = sum(layer.held.slots.layout.slots for layer in layers) / rows / geometry.kv_heads
+    rows = len(layers[0].num_tokens)
+    slots = sum(layer.storage.slots.layout.slots for layer in layers) / rows / geometry.kv_heads
     number = 2 * geometry.head_dim * plan.dtype.itemsize
     return Storage(
-        measured=sum(layer.held.nbytes for layer in layers) / rows,
+        measured=sum(layer.storage.nbytes for layer in layers) / rows,
         formula=sum(_formula(plan, ordinal, layer) for ordinal, layer in enumerate(layers)) / rows,
         slots=slots / geometry.layers,
         full=slots * geometry.kv_heads * number,
@@ -53,5 +53,5 @@ def storage_of(layers: Sequence[PolicyLayer]) -> Storage:
 def _formula(plan: Plan, ordinal: int, layer: PolicyLayer) -> float:
     """Heads that hold different numbers of entries each count with their own."""
     heads = plan.geometry.kv_heads
-    capacities = (size for row in layer.held.slots.layout.capacity for size in row)
+    capacities = (size for row in layer.storage.slots.layout.capacity for size in row)
     return sum(plan.footprint.layer_bytes(ordinal, size) / heads for size in capacities)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.answers import SEEN, is_seen, places_of
 from kvpolicy.evaluate.testbed import Item
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
-from kvpolicy.integrations.transformers.calls.padding_mask import Arrival
+from kvpolicy.integrations.transformers.calls.padding_mask import NewTokens
 from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.policy import load
@@ -78,7 +78,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: str, *,
 def catch(model: PreTrainedModel, tokens: Tensor, valid: Tensor) -> tuple[Traced, ...]:
     """What the attention of each layer sees, with everything kept, of tokens [B, T] of which `valid` are real."""
     plan = compile_policy(load("kvpolicy:full").spec, geometry_of(model.config), model.device, model.dtype)
-    plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), followers=())
+    plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), observers=())
     call: Any = {"attention_mask": valid.long(), "position_ids": places_of(valid), "logits_to_keep": 1}
     with Attachment(plan, model) as attachment:
         cache = attachment.cache()
@@ -87,10 +87,10 @@ def catch(model: PreTrainedModel, tokens: Tensor, valid: Tensor) -> tuple[Traced
 
 
 def _traced(layer: PolicyLayer) -> Traced:
-    queries, _ = layer.window.last(range(len(layer.real)))
+    queries, _ = layer.window.last(range(len(layer.num_tokens)))
     if queries is None:
         raise EvaluationError("a layer that saw no queries has nothing to replay")
-    return Traced(queries, *layer.held.stored(), layer.scaling)
+    return Traced(queries, *layer.storage.stored(), layer.scaling)
 
 
 @torch.inference_mode()
@@ -101,8 +101,8 @@ def replay(layers: Sequence[PolicyLayer], traced: Sequence[Traced], valid: Tenso
     policy: only what a layer keeps of them differs. The attention itself is not computed again.
     """
     count = valid.shape[1]
-    arrival = None if bool(valid.all()) else Arrival(valid, valid[:, :0])
+    new_tokens = None if bool(valid.all()) else NewTokens(valid, valid[:, :0])
     for layer, one in zip(layers, traced, strict=True):
         layer.update(one.keys[:, :, :count], one.values[:, :, :count])
-        positions = layer.arrive(arrival)
-        layer.settle(Asked(one.queries[:, :, :count], positions, arrival is not None, one.scaling))
+        positions = layer.place_tokens(new_tokens)
+        layer.finish_forward(QueryBatch(one.queries[:, :, :count], positions, new_tokens is not None, one.scaling))

@@ -14,7 +14,7 @@ from kvpolicy.cache.regions import Regions, Spans
 from kvpolicy.errors import AttachError, SavedCacheError
 from kvpolicy.integrations.transformers.attention_function import managed_modules, register
 from kvpolicy.integrations.transformers.cache import PolicyCache
-from kvpolicy.integrations.transformers.cache_owner import Origin
+from kvpolicy.integrations.transformers.cache_owner import CacheOwner
 from kvpolicy.integrations.transformers.calls.attention_implementation import (
     NAME_KEY,
     configs_of,
@@ -24,7 +24,7 @@ from kvpolicy.integrations.transformers.calls.attention_implementation import (
 )
 from kvpolicy.integrations.transformers.calls.cache_provider import PROVIDER, CacheProvider
 from kvpolicy.integrations.transformers.calls.forward_hooks import ForwardHooks
-from kvpolicy.integrations.transformers.calls.uncompressed_forwards import Misses
+from kvpolicy.integrations.transformers.calls.uncompressed_forwards import UncompressedForwards
 from kvpolicy.integrations.transformers.decode_graph.decode_forward import FORWARD, DecodeForward
 from kvpolicy.integrations.transformers.decode_graph.limits import require_static
 from kvpolicy.integrations.transformers.decode_graph.runners import Mode
@@ -72,13 +72,13 @@ class Attachment:
         self.plan = plan
         self.model = model
         self.unchecked = found.unchecked
-        self.misses = Misses()
+        self.uncompressed = UncompressedForwards()
         self._names = [(config, name_for(original)) for config, original in originals]
         self._modules = list(_possible_modules(model, plan) if found.modules is None else found.modules)
         self._config = copy.deepcopy(model.config)  # what is changed in it later is not meant for caches
         self._cut = False  # whether a draft has been made with the first layers alone
-        self._origin = Origin(model)
-        self._hooks = ForwardHooks(self._origin, self.misses)
+        self._owner = CacheOwner(model)
+        self._hooks = ForwardHooks(self._owner, self.uncompressed)
         self._decode = None if mode is None else DecodeForward(plan, model, mode)
         self.complete = False
         with Restoring(self.undo, only_after_errors=True), Restoring(self.undo, only_after_errors=True):
@@ -94,7 +94,7 @@ class Attachment:
         self._require_attached()
         self._uncut()
         cache = self._new_cache(None if regions is None else Regions.of(regions))
-        self._origin.made(cache)
+        self._owner.made(cache)
         return cache
 
     def load_cache(
@@ -116,7 +116,7 @@ class Attachment:
             cache = cache_file.read(path, self.plan, model, tokenizer, self._new_cache)
         cache.resume()
         chosen = cache if rows is None else cache.fork(rows)
-        self._origin.made(chosen)
+        self._owner.made(chosen)
         return chosen
 
     def _new_cache(self, regions: Regions | None) -> PolicyCache:
@@ -132,13 +132,13 @@ class Attachment:
         if plan is None:
             return DynamicCache(config=self.model.config)
         cache = PolicyCache(plan, self.model.config)
-        self._origin.adopt(cache)
+        self._owner.adopt(cache)
         return cache
 
     def adopt(self, cache: PolicyCache) -> PolicyCache:
         """Let a cache of another policy run on this model, until this attachment is detached."""
         self._require_attached()
-        self._origin.adopt(cache)
+        self._owner.adopt(cache)
         return cache
 
     def report(self) -> Report:
@@ -150,16 +150,16 @@ class Attachment:
         if self._decode is not None:
             self._decode.flush()
             static = self._decode.nbytes
-        counted = self._origin.counted
+        counted = self._owner.counted
         if counted is None:
-            return Report.of(self.plan, (), static_bytes=static, forwards_without_cache=self.misses.forwards)
+            return Report.of(self.plan, (), static_bytes=static, forwards_without_cache=self.uncompressed.forwards)
         counted.refresh()
         return Report.of(
             self.plan,
             counted.layers,
             stock_bytes=sum(counted.stock_bytes.values()),
             static_bytes=static,
-            forwards_without_cache=self.misses.forwards,
+            forwards_without_cache=self.uncompressed.forwards,
         )
 
     def detach(self) -> None:
@@ -181,13 +181,13 @@ class Attachment:
             self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, _COUNTED: self._origin.counted}
+        return {**self.__dict__, _COUNTED: self._owner.counted}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is copied or unpickled while attached comes with an attachment of its own."""
         self.__dict__.update({name: value for name, value in state.items() if name != _COUNTED})
-        self._origin = self._hooks.origin = Origin(self.model)
-        self._origin.counted = state[_COUNTED]
+        self._owner = self._hooks.owner = CacheOwner(self.model)
+        self._owner.counted = state[_COUNTED]
         register(*(name for _, name in self._previous if name is not None))
         self._mark()
 
@@ -214,12 +214,12 @@ class Attachment:
 
     def _mark(self) -> None:
         for module in self._modules:
-            managed_modules[module] = self.misses
+            managed_modules[module] = self.uncompressed
 
     def undo(self) -> None:
         """Whatever of `_install` has been done. May be called again, from the start, after it was interrupted."""
         self.complete = False
-        self._origin.retire(_RETIRED)
+        self._owner.retire(_RETIRED)
         _remove(self.model, self._hooks)
         for config, name in self._previous:
             vars(config)[NAME_KEY] = name

@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpolicy.cache.query_batch import Asked
+from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.errors import UnsupportedCallError
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.integrations.transformers.calls.attention_arguments import changing
@@ -21,17 +21,17 @@ from kvpolicy.integrations.transformers.calls.attention_implementation import (
     mask_function,
     name_for,
 )
-from kvpolicy.integrations.transformers.calls.padding_mask import arrival_of, is_foreign, policy_mask
-from kvpolicy.integrations.transformers.calls.uncompressed_forwards import Misses
+from kvpolicy.integrations.transformers.calls.padding_mask import is_foreign, new_tokens_of, policy_mask
+from kvpolicy.integrations.transformers.calls.uncompressed_forwards import UncompressedForwards
 from kvpolicy.integrations.transformers.decode_graph.attend import attend_static
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer
-from kvpolicy.integrations.transformers.models.checking_layer import Attended, States, WatchedLayer, bystanders
+from kvpolicy.integrations.transformers.models.checking_layer import Attended, CheckingLayer, States, other_callers
 from kvpolicy.integrations.transformers.torch_modes import outside_graphs, widened
 
 __all__ = ["NAME", "managed_modules", "policy_attention", "register"]
 
 # Attention modules of attached models, and where it is noted that one of them ran without the cache of the policy.
-managed_modules: "weakref.WeakKeyDictionary[nn.Module, Misses]" = weakref.WeakKeyDictionary()
+managed_modules: "weakref.WeakKeyDictionary[nn.Module, UncompressedForwards]" = weakref.WeakKeyDictionary()
 
 
 def policy_attention(
@@ -55,16 +55,16 @@ def policy_attention(
     Raises UnsupportedCallError when entries are evicted, packed or chosen among, and an argument or a mask asks for
     something else than every query's attention to all tokens up to its own (see `arguments.changing`).
     """
-    layer: PolicyLayer | StaticLayer | WatchedLayer | None = getattr(key, "kvpolicy_layer", None)
+    layer: PolicyLayer | StaticLayer | CheckingLayer | None = getattr(key, "kvpolicy_layer", None)
     if isinstance(layer, StaticLayer):
         return attend_static(layer, query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
-    if isinstance(layer, WatchedLayer):
+    if isinstance(layer, CheckingLayer):
         stock = attention_function(original, module)
         return layer.watch(stock, module, (query, key, value, attention_mask), dropout, scaling, call)
     if isinstance(layer, PolicyLayer):
         output: Attended = _attend(layer, module, (query, key, value, attention_mask), dropout, scaling, original, call)
         return output
-    for seen in bystanders:
+    for seen in other_callers:
         seen.add(id(module))
     _note_uncompressed(module, query, key, call)
     stock = attention_function(original, module)
@@ -85,17 +85,20 @@ def _attend(
     """Attention over what a layer holds, which is then observed and compressed."""
     query, _, _, mask = states
     _refuse_changing(layer, query, mask, call)
-    arrival = arrival_of(mask)
-    padded, factor = arrival is not None and arrival.padded, query.shape[-1] ** -0.5 if scaling is None else scaling
+    new_tokens = new_tokens_of(mask)
+    padded, factor = (
+        new_tokens is not None and new_tokens.padded,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+    )
     queries = widened(query, layer.plan.dtype)
-    asked = Asked(queries, layer.arrive(arrival), padded=padded, scaling=factor)
-    attended = layer.attend(asked, dropout)
+    batch = QueryBatch(queries, layer.place_tokens(new_tokens), padded=padded, scaling=factor)
+    attended = layer.attend(batch, dropout)
     output: Attended
     if attended is not None:
         output = attended.transpose(1, 2).contiguous().to(query.dtype), None
     else:
         output = attention_function(original, module)(module, *states, dropout=dropout, scaling=scaling, **call)
-    layer.settle(asked)
+    layer.finish_forward(batch)
     return output
 
 
@@ -112,7 +115,7 @@ def register(*originals: str) -> None:
 
 
 def _refuse_changing(layer: PolicyLayer, query: Tensor, mask: Tensor | None, call: dict[str, Any]) -> None:
-    if not layer.altered and not layer.would_alter():
+    if not layer.compressed and not layer.would_compress():
         return
     for name in changing(call, query.shape[1], query.shape[2], layer.get_seq_length()):
         raise UnsupportedCallError(
@@ -127,15 +130,15 @@ def _refuse_changing(layer: PolicyLayer, query: Tensor, mask: Tensor | None, cal
 
 
 def _hides_more(layer: PolicyLayer, mask: Tensor | None) -> bool:
-    arrival = arrival_of(mask)
-    return is_foreign(mask) or (arrival is not None and arrival.earlier != layer.real)
+    new_tokens = new_tokens_of(mask)
+    return is_foreign(mask) or (new_tokens is not None and new_tokens.earlier != layer.num_tokens)
 
 
 def _note_uncompressed(module: nn.Module, query: Tensor, key: Tensor, call: dict[str, Any]) -> None:
     """Managed attention without a layer of ours, where another cache takes part: it is filled, or attended to."""
-    misses = managed_modules.get(module)
-    if misses is not None and (call.get("use_cache") or key.shape[-2] > query.shape[-2]):
-        misses.warn("this forward uses a cache that the attached policy does not bound")
+    uncompressed = managed_modules.get(module)
+    if uncompressed is not None and (call.get("use_cache") or key.shape[-2] > query.shape[-2]):
+        uncompressed.warn("this forward uses a cache that the attached policy does not bound")
 
 
 register(EAGER, SDPA)

@@ -16,7 +16,7 @@ from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.cache.stats import LayerStats
 from kvpolicy.errors import CacheError, shown
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer, require_batch
-from kvpolicy.integrations.transformers.cache_owner import Origin
+from kvpolicy.integrations.transformers.cache_owner import CacheOwner
 from kvpolicy.integrations.transformers.logical_layer import repeated, require_rows, selected
 from kvpolicy.integrations.transformers.saving import cache_file
 from kvpolicy.integrations.transformers.saving import stock_layers as stock
@@ -33,7 +33,7 @@ class PolicyCache(DynamicCache):
     raises CacheError until `reset`. Lengths, reports and copies can still be had.
     """
 
-    origin: Origin | None = None  # of the attachment that it was made for
+    owner: CacheOwner | None = None  # of the attachment that it was made for
 
     def __init__(self, plan: Plan, config: PretrainedConfig, regions: Regions | None = None) -> None:
         super().__init__(config=config)
@@ -213,7 +213,7 @@ class PolicyCache(DynamicCache):
     def check_integrity(self) -> None:
         """Raise CacheError when a layer contradicts itself; for tests and debugging."""
         for layer in self.managed:
-            layer.reclaim()
+            layer.take_back_storage()
             layer.state.check_integrity()
 
     # -- copies ------------------------------------------------------------------------------------------------
@@ -235,13 +235,13 @@ class PolicyCache(DynamicCache):
         other = PolicyCache(self.plan, self._config, None if regions is None else regions.select(chosen))
         other.spans.go_on_as(self.spans, chosen)
         for layer, fresh in zip(self.managed, other.managed, strict=True):
-            layer.reclaim()
+            layer.take_back_storage()
             fresh.restore(layer.state.selected(chosen) if layer.is_initialized else layer.state.copied())
         for index, one in self._stock:
             stock.copied(index, one, other.layers[index], chosen, self.plan.dtype)
         other.resume()
-        if self.origin is not None:
-            self.origin.made(other)
+        if self.owner is not None:
+            self.owner.made(other)
         return other
 
     @exactly
@@ -253,11 +253,11 @@ class PolicyCache(DynamicCache):
         when `tokenizer` is none.
         """
         self._require_settled("saved")
-        if self.origin is None:
+        if self.owner is None:
             raise CacheError("the cache belongs to no attachment yet, so its model is not known: use it there first")
         for layer in self.managed:
-            layer.reclaim()
-        cache_file.write(self, path, self.origin.model_digest(), tokenizer)
+            layer.take_back_storage()
+        cache_file.write(self, path, self.owner.model_digest(), tokenizer)
 
     def resume(self) -> None:
         """Go on with the states that have been put into the layers of a new cache."""
@@ -274,14 +274,14 @@ class PolicyCache(DynamicCache):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its entries to itself."""
         for layer in self.managed:
-            layer.reclaim()
+            layer.take_back_storage()
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy belongs to the attachment of the first; one that is unpickled, to the first that uses it."""
         self.__dict__.update(state)
-        if self.origin is not None:
-            self.origin.adopt(self)
+        if self.owner is not None:
+            self.owner.adopt(self)
 
     def __iter__(self) -> Any:
         raise TypeError("a compressed cache has no plain keys and values to iterate over; see PolicyCache.managed")
@@ -289,7 +289,7 @@ class PolicyCache(DynamicCache):
 
 def _rows_of(layer: Any) -> int:
     """Rows that a layer holds, 0 when it is empty."""
-    return len(layer.real) if isinstance(layer, PolicyLayer) else stock.rows_of(layer)
+    return len(layer.num_tokens) if isinstance(layer, PolicyLayer) else stock.rows_of(layer)
 
 
 def _require_listed(rows: Iterable[int]) -> list[int]:

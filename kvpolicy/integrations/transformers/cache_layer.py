@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.attend import attend, follow_only
-from kvpolicy.attention.read_request import chosen_by, question_of
-from kvpolicy.cache.compaction.write_back import drop_pads, lay_down, view_of
+from kvpolicy.attention.attend import attend, observe_only
+from kvpolicy.attention.read_request import chosen_by, read_request
+from kvpolicy.cache.compaction.write_back import build_view, drop_pads, write_back
 from kvpolicy.cache.integrity import Integrity
 from kvpolicy.cache.layer_state import LayerState
-from kvpolicy.cache.query_batch import Asked
-from kvpolicy.cache.recording import Recording, Taken
+from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.recording import RecordedTokens, Recording
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.cache.stats import LayerStats
 from kvpolicy.cache.storage.storage_bytes import bytes_of
 from kvpolicy.cache.trigger import entries_allowed
 from kvpolicy.errors import CacheError, UnsupportedCallError, UnsupportedModelError
-from kvpolicy.integrations.transformers.calls.padding_mask import Arrival
-from kvpolicy.integrations.transformers.lending import LendingLayer
+from kvpolicy.integrations.transformers.calls.padding_mask import NewTokens
+from kvpolicy.integrations.transformers.lending import TransferableLayer
 from kvpolicy.integrations.transformers.logical_layer import require_rows
 from kvpolicy.integrations.transformers.torch_modes import exactly, taking_states
 from kvpolicy.plan.compress.step import Compressed
@@ -30,12 +30,12 @@ from kvpolicy.stages import View
 _NOWHERE = torch.empty(0, dtype=torch.int32)  # positions, where none is waited for
 
 
-class PolicyLayer(LendingLayer):
+class PolicyLayer(TransferableLayer):
     """Storage of one layer. The lengths it reports are logical: tokens seen, whatever is still held.
 
-    One forward is `update` (append), then, from the attention function that alone sees the queries, `arrive` (which of
-    the new tokens are real) and `settle` (observe, compress). The keys that `update` returns carry the layer, as
-    attribute `kvpolicy_layer`.
+    One forward is `update` (append), then, from the attention function that alone sees the queries, `place_tokens`
+    (which of the new tokens are pads) and `finish_forward` (observe, compress). The keys that `update` returns carry
+    the layer, as attribute `kvpolicy_layer`.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class PolicyLayer(LendingLayer):
     @exactly
     def empty(self) -> None:
         """Do what `reset` does, as part of a change of the whole cache."""
-        self.reclaim()
+        self.take_back_storage()
         self.is_initialized = False
         self.state = LayerState.empty(self.plan, self.ordinal, 0, self.plan.device)
-        self._arriving = 0  # tokens appended whose attention has not run yet
+        self._num_new = 0  # tokens appended whose attention has not run yet
         self._places = _NOWHERE  # and their positions, [B, q]
         self.recording = Recording()  # what a rollback may still undo
         self._new: tuple[Tensor, Tensor] | None = None  # keys and values of this forward, while they are recorded
-        self._taken: Taken | None = None  # the tokens of this forward, while they are recorded
-        self._followed = False  # whether followers have seen the queries of this forward
+        self._recorded: RecordedTokens | None = None  # the tokens of this forward, while they are recorded
+        self._observed = False  # whether observers have seen the queries of this forward
 
     # -- one forward -------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ class PolicyLayer(LendingLayer):
         self._require_shape(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         empty = LayerState.empty(self.plan, self.ordinal, key_states.shape[0], self.device)
-        empty.record_past, empty.prompting = self.record_past, self.prompting
+        empty.record_past, empty.expects_prompt = self.record_past, self.expects_prompt
         self.state, self.is_initialized = empty, True
 
     def _require_shape(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -105,7 +105,7 @@ class PolicyLayer(LendingLayer):
         """
         self.integrity.require_ready(self.stats.layer)
         if self.is_initialized:
-            require_batch(self.stats.layer, len(self.real), key_states, value_states)
+            require_batch(self.stats.layer, len(self.num_tokens), key_states, value_states)
         else:
             self._require_shape(key_states, value_states)
             self.spans.begin(key_states.shape[0])
@@ -113,154 +113,158 @@ class PolicyLayer(LendingLayer):
         self.prepare()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._arriving = key_states.shape[2]
-        limit = self._limit_at(self.seen + self._arriving)  # a plugin is asked, and may fail, before anything changes
-        self.seen += self._arriving
-        self._places = self.scheduler.positions(self.real, self._arriving, self.device)
-        self.held.append(key_states, value_states, self._spread(self._places), limit)
+        self._num_new = key_states.shape[2]
+        limit = self._limit_at(
+            self.seq_len + self._num_new
+        )  # an allocator is asked, and may fail, before anything changes
+        self.seq_len += self._num_new
+        self._places = self.scheduler.positions(self.num_tokens, self._num_new, self.device)
+        self.storage.append(key_states, value_states, self._spread(self._places), limit)
         self._new = (key_states, value_states) if self.record_past else None
-        keys, values = (key_states, value_states) if self.altered else self.held.stored()
+        keys, values = (key_states, value_states) if self.compressed else self.storage.stored()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
         return keys, values
 
     @exactly
-    def arrive(self, arrival: Arrival | None) -> Tensor:
+    def place_tokens(self, new_tokens: NewTokens | None) -> Tensor:
         """Positions of the appended tokens, [B, q], now that it is known which are pads (position -1).
 
         Raises CacheError when the tokens have been attended to already, or when the mask is of other rows.
         """
         self.integrity.require_updated(self.stats.layer)
-        if arrival is not None and tuple(arrival.valid.shape) != (len(self.real), self._arriving):
+        if new_tokens is not None and tuple(new_tokens.valid.shape) != (len(self.num_tokens), self._num_new):
             raise CacheError(
-                f"layer {self.stats.layer}: the mask is of {tuple(arrival.valid.shape)} (rows, tokens), "
-                f"the forward of {(len(self.real), self._arriving)}"
+                f"layer {self.stats.layer}: the mask is of {tuple(new_tokens.valid.shape)} (rows, tokens), "
+                f"the forward of {(len(self.num_tokens), self._num_new)}"
             )
-        counts = [self._arriving] * len(self.real)
-        if arrival is not None and arrival.padded:
-            places = torch.tensor(self.real, device=self.device)[:, None] + arrival.valid.cumsum(1) - 1
-            self._places = places.masked_fill(~arrival.valid, -1).to(torch.int32)
-            self.held.slots.overwrite_tail(POSITIONS, self._spread(self._places))
-            self.padded, counts = True, arrival.counts
-        self.real = [real + count for real, count in zip(self.real, counts, strict=True)]
-        self._arriving = 0
+        counts = [self._num_new] * len(self.num_tokens)
+        if new_tokens is not None and new_tokens.padded:
+            places = torch.tensor(self.num_tokens, device=self.device)[:, None] + new_tokens.valid.cumsum(1) - 1
+            self._places = places.masked_fill(~new_tokens.valid, -1).to(torch.int32)
+            self.storage.slots.overwrite_newest(POSITIONS, self._spread(self._places))
+            self.padded, counts = True, new_tokens.counts
+        self.num_tokens = [num_tokens + count for num_tokens, count in zip(self.num_tokens, counts, strict=True)]
+        self._num_new = 0
         return self._places
 
     @exactly
-    def attend(self, asked: Asked, dropout: float = 0.0) -> Tensor | None:
+    def attend(self, batch: QueryBatch, dropout: float = 0.0) -> Tensor | None:
         """Attention over what is held and read, [B, H, q, D]; None when that is all there ever was: a stock call."""
-        self.scaling = asked.scaling
+        self.scaling = batch.scaling
         if self._new is not None:
-            self._taken = Taken(*self._new, asked)
-            return self.recording.attend(self, self._taken, self.scheduler.prompt_end, dropout)
-        slots = self._chosen(asked)
-        if not self.altered and slots is None:
-            self._note_reading(asked, None)
+            self._recorded = RecordedTokens(*self._new, batch)
+            return self.recording.attend(self, self._recorded, self.scheduler.prompt_end, dropout)
+        slots = self._chosen(batch)
+        if not self.compressed and slots is None:
+            self._note_reading(batch, None)
             return None
-        self._followed = True
-        return self._attended(asked, slots, dropout, followed=True)
+        self._observed = True
+        return self._attended(batch, slots, dropout, observed=True)
 
-    def attended(self, asked: Asked, dropout: float, *, followed: bool) -> Tensor:
-        """Attention over what is held and read, [B, H, q, D]; `followed` says whether followers see it."""
-        return self._attended(asked, self._chosen(asked), dropout, followed=followed)
+    def attended(self, batch: QueryBatch, dropout: float, *, observed: bool) -> Tensor:
+        """Attention over what is held and read, [B, H, q, D]; `observed` says whether observers see it."""
+        return self._attended(batch, self._chosen(batch), dropout, observed=observed)
 
-    def _attended(self, asked: Asked, slots: Tensor | None, dropout: float, *, followed: bool) -> Tensor:
-        self._note_reading(asked, slots)
-        followers, kernels = self.plan.followers if followed else (), self.plan.kernels
-        return attend(self.held, asked, slots, followers, pads=self.padded, dropout=dropout, kernels=kernels)
+    def _attended(self, batch: QueryBatch, slots: Tensor | None, dropout: float, *, observed: bool) -> Tensor:
+        self._note_reading(batch, slots)
+        observers, kernels = self.plan.observers if observed else (), self.plan.kernels
+        return attend(self.storage, batch, slots, observers, pads=self.padded, dropout=dropout, kernels=kernels)
 
-    def _chosen(self, asked: Asked) -> Tensor | None:
+    def _chosen(self, batch: QueryBatch) -> Tensor | None:
         """The slots [B, K, n] that the reader picks for a decode step; None = all."""
-        if asked.queries.shape[2] > 1 or not self.plan.selective:
+        if batch.queries.shape[2] > 1 or not self.plan.selective:
             return None
-        return chosen_by(self.plan.spec.read, question_of(self.plan, self.held, asked, self.ordinal))
+        return chosen_by(self.plan.spec.read, read_request(self.plan, self.storage, batch, self.ordinal))
 
-    def _note_reading(self, asked: Asked, slots: Tensor | None) -> None:
-        if asked.queries.shape[2] == 1:
+    def _note_reading(self, batch: QueryBatch, slots: Tensor | None) -> None:
+        if batch.queries.shape[2] == 1:
             chosen = None if slots is None else float((slots >= 0).sum()) / max(1, slots.shape[0] * slots.shape[1])
-            self.stats.read_by_step(self.held.slots.average if chosen is None else chosen)
+            self.stats.read_by_step(self.storage.slots.average if chosen is None else chosen)
 
     def _spread(self, positions: Tensor) -> Tensor:
         return positions[:, None].expand(-1, self.plan.geometry.kv_heads, -1)
 
     @exactly
-    def settle(self, asked: Asked) -> None:
+    def finish_forward(self, batch: QueryBatch) -> None:
         """After attention: observe the queries and compress the rows that are due; later, if it may be undone."""
-        self.scaling = asked.scaling
+        self.scaling = batch.scaling
         self._places = _NOWHERE
-        if self._taken is not None:
-            self.recording.settle(self, self._taken, self.scheduler.prompt_end)
-            self._taken = self._new = None
+        if self._recorded is not None:
+            self.recording.note_forward(self, self._recorded, self.scheduler.prompt_end)
+            self._recorded = self._new = None
             self._sample()
         else:
-            self._observe(asked)
+            self._observe(batch)
             self._sample()
-            self._compress_and_pack(decoding=asked.queries.shape[2] == 1)
-        self._followed = False
+            self._compress_and_pack(decoding=batch.queries.shape[2] == 1)
+        self._observed = False
         if self.integrity.is_last(self.stats.layer):
             self.scheduler.end()
         self.integrity.end_update(self.stats.layer)
 
-    def would_alter(self) -> bool:
+    def would_compress(self) -> bool:
         """Whether attention may be over less than all tokens: entries are packed, chosen, or about to be evicted."""
         if self.plan.wants_order(self.ordinal):
             return True
-        ahead = [real + self._arriving for real in self.real]
-        decoding = self._arriving == 1 or (self.record_past and not self.prompting)
+        ahead = [num_tokens + self._num_new for num_tokens in self.num_tokens]
+        decoding = self._num_new == 1 or (self.record_past and not self.expects_prompt)
         return bool(self._due(ahead, decoding=decoding))
 
     # -- compression -------------------------------------------------------------------------------------------
 
-    def _observe(self, asked: Asked) -> None:
-        self.window.add(asked.queries, asked.positions, padded=asked.padded)
-        if self.plan.followers and not self._followed:
-            follow_only(self.held, asked, self.plan.followers)
+    def _observe(self, batch: QueryBatch) -> None:
+        self.window.add(batch.queries, batch.positions, padded=batch.padded)
+        if self.plan.observers and not self._observed:
+            observe_only(self.storage, batch, self.plan.observers)
 
     def _compress_and_pack(self, *, decoding: bool, immediately: bool = False) -> None:
-        if self.altered:
+        if self.compressed:
             self.close_gaps()
         if self._protects_spans:
             end = self.scheduler.prompt_end
-            self._note_prompt(over=end is None or self.seen >= end)
+            self._note_prompt(over=end is None or self.seq_len >= end)
         if self.ordinal == 0:
-            self.plan.budgets.say_if_raised(self.real, self.least(self.real))
+            self.plan.budgets.say_if_raised(self.num_tokens, self.min_entries(self.num_tokens))
         if self.plan.compresses_jointly:
             self.scheduler.attended(self, decoding=decoding)
             return
-        rows = self._due(self.real, decoding=decoding)
+        rows = self._due(self.num_tokens, decoding=decoding)
         if rows:
             self.close_gaps()
-            for alike in self.plan.budgets.protected_alike(self.real, rows):
+            for alike in self.plan.budgets.protected_alike(self.num_tokens, rows):
                 self.scheduler.due(self, alike, decoding=decoding, immediately=immediately)
-        self.seal()
+        self.pack()
 
     def close_gaps(self) -> None:
         """Drop the pads, which leave gaps between entries."""
         if self.padded:
-            drop_pads(self.plan, self.held, self.limit)
-            self.padded, self.altered, self.rollback_limit = False, True, self.seen
+            drop_pads(self.plan, self.storage, self.limit)
+            self.padded, self.compressed, self.rollback_limit = False, True, self.seq_len
             self._sample()
 
-    def seal(self) -> None:
+    def pack(self) -> None:
         """Pack what the formats say, pads left out: they would leave their mark on a group."""
         if self.padded and self.plan.wants_order(self.ordinal):
             self.close_gaps()
-        if self.held.seal(self.limit):
-            self.altered, self.rollback_limit = self.altered or not self.held.is_plain, self.seen
+        if self.storage.pack(self.limit):
+            self.compressed, self.rollback_limit = self.compressed or not self.storage.is_plain, self.seq_len
             self._sample()
 
-    def _due(self, real: Sequence[int], *, decoding: bool, before: int = 0) -> list[int]:
-        """Rows that hold too much at `real` tokens, the newest `before` entries of every head left out."""
+    def _due(self, num_tokens: Sequence[int], *, decoding: bool, before: int = 0) -> list[int]:
+        """Rows that hold too much at `num_tokens` tokens, the newest `before` entries of every head left out."""
         heads = self.plan.geometry.kv_heads
         held = [entries - before * heads for entries in self.entries]
-        if not self.altered:
-            held = [tokens * heads for tokens in real]
+        if not self.compressed:
+            held = [tokens * heads for tokens in num_tokens]
         plan, ordinal = self.plan, self.ordinal
         if self._protects_spans:
-            pairs = zip(real, self.least(real), strict=True)
-            allowed = [entries_allowed(plan, ordinal, seen, decoding=decoding, least=least) for seen, least in pairs]
+            pairs = zip(num_tokens, self.min_entries(num_tokens), strict=True)
+            allowed = [
+                entries_allowed(plan, ordinal, tokens, decoding=decoding, least=least) for tokens, least in pairs
+            ]
         else:
-            allowed = [entries_allowed(plan, ordinal, tokens, decoding=decoding) for tokens in real]
+            allowed = [entries_allowed(plan, ordinal, tokens, decoding=decoding) for tokens in num_tokens]
         return [row for row, entries in enumerate(held) if entries > allowed[row] * heads]
 
     @property
@@ -268,17 +272,21 @@ class PolicyLayer(LendingLayer):
         """Entries of each row in all KV heads, pads excluded."""
         # Until the first eviction a row holds all its real tokens, whatever the pads beside them.
         heads = self.plan.geometry.kv_heads
-        return [sum(row) for row in self.held.slots.lengths] if self.altered else [real * heads for real in self.real]
+        return (
+            [sum(row) for row in self.storage.slots.lengths]
+            if self.compressed
+            else [num_tokens * heads for num_tokens in self.num_tokens]
+        )
 
-    def shown(self, rows: Sequence[int]) -> View:
+    def view(self, rows: Sequence[int]) -> View:
         """The rows as plugins see them; as many entries must be protected in each of them."""
-        return view_of(
+        return build_view(
             self.plan,
-            self.held,
+            self.storage,
             self.window,
             rows,
             layer=self.ordinal,
-            protected=self.plan.budgets.protected(self.real[rows[0]]),
+            protected=self.plan.budgets.protected(self.num_tokens[rows[0]]),
             scaling=self.scaling,
             row_state=self.row_state,
             in_order=self.in_order,
@@ -287,55 +295,55 @@ class PolicyLayer(LendingLayer):
 
     def budget(self, rows: Sequence[int]) -> list[int]:
         """Entries per KV head that each of the rows may keep."""
-        least = self.least(self.real)
-        return [max(self.plan.budgets.per_layer(self.real[row])[self.ordinal], least[row]) for row in rows]
+        least = self.min_entries(self.num_tokens)
+        return [max(self.plan.budgets.per_layer(self.num_tokens[row])[self.ordinal], least[row]) for row in rows]
 
-    def least(self, real: Sequence[int]) -> list[int]:
-        """Entries per KV head that each row must keep at `real` tokens, because the policy protects spans; else 0."""
+    def min_entries(self, num_tokens: Sequence[int]) -> list[int]:
+        """Entries per KV head that each row must keep because the policy protects spans of it; 0 where it does not."""
         if not self._protects_spans:
-            return [0] * len(real)
+            return [0] * len(num_tokens)
         self._note_prompt(over=False)
         protected = self.plan.budgets.protected
-        return [self.spans.protected(row, tokens, *protected(tokens)) for row, tokens in enumerate(real)]
+        return [self.spans.protected(row, tokens, *protected(tokens)) for row, tokens in enumerate(num_tokens)]
 
     def _note_prompt(self, *, over: bool) -> None:
         """Say what of each row is the first prompt; candidates of assisted decoding may have come behind it already."""
         end = self.scheduler.prompt_end
-        behind = 0 if end is None else max(0, self.seen - end)
-        self.spans.note_prompt([tokens + self._arriving - behind for tokens in self.real], over=over)
+        behind = 0 if end is None else max(0, self.seq_len - end)
+        self.spans.note_prompt([tokens + self._num_new - behind for tokens in self.num_tokens], over=over)
 
-    def take(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
+    def apply(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
         if not moved:
-            lay_down(self.plan, self.held, rows, result, self.limit, fills=fills)
+            write_back(self.plan, self.storage, rows, result, self.limit, fills=fills)
         for name, values in result.row_state.items():
             self.row_state[name][list(rows)] = values
-        self.in_order, self.altered, self.rollback_limit = self.in_order and not fills, True, self.seen
+        self.in_order, self.compressed, self.rollback_limit = self.in_order and not fills, True, self.seq_len
         self._sample()
 
     @property
     def limit(self) -> int:
         """Slots per KV head beyond which storage does not grow."""
-        return self._limit_at(max(self.seen, 1))
+        return self._limit_at(max(self.seq_len, 1))
 
-    def _limit_at(self, seen: int) -> int:
-        capacity = self.plan.capacity(self.ordinal, seen)
+    def _limit_at(self, seq_len: int) -> int:
+        capacity = self.plan.capacity(self.ordinal, seq_len)
         if not self._protects_spans:
             return capacity
-        return max(capacity, max(self.least(self.real), default=0) + self.plan.budgets.slack)
+        return max(capacity, max(self.min_entries(self.num_tokens), default=0) + self.plan.budgets.slack)
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
         beside = [*index, *self.row_state.values(), *self.recording.tensors]
         if self.ordinal == 0:
             beside += self.spans.tensors  # which are there for all layers
-        average = self.stats.held if self._reclaim else self._held.slots.average
+        average = self.stats.held if self._take_back else self._storage.slots.average
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
-        self.stats.sample(self.seen, average, self._held.nbytes, self.window.nbytes, state)
+        self.stats.sample(self.seq_len, average, self._storage.nbytes, self.window.nbytes, state)
 
     def count(self, counted: set[int]) -> None:
         """Bring `stats` up to date, to the last byte; what layers share is in `counted`. What is lent stays lent."""
         if self.is_initialized:
-            self._sample(self._held.index_tensors, counted)
+            self._sample(self._storage.index_tensors, counted)
 
     # -- undoing, and moving rows ---------------------------------------------------------------------------------
 
@@ -364,7 +372,7 @@ class PolicyLayer(LendingLayer):
         self.prepare()
         self.record_past = True
         if self.recording.is_empty:
-            self.prompting = True
+            self.expects_prompt = True
 
     @exactly
     def crop(self, tokens_to_remove: int) -> None:
@@ -383,7 +391,7 @@ class PolicyLayer(LendingLayer):
         before = self.recording.crop(self, count)
         if before:
             self.drop(before)
-            self.window.forget(torch.tensor(self.real, device=self.device))
+            self.window.forget(torch.tensor(self.num_tokens, device=self.device))
         if self.is_initialized:
             self._sample()
 
@@ -394,10 +402,10 @@ class PolicyLayer(LendingLayer):
         """
         if not self.is_initialized:
             return 0
-        asked = int(tokens_to_remove)  # transformers 5.16 and 5.17 give a tensor
-        count = -asked if asked <= 0 else max(0, self.seen - asked)
+        given = int(tokens_to_remove)  # transformers 5.16 and 5.17 give a tensor
+        count = -given if given <= 0 else max(0, self.seq_len - given)
         saved = self.recording.saved
-        possible = self.seen - (self.rollback_limit if saved is None else saved.rollback_limit)
+        possible = self.seq_len - (self.rollback_limit if saved is None else saved.rollback_limit)
         if count > possible:
             raise CacheError(
                 f"layer {self.stats.layer}: cannot undo {count} tokens, entries were evicted or packed "
@@ -413,57 +421,59 @@ class PolicyLayer(LendingLayer):
         return self.plan.wants_order(self.ordinal)
 
     @property
-    def watched(self) -> bool:
+    def has_observers(self) -> bool:
         """Whether anything follows what is attended to."""
-        return bool(self.plan.followers)
+        return bool(self.plan.observers)
 
-    def alters(self, before: int, *, decoding: bool) -> bool:
+    def would_be_due(self, before: int, *, decoding: bool) -> bool:
         """Whether a row would have been compressed before the newest `before` tokens came."""
-        return bool(self._due([real - before for real in self.real], decoding=decoding, before=before))
+        return bool(
+            self._due([num_tokens - before for num_tokens in self.num_tokens], decoding=decoding, before=before)
+        )
 
-    def put(self, taken: Taken) -> None:
+    def append_recorded(self, recorded: RecordedTokens) -> None:
         """Append tokens, whose positions are known."""
-        positions = taken.asked.positions
-        self.seen += taken.count
-        self.held.append(taken.keys, taken.values, self._spread(positions), self.limit)
-        counts = (positions >= 0).sum(1).tolist() if taken.asked.padded else [taken.count] * len(self.real)
-        self.real = [real + count for real, count in zip(self.real, counts, strict=True)]
-        self.padded = self.padded or min(counts) < taken.count
+        positions = recorded.batch.positions
+        self.seq_len += recorded.count
+        self.storage.append(recorded.keys, recorded.values, self._spread(positions), self.limit)
+        counts = (positions >= 0).sum(1).tolist() if recorded.batch.padded else [recorded.count] * len(self.num_tokens)
+        self.num_tokens = [num_tokens + count for num_tokens, count in zip(self.num_tokens, counts, strict=True)]
+        self.padded = self.padded or min(counts) < recorded.count
 
-    def digest(self, asked: Asked, *, decoding: bool, followed: bool) -> None:
-        """Observe queries, then compress and pack what is due; `followed` says that followers have seen them."""
-        self._followed = followed
-        self._observe(asked)
+    def observe_and_compress(self, batch: QueryBatch, *, decoding: bool, observed: bool) -> None:
+        """Observe queries, then compress and pack what is due; `observed` says that observers have seen them."""
+        self._observed = observed
+        self._observe(batch)
         self._compress_and_pack(decoding=decoding, immediately=True)
-        self._followed = False
+        self._observed = False
 
     def save(self) -> LayerState:
         """A copy of all that tokens change."""
-        self.reclaim()
+        self.take_back_storage()
         return self.state.copied()
 
     def restore(self, saved: LayerState) -> None:
         """Go on with such a copy, of this layer or of one like it, which must not be used again."""
         self.state, self.is_initialized = saved, saved.rows > 0
-        self.dtype, self.device = self.plan.dtype, saved.held.slots.device
+        self.dtype, self.device = self.plan.dtype, saved.storage.slots.device
         self.stats.compressions = saved.compressions
 
     def drop(self, count: int) -> None:
         """Drop the newest tokens, behind which nothing has been altered."""
         if not count:
             return
-        for row, real in enumerate(self.real):
-            newest = self.held.slots.segment(POSITIONS, row, 0)[-count:]
-            self.real[row] = real - int((newest >= 0).sum())
-        self.held.truncate(count)
-        self.seen -= count
+        for row, num_tokens in enumerate(self.num_tokens):
+            newest = self.storage.slots.segment(POSITIONS, row, 0)[-count:]
+            self.num_tokens[row] = num_tokens - int((newest >= 0).sum())
+        self.storage.truncate(count)
+        self.seq_len -= count
         if self.padded:  # pads stand in all heads of their row
-            first = [self.held.slots.segment(POSITIONS, row, 0) for row in range(len(self.real))]
+            first = [self.storage.slots.segment(POSITIONS, row, 0) for row in range(len(self.num_tokens))]
             self.padded = any(bool((positions < 0).any()) for positions in first)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
-            require_rows(len(self.real), rows)
+            require_rows(len(self.num_tokens), rows)
             with self._changing("move of rows"):
                 self.move_rows(rows)
                 self.spans.select_rows(rows)
@@ -472,7 +482,7 @@ class PolicyLayer(LendingLayer):
     def move_rows(self, rows: Sequence[int]) -> None:
         """Do what `select_rows` does, as part of a change of the whole cache."""
         if self.is_initialized:
-            self.reclaim()
+            self.take_back_storage()
             self.state = self.state.selected(rows)
             self.recording.select_rows(rows)
 

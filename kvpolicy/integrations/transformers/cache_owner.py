@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvpolicy.integrations.transformers.cache import PolicyCache
 
 
-class Origin:
+class CacheOwner:
     """Common to all caches of one attachment and to their copies. It keeps neither them nor the model alive."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -35,14 +35,14 @@ class Origin:
 
     def adopt(self, cache: "PolicyCache") -> None:
         """From now on the cache belongs here."""
-        cache.origin = self
+        cache.owner = self
         self._caches.add(cache)
 
     def require(self, cache: "PolicyCache") -> None:
         """Raise CacheError unless the cache belongs here. One that was made by hand, or unpickled, does from now on."""
-        if cache.origin is None:
+        if cache.owner is None:
             self.adopt(cache)
-        if cache.origin is not self:
+        if cache.owner is not self:
             raise CacheError(
                 "this cache was made for another attachment: a cache goes with the model and the attachment "
                 "that it was made for; use attachment.cache() of the one that is in place"
@@ -53,7 +53,7 @@ class Origin:
         for cache in list(self._caches):
             cache.retire(reason)
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> "Origin":
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "CacheOwner":
         """A copied cache belongs where the first one does."""
         return self
 

@@ -46,13 +46,13 @@ def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterat
     """Each managed layer's queries, keys and values, of a forward in which everything is kept."""
     geometry, rotary, device = geometry_of(model.config), rotary_of(model), device_of(model)
     plan = compile_policy(_keeping_all(spec), geometry, device, model.dtype)
-    plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), followers=())
+    plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), observers=())
     with Attachment(plan, model) as attachment:
         cache = attachment.cache()
         model(tokens.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for layer in cache.managed:
         queries, _ = layer.window.last(range(tokens.shape[0]))
-        keys, values = layer.held.stored()
+        keys, values = layer.storage.stored()
         if queries is not None:
             yield Sample(geometry, layer.scaling, rotary, queries, keys, values)
 

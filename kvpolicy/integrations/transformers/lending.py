@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.cache.compaction.write_back import put_in_order
+from kvpolicy.cache.compaction.write_back import sort_by_position
 from kvpolicy.cache.integrity import Integrity
-from kvpolicy.cache.observation_window import Window
+from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.recording import Recording
 from kvpolicy.cache.stats import LayerStats
-from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.integrations.transformers.stateful import StatefulLayer
 
 
-class LendingLayer(StatefulLayer):
+class TransferableLayer(StatefulLayer):
     """Gives its entries away and has them back before anything else is done with them."""
 
     stats: LayerStats
@@ -26,46 +26,46 @@ class LendingLayer(StatefulLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.changes = 0  # forwards, rollbacks and moves of rows that this layer itself has done
-        self._reclaim: Callable[[], None] | None = None  # while the entries are lent: how they are had back
+        self._take_back: Callable[[], None] | None = None  # while the entries are lent: how they are had back
 
     @abc.abstractmethod
     def close_gaps(self) -> None:
         """Drop the pads."""
 
     @property
-    def held(self) -> Holdings:
+    def storage(self) -> LayerStorage:
         """All that the layer holds; had back first, if it is lent."""
-        self.reclaim()
-        return self._held
+        self.take_back_storage()
+        return self._storage
 
     @property
-    def lendable(self) -> bool:
+    def can_hand_over(self) -> bool:
         """Whether a decode step may be served elsewhere: nothing is pending that would have to be known there."""
         return self.is_initialized and self.integrity.is_whole and not self.record_past and self.recording.is_empty
 
-    def lend(self, reclaim: Callable[[], None]) -> Holdings:
-        """The entries in order, without pads; until `reclaim` is called, decode steps are served elsewhere."""
-        held = self.held
+    def hand_over(self, take_back_storage: Callable[[], None]) -> LayerStorage:
+        """The entries in order, without pads, for decode steps that run elsewhere until they are taken back."""
+        storage = self.storage
         self.close_gaps()
         if not self.in_order:
-            put_in_order(held)
+            sort_by_position(storage)
             self.in_order = True
-        self._reclaim = reclaim
-        return held
+        self._take_back = take_back_storage
+        return storage
 
-    def reclaim(self) -> None:
+    def take_back_storage(self) -> None:
         """Have the entries back."""
-        reclaim, self._reclaim = self._reclaim, None
-        if reclaim is not None:
-            reclaim()
+        take_back_storage, self._take_back = self._take_back, None
+        if take_back_storage is not None:
+            take_back_storage()
 
-    def served(self, entries: float, left: float | None) -> None:
+    def count_static_step(self, entries: float, left: float | None) -> None:
         """Note a decode step that was served elsewhere; `left` is what a compression left of the entries, if any."""
-        self.seen += 1
+        self.seq_len += 1
         self.stats.read_by_step(entries)
-        self.stats.advance(self.seen, entries if left is None else left)
+        self.stats.advance(self.seq_len, entries if left is None else left)
         if left is not None:
-            self.altered, self.rollback_limit = True, self.seen
+            self.compressed, self.rollback_limit = True, self.seq_len
             self.note_compression()
 
     def note_compression(self, seconds: float = 0.0) -> None:
@@ -74,12 +74,12 @@ class LendingLayer(StatefulLayer):
         self.stats.compressions = self.state.compressions
         self.stats.seconds += seconds
 
-    def take_back(self, real: Sequence[int], window: tuple[Tensor, Tensor] | None) -> None:
-        """Go on with rows of `real` tokens; `window` are the last queries [B, H, w, D] and their positions [B, w]."""
-        self._reclaim = None
-        self.real = list(real)
+    def resume_after_static(self, num_tokens: Sequence[int], window: tuple[Tensor, Tensor] | None) -> None:
+        """Go on with rows of `num_tokens` tokens; `window` has the last queries [B, H, w, D] and positions [B, w]."""
+        self._take_back = None
+        self.num_tokens = list(num_tokens)
         if window is not None:
-            self.window = Window(self.window.size)
+            self.window = ObservationWindow(self.window.size)
             self.window.add(*window, padded=False)
 
     @contextlib.contextmanager
@@ -91,10 +91,10 @@ class LendingLayer(StatefulLayer):
 
     def prepare(self) -> None:
         """Have the entries back, and note that this layer changes them itself."""
-        self.reclaim()
+        self.take_back_storage()
         self.changes += 1
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its entries to itself."""
-        self.reclaim()
+        self.take_back_storage()
         return self.__dict__

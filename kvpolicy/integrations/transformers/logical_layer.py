@@ -11,11 +11,11 @@ from kvpolicy.errors import CacheError
 
 
 class LogicalLayer(CacheLayerMixin):
-    """Answers for a layer that has seen `seen` tokens of each row, whatever it still holds of them."""
+    """Answers for a layer that has seen `seq_len` tokens of each row, whatever it still holds of them."""
 
     is_sliding = False
-    seen: int  # pads included
-    real: list[int]  # tokens of each row, pads excluded
+    seq_len: int  # pads included
+    num_tokens: list[int]  # tokens of each row, pads excluded
 
     @abc.abstractmethod
     def reset(self) -> None:
@@ -30,14 +30,14 @@ class LogicalLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens seen, pads included."""
-        return self.seen
+        return self.seq_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the model's own mask: logical, so right until the first eviction.
 
         Afterwards the mask only tells which new tokens are pads.
         """
-        return self.seen + query_length, 0
+        return self.seq_len + query_length, 0
 
     def get_max_length(self) -> int:
         """No bound on the tokens that may be seen."""
@@ -49,12 +49,12 @@ class LogicalLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, beside each other."""
-        self.select_rows(repeated(len(self.real), repeats))
+        self.select_rows(repeated(len(self.num_tokens), repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named."""
-        if self.real:
-            self.select_rows(selected(len(self.real), indices))
+        if self.num_tokens:
+            self.select_rows(selected(len(self.num_tokens), indices))
 
 
 def repeated(rows: int, repeats: int) -> list[int]:

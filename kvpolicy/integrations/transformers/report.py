@@ -87,7 +87,7 @@ class Report:
         for layer in self.layers:
             table.add_row(
                 str(layer.layer),
-                str(layer.seen),
+                str(layer.seq_len),
                 f"{layer.held:.1f}",
                 f"{layer.read:.1f}" if layer.decode_steps else "",
                 human_bytes(layer.nbytes),

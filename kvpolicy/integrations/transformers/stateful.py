@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from kvpolicy.cache.layer_state import LayerState
-from kvpolicy.cache.observation_window import Window
-from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.cache.observation_window import ObservationWindow
+from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.integrations.transformers.logical_layer import LogicalLayer
 
 
@@ -24,15 +24,15 @@ class StatefulLayer(LogicalLayer):
     """What the fields are is said in `LayerState`."""
 
     state: LayerState
-    window: Window = _shown("window")
+    window: ObservationWindow = _shown("window")
     row_state: dict[str, Tensor] = _shown("row_state")
-    real: list[int] = _shown("real")
-    seen: int = _shown("seen")
-    altered: bool = _shown("altered")
+    num_tokens: list[int] = _shown("num_tokens")
+    seq_len: int = _shown("seq_len")
+    compressed: bool = _shown("compressed")
     padded: bool = _shown("padded")
     in_order: bool = _shown("in_order")
     rollback_limit: int = _shown("rollback_limit")
     scaling: float = _shown("scaling")
     record_past: bool = _shown("record_past")
-    prompting: bool = _shown("prompting")
-    _held: Holdings = _shown("held")  # all that the layer holds, lent or not
+    expects_prompt: bool = _shown("expects_prompt")
+    _storage: LayerStorage = _shown("storage")  # all that the layer holds, lent or not

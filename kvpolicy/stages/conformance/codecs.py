@@ -48,20 +48,20 @@ def packs_whole_steps(codec: Codec, _promises: Promises) -> None:
     """More entries never mean fewer packed ones; what is packed is whole units."""
     formats = codec.formats(_site(codec, torch.float32))
     for half in (formats.keys, formats.values):
-        counts = [half.sealed(length) for length in range(_LONGEST)]
+        counts = [half.packed_length(length) for length in range(_LONGEST)]
         wrong = [
             f"packed {count} of {length} entries after {before}"
             for length, (before, count) in enumerate(zip([0, *counts], counts, strict=False))
-            if count < before or count > length or count % half.unit
+            if count < before or count > length or count % half.group_size
         ]
         if wrong:
-            raise contract_error(codec, f"{wrong[0]}, expected ever more whole units of {half.unit}")
+            raise contract_error(codec, f"{wrong[0]}, expected ever more whole groups of {half.group_size}")
 
 
 def encodes_to_its_columns(codec: Codec, _promises: Promises) -> None:
     for half, vectors, positions in _samples(codec):
         for units in (UNITS, 0):
-            part = slice(None, units * half.unit)
+            part = slice(None, units * half.group_size)
             encoded = half.encode(vectors[:, :, part], positions[:, :, part])
             if encoded.keys() != half.columns.keys():
                 raise contract_error(codec, f"encoded to {sorted(encoded)}, expected {sorted(half.columns)}")
@@ -74,7 +74,7 @@ def encodes_to_its_columns(codec: Codec, _promises: Promises) -> None:
 def decodes_what_it_encoded(codec: Codec, promises: Promises) -> None:
     for half, vectors, positions in _samples(codec):
         for units in (UNITS, 0):
-            part = slice(None, units * half.unit)
+            part = slice(None, units * half.group_size)
             source, at = vectors[:, :, part], positions[:, :, part]
             _expect_within(codec, half.decode(half.encode(source, at), at), source, promises.error)
 
@@ -97,7 +97,7 @@ def packs_units_apart(codec: Codec, _promises: Promises) -> None:
         together = half.encode(vectors, positions)
         decoded = half.decode(together, positions)
         for unit in range(UNITS):
-            part = slice(unit * half.unit, (unit + 1) * half.unit)
+            part = slice(unit * half.group_size, (unit + 1) * half.group_size)
             columns = {name: column[:, :, unit : unit + 1] for name, column in together.items()}
             alone = half.encode(vectors[:, :, part].clone(), positions[:, :, part])
             _expect_same(codec, alone, columns, f"for unit {unit} alone")
@@ -130,7 +130,7 @@ def ignores_empty_slots(codec: Codec, _promises: Promises) -> None:
     """A row that holds fewer units is encoded and decoded along with the others."""
     for half, vectors, positions in _samples(codec):
         empty = torch.zeros_like(positions, dtype=torch.bool)
-        empty[1, :, half.unit :] = True
+        empty[1, :, half.group_size :] = True
         held = positions.masked_fill(empty, -1)
         expected = half.decode(half.encode(vectors, held), held)
         found = half.decode(half.encode(vectors.masked_fill(empty[..., None], _JUNK), held), held)
@@ -205,7 +205,7 @@ def _samples(codec: Codec) -> Iterator[tuple[Format, Tensor, Tensor]]:
         formats = codec.formats(site)
         for half in (formats.keys, formats.values):
             if half.columns:
-                shape = BATCH, HEADS, UNITS * half.unit
+                shape = BATCH, HEADS, UNITS * half.group_size
                 vectors = torch.randn(*shape, site.geometry.head_dim, generator=random, dtype=torch.float32).to(dtype)
                 yield half, vectors, torch.arange(shape[-1]).repeat(BATCH, HEADS, 1)
 

@@ -11,7 +11,7 @@ from kvpolicy.stages.conformance.observers import expect_declared
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import (
     expect_close,
-    glimpse_of,
+    query_logits_of,
     rows_of,
     sample_view,
     with_junk,
@@ -103,12 +103,12 @@ def leaves_its_input_alone(merger: Merger, _promises: Promises) -> None:
 
 
 def _view(merger: Merger, **sizes: tuple[tuple[int, ...], ...]) -> View:
-    """What the merger is shown by a cache that has been followed for one forward."""
+    """What the merger is shown by a cache that has been observed for one forward."""
     view = sample_view(merger, **sizes)
-    if not needs_of(merger).followed:
+    if not needs_of(merger).forward_queries:
         return view
-    followed = merger.follow(glimpse_of(merger, view), view.slot_state)
-    return attrs.evolve(view, slot_state={**view.slot_state, **followed})
+    observed = merger.observe_forward(query_logits_of(merger, view), view.slot_state)
+    return attrs.evolve(view, slot_state={**view.slot_state, **observed})
 
 
 def _samples(merger: Merger) -> list[tuple[View, Tensor]]:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kvpolicy.stages.checks import check_tensor, contract_error, seen_shape
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import glimpse_of, sample_view
+from kvpolicy.stages.conformance.samples import query_logits_of, sample_view
 from kvpolicy.stages.contracts import Merger, Observer, State
 from kvpolicy.stages.declared import needs_of, row_state_of, slot_state_of
-from kvpolicy.stages.untouched import tensors_of_glimpse, untouched
+from kvpolicy.stages.untouched import tensors_of_query_logits, untouched
 
 
 def declares_what_makes_sense(observer: Observer, _promises: Promises) -> None:
@@ -20,18 +20,18 @@ def declares_what_makes_sense(observer: Observer, _promises: Promises) -> None:
         row_state_of(observer)
 
 
-def follows_what_it_declared(observer: Observer, _promises: Promises) -> None:
-    if not needs_of(observer).followed:
+def observes_forwards_as_declared(observer: Observer, _promises: Promises) -> None:
+    if not needs_of(observer).forward_queries:
         return
     view = sample_view(observer)
-    glimpse = glimpse_of(observer, view)
-    with untouched(observer, tensors_of_glimpse(glimpse, view.slot_state)):
-        followed = observer.follow(glimpse, view.slot_state)
-    expect_declared(observer, "followed", followed, observer.slot_state())
-    for name, state in followed.items():
+    query_logits = query_logits_of(observer, view)
+    with untouched(observer, tensors_of_query_logits(query_logits, view.slot_state)):
+        fresh = observer.observe_forward(query_logits, view.slot_state)
+    expect_declared(observer, "observed a forward and returned", fresh, observer.slot_state())
+    for name, state in fresh.items():
         check_tensor(observer, state, seen_shape(view), torch.float32, view.keys.device)
         if state[view.valid].isnan().any():
-            raise contract_error(observer, f"followed with NaN in {name!r}")
+            raise contract_error(observer, f"observed a forward and returned NaN in {name!r}")
 
 
 def expect_declared(observer: Observer, did: str, found: Mapping[str, Tensor], states: Iterable[State]) -> None:
@@ -41,4 +41,4 @@ def expect_declared(observer: Observer, did: str, found: Mapping[str, Tensor], s
         raise contract_error(observer, f"{did} {sorted(found)}, expected only {sorted(declared)}")
 
 
-CHECKS = (declares_what_makes_sense, follows_what_it_declared)
+CHECKS = (declares_what_makes_sense, observes_forwards_as_declared)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.contracts import Codec, Question, Reader
+from kvpolicy.stages.contracts import Codec, Reader, ReadRequest
 from kvpolicy.stages.formats import AsIs, Format, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.registry.plugins import registry
@@ -21,28 +21,28 @@ _ALIKE = ((701, 701), (620, 620), (701, 701), (45, 45))
 _RAGGED = ((701, 701), (620, 45), (128, 701), (45, 701))
 
 
-def questions(reader: Reader, junk: float = 0.0) -> Iterator[Question]:
+def requests(reader: Reader, junk: float = 0.0) -> Iterator[ReadRequest]:
     """Rows and heads of different lengths, in two dtypes; then the first and the last layer."""
     for dtype in (torch.float32, torch.bfloat16):
-        yield _question(reader, junk, dtype, MIDDLE)
+        yield _request(reader, junk, dtype, MIDDLE)
     for layer in (0, GEOMETRY.layers - 1):
-        yield _question(reader, junk, torch.float32, layer)
+        yield _request(reader, junk, torch.float32, layer)
 
 
-def _question(reader: Reader, junk: float, dtype: torch.dtype, layer: int) -> Question:
+def _request(reader: Reader, junk: float, dtype: torch.dtype, layer: int) -> ReadRequest:
     form, site = _keys_format(reader, dtype, layer)
     keys, positions = entries(dtype, junk, _ALIKE if form.joint else _RAGGED)
     lengths = (positions >= 0).sum(-1)
-    sealed = torch.tensor([[form.sealed(length) for length in row] for row in lengths.tolist()])
-    most, pages = int(sealed.max()), reader.pages(site)
-    return Question(
+    packed_lengths = torch.tensor([[form.packed_length(length) for length in row] for row in lengths.tolist()])
+    most, pages = int(packed_lengths.max()), reader.pages(site)
+    return ReadRequest(
         queries=_normal(2, len(keys), GEOMETRY.query_heads, GEOMETRY.head_dim).to(dtype),
         query_positions=lengths.amax(-1) - 1,
         positions=positions,
         geometry=GEOMETRY,
         layer=layer,
         format=form,
-        sealed=sealed if most else None,
+        packed_lengths=packed_lengths if most else None,
         packed=form.encode(keys[:, :, :most], positions[:, :, :most]) if most else {},
         pages={} if pages is None else whole_units(pages, keys, positions),
     )
@@ -78,7 +78,7 @@ def entries(
 
 def whole_units(form: Format, keys: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """The columns of all units that are full in the longest head."""
-    count = keys.shape[2] // form.unit * form.unit
+    count = keys.shape[2] // form.group_size * form.group_size
     return form.encode(keys[:, :, :count], positions[:, :, :count])
 
 
@@ -86,16 +86,18 @@ def _normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
-def row_alone(question: Question, row: int) -> Question:
-    """One row of a question, in tensors of its own length."""
-    slots = int((question.positions[row] >= 0).sum(-1).max())
-    packed = 0 if question.sealed is None else int(question.sealed[row].max()) // question.format.unit
+def row_alone(request: ReadRequest, row: int) -> ReadRequest:
+    """One row of a request, in tensors of its own length."""
+    slots = int((request.positions[row] >= 0).sum(-1).max())
+    packed = (
+        0 if request.packed_lengths is None else int(request.packed_lengths[row].max()) // request.format.group_size
+    )
     return attrs.evolve(
-        question,
-        queries=question.queries[[row]],
-        query_positions=question.query_positions[[row]],
-        positions=question.positions[[row]][..., :slots],
-        sealed=None if question.sealed is None else question.sealed[[row]],
-        packed={name: column[[row], :, :packed] for name, column in question.packed.items()},
-        pages={name: column[[row]] for name, column in question.pages.items()},
+        request,
+        queries=request.queries[[row]],
+        query_positions=request.query_positions[[row]],
+        positions=request.positions[[row]][..., :slots],
+        packed_lengths=None if request.packed_lengths is None else request.packed_lengths[[row]],
+        packed={name: column[[row], :, :packed] for name, column in request.packed.items()},
+        pages={name: column[[row]] for name, column in request.pages.items()},
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpolicy.errors import one_line
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.contracts import Glimpse, Merger, Observer, Plugin, Scorer
+from kvpolicy.stages.contracts import Merger, Observer, Plugin, QueryLogits, Scorer
 from kvpolicy.stages.declared import needs_of, row_state_of, slot_state_of
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.slots import take
@@ -59,15 +59,15 @@ def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> 
     return attrs.evolve(view, row_state=rows, log_votes=votes)
 
 
-def glimpse_of(observer: Observer, view: View) -> Glimpse:
+def query_logits_of(observer: Observer, view: View) -> QueryLogits:
     """What as many queries as `observer` follows see: the newest of them everything, one before it one entry less."""
     random = torch.Generator().manual_seed(2)
     batch, heads, slots = view.positions.shape
-    count = needs_of(observer).followed
+    count = needs_of(observer).forward_queries
     logits = torch.randn(batch, heads, GROUP, count, slots, generator=random, dtype=torch.float32)
     back = torch.arange(count - 1, -1, -1)[:, None]
     seen = view.valid[:, :, None] & (view.age[:, :, None] >= back)
-    return Glimpse(logits.masked_fill(~seen[:, :, None], -torch.inf), view.log_votes)
+    return QueryLogits(logits.masked_fill(~seen[:, :, None], -torch.inf), view.log_votes)
 
 
 def with_junk(view: View) -> View:

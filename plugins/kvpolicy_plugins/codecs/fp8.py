@@ -21,7 +21,7 @@ class Scaled(Format):
 
     dim: int  # D
     dtype: torch.dtype  # of the model's own vectors
-    keep: int = 0
+    residual_length: int = 0
     columns: Mapping[str, Column] = attrs.field(init=False)
 
     @columns.default

@@ -42,19 +42,19 @@ class PerChannel(Format):
     dtype: torch.dtype  # of the model's own vectors
     stored: torch.dtype  # of scales and minima
     bits: int
-    unit: int
+    group_size: int
     step: int
-    keep: int = 0
+    residual_length: int = 0
     columns: Mapping[str, Column] = attrs.field(init=False)
 
     @columns.default
     def _columns(self) -> dict[str, Column]:
         each = Column((self.dim,), self.stored)
-        codes = Column((self.unit, packed_size(self.dim, self.bits)), torch.uint8)
+        codes = Column((self.group_size, packed_size(self.dim, self.bits)), torch.uint8)
         return {"codes": codes, "scale": each, "minimum": each}
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
-        codes, scale, minimum = quantise_channels(vectors, self.unit, self.bits, self.stored)
+        codes, scale, minimum = quantise_channels(vectors, self.group_size, self.bits, self.stored)
         return {"codes": codes, "scale": scale, "minimum": minimum}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
@@ -63,9 +63,9 @@ class PerChannel(Format):
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.unpack import per_channel
 
-        codes = PackedColumn(self.unit * packed_size(self.dim, self.bits), torch.uint8)
+        codes = PackedColumn(self.group_size * packed_size(self.dim, self.bits), torch.uint8)
         each = PackedColumn(self.dim, self.stored, shared=True)
-        return Unpacking(per_channel, (codes, each, each), self.unit, (self.bits, self.unit))
+        return Unpacking(per_channel, (codes, each, each), self.group_size, (self.bits, self.group_size))
 
 
 @attrs.frozen(eq=False)
@@ -77,7 +77,7 @@ class PerToken(Format):
     stored: torch.dtype  # of scales and minima
     bits: int
     group: int  # divides D
-    keep: int = 0
+    residual_length: int = 0
     step: int = 1
     columns: Mapping[str, Column] = attrs.field(init=False)
 

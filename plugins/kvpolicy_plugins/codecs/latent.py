@@ -138,7 +138,7 @@ class LatentKeys(Format):
     basis: Tensor  # U, [K·D, r] in the dtype of the arithmetic, orthonormal columns, the most telling first
     heads: int  # K
     dtype: torch.dtype  # of the model's keys, and of the latents
-    keep: int = 0
+    residual_length: int = 0
     joint: bool = True
     columns: Mapping[str, Column] = attrs.field(init=False)
     _copies: dict[torch.device, Tensor] = attrs.field(init=False, factory=dict, repr=False)

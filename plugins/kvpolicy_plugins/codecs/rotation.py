@@ -26,7 +26,7 @@ class Rotated(Format):
     dtype: torch.dtype  # of the model's own vectors
     stored: torch.dtype  # of norms
     bits: int
-    keep: int = 0
+    residual_length: int = 0
     columns: Mapping[str, Column] = attrs.field(init=False)
 
     @columns.default

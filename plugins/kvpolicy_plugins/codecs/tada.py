@@ -49,7 +49,7 @@ class Centred(Format):
     stored: torch.dtype  # of means, scales and minima
     bits: int
     group: int  # divides D
-    keep: int = 0
+    residual_length: int = 0
     step: int = 1
     joint: bool = True
     columns: Mapping[str, Column] = attrs.field(init=False)

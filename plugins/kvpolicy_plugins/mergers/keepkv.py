@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Choice, Entries, Glimpse, Merger, Needs, Number, State, View, parameter
+from kvpolicy.stages import Choice, Entries, Merger, Needs, Number, QueryLogits, State, View, parameter
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.estimates import Estimate, MovingAverage, ScoreFold, WindowMean
 from kvpolicy_plugins.limits import QUERIES
@@ -137,13 +137,13 @@ class KeepKV(Merger):
 
     def needs(self) -> Needs:
         asks = self.key == "additive" or (self.key, self.fallback) == ("scale", "additive")
-        return Needs(queries=int(asks), followed=self.window)
+        return Needs(queries=int(asks), forward_queries=self.window)
 
     def slot_state(self) -> tuple[State, ...]:
         return self._estimate.states()
 
-    def follow(self, glimpse: Glimpse, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self._estimate.follow(glimpse, state)
+    def observe_forward(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._estimate.observe_forward(query_logits, state)
 
     @property
     def _estimate(self) -> Estimate:

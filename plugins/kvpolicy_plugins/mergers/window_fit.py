@@ -25,7 +25,7 @@ _SLACK = 1e-4  # equal attention is not told apart by rounding
 
 
 @attrs.frozen(eq=False)
-class Window:
+class ObservationWindow:
     """What the queries of the observation window see."""
 
     queries: Tensor  # [B, K, G, W, D], times the scaling; zeros for a query that a row never had
@@ -52,17 +52,19 @@ class Fitted:
     log_votes: Tensor  # [B, K, N]
 
 
-def window_of(view: View, count: int = 0) -> Window:
+def window_of(view: View, count: int = 0) -> ObservationWindow:
     """The last `count` queries of a view, or all of them for 0."""
     precise, asked = statistics_of(view.keys).dtype, view.window_positions[:, -count:]
     real = (asked >= 0)[:, None, None, :, None]
     visible = real & (view.positions[:, :, None, None] <= asked[:, None, None, :, None])
     queries = view.window[:, :, -count:].to(precise).unflatten(1, (view.keys.shape[1], -1)) * view.scaling
     logits = view.logits[..., -count:, :].to(precise).masked_fill(~visible, -torch.inf)
-    return Window(queries.masked_fill(~real, 0.0), logits, asked)
+    return ObservationWindow(queries.masked_fill(~real, 0.0), logits, asked)
 
 
-def fit(keys: Tensor, values: Tensor, log_votes: Tensor, groups: Groups, complete: Tensor, window: Window) -> Fitted:
+def fit(
+    keys: Tensor, values: Tensor, log_votes: Tensor, groups: Groups, complete: Tensor, window: ObservationWindow
+) -> Fitted:
     """One entry for each group, in the dtype of the window's logits.
 
     The mass of a group is log-sum-exp of its members' logits, a convex function of the query; it is replaced by
@@ -160,7 +162,7 @@ class WindowFit(Merger):
             changed=merged,
         )
 
-    def _groups(self, view: View, kept: Tensor, window: Window) -> Groups:
+    def _groups(self, view: View, kept: Tensor, window: ObservationWindow) -> Groups:
         evicted, attention = evicted_of(view, kept), mean_attention(window)
         usual = attention.masked_fill(~evicted, 0.0).sum(-1, keepdim=True) / evicted.sum(-1, keepdim=True).clamp(min=1)
         seen = gather(attention, kept) >= self.attended * (1 - _SLACK) * usual
@@ -171,7 +173,7 @@ class WindowFit(Merger):
         return groups_of(kept, evicted & joins, place)
 
     def _nearest(
-        self, view: View, hosts: Tensor, evicted: Tensor, window: Window, attention: Tensor
+        self, view: View, hosts: Tensor, evicted: Tensor, window: ObservationWindow, attention: Tensor
     ) -> tuple[Tensor, Tensor]:
         if self.assign == "cosine":
             return nearest(view.keys, hosts, evicted)
@@ -186,7 +188,7 @@ class WindowFit(Merger):
         return nearest_by(closeness, hosts, evicted, traits.dtype)
 
 
-def _complete(view: View, groups: Groups, window: Window) -> Tensor:
+def _complete(view: View, groups: Groups, window: ObservationWindow) -> Tensor:
     """Queries that see all of a group, bool [B, K, W, N]."""
     positions = view.positions.masked_fill(~groups.member, -1)
     newest = positions.new_full(groups.merged.shape, -1).scatter_reduce_(-1, groups.target, positions, "amax")
@@ -194,7 +196,7 @@ def _complete(view: View, groups: Groups, window: Window) -> Tensor:
     return (asked >= 0) & (newest[:, :, None] <= asked)
 
 
-def _traits(view: View, window: Window) -> Tensor:
+def _traits(view: View, window: ObservationWindow) -> Tensor:
     """[B, K, T, G·W + Dv]: logits without votes and values, so that distances are those of Ward's criterion."""
     queries = window.queries.flatten(2, 3)
     count = (window.asked >= 0).sum(-1).clamp(min=1)[:, None, None, None].to(queries.dtype) * window.queries.shape[2]
@@ -204,7 +206,7 @@ def _traits(view: View, window: Window) -> Tensor:
     return torch.cat([view.keys.to(queries.dtype) @ queries.transpose(-1, -2) / count.sqrt(), values / size], -1)
 
 
-def mean_attention(window: Window) -> Tensor:
+def mean_attention(window: ObservationWindow) -> Tensor:
     """[B, K, T]: mean over the queries that see an entry."""
     seen = (window.logits[:, :, 0] > -torch.inf).sum(2).clamp(min=1) * window.logits.shape[2]
     return window.probabilities().sum((2, 3)) / seen

@@ -5,7 +5,7 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvpolicy.stages import Question, Reader
+from kvpolicy.stages import Reader, ReadRequest
 
 
 @attrs.frozen
@@ -14,5 +14,5 @@ class Everything(Reader):
 
     name: ClassVar[str] = "all"
 
-    def choose(self, question: Question) -> Tensor | None:  # noqa: ARG002 whatever is asked
+    def choose(self, request: ReadRequest) -> Tensor | None:  # noqa: ARG002 whatever is asked
         return None

@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Integer, Number, Question, Reader, parameter
+from kvpolicy.stages import Integer, Number, Reader, ReadRequest, parameter
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.codecs.latent import LatentKeys
 from kvpolicy_plugins.leading import leading
@@ -36,38 +36,38 @@ class LatentTopK(Reader):
     dense_last: int = parameter(Integer(minimum=0), 1, help="layers at the end that read everything")
     min_length: int = parameter(Integer(minimum=0), 0, help="a row with fewer entries reads all of them")
 
-    def choose(self, question: Question) -> Tensor | None:
-        slots, layers = question.positions.shape[2], question.geometry.layers
-        dense = question.layer < self.dense_first or question.layer >= layers - self.dense_last
+    def choose(self, request: ReadRequest) -> Tensor | None:
+        slots, layers = request.positions.shape[2], request.geometry.layers
+        dense = request.layer < self.dense_first or request.layer >= layers - self.dense_last
         short = slots <= self.sinks + self.critical + self.recent or slots < self.min_length
-        if dense or short or question.sealed is None:
+        if dense or short or request.packed_lengths is None:
             return None
-        between = self._between(question, question.sealed)
-        critical = self._best(self.scores(question), between)
-        read = (question.positions[:, 0] >= 0) & (critical | ~between)
-        return indices_of(read[:, None]).expand(-1, question.geometry.kv_heads, -1)
+        between = self._between(request, request.packed_lengths)
+        critical = self._best(self.scores(request), between)
+        read = (request.positions[:, 0] >= 0) & (critical | ~between)
+        return indices_of(read[:, None]).expand(-1, request.geometry.kv_heads, -1)
 
-    def latent_query(self, question: Question) -> Tensor:
+    def latent_query(self, request: ReadRequest) -> Tensor:
         """q̃ [B, r], in float32 or the wider dtype of the basis."""
-        form, geometry = question.format, question.geometry
+        form, geometry = request.format, request.geometry
         if not isinstance(form, LatentKeys):
             raise TypeError(f"keys must be held as latents: {type(form).__name__}")
-        plain = form.unrotate(question.queries, question.query_positions[:, None])
+        plain = form.unrotate(request.queries, request.query_positions[:, None])
         per_head = plain.unflatten(1, (geometry.kv_heads, geometry.group)).mean(2)
         return form.project(per_head.flatten(1))
 
-    def scores(self, question: Question) -> Tensor:
+    def scores(self, request: ReadRequest) -> Tensor:
         """[B, units] q̃·k̃ of the packed entries, in the dtype of q̃; behind a row's last one it is junk."""
-        query = self.latent_query(question)
+        query = self.latent_query(request)
         dims = max(1, round(self.dims * query.shape[-1]))
-        latents = question.packed["latent"][:, 0, :, :dims].to(query.dtype)
+        latents = request.packed["latent"][:, 0, :, :dims].to(query.dtype)
         return (latents @ query[:, :dims, None])[..., 0]
 
-    def _between(self, question: Question, sealed: Tensor) -> Tensor:
+    def _between(self, request: ReadRequest, packed_lengths: Tensor) -> Tensor:
         """[B, T] bool: packed entries that are neither among the first nor among the last."""
-        positions = question.positions[:, 0]  # all heads of a joint store hold equally many entries
+        positions = request.positions[:, 0]  # all heads of a joint store hold equally many entries
         lengths = (positions >= 0).sum(-1)
-        last = torch.minimum(lengths - self.recent, sealed[:, 0]).masked_fill(lengths < self.min_length, 0)
+        last = torch.minimum(lengths - self.recent, packed_lengths[:, 0]).masked_fill(lengths < self.min_length, 0)
         slots = torch.arange(positions.shape[1], device=positions.device)
         return (slots >= self.sinks) & (slots < last[:, None])
 

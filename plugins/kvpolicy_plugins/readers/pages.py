@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Column, Format, Integer, Question, Reader, Site, parameter
+from kvpolicy.stages import Column, Format, Integer, Reader, ReadRequest, Site, parameter
 from kvpolicy_plugins.grouping import GROUP, reduce_group
 from kvpolicy_plugins.leading import leading
 
@@ -38,20 +38,20 @@ class Pages(Reader):
     def pages(self, site: Site) -> Format:
         return Bounds(site.geometry.head_dim, site.dtype, self.page, self.page)
 
-    def choose(self, question: Question) -> Tensor | None:
-        if question.layer < self.dense_first or question.positions.shape[2] <= self.budget:
+    def choose(self, request: ReadRequest) -> Tensor | None:
+        if request.layer < self.dense_first or request.positions.shape[2] <= self.budget:
             return None
-        lengths = (question.positions >= 0).sum(-1, keepdim=True, dtype=torch.int32).long()  # [B, K, 1]
+        lengths = (request.positions >= 0).sum(-1, keepdim=True, dtype=torch.int32).long()  # [B, K, 1]
         newest = (lengths - 1).clamp(min=0) // self.page  # the page of the newest entry
         wanted = (self.budget - (lengths - newest * self.page)) // self.page
-        chosen = self._best(self.bounds(question), newest, wanted)
+        chosen = self._best(self.bounds(request), newest, wanted)
         return self._slots(torch.cat([chosen, newest], -1), lengths)
 
-    def bounds(self, question: Question) -> Tensor:
+    def bounds(self, request: ReadRequest) -> Tensor:
         """[B, K, pages] at least as large as q·k of any key of the page, `group` over the query heads."""
-        dtype = torch.promote_types(question.queries.dtype, torch.float32)
-        low, high = (question.pages[name].to(dtype).transpose(-1, -2) for name in ("minimum", "maximum"))
-        queries = question.queries.to(dtype).unflatten(1, (question.geometry.kv_heads, -1))
+        dtype = torch.promote_types(request.queries.dtype, torch.float32)
+        low, high = (request.pages[name].to(dtype).transpose(-1, -2) for name in ("minimum", "maximum"))
+        queries = request.queries.to(dtype).unflatten(1, (request.geometry.kv_heads, -1))
         bounds = queries.clamp(min=0) @ high + queries.clamp(max=0) @ low  # [B, K, G, pages]
         return reduce_group(bounds, self.group)[:, :, 0]
 
@@ -77,7 +77,7 @@ class Bounds(Format):
 
     dim: int  # D
     dtype: torch.dtype  # of the model's own keys
-    unit: int
+    group_size: int
     step: int
     columns: Mapping[str, Column] = attrs.field(init=False)
 
@@ -86,7 +86,7 @@ class Bounds(Format):
         return {name: Column((self.dim,), self.dtype) for name in ("minimum", "maximum")}
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 bounds have no position
-        keys = vectors.unflatten(2, (-1, self.unit))
+        keys = vectors.unflatten(2, (-1, self.group_size))
         return {"minimum": keys.amin(3), "maximum": keys.amax(3)}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:

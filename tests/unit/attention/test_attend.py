@@ -4,16 +4,16 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.attention.attend import attend, follow_only
-from kvpolicy.cache.compaction.compaction_plan import Move
-from kvpolicy.cache.query_batch import Asked
-from kvpolicy.cache.storage.layer_storage import Holdings
+from kvpolicy.attention.attend import attend, observe_only
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
+from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import Layout
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages import Column, Entries
 from tests.support.driving import DIM, GROUP, HEADS, random_entries, worth_plan
-from tests.support.holdings import segment, tensors
+from tests.support.storage import segment, tensors
 
 LENGTHS = {
     "even": ((5, 5), (5, 5)),
@@ -45,7 +45,7 @@ def stored(lengths, count, dtype=torch.float32, *, votes=False, pads=0):
     even = len({length for heads in lengths for length in heads}) == 1 or all(len(set(heads)) == 1 for heads in lengths)
     size = longest + count
     layout = Layout.even(rows, HEADS, size) if even else Layout(tuple(tuple(n + count for n in ns) for ns in lengths))
-    held = Holdings(plan, 0, rows, torch.device("cpu"))
+    held = LayerStorage(plan, 0, rows, torch.device("cpu"))
     kept = (
         torch.arange(longest)
         .expand(rows, HEADS, -1)
@@ -53,28 +53,28 @@ def stored(lengths, count, dtype=torch.float32, *, votes=False, pads=0):
     )
     old = {name: tensor[:, :, :longest] for name, tensor in entries.items()}
     old[ATTENTION] = torch.zeros(rows, HEADS, longest, GROUP)
-    held.replace(Move(range(rows), kept), Entries(keys[:, :, :longest], values[:, :, :longest]), old, layout)
+    held.replace(CompactionPlan(range(rows), kept), Entries(keys[:, :, :longest], values[:, :, :longest]), old, layout)
     positions = torch.arange(PAST, PAST + count).repeat(rows, 1)
     positions[0, :pads] = -1
     new = positions[:, None].expand(-1, HEADS, -1).int()
     held.append(keys[:, :, longest:], values[:, :, longest:], new, size)
     if votes:
-        held.slots.overwrite_tail(LOG_VOTES, entries[LOG_VOTES][:, :, longest:])
-    return plan, held, Asked(queries[:, :, :count], positions, padded=bool(pads), scaling=DIM**-0.5)
+        held.slots.overwrite_newest(LOG_VOTES, entries[LOG_VOTES][:, :, longest:])
+    return plan, held, QueryBatch(queries[:, :, :count], positions, padded=bool(pads), scaling=DIM**-0.5)
 
 
-def reference(held, asked):
+def reference(held, batch):
     """Probabilities per row and head, and the attention [B, H, q, D], in float64; pads give zeros."""
-    out = torch.zeros(asked.queries.shape, dtype=torch.float64)
+    out = torch.zeros(batch.queries.shape, dtype=torch.float64)
     masses = {}
     for row in range(held.slots.layout.rows):
         for head in range(held.slots.layout.heads):
             names = ("keys", "values", *held.slots.columns)
             entries = {name: segment(held, name, row, head) for name in names}
             own = slice(head * GROUP, (head + 1) * GROUP)
-            logits = asked.scaling * asked.queries[row, own].double() @ entries["keys"].double().T
+            logits = batch.scaling * batch.queries[row, own].double() @ entries["keys"].double().T
             logits = logits + (entries[LOG_VOTES].double() if LOG_VOTES in entries else 0)
-            seen = (entries[POSITIONS] >= 0) & (entries[POSITIONS][None] <= asked.positions[row][:, None])
+            seen = (entries[POSITIONS] >= 0) & (entries[POSITIONS][None] <= batch.positions[row][:, None])
             weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
             out[row, own] = weights @ entries["values"].double()
             masses[row, head] = weights.sum(1).T  # [T, G]
@@ -86,10 +86,10 @@ def reference(held, asked):
 @pytest.mark.parametrize(("count", "pads"), [(1, 0), (6, 0), (6, 2), (1, 1)])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_attention_is_what_float64_gives(lengths, count, pads, votes, dtype):
-    _, held, asked = stored(lengths, count, dtype, votes=votes, pads=pads)
-    output = attend(held, asked, pads=bool(pads))
-    expected, _ = reference(held, asked)
-    real = asked.positions >= 0
+    _, held, batch = stored(lengths, count, dtype, votes=votes, pads=pads)
+    output = attend(held, batch, pads=bool(pads))
+    expected, _ = reference(held, batch)
+    real = batch.positions >= 0
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for row in range(len(lengths)):
         found, wanted = output[row][:, real[row]].double(), expected[row][:, real[row]]
@@ -102,31 +102,31 @@ def test_attention_is_what_float64_gives(lengths, count, pads, votes, dtype):
 @pytest.mark.parametrize(("count", "pads"), [(1, 0), (6, 2), (300, 0)])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_each_real_query_gives_a_mass_of_one_and_to_the_right_entries(lengths, count, pads, votes):
-    plan, held, asked = stored(lengths, count, votes=votes, pads=pads)
+    plan, held, batch = stored(lengths, count, votes=votes, pads=pads)
     before = {name: tensor.clone() for name, tensor in tensors(held).items() if name[1] != ATTENTION}
-    follow_only(held, asked, plan.followers)
-    output = attend(held, asked, followers=plan.followers, pads=bool(pads))  # the same in one pass
-    expected, masses = reference(held, asked)
+    observe_only(held, batch, plan.observers)
+    output = attend(held, batch, observers=plan.observers, pads=bool(pads))  # the same in one pass
+    expected, masses = reference(held, batch)
     assert torch.allclose(output.double(), expected, atol=1e-5)
     for (row, head), expected in masses.items():
         found = segment(held, ATTENTION, row, head)
         assert torch.allclose(found.double(), 2 * expected, atol=1e-4)
-        real = int((asked.positions[row] >= 0).sum())
+        real = int((batch.positions[row] >= 0).sum())
         assert torch.allclose(found.sum(0), torch.full((GROUP,), 2.0 * real), atol=1e-3)
     assert all(torch.equal(tensors(held)[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_dropout_reaches_the_attention(lengths):
-    _, held, asked = stored(lengths, 6)
+    _, held, batch = stored(lengths, 6)
     torch.manual_seed(0)
-    assert not torch.equal(attend(held, asked, pads=False, dropout=0.5), attend(held, asked, pads=False))
+    assert not torch.equal(attend(held, batch, pads=False, dropout=0.5), attend(held, batch, pads=False))
 
 
 def test_a_part_of_the_queries_and_of_the_rows_can_be_taken():
-    _, _, asked = stored(LENGTHS["even"], 6)
-    assert torch.equal(asked.first(2).queries, asked.queries[:, :, :2])
-    assert torch.equal(asked.first(2).positions, asked.positions[:, :2])
-    swapped = asked.select_rows([1, 0, 0])
-    assert torch.equal(swapped.queries, asked.queries[[1, 0, 0]])
-    assert torch.equal(swapped.positions, asked.positions[[1, 0, 0]])
+    _, _, batch = stored(LENGTHS["even"], 6)
+    assert torch.equal(batch.first(2).queries, batch.queries[:, :, :2])
+    assert torch.equal(batch.first(2).positions, batch.positions[:, :2])
+    swapped = batch.select_rows([1, 0, 0])
+    assert torch.equal(swapped.queries, batch.queries[[1, 0, 0]])
+    assert torch.equal(swapped.positions, batch.positions[[1, 0, 0]])

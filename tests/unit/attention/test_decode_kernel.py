@@ -9,10 +9,10 @@ import torch
 from kvpolicy.attention import attend as attention
 from kvpolicy.attention.attend import attend
 from kvpolicy.plan.compress import kernel_errors
-from kvpolicy.plan.forward_observers import ATTENTION, Follower
+from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES
 from kvpolicy_kernels import UnsupportedInputError
-from tests.support.holdings import tensors
+from tests.support.storage import tensors
 from tests.unit.attention.test_attend import LENGTHS, stored
 
 
@@ -52,14 +52,14 @@ def test_it_is_what_torch_gives(lengths, pads, votes, dtype, launches):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_followers_see_the_same(lengths, pads, votes, launches):
     glimpses = []
-    other = Follower(1, {"mine": ATTENTION + "2"}, lambda glimpse, _: glimpses.append(glimpse) or {})
+    other = ForwardObserver(1, {"mine": ATTENTION + "2"}, lambda query_logits, _: glimpses.append(query_logits) or {})
     outputs, masses = [], []
     for kernels in (False, True):
         plan, held, asked = stored(lengths, 1, votes=votes, pads=pads)
         held.slots.columns[ATTENTION + "2"] = held.slots.columns[LOG_VOTES if votes else ATTENTION]
         held.slots.tensors[ATTENTION + "2"] = held.slots.tensors[LOG_VOTES if votes else ATTENTION].clone()
-        followers = (*plan.followers, other)
-        outputs.append(attend(held, asked, followers=followers, pads=bool(pads), kernels=kernels))
+        observers = (*plan.observers, other)
+        outputs.append(attend(held, asked, observers=observers, pads=bool(pads), kernels=kernels))
         masses.append(held.slots.tensors[ATTENTION])
     assert len(launches) == 1
     assert torch.allclose(*outputs, atol=1e-5)

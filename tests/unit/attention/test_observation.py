@@ -46,11 +46,11 @@ class Mass:
 
 
 def names_held(layer):
-    keys, _ = (layer.held.keys.tail.padded("keys", range(len(layer.real))), None)
-    lengths = layer.held.slots.lengths
+    keys, _ = (layer.storage.keys.residual.padded("keys", range(len(layer.num_tokens))), None)
+    lengths = layer.storage.slots.lengths
     return [
         [{int(name) for name in keys[row, head, : lengths[row][head], NAME]} for head in range(HEADS)]
-        for row in range(len(layer.real))
+        for row in range(len(layer.num_tokens))
     ]
 
 
@@ -66,12 +66,12 @@ def test_every_query_of_every_forward_adds_to_the_attention_mass(counts, padded,
         valid = torch.ones(2, count, dtype=torch.bool)
         if padded and count > 2:
             valid[0, 0] = valid[1, 1] = False
-        held = names_held(layer) if layer.altered else None
+        held = names_held(layer) if layer.compressed else None
         feed(layer, keys, values, queries, valid if padded else None)
         mass.forward(keys, queries, valid, held)
-    columns = layer.held.slots
+    columns = layer.storage.slots
     for row, head in ((row, head) for row in range(2) for head in range(HEADS)):
-        names = layer.held.keys.tail.segment("keys", row, head)[:, NAME].tolist()
+        names = layer.storage.keys.residual.segment("keys", row, head)[:, NAME].tolist()
         positions = columns.segment(POSITIONS, row, head).tolist()
         for place, (name, position) in enumerate(zip(names, positions, strict=True)):
             found = columns.segment(ATTENTION, row, head)[place].tolist() if position >= 0 else [0.0] * GROUP
@@ -118,7 +118,9 @@ def test_what_is_remembered_of_a_row_moves_with_it():
     for one in (layer, swapped):
         fed(one, *more)
     assert torch.equal(state_of(layer), state_of(swapped))
-    assert torch.allclose(layer.held.keys.tail.padded("keys", [0, 1]), swapped.held.keys.tail.padded("keys", [0, 1]))
+    assert torch.allclose(
+        layer.storage.keys.residual.padded("keys", [0, 1]), swapped.storage.keys.residual.padded("keys", [0, 1])
+    )
     layer.batch_repeat_interleave(2)
     assert torch.equal(state_of(layer), state_of(swapped)[[0, 0, 1, 1]])
     layer.batch_select_indices(torch.tensor([3]))

@@ -80,7 +80,7 @@ def test_filling_gives_every_cache_the_length(tiny):
         fill(ours, config, 1, 30, torch.float32, CPU)
 
     assert dynamic.get_seq_length() == ours.get_seq_length() == 30
-    assert [layer.held.slots.average for layer in ours.managed] == [16.0, 16.0]
+    assert [layer.storage.slots.average for layer in ours.managed] == [16.0, 16.0]
 
 
 def test_ripe_caches_compress_in_the_next_step(tiny):

@@ -26,10 +26,10 @@ def test_the_timed_call_compresses_all_layers_once(name):
     cache, settle = due(plan, SHAPE, layers_of(plan, 100, rows=2))
 
     assert [one.compressions for one in cache.stats] == [0, 0, 0]
-    assert [one.held.slots.average for one in cache.managed] == [100.0] * 3
+    assert [one.storage.slots.average for one in cache.managed] == [100.0] * 3
     settle()
     assert [one.compressions for one in cache.stats] == [1, 1, 1]
-    assert sum(one.held.slots.average for one in cache.managed) == 3 * 40
+    assert sum(one.storage.slots.average for one in cache.managed) == 3 * 40
 
 
 @pytest.mark.parametrize("name", ["full", "rkv"])

@@ -26,8 +26,8 @@ def compressed(name, length, rows, keys):
 
 
 def kept_by_head(layer, column):
-    rows = range(layer.held.slots.layout.rows)
-    view = layer.shown(rows)
+    rows = range(layer.storage.slots.layout.rows)
+    view = layer.view(rows)
     entries = getattr(view, column)
     return [entries[row, head][view.valid[row, head]] for row in rows for head in range(SHAPE.kv_heads)]
 

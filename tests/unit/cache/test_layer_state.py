@@ -48,17 +48,17 @@ def test_the_life_was_varied():
     with everything().attach(one) as attachment:
         cache = grown(one, attachment)
         layer, found = cache.managed[0], dict(reachable(cache))
-        assert layer.altered
+        assert layer.compressed
         assert layer.record_past
-        assert not layer.prompting
+        assert not layer.expects_prompt
         assert layer.state.compressions > 1
         assert layer.rollback_limit
-        assert len({length for row in layer.held.slots.lengths for length in row}) > 1
-        assert layer.held.keys.packed.longest
-        assert layer.held.pages.store.longest
+        assert len({length for row in layer.storage.slots.lengths for length in row}) > 1
+        assert layer.storage.keys.packed.longest
+        assert layer.storage.pages.store.longest
         assert layer.row_state
         assert layer.window._filled
-        assert len(layer.held.slots.columns) > 2
+        assert len(layer.storage.slots.columns) > 2
         paths = " ".join(found)
         for part in ("layers[0].cumulative_length", "state.row_state['", "held.pages.store.tensors['", "keys._stuck"):
             assert part in paths
@@ -102,13 +102,13 @@ def test_segments_that_cannot_be_packed_are_remembered(tmp_path):
         with pytest.warns(NonFiniteScoreWarning):
             one(inputs_embeds=embedded, past_key_values=cache)
         cache.save(tmp_path / "c")
-        stuck = [layer.held.keys._stuck for layer in cache.managed]
+        stuck = [layer.storage.keys._stuck for layer in cache.managed]
         assert any(stuck)
         for other in (cache.fork(), attachment.load_cache(tmp_path / "c"), copy.deepcopy(cache)):
             assert_same_state(cache, other)
         moved = cache.fork([1, 1, 0])
         expected = [{(new, head) for row, head in each if row for new in (0, 1)} for each in stuck]
-        assert [layer.held.keys._stuck for layer in moved.managed] == expected
+        assert [layer.storage.keys._stuck for layer in moved.managed] == expected
 
 
 def test_windows_that_are_full_keep_their_order(tmp_path):
@@ -131,12 +131,14 @@ def test_bytes_are_counted_in_copies(tmp_path):
         cache.save(tmp_path / "c")
         for other in (cache.fork(), attachment.load_cache(tmp_path / "c")):
             report = attachment.report()
-            assert [(each.seen, each.compressions) for each in report.layers] == [(58, cache.stats[0].compressions)] * 2
-            held = [layer.held.slots.average for layer in other.managed]
+            assert [(each.seq_len, each.compressions) for each in report.layers] == [
+                (58, cache.stats[0].compressions)
+            ] * 2
+            held = [layer.storage.slots.average for layer in other.managed]
             assert [each.held for each in report.layers] == held
             for layer, each in zip(other.managed, report.layers, strict=True):
-                found = [tensor for _, tensor in reachable([layer.held, layer.row_state])]
-                found += [*layer.held.index_tensors, layer.window._queries, layer.window._positions]
+                found = [tensor for _, tensor in reachable([layer.storage, layer.row_state])]
+                found += [*layer.storage.index_tensors, layer.window._queries, layer.window._positions]
                 assert each.nbytes == sum(one.untyped_storage().nbytes() for one in found if torch.is_tensor(one))
             stock = sum(tensor.nbytes for _, tensor in reachable(other.layers[0]) if isinstance(tensor, torch.Tensor))
             assert report.stock_bytes == stock

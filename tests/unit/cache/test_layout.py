@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvpolicy.cache.storage.layout import Layout, table
+from kvpolicy.cache.storage.layout import Layout, per_segment
 
 CPU = torch.device("cpu")
 
@@ -36,4 +36,4 @@ def test_no_row_is_a_layout_too():
 
 
 def test_a_table_asks_for_every_row_and_head():
-    assert table(2, 3, lambda row, head: 10 * row + head) == ((0, 1, 2), (10, 11, 12))
+    assert per_segment(2, 3, lambda row, head: 10 * row + head) == ((0, 1, 2), (10, 11, 12))

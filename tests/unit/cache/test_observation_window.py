@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy.cache.observation_window import Window
+from kvpolicy.cache.observation_window import ObservationWindow
 
 SIZE, HEADS, DIM = 4, 2, 3
 
@@ -27,7 +27,7 @@ def histories(draw):
 
 @given(histories())
 def test_the_window_holds_the_newest_queries_of_each_row(history):
-    window, rows = Window(SIZE), [[], []]
+    window, rows = ObservationWindow(SIZE), [[], []]
     real, name, undone = [0, 0], 0, False
     for what, count, seed in history:
         generator = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def _compare(window, rows, *, undone):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
 def test_exactly_the_last_ones_are_held_without_rollbacks(count):
-    window = Window(SIZE)
+    window = ObservationWindow(SIZE)
     for step in range(30):
         window.add(entries(1, count, step * count), torch.arange(step * count, (step + 1) * count)[None], padded=False)
         total = (step + 1) * count
@@ -79,7 +79,7 @@ def test_exactly_the_last_ones_are_held_without_rollbacks(count):
 
 
 def test_the_buffer_keeps_its_size_and_its_place():
-    window = Window(SIZE)
+    window = ObservationWindow(SIZE)
     window.add(entries(2, 9, 0), torch.arange(9).expand(2, 9), padded=False)
     size, place = window.nbytes, window._queries.data_ptr()
     for step in range(40):
@@ -89,7 +89,7 @@ def test_the_buffer_keeps_its_size_and_its_place():
 
 
 def test_rows_can_be_asked_for_on_their_own():
-    window = Window(SIZE)
+    window = ObservationWindow(SIZE)
     window.add(entries(3, 2, 0), torch.arange(2).expand(3, 2), padded=False)
     queries, positions = window.last([2])
     assert queries[0, 0, :, 0].tolist() == [4, 5]
@@ -97,7 +97,7 @@ def test_rows_can_be_asked_for_on_their_own():
 
 
 def test_a_window_of_no_queries_holds_none():
-    window = Window(0)
+    window = ObservationWindow(0)
     window.add(entries(1, 2, 0), torch.arange(2)[None], padded=False)
     window.forget(torch.tensor([0]))
     window = window.selected([0])

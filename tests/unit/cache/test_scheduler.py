@@ -43,4 +43,6 @@ def test_layers_that_wait_together_are_compressed_with_those_of_their_own_scalin
                 feed(layer, *random_entries(generator, 2, count), scaling=scaling)
     assert launches == [[(0, 0.5), (2, 0.5)], [(1, 2.0), (3, 2.0)]]
     for layer, single in zip(layers, alone, strict=True):
-        assert torch.equal(layer.held.keys.tail.padded("keys", [0, 1]), single.held.keys.tail.padded("keys", [0, 1]))
+        assert torch.equal(
+            layer.storage.keys.residual.padded("keys", [0, 1]), single.storage.keys.residual.padded("keys", [0, 1])
+        )

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvpolicy.cache.compaction.compaction_plan import Move
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.storage.layout import Layout
-from kvpolicy.cache.storage.slot_store import Store
+from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.stages import Column
@@ -13,7 +13,7 @@ from kvpolicy.stages import Column
 
 def filled(*lengths, slack=0):
     """A store of one head per row; the positions of a row count from ten times its number."""
-    store = Store({POSITIONS: Column((), torch.int32, -1)}, len(lengths), 1, torch.device("cpu"))
+    store = SlotStore({POSITIONS: Column((), torch.int32, -1)}, len(lengths), 1, torch.device("cpu"))
     rows = range(len(lengths))
     store.replace(rows, entries(*rows, count=max(lengths)), tuple((n,) for n in lengths), layout(*lengths, slack=slack))
     return store
@@ -89,7 +89,7 @@ def test_only_the_oldest_leave_at_the_front():
 @pytest.mark.parametrize("capacities", [(7, 4), (5, 5), (3, 2)], ids=["in place", "even", "tight"])
 def test_what_is_kept_closes_up_and_the_other_rows_stay(capacities):
     store = filled(5, 2, slack=2)
-    store.keep(Move([0], torch.tensor([[[0, 2, 4]]])), Layout(tuple((size,) for size in capacities)))
+    store.keep(CompactionPlan([0], torch.tensor([[[0, 2, 4]]])), Layout(tuple((size,) for size in capacities)))
     assert positions(store) == [[0, 2, 4], [10, 11]]
     assert (store.tensors[POSITIONS] >= 0).sum() == 5
     store.check_integrity()
@@ -97,21 +97,21 @@ def test_what_is_kept_closes_up_and_the_other_rows_stay(capacities):
 
 def test_all_rows_are_kept_in_storage_that_is_alike():
     store = filled(4, 4, slack=1)
-    store.keep(Move([0, 1], torch.tensor([[[1, 3]], [[0, 1]]])), layout(4, 4, slack=1))
+    store.keep(CompactionPlan([0, 1], torch.tensor([[[1, 3]], [[0, 1]]])), layout(4, 4, slack=1))
     assert positions(store) == [[1, 3], [10, 11]]
     assert (store.tensors[POSITIONS] >= 0).sum() == 4
 
 
 def test_a_segment_without_a_slot_may_be_the_last():
     store = filled(5, 0)
-    store.keep(Move([0, 1], torch.tensor([[[1, 2]], [[-1, -1]]])), layout(2, 0))
+    store.keep(CompactionPlan([0, 1], torch.tensor([[[1, 2]], [[-1, -1]]])), layout(2, 0))
     assert positions(store) == [[1, 2], []]
     store.check_integrity()
 
 
 def test_one_move_serves_storages_that_lie_differently():
     """As keys and positions do, when one of them has grown."""
-    move = Move([0, 1], torch.tensor([[[1, 3]], [[0, 2]]]))
+    move = CompactionPlan([0, 1], torch.tensor([[[1, 3]], [[0, 2]]]))
     for slack in (0, 2):
         store = filled(4, 4, slack=slack)
         store.keep(move, layout(4, 4, slack=slack))

@@ -32,7 +32,7 @@ def test_held_tokens_add_up_to_what_the_store_holds(tiny, policies):
     _, cache = answer(model, tokenizer, [item], fitted)
     held = held_tokens(cache, 1000)
 
-    assert (held * 2).sum(1).tolist() == [sum(layer.held.slots.lengths[0]) for layer in cache.managed]
+    assert (held * 2).sum(1).tolist() == [sum(layer.storage.slots.lengths[0]) for layer in cache.managed]
 
 
 def test_streaming_keeps_both_ends(kept):

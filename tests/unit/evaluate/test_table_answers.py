@@ -73,10 +73,10 @@ def test_a_replayed_cache_is_that_of_the_real_prompt(tiny, items, name):
         model(found.context, attention_mask=mask, position_ids=places_of(mask), past_key_values=cache)
 
     for ours, real in zip(layers, cache.managed, strict=True):
-        assert ours.held.slots.lengths == real.held.slots.lengths
+        assert ours.storage.slots.lengths == real.storage.slots.lengths
         for store in ("slots", "keys", "values"):
-            one, other = (getattr(layer.held, store) for layer in (ours, real))
-            one, other = (getattr(store, "tail", store) for store in (one, other))
+            one, other = (getattr(layer.storage, store) for layer in (ours, real))
+            one, other = (getattr(store, "residual", store) for store in (one, other))
             for column, tensor in one.tensors.items():
                 torch.testing.assert_close(tensor, other.tensors[column], rtol=1e-4, atol=1e-5)
         if ours.window.size:

@@ -7,11 +7,11 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import POSITIONS
 from tests.support.driving import HEADS, drive, feed, new_layer, random_entries, worth_plan
-from tests.support.holdings import bytes_per_slot, padded
+from tests.support.storage import bytes_per_slot, padded
 
 
 def lengths(layer):
-    return [length for row in layer.held.slots.lengths for length in row]
+    return [length for row in layer.storage.slots.lengths for length in row]
 
 
 def test_lengths_are_logical():
@@ -40,7 +40,7 @@ def test_only_decode_steps_take_entries_out_of_order():
     for seed in range(8):
         drive(layer, 1, 1, 1, rows=2, seed=seed)
     assert not layer.in_order
-    positions = padded(layer.held, POSITIONS)
+    positions = padded(layer.storage, POSITIONS)
     assert not torch.equal(positions, positions.sort(-1).values)
 
 
@@ -89,7 +89,7 @@ def test_recorded_tokens_evict_what_they_would_evict_one_by_one_and_can_be_undon
     drive(layer, 4, 4)
     assert lengths(layer) == [8, 8]
     layer.crop(-3)
-    assert layer.seen == 25
+    assert layer.seq_len == 25
     assert lengths(layer) == [8, 8]
     drive(layer, 4)
     assert lengths(layer) == [9, 9]  # the newest waits: it may be undone as well
@@ -106,9 +106,9 @@ def test_crop_takes_a_length_too():
     layer = new_layer(worth_plan(budget=30))
     drive(layer, 20)
     layer.crop(15)
-    assert layer.seen == 15
+    assert layer.seq_len == 15
     layer.crop(99)
-    assert layer.seen == 15
+    assert layer.seq_len == 15
 
 
 def test_what_was_evicted_cannot_be_undone():
@@ -116,7 +116,7 @@ def test_what_was_evicted_cannot_be_undone():
     drive(layer, 20, 1)
     with pytest.raises(CacheError, match=r"layer 0: cannot undo 2 tokens, entries were evicted or packed 1 tokens ago"):
         layer.crop(-2)
-    assert layer.seen == 21
+    assert layer.seq_len == 21
     layer.crop(-1)
     assert lengths(layer) == [6, 6]
 
@@ -143,9 +143,9 @@ def test_pads_are_dropped_with_the_first_eviction():
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[0, :7] = False
     feed(layer, *random_entries(torch.Generator(), 2, 10), valid)
-    assert layer.held.slots.lengths == ((3, 3), (6, 6))
-    assert layer.real == [3, 10]
-    assert layer.held.slots.segment(POSITIONS, 0, 0).tolist() == [0, 1, 2]
+    assert layer.storage.slots.lengths == ((3, 3), (6, 6))
+    assert layer.num_tokens == [3, 10]
+    assert layer.storage.slots.segment(POSITIONS, 0, 0).tolist() == [0, 1, 2]
 
 
 def test_pads_stay_while_nothing_is_evicted():
@@ -153,8 +153,8 @@ def test_pads_stay_while_nothing_is_evicted():
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[0, :7] = False
     feed(layer, *random_entries(torch.Generator(), 2, 10), valid)
-    assert layer.held.slots.lengths == ((10, 10), (10, 10))
-    assert layer.held.slots.segment(POSITIONS, 0, 0).tolist() == [-1] * 7 + [0, 1, 2]
+    assert layer.storage.slots.lengths == ((10, 10), (10, 10))
+    assert layer.storage.slots.segment(POSITIONS, 0, 0).tolist() == [-1] * 7 + [0, 1, 2]
     assert layer.padded
 
 
@@ -172,8 +172,8 @@ def test_it_says_beforehand_whether_it_would_alter():
 def test_statistics_follow(ragged):
     layer = new_layer(worth_plan(budget=6, every=3, ragged=ragged))
     drive(layer, 20, 1, 1, 1)
-    assert (layer.stats.seen, layer.stats.held, layer.stats.compressions) == (23, 6.0, 2)
-    assert layer.stats.entry_bytes == layer.held.nbytes == 9 * HEADS * bytes_per_slot(layer.plan)
+    assert (layer.stats.seq_len, layer.stats.held, layer.stats.compressions) == (23, 6.0, 2)
+    assert layer.stats.entry_bytes == layer.storage.nbytes == 9 * HEADS * bytes_per_slot(layer.plan)
     assert layer.stats.peak_entry_bytes >= 20 * layer.stats.entry_bytes // 9
     assert layer.stats.seconds > 0
 
@@ -195,7 +195,7 @@ def test_pads_that_were_dropped_between_entries_cannot_be_undone():
     feed(layer, *random_entries(torch.Generator(), 2, 10), valid)
     later = torch.tensor([[True, True], [False, False]])
     feed(layer, *random_entries(torch.Generator(), 2, 2), later)  # evicts nothing, and closes the gap in the second row
-    assert layer.held.slots.lengths == ((5, 5), (6, 6))
+    assert layer.storage.slots.lengths == ((5, 5), (6, 6))
     with pytest.raises(CacheError, match="undo"):
         layer.crop(-2)
 

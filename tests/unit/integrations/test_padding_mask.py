@@ -5,7 +5,7 @@ import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from kvpolicy.errors import CacheError
-from kvpolicy.integrations.transformers.calls.padding_mask import Arrival, arrival_of, is_foreign, policy_mask
+from kvpolicy.integrations.transformers.calls.padding_mask import NewTokens, is_foreign, new_tokens_of, policy_mask
 
 PADDING = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
@@ -36,29 +36,29 @@ def test_the_mask_is_the_stock_one():
 def test_no_mask_says_that_all_tokens_are_real():
     found, _ = mask_of(torch.ones(2, 5, dtype=torch.long))
     assert found is None
-    assert arrival_of(found) is None
+    assert new_tokens_of(found) is None
     assert not is_foreign(found)
 
 
 def test_a_mask_of_pads_says_which_tokens_are_real():
     found, _ = mask_of(PADDING)
-    assert arrival_of(found).valid.tolist() == PADDING.bool().tolist()
-    assert arrival_of(found).counts == [3, 5]
-    assert arrival_of(found).earlier == [0, 0]
-    assert arrival_of(found).padded
+    assert new_tokens_of(found).valid.tolist() == PADDING.bool().tolist()
+    assert new_tokens_of(found).counts == [3, 5]
+    assert new_tokens_of(found).earlier == [0, 0]
+    assert new_tokens_of(found).padded
 
 
 def test_of_a_later_forward_only_its_own_tokens_count():
     found, _ = mask_of(PADDING, queries=2)
-    assert arrival_of(found).counts == [2, 2]
-    assert arrival_of(found).earlier == [1, 3]
-    assert not arrival_of(found).padded
+    assert new_tokens_of(found).counts == [2, 2]
+    assert new_tokens_of(found).earlier == [1, 3]
+    assert not new_tokens_of(found).padded
 
 
 def test_a_causal_mask_without_pads_names_no_arrival():
     found, _ = mask_of(None, queries=2)
     assert found is not None
-    assert arrival_of(found) is None
+    assert new_tokens_of(found) is None
     assert not is_foreign(found)
 
 
@@ -66,22 +66,22 @@ def test_other_masks_are_foreign():
     found, _ = mask_of(PADDING, mask_function=sliding_window_causal_mask_function(3))
     assert is_foreign(found)
     assert is_foreign(torch.ones(1, 1, 5, 5, dtype=torch.bool))
-    assert arrival_of(found) is None
+    assert new_tokens_of(found) is None
 
 
 def test_no_row_is_padded_in_an_empty_batch():
     empty = torch.ones(0, 3, dtype=torch.bool)
-    assert not Arrival(empty, empty[:, :0]).padded
+    assert not NewTokens(empty, empty[:, :0]).padded
 
 
 def test_a_mask_shorter_than_the_keys_hides_the_rest_as_in_stock():
     for queries in (1, 3):
         found, stock = mask_of(PADDING[:, :3], queries, kv_length=5, q_offset=5 - queries)
         assert torch.equal(found, stock)
-        arrival = arrival_of(found)
+        new_tokens = new_tokens_of(found)
         shown = torch.nn.functional.pad(PADDING[:, :3], (0, 2)).bool()
-        assert arrival.valid.tolist() == shown[:, -queries:].tolist()
-        assert arrival.earlier == shown[:, :-queries].sum(1).tolist()
+        assert new_tokens.valid.tolist() == shown[:, -queries:].tolist()
+        assert new_tokens.earlier == shown[:, :-queries].sum(1).tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -92,4 +92,4 @@ def test_a_mask_of_other_rows_is_refused_unless_it_hides_nothing(rows):
         batch_size=2, q_length=2, kv_length=5, q_offset=3, attention_mask=torch.ones(rows, 5, dtype=torch.bool)
     )
     assert torch.equal(found, policy_mask(batch_size=2, q_length=2, kv_length=5, q_offset=3))
-    assert arrival_of(found) is None
+    assert new_tokens_of(found) is None

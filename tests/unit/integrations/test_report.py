@@ -17,7 +17,7 @@ def test_a_report_is_a_snapshot():
     stats[0].sample(10, 4.0, 100)
     report = Report.of(small("snapkv").compile(model()), stats)
     stats[0].sample(11, 5.0, 80)
-    assert (report.layers[0].seen, report.layers[0].held, report.layers[0].nbytes) == (10, 4.0, 100)
+    assert (report.layers[0].seq_len, report.layers[0].held, report.layers[0].nbytes) == (10, 4.0, 100)
     assert stats[0].peak_bytes == 100
 
 
@@ -27,7 +27,7 @@ def test_a_report_tells_what_each_layer_holds():
         report = attachment.report()
     found = json.loads(json.dumps(report.to_dict()))
     assert found["policy"] == "snapkv"
-    assert [layer["seen"] for layer in found["layers"]] == [63] * 3
+    assert [layer["seq_len"] for layer in found["layers"]] == [63] * 3
     assert [layer["held"] for layer in found["layers"]] == [15.0] * 3
     assert found["bytes_held"] == sum(layer["nbytes"] for layer in found["layers"]) == report.nbytes
     text = str(report)

@@ -49,7 +49,7 @@ def test_bytes_held_are_those_of_a_real_cache(name):
     with policy.attach(model) as attachment, torch.no_grad():
         cache = attachment.cache()
         model.generate(torch.randint(0, 97, (1, 60)), past_key_values=cache, max_new_tokens=20, eos_token_id=None)
-    held = sum(layer.held.nbytes for layer in cache.managed)
+    held = sum(layer.storage.nbytes for layer in cache.managed)
     observed = sum(layer.window.nbytes for layer in cache.managed)
 
     found = explain(policy.compile(model), 79)

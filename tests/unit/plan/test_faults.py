@@ -8,13 +8,13 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import NonFiniteScoreWarning
-from kvpolicy.plan.forward_observers import ATTENTION, followers_of, state_name
+from kvpolicy.plan.forward_observers import ATTENTION, forward_observers_of, state_name
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.stages import Geometry, Glimpse
+from kvpolicy.stages import Geometry, QueryLogits
 from tests.support.compressing import chosen, compress_layers
 from tests.support.driving import feed, new_layer, plan_of, random_entries
-from tests.support.holdings import padded
 from tests.support.policies import small
+from tests.support.storage import padded
 from tests.support.views import view_of
 
 HEADS, GROUP, DIM, SLOTS = 2, 2, 8, 24
@@ -78,7 +78,7 @@ def test_scores_that_were_nan_are_not_remembered(update):
     assert torch.equal(again.observed[name][1, 0], first.observed[name][1, 0])
 
 
-def glimpse(place=None, wrong=torch.nan, query=None):
+def query_logits(place=None, wrong=torch.nan, query=None):
     """What three queries see, in row 1 a logit that says nothing: of one entry, or of all for one query."""
     logits = torch.randn(2, HEADS, GROUP, 3, SLOTS, generator=torch.Generator().manual_seed(1))
     logits[..., 0, -2:] = logits[..., 1, -1:] = -torch.inf
@@ -86,25 +86,27 @@ def glimpse(place=None, wrong=torch.nan, query=None):
         logits[1, 0, :, 1:, place] = wrong
     if query is not None:
         logits[1, 0, :, query] = wrong
-    return Glimpse(logits)
+    return QueryLogits(logits)
 
 
 def follower(name, **merge):
     policy = kvpolicy.load(name) if not merge else small("snapkv", merge=merge)
-    return followers_of(policy.spec)[-1]
+    return forward_observers_of(policy.spec)[-1]
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_the_attention_mass_of_a_query_that_is_not_finite_counts_for_nothing(wrong):
     one = follower("h2o")
     start = {ATTENTION: torch.rand(2, HEADS, SLOTS, GROUP, generator=torch.Generator().manual_seed(2))}
-    clean, found = (one.update(given, start)[ATTENTION] for given in (glimpse(), glimpse(query=2, wrong=wrong)))
+    clean, found = (
+        one.update(given, start)[ATTENTION] for given in (query_logits(), query_logits(query=2, wrong=wrong))
+    )
     assert torch.equal(found[0], clean[0])
     assert torch.equal(found[1, 1], clean[1, 1])
-    others = glimpse().probabilities[1, 0, :, :2].sum(1).transpose(0, 1)
+    others = query_logits().probabilities[1, 0, :, :2].sum(1).transpose(0, 1)
     torch.testing.assert_close(found[1, 0], start[ATTENTION][1, 0] + others)
-    seldom = one.update(glimpse(place=20, wrong=wrong), start)[ATTENTION]
-    only = glimpse().probabilities[1, 0, :, 0].transpose(0, 1)
+    seldom = one.update(query_logits(place=20, wrong=wrong), start)[ATTENTION]
+    only = query_logits().probabilities[1, 0, :, 0].transpose(0, 1)
     others = torch.arange(SLOTS) != 20
     torch.testing.assert_close(seldom[1, 0, others], (start[ATTENTION][1, 0] + only)[others])
     assert seldom[1, 0, 20].isnan().all() == (wrong != torch.inf)  # an entry that alone is NaN is told from the others
@@ -123,7 +125,7 @@ def test_kernels_note_the_same_mass_and_give_the_same_output(wrong):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NonFiniteScoreWarning)
                 output = feed(layer, keys, values, queries)
-        found.append((output, padded(layer.held, ATTENTION), padded(layer.held, "positions")))
+        found.append((output, padded(layer.storage, ATTENTION), padded(layer.storage, "positions")))
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right, equal_nan=True)
     mass = found[0][1]
@@ -140,8 +142,8 @@ def test_an_estimate_that_was_not_told_anything_stays(estimate, wrong):
     one = follower("keepkv", use="keepkv", window=3, estimate=estimate)
     fills = {name: 0.0 if name == "samples" else -torch.inf for name in one.columns}
     start = {name: torch.full((2, HEADS, SLOTS), fill) for name, fill in fills.items()}
-    clean, found = one.update(glimpse(), start), one.update(glimpse(place=5, wrong=wrong), start)
-    hidden = one.update(glimpse(place=5, wrong=-torch.inf), start)
+    clean, found = one.update(query_logits(), start), one.update(query_logits(place=5, wrong=wrong), start)
+    hidden = one.update(query_logits(place=5, wrong=-torch.inf), start)
     for name, state in found.items():
         assert not state.isnan().any()
         assert (state < torch.inf).all()

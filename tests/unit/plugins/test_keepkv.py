@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Glimpse, Needs
+from kvpolicy.stages import Needs, QueryLogits
 from kvpolicy_plugins.estimates import MovingAverage, WindowMean
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
 from kvpolicy_plugins.merging import groups_of
@@ -26,7 +26,9 @@ def pair(scores, merger=None, keys=((1.0, 0), (0.6, 0.8)), **rest):
     if merger is None:
         return view
     state = fresh_state(merger, view)
-    return attrs.evolve(view, slot_state=merger.follow(Glimpse(torch.tensor(scores).reshape(1, 1, 1, 1, 2)), state))
+    return attrs.evolve(
+        view, slot_state=merger.observe_forward(QueryLogits(torch.tensor(scores).reshape(1, 1, 1, 1, 2)), state)
+    )
 
 
 def test_equal_scores_average():
@@ -116,7 +118,7 @@ def test_scores_seen_unequally_often_merge_as_they_are_expected():
     seen_once = torch.tensor([[1.0, -torch.inf]]).expand(99, 2)
     logits = torch.cat([seen_once, torch.ones(1, 2)])[None, None, None]
     rule = MovingAverage(0.9, 100)
-    view = attrs.evolve(view, slot_state=rule.follow(Glimpse(logits), state))
+    view = attrs.evolve(view, slot_state=rule.observe_forward(QueryLogits(logits), state))
     entries = merger.merge(view, torch.tensor([[[1]]]))
     assert_close(rule.log_scores(entries.slot_state), torch.ones(1, 1, 1))
     assert entries.slot_state["samples"].item() == 1
@@ -130,7 +132,7 @@ def test_a_mean_over_the_window_counts_only_real_queries():
     for size in (1, 2):
         found = state
         for part in logits.split(size, 3):
-            found = rule.follow(Glimpse(part), found)
+            found = rule.observe_forward(QueryLogits(part), found)
         means = [math.log((math.exp(first) + math.exp(second)) / 2) for first, second in ((2, 3), (4, 5))]
         assert_close(rule.log_scores(found).flatten(), torch.tensor(means))
 
@@ -140,21 +142,21 @@ def test_heads_of_a_group_are_averaged():
         state = {one.name: torch.full((1, 1, 1), one.fill) for one in rule.states()}
         logits = torch.tensor([1.0, 3.0]).reshape(1, 1, 2, 1, 1)
         expected = math.log((math.exp(1) + math.exp(3)) / 2)
-        assert_close(rule.log_scores(rule.follow(Glimpse(logits), state)).item(), expected)
+        assert_close(rule.log_scores(rule.observe_forward(QueryLogits(logits), state)).item(), expected)
 
 
 def test_only_the_newest_queries_are_followed():
     for rule in (MovingAverage(0.5, 2), WindowMean(2)):
         state = {one.name: torch.full((1, 1, 1), one.fill) for one in rule.states()}
         logits = torch.randn(1, 1, 1, 5, 1, generator=torch.Generator().manual_seed(3))
-        found, expected = (rule.follow(Glimpse(part), state) for part in (logits, logits[..., -2:, :]))
+        found, expected = (rule.observe_forward(QueryLogits(part), state) for part in (logits, logits[..., -2:, :]))
         for name in state:
             assert torch.equal(found[name], expected[name])
 
 
 def test_what_is_observed():
-    assert KeepKV().needs() == Needs(queries=1, followed=32)
-    assert KeepKV(fallback="bias", window=5).needs() == Needs(followed=5)
+    assert KeepKV().needs() == Needs(queries=1, forward_queries=32)
+    assert KeepKV(fallback="bias", window=5).needs() == Needs(forward_queries=5)
     assert KeepKV(key="additive", fallback="bias").needs().queries == 1
     assert KeepKV(key="mean").needs().queries == KeepKV(key="bias").needs().queries == 0
     assert [one.name for one in KeepKV().slot_state()] == ["log_estimate", "samples"]

@@ -56,9 +56,9 @@ def test_halves_are_rounded_to_even():
 
 def test_keys_are_packed_all_at_once_and_values_one_by_one():
     both = formats(Kivi(group=4, residual=8))
-    assert [both.keys.sealed(length) for length in (7, 8, 15, 16, 17)] == [0, 8, 8, 16, 16]
-    assert [both.values.sealed(length) for length in (7, 8, 9, 17)] == [0, 0, 1, 9]
-    assert (both.keys.unit, both.values.unit) == (4, 1)
+    assert [both.keys.packed_length(length) for length in (7, 8, 15, 16, 17)] == [0, 8, 8, 16, 16]
+    assert [both.values.packed_length(length) for length in (7, 8, 9, 17)] == [0, 0, 1, 9]
+    assert (both.keys.group_size, both.values.group_size) == (4, 1)
 
 
 def test_columns_are_those_of_the_parameters():

@@ -115,8 +115,8 @@ def test_the_newest_stay_exact(sample):
     assert formats.keys.joint
     assert not formats.values.joint
     for form in (formats.keys, formats.values):
-        assert (form.keep, form.step, form.unit) == (5, 1, 1)
-        assert [form.sealed(length) for length in (0, 4, 5, 6, 40)] == [0, 0, 0, 1, 35]
+        assert (form.residual_length, form.step, form.group_size) == (5, 1, 1)
+        assert [form.packed_length(length) for length in (0, 4, 5, 6, 40)] == [0, 0, 0, 1, 35]
 
 
 def test_nothing_is_encoded_to_nothing(sample):

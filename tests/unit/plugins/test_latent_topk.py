@@ -1,4 +1,4 @@
-"""The reader `latent_topk` on questions that can be answered by hand."""
+"""The reader `latent_topk` on requests that can be answered by hand."""
 
 import attrs
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import AsIs, Geometry, Question, Rotary
+from kvpolicy.stages import AsIs, Geometry, ReadRequest, Rotary
 from kvpolicy.stages.conformance import conformance_cases
 from kvpolicy_plugins.codecs.latent import LatentKeys
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
@@ -20,21 +20,21 @@ VARIANTS = (
 )
 
 
-def question(latents, lengths, sealed, *, query=(1.0, 0.0, 0.0, 0.0), layer=3):
+def question(latents, lengths, packed_lengths, *, query=(1.0, 0.0, 0.0, 0.0), layer=3):
     """Rows of `lengths` entries; the basis is the identity and every query head of KV head h asks `query`'s part h."""
     latents = torch.as_tensor(latents)[:, None]
     slots = max(lengths)
     positions = torch.arange(slots).expand(len(lengths), 2, slots)
     positions = positions.where(positions < torch.tensor(lengths)[:, None, None], -1)
     heads = torch.tensor(query).reshape(2, 1, 2).expand(2, 2, 2).reshape(4, 2)
-    return Question(
+    return ReadRequest(
         queries=heads.expand(len(lengths), 4, 2),
         query_positions=torch.zeros(len(lengths), dtype=torch.int64),
         positions=positions,
         geometry=GEOMETRY,
         layer=layer,
         format=LatentKeys(Rotary(torch.tensor([1.0])), torch.eye(4), 2, torch.float32),
-        sealed=torch.tensor(sealed)[:, None].expand(-1, 2),
+        packed_lengths=torch.tensor(packed_lengths)[:, None].expand(-1, 2),
         packed={"latent": latents},
     )
 
@@ -60,7 +60,7 @@ def test_the_best_between_the_first_and_the_last_are_read_the_earlier_of_equals(
 def test_entries_without_a_latent_are_read():
     asked = question(along(NUMBERS)[None], [10], [6])
     assert LatentTopK(1, 2, 2).choose(asked).tolist() == [[[0, 2, 4, 6, 7, 8, 9]] * 2]
-    nothing_packed = attrs.evolve(asked, sealed=None, packed={})
+    nothing_packed = attrs.evolve(asked, packed_lengths=None, packed={})
     assert LatentTopK(1, 2, 2).choose(nothing_packed) is None
 
 

@@ -1,11 +1,11 @@
-"""The reader `pages` on questions that can be answered by hand."""
+"""The reader `pages` on requests that can be answered by hand."""
 
 import attrs
 import pytest
 import torch
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Geometry, Question, Site
+from kvpolicy.stages import Geometry, ReadRequest, Site
 from kvpolicy.stages.conformance import conformance_cases
 from kvpolicy_plugins.readers.pages import Pages
 
@@ -23,7 +23,7 @@ def question(reader, numbers, queries=((1.0, 0.0),), lengths=None, layer=2):
     full = slots // reader.page * reader.page
     pages = reader.pages(Site(geometry, torch.float32)).encode(keys[:, :, :full], positions[:, :, :full])
     asked = torch.tensor(queries)[None]
-    return Question(asked, positions.amax((1, 2)), positions, geometry, layer, pages=pages)
+    return ReadRequest(asked, positions.amax((1, 2)), positions, geometry, layer, pages=pages)
 
 
 NUMBERS = [3.0, -9.0, 0.0, 0.0, 5.0, 5.0, -8.0, 4.0, 1.0, 1.0, 0.0]  # pages of 2; the last one is being filled
@@ -102,7 +102,7 @@ def test_what_fits_is_read_and_so_are_the_first_layers():
 
 def test_pages_keep_the_extremes_exactly_in_the_dtype_of_the_keys():
     form = Pages(3, 3).pages(Site(Geometry((0,), 2, 2, 4), torch.bfloat16))
-    assert (form.unit, form.step, form.keep, form.sealed(11)) == (3, 3, 0, 9)
+    assert (form.group_size, form.step, form.residual_length, form.packed_length(11)) == (3, 3, 0, 9)
     keys = torch.randn(2, 2, 9, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     columns = form.encode(keys, torch.arange(9).expand(2, 2, 9))
     for name, found in columns.items():

@@ -86,7 +86,7 @@ def test_columns_are_those_of_the_parameters():
 
 def test_what_exceeds_the_residual_is_packed_in_batches():
     half = Tada(residual=10, batch=4).formats(site()).keys
-    assert [half.sealed(length) for length in (10, 13, 14, 17, 18)] == [0, 0, 4, 4, 8]
+    assert [half.packed_length(length) for length in (10, 13, 14, 17, 18)] == [0, 0, 4, 4, 8]
 
 
 def test_groups_must_divide_the_vectors_of_the_model():

@@ -21,7 +21,7 @@ class Rounded(Format):
 
     columns: dict
     dtype: torch.dtype
-    unit: int = 2
+    group_size: int = 2
     step: int = 4
 
     def encode(self, vectors, positions):
@@ -108,9 +108,11 @@ CODECS = {
     "gave AsIs, expected Formats": giving(lambda formats: formats.values),
     "gave a joint format, expected `joint` to say so": broken_codec(joint=True),
     "refuses a model in words: plugin 'rounding': codec 'rounding' raised ValueError: no": refusing(ValueError("no")),
-    "packed 1 of 1 entries after 0, expected ever more whole units of 2": broken_codec(sealed=lambda self, n: n),
-    "packed 4 of 0 entries after 0, expected": broken_codec(sealed=lambda self, n: 4),
-    "packed 0 of 9 entries after 8, expected": broken_codec(sealed=lambda self, n: 8 if n == 8 else 0),
+    "packed 1 of 1 entries after 0, expected ever more whole groups of 2": broken_codec(
+        packed_length=lambda self, n: n
+    ),
+    "packed 4 of 0 entries after 0, expected": broken_codec(packed_length=lambda self, n: 4),
+    "packed 0 of 9 entries after 8, expected": broken_codec(packed_length=lambda self, n: 8 if n == 8 else 0),
     "packed 3 of 3 entries after 0, expected": giving(lambda both: Formats(attrs.evolve(both.keys, step=3), AsIs())),
     "encoded to [], expected ['rounded']": broken_codec(encode=lambda self, vectors, positions: {}),
     "returned torch.float64, expected torch.float32": encoding(torch.Tensor.double),

@@ -43,7 +43,7 @@ def zeros_of(kept, **options):
 
 
 VOTING = {"votes": True}
-FOLLOWING = {"needs": lambda self: Needs(followed=2)}
+FOLLOWING = {"needs": lambda self: Needs(forward_queries=2)}
 MERGERS = {
     "returned shape (3, 2, 0, 16), expected (batch=3, kv_heads=2, kept=": (
         lambda view, kept: gathered(view, kept[..., :0]),
@@ -106,17 +106,17 @@ MERGERS = {
         gathered,
         {"slot_state": lambda self: (State("mine"), State("mine"))},
     ),
-    "followed ['theirs'], expected only ['mine']": (
+    "observed a forward and returned ['theirs'], expected only ['mine']": (
         gathered,
-        {**FOLLOWING, "follow": lambda self, glimpse, state: {"theirs": state["mine"]}},
+        {**FOLLOWING, "observe_forward": lambda self, query_logits, state: {"theirs": state["mine"]}},
     ),
-    "followed with NaN in 'mine'": (
+    "observed a forward and returned NaN in 'mine'": (
         gathered,
-        {**FOLLOWING, "follow": lambda self, glimpse, state: {"mine": state["mine"] * torch.nan}},
+        {**FOLLOWING, "observe_forward": lambda self, query_logits, state: {"mine": state["mine"] * torch.nan}},
     ),
     "changed its input 'mine'": (
         gathered,
-        {**FOLLOWING, "follow": lambda self, glimpse, state: {"mine": state["mine"].add_(1)}},
+        {**FOLLOWING, "observe_forward": lambda self, query_logits, state: {"mine": state["mine"].add_(1)}},
     ),
     "raised ValueError: this view has no queries": (lambda view, kept: gathered(view, kept, keys=view.logits), {}),
 }
@@ -141,8 +141,8 @@ def test_a_merger_is_shown_what_it_asked_for():
     members = {
         **VOTING,
         "reads_window": True,
-        "needs": lambda self: Needs(attention=True, followed=2),
-        "follow": lambda self, glimpse, state: {"mine": glimpse.logits[:, :, 0].exp().sum(2)},
+        "needs": lambda self: Needs(attention=True, forward_queries=2),
+        "observe_forward": lambda self, query_logits, state: {"mine": query_logits.logits[:, :, 0].exp().sum(2)},
     }
     for _, check in conformance_cases(broken_merger(look, **members))[3:]:  # those of the stage
         check()

@@ -47,7 +47,7 @@ class Minimum(Format):
     """The smallest number of each channel of 8 keys; `shift` makes the columns other ones than are declared."""
 
     shift: int = 0
-    unit: int = 8
+    group_size: int = 8
     step: int = 8
     columns = {"minimum": Column((64,), torch.float32)}  # noqa: RUF012
 

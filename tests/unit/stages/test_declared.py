@@ -39,14 +39,14 @@ class MuteError(Exception):
 
 def form(**parts):
     """A format with other parts than a sound one."""
-    found = AsIs(columns={"codes": Column((8,), torch.uint8)}, keep=0)
+    found = AsIs(columns={"codes": Column((8,), torch.uint8)}, residual_length=0)
     for name, part in parts.items():
         object.__setattr__(found, name, part)
     return found
 
 
 class Unsealed(AsIs):
-    def sealed(self, length):
+    def packed_length(self, length):
         return length + 1
 
 
@@ -54,7 +54,7 @@ NEEDS = {
     "negative": (giving(Needs(queries=-1)), f"needs queries=-1, expected 0 to {MOST_OBSERVED}"),
     "huge": (giving(Needs(queries=10**12)), "needs queries=1000000000000, expected"),
     "no integer": (giving(Needs(queries=2.5)), "needs queries=2.5, expected"),
-    "true": (giving(Needs(followed=True)), "needs followed=true, expected"),
+    "true": (giving(Needs(forward_queries=True)), "needs forward_queries=true, expected"),
     "no needs": (giving(7), "needs 7, expected Needs"),
     "nothing": (giving(None), "needs null, expected Needs"),
     "mass of no kind": (giving(Needs(attention="yes")), "needs attention='yes', expected true or false"),
@@ -87,10 +87,13 @@ FORMATS = {
         "whose `columns` is a mapping",
     ),
     "column of no dtype": (giving(Formats(form(columns={"x": Column((1,), float)}), AsIs())), "whose `columns` is"),
-    "unit 0": (giving(Formats(form(unit=0), AsIs())), "whose `unit` is 0"),
-    "half a step": (giving(Formats(form(unit=4, step=6), AsIs())), "whose unit 4 does not divide step 6 and keep 0"),
-    "keep -1": (giving(Formats(form(keep=-1), AsIs())), "whose `keep` is -1"),
-    "packs too much": (giving(Formats(Unsealed(), AsIs())), "packs 1 of 0 entries, expected whole units of 1"),
+    "unit 0": (giving(Formats(form(group_size=0), AsIs())), "whose `group_size` is 0"),
+    "half a step": (
+        giving(Formats(form(group_size=4, step=6), AsIs())),
+        "whose group_size 4 does not divide step 6 and residual_length 0",
+    ),
+    "keep -1": (giving(Formats(form(residual_length=-1), AsIs())), "whose `residual_length` is -1"),
+    "packs too much": (giving(Formats(Unsealed(), AsIs())), "packs 1 of 0 entries, expected whole groups of 1"),
     "raises": (raising(ZeroDivisionError()), "raised in `formats`: ZeroDivisionError"),
 }
 

@@ -6,7 +6,7 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import PluginContractError
-from kvpolicy.stages import HeadAllocator, Merger, Needs, Question, Reader, Scorer, Selector, State
+from kvpolicy.stages import HeadAllocator, Merger, Needs, Reader, ReadRequest, Scorer, Selector, State
 from kvpolicy.stages.checks import check_state
 from kvpolicy.stages.conformance import conformance_cases
 from kvpolicy.stages.untouched import DEBUG
@@ -83,9 +83,9 @@ def test_debug_switch_changes_nothing_else(monkeypatch):
 
 
 class WritingHeads(UniformHeads):
-    def allocate(self, request):
-        request.room.add_(0)
-        return super().allocate(request)
+    def allocate(self, question):
+        question.room.add_(0)
+        return super().allocate(question)
 
 
 class WritingSelector(TopK):
@@ -101,7 +101,7 @@ class WritingMerger(WeightedMerger):
 
 
 class WritingReader(Pages):
-    def choose(self, question: Question):
+    def choose(self, question: ReadRequest):
         question.queries.mul_(1)
         return super().choose(question)
 

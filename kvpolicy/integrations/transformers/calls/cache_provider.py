@@ -36,7 +36,7 @@ class CacheProvider:
             model = self.attachment.model
             getattr(type(model), PROVIDER)(model, generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is False:
-            self.attachment.misses.warn("use_cache=False: the policy has no cache to bound")
+            self.attachment.uncompressed.warn("use_cache=False: the policy has no cache to bound")
         elif generation_config.is_assistant:
             model_kwargs["past_key_values"] = draft = self.attachment.draft_cache()
             if isinstance(draft, PolicyCache):

@@ -9,8 +9,8 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvpolicy.integrations.transformers.cache import PolicyCache
-from kvpolicy.integrations.transformers.cache_owner import Origin
-from kvpolicy.integrations.transformers.calls.uncompressed_forwards import Misses
+from kvpolicy.integrations.transformers.cache_owner import CacheOwner
+from kvpolicy.integrations.transformers.calls.uncompressed_forwards import UncompressedForwards
 
 _CACHE = "past_key_values"
 
@@ -18,8 +18,8 @@ _CACHE = "past_key_values"
 class ForwardHooks:
     """Stand before and after each forward of one model. Copied and pickled with it."""
 
-    def __init__(self, origin: Origin, misses: Misses) -> None:
-        self.origin, self.misses = origin, misses
+    def __init__(self, owner: CacheOwner, uncompressed: UncompressedForwards) -> None:
+        self.owner, self.uncompressed = owner, uncompressed
         self._lengths: weakref.WeakKeyDictionary[PolicyCache, int] = weakref.WeakKeyDictionary()
 
     def before(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ class ForwardHooks:
             return
         given = policy_cache_in(_argument(module, args, call))
         if given is not None:
-            self.origin.require(given)
+            self.owner.require(given)
             given.begin_forward()
             self._lengths[given] = given.get_seq_length()
 
@@ -39,16 +39,16 @@ class ForwardHooks:
         given, used = policy_cache_in(_argument(module, args, call)), _cache_in(output)
         if given is None:
             if used is not None:
-                self.misses.note("this forward uses a cache that the attached policy does not bound")
+                self.uncompressed.note("this forward uses a cache that the attached policy does not bound")
             return
         if used is not None and policy_cache_in(used) is not given:
-            self.misses.note("the model replaced the cache of the attached policy by one that is not bounded")
+            self.uncompressed.note("the model replaced the cache of the attached policy by one that is not bounded")
         elif self._lengths.pop(given, -1) == given.get_seq_length():
-            self.misses.note("the model did not use the cache of the attached policy")
+            self.uncompressed.note("the model did not use the cache of the attached policy")
         given.end_forward()  # the last thing that is done: an interrupt before it leaves the forward open
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"origin": self.origin, "misses": self.misses}
+        return {"owner": self.owner, "uncompressed": self.uncompressed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

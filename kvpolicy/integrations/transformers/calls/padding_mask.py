@@ -16,7 +16,7 @@ _TAG = "kvpolicy_arrival"
 
 
 @attrs.frozen(eq=False)
-class Arrival:
+class NewTokens:
     """The tokens of one forward, shared by all layers: what is counted is read from the device once."""
 
     valid: Tensor  # [B, q] bool
@@ -60,20 +60,20 @@ def policy_mask(stock: Callable[..., Tensor | None] = sdpa_mask, **call: Any) ->
     mask = stock(**call)
     if mask is not None and call.get("mask_function", causal_mask_function) is causal_mask_function:
         end = call["kv_length"] + call.get("kv_offset", 0)
-        arrived = None if padding is None else _arrival(padding.bool(), end - call["q_length"], end)
+        arrived = None if padding is None else _new_tokens(padding.bool(), end - call["q_length"], end)
         setattr(mask, _TAG, (arrived,))
     return mask
 
 
-def _arrival(padding: Tensor, start: int, end: int) -> Arrival:
+def _new_tokens(padding: Tensor, start: int, end: int) -> NewTokens:
     padding = functional.pad(padding, (0, max(0, end - padding.shape[1])))  # a short mask hides the rest, as in stock
-    return Arrival(padding[:, start:end], padding[:, :start])
+    return NewTokens(padding[:, start:end], padding[:, :start])
 
 
-def arrival_of(mask: Tensor | None) -> Arrival | None:
+def new_tokens_of(mask: Tensor | None) -> NewTokens | None:
     """What a mask says about the new tokens; None when none of them is a pad."""
-    (arrival,) = getattr(mask, _TAG, (None,))
-    return arrival
+    (new_tokens,) = getattr(mask, _TAG, (None,))
+    return new_tokens
 
 
 def is_foreign(mask: Tensor | None) -> bool:

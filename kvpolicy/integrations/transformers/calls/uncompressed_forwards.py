@@ -7,7 +7,7 @@ from kvpolicy.errors import UncompressedWarning
 _REMEDY = "pass past_key_values=attachment.cache(), or use_cache=False"
 
 
-class Misses:
+class UncompressedForwards:
     """What an attachment notes of forwards that went past its caches."""
 
     def __init__(self) -> None:

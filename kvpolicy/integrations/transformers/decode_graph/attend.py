@@ -6,17 +6,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvpolicy.integrations.transformers.decode_graph.decode_kernel import attend_in_kernel
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer, layers
-from kvpolicy.integrations.transformers.decode_graph.static_slots import Slots, follow
+from kvpolicy.integrations.transformers.decode_graph.static_slots import StaticSlots, update_observers
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.plan import POSITIONS
-from kvpolicy.stages import Glimpse
+from kvpolicy.stages import QueryLogits
 
 
 def attend_static(layer: StaticLayer, queries: Tensor, scaling: float) -> Tensor:
-    """Attention [B, 1, H, Dv] of queries [B, H, 1, D]; followers see it, and the window takes the queries."""
+    """Attention [B, 1, H, Dv] of queries [B, H, 1, D]; observers see it, and the window takes the queries."""
     held = layer.slots
     packed = queries.reshape(*held.keys.shape[:2], -1, queries.shape[-1])  # the group's queries as tokens of one head
-    if not layer.plan.followers and not layer.plan.kernels:
+    if not layer.plan.observers and not layer.plan.kernels:
         out = _attend_plainly(held, packed, scaling)
     elif torch.compiler.is_compiling():
         entries = [held.keys, held.values, held.lengths]
@@ -28,8 +28,8 @@ def attend_static(layer: StaticLayer, queries: Tensor, scaling: float) -> Tensor
     return out.flatten(1, 2)[:, None]
 
 
-def _attend(layer: StaticLayer, held: Slots, packed: Tensor, scaling: float) -> Tensor:
-    """Attention [B, K, G, Dv] of [B, K, G, D]; followers see it."""
+def _attend(layer: StaticLayer, held: StaticSlots, packed: Tensor, scaling: float) -> Tensor:
+    """Attention [B, K, G, Dv] of [B, K, G, D]; observers see it."""
     plan = layer.plan
     if plan.kernels:
         try:
@@ -37,20 +37,20 @@ def _attend(layer: StaticLayer, held: Slots, packed: Tensor, scaling: float) -> 
         except kernel_errors() as error:
             note_once(f"attention over static slots runs without a kernel: {error}")
             held = held.without_remains()
-    if not plan.followers:
+    if not plan.observers:
         return _attend_plainly(held, packed, scaling)
     exact = torch.promote_types(packed.dtype, torch.float32)
     logits = (packed.to(exact) * scaling) @ held.keys.to(exact).transpose(-1, -2)
-    glimpse = Glimpse(logits.masked_fill(~_seen(held), -torch.inf)[..., None, :])
-    follow(held, glimpse, plan.followers)
-    return (glimpse.probabilities[..., 0, :] @ held.values.to(exact)).to(packed.dtype)
+    query_logits = QueryLogits(logits.masked_fill(~_seen(held), -torch.inf)[..., None, :])
+    update_observers(held, query_logits, plan.observers)
+    return (query_logits.probabilities[..., 0, :] @ held.values.to(exact)).to(packed.dtype)
 
 
-def _attend_plainly(held: Slots, packed: Tensor, scaling: float) -> Tensor:
+def _attend_plainly(held: StaticSlots, packed: Tensor, scaling: float) -> Tensor:
     return scaled_dot_product_attention(packed, held.keys, held.values, attn_mask=_seen(held), scale=scaling)
 
 
-def _seen(held: Slots) -> Tensor:
+def _seen(held: StaticSlots) -> Tensor:
     """Bool [B, 1, 1, C]: heads hold different entries, but in the same slots."""
     return held.columns[POSITIONS][:, :1, None] >= 0
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.integrations.transformers.decode_graph.limits import capacities, fingerprint, fit
 from kvpolicy.integrations.transformers.decode_graph.runners import Mode
-from kvpolicy.integrations.transformers.decode_graph.session import Session
+from kvpolicy.integrations.transformers.decode_graph.session import StaticSession
 from kvpolicy.plan.plan import Plan
 
 FORWARD = "forward"
@@ -63,7 +63,7 @@ class DecodeForward:
     def flush(self) -> None:
         """Warn of what has been counted so far. Raises UnsupportedCallError as a step would."""
         if self._session is not None:
-            self._session.tally.flush()
+            self._session.faults.flush()
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +93,7 @@ class DecodeForward:
         self._forget()
 
     def _forget(self) -> None:
-        self._session: Session | None = None
+        self._session: StaticSession | None = None
         self._weights: object = None  # of the model for which the session was made
         self._calm: tuple[object, ...] = ()  # which cache has just done a decode step by itself, and its `changes`
         self._output: type[Any] | None = None  # how an output of such a step is made
@@ -124,7 +124,7 @@ class DecodeForward:
         if self.model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(self.plan.device.type):
             return False
         if session is None or not session.holds(cache):
-            if self._calm != _state_of(cache) or not all(layer.lendable for layer in cache.managed):
+            if self._calm != _state_of(cache) or not all(layer.can_hand_over for layer in cache.managed):
                 return False
             session = self._session_for(cache)
             session.enter(cache)
@@ -133,9 +133,9 @@ class DecodeForward:
             return False
         return self._is_expected(session, request.mask)
 
-    def _session_for(self, cache: PolicyCache) -> Session:
-        rows, weights = len(cache.managed[0].real), fingerprint(self.model)
-        needed = capacities(self.plan, min(cache.managed[0].real))
+    def _session_for(self, cache: PolicyCache) -> StaticSession:
+        rows, weights = len(cache.managed[0].num_tokens), fingerprint(self.model)
+        needed = capacities(self.plan, min(cache.managed[0].num_tokens))
         session = self._session
         if session is not None and session.rows == rows and self._weights == weights:
             if fit(session.capacities, needed):
@@ -143,17 +143,17 @@ class DecodeForward:
             needed = tuple(map(max, session.capacities, needed))
         if session is not None:
             session.leave()
-        self._session = Session(self.plan, self.__wrapped__, self.mode, rows, needed)
+        self._session = StaticSession(self.plan, self.__wrapped__, self.mode, rows, needed)
         self._weights = weights
         return self._session
 
-    def _is_expected(self, session: Session, mask: Tensor | None) -> bool:
+    def _is_expected(self, session: StaticSession, mask: Tensor | None) -> bool:
         """Whether a mask hides the pads of the prompt and nothing else. A GPU is not waited for: it only counts."""
         if mask is None:
             return True
         strange = mask.count_nonzero(dim=1) != session.inputs.clock + 1
         if mask.is_cuda:
-            session.tally.masks.add_(strange.sum())
+            session.faults.masks.add_(strange.sum())
             return True
         return not bool(strange.any())
 

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from kvpolicy.integrations.transformers.decode_graph.static_slots import Slots, follow
+from kvpolicy.integrations.transformers.decode_graph.static_slots import StaticSlots, update_observers
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import Plan
-from kvpolicy.stages import Glimpse
+from kvpolicy.stages import QueryLogits
 from kvpolicy_kernels import Column, Segments, held
 
 
-def attend_in_kernel(plan: Plan, slots: Slots, packed: Tensor, scaling: float) -> Tensor:
-    """Attention [B, K, G, Dv] of queries [B, K, G, D]; followers see the logits of the same pass.
+def attend_in_kernel(plan: Plan, slots: StaticSlots, packed: Tensor, scaling: float) -> Tensor:
+    """Attention [B, K, G, Dv] of queries [B, K, G, D]; observers see the logits of the same pass.
 
     Raises:
         UnsupportedInputError: the kernel cannot do this; nothing has changed.
@@ -19,19 +19,19 @@ def attend_in_kernel(plan: Plan, slots: Slots, packed: Tensor, scaling: float) -
     from kvpolicy_kernels.decode import decode
 
     segments = _segments(slots)
-    others = [one for one in plan.followers if ATTENTION not in one.columns.values()]
+    others = [one for one in plan.observers if ATTENTION not in one.columns.values()]
     shape = (*packed.shape[:3], segments.longest)
     logits = packed.new_empty(shape, dtype=torch.float32) if others else None
-    mass = Column.of([slots.columns[ATTENTION]]) if len(others) < len(plan.followers) else None
+    mass = Column.of([slots.columns[ATTENTION]]) if len(others) < len(plan.observers) else None
     keys, values = (held.Half(Column.of([one]), segments.starts) for one in (slots.keys, slots.values))
     export = held.Export(None if logits is None else logits.flatten(0, 1), mass)
     out = decode(packed.flatten(0, 1).contiguous(), held.Held(segments, keys, values), scaling, export=export)
     if logits is not None:
-        follow(slots, Glimpse(logits[..., None, :]), others)
+        update_observers(slots, QueryLogits(logits[..., None, :]), others)
     return out.view(*packed.shape[:3], -1)
 
 
-def _segments(slots: Slots) -> Segments:
+def _segments(slots: StaticSlots) -> Segments:
     rows, heads, capacity = slots.keys.shape[:3]
     starts = torch.arange(rows * heads, device=slots.lengths.device) * capacity
     lengths = slots.lengths[:, None].expand(rows, heads).flatten().to(torch.int32)

@@ -7,31 +7,33 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvpolicy.integrations.transformers.decode_graph.device_faults import Tally
+from kvpolicy.integrations.transformers.decode_graph.device_faults import DeviceFaults
 from kvpolicy.integrations.transformers.decode_graph.evict import evict
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer
 
 Forward = Callable[..., Any]
 
 
-class Inputs:
+class StepInputs:
     """What the host writes before a step, and what steps count. L layers, B rows."""
 
-    def __init__(self, layers: int, rows: int, tally: Tally) -> None:
-        device = tally.counts.device
+    def __init__(self, layers: int, rows: int, faults: DeviceFaults) -> None:
+        device = faults.counts.device
         self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.places = torch.zeros((rows, 1), dtype=torch.int64, device=device)  # for the rotary embedding
         self.mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)  # four dimensions: nobody makes another
         self.clock = torch.zeros(rows, dtype=torch.int32, device=device)  # real tokens before the step
         self.due = torch.zeros((layers, rows), dtype=torch.bool, device=device)
         self.budgets = torch.zeros((layers, rows), dtype=torch.int64, device=device)
-        self.nan = tally.nan
+        self.nan = faults.nan
 
 
 class Step:
     """One token for every row. Called without arguments: it reads `inputs`, and changes `layers` in place."""
 
-    def __init__(self, forward: Forward, layers: Sequence[StaticLayer], inputs: Inputs, *, compresses: bool) -> None:
+    def __init__(
+        self, forward: Forward, layers: Sequence[StaticLayer], inputs: StepInputs, *, compresses: bool
+    ) -> None:
         self.forward = forward
         self.layers = tuple(layers)
         self.cache = Cache(layers=list(layers))

@@ -7,7 +7,7 @@ from kvpolicy.errors import UnsupportedCallError
 from kvpolicy.plan.compress.nan import warn_of_nan
 
 
-class Tally:
+class DeviceFaults:
     """How many rows came with another mask than was expected, and how many scores were NaN, of how many.
 
     On a GPU the numbers are copied in the background: what happened in one step is known in one of the next.

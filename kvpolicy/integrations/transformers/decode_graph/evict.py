@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer, layers
-from kvpolicy.integrations.transformers.decode_graph.static_slots import Slots
+from kvpolicy.integrations.transformers.decode_graph.static_slots import StaticSlots
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.compress.scored import ScoredLayers
 from kvpolicy.plan.compress.step import choose_on_device
@@ -50,7 +50,12 @@ def _(*_arguments: object) -> None:
 
 
 def _evict(
-    static: Sequence[StaticLayer], held: Sequence[Slots], due: Tensor, budgets: Tensor, tokens: Tensor, nan: Tensor
+    static: Sequence[StaticLayer],
+    held: Sequence[StaticSlots],
+    due: Tensor,
+    budgets: Tensor,
+    tokens: Tensor,
+    nan: Tensor,
 ) -> None:
     plan = static[0].plan
     views = [slots.view(plan, layer.ordinal, layer.scaling) for layer, slots in zip(static, held, strict=True)]
@@ -71,7 +76,7 @@ def _evict(
 def _choose(
     plan: Plan, views: Sequence[View], due: Tensor, budgets: Tensor, tokens: Tensor
 ) -> tuple[list[Tensor], list[ScoredLayers]]:
-    """Slots that stay, [B, K, C] for each layer, and what was computed of them; in kernels all layers at once."""
+    """StaticSlots that stay, [B, K, C] for each layer, and what was computed of them; in kernels all layers at once."""
     if not plan.fusion.off and len({view.scaling for view in views}) == 1:
         try:
             kept, group = choose_on_device(plan.spec, plan.fusion, views, due, budgets, tokens)
@@ -86,7 +91,7 @@ def _choose(
     return [kept for (kept,), _ in each], [group for _, group in each]
 
 
-def _compact_in_kernels(plan: Plan, held: Sequence[Slots], kept: Sequence[Tensor]) -> bool:
+def _compact_in_kernels(plan: Plan, held: Sequence[StaticSlots], kept: Sequence[Tensor]) -> bool:
     """What `_compact` does to all layers, in one launch; False, and nothing done, where kernels cannot."""
     from kvpolicy_kernels.compact import compact
 
@@ -107,13 +112,13 @@ def _compact_in_kernels(plan: Plan, held: Sequence[Slots], kept: Sequence[Tensor
     return True
 
 
-def _segments(held: Sequence[Slots]) -> Segments:
+def _segments(held: Sequence[StaticSlots]) -> Segments:
     shape = held[0].keys.shape[:2]
     lengths = torch.stack([slots.lengths[:, None].expand(shape) for slots in held])
     return Segments.of([slots.keys for slots in held], lengths)
 
 
-def _compact(held: Slots, kept: Tensor) -> None:
+def _compact(held: StaticSlots, kept: Tensor) -> None:
     """Move the slots that stay [B, K, C] to the front, in their order.
 
     Those behind the last one repeat the first: an evicted one could be NaN, and a masked slot is still multiplied.

@@ -11,46 +11,46 @@ Table = list[list[int]]  # one number per (layer, row)
 
 
 @attrs.define
-class _Cohort:
+class _EqualRows:
     """Rows that have as many tokens and entries as each other: they stay alike."""
 
     rows: list[int]
-    real: int
+    num_tokens: int
     lengths: list[int]  # entries per KV head in each layer
     due: tuple[bool, ...] = ()  # which layers are to be compressed in this step
     budgets: tuple[int, ...] = ()  # for which `room` was computed
     room: float = 0  # tokens that may still come before any layer is due
 
 
-class Counts:
+class HostCounts:
     """Tokens of each row and entries per KV head of each (layer, row)."""
 
-    def __init__(self, plan: Plan, real: Sequence[int], lengths: Sequence[Sequence[int]]) -> None:
-        """`real` [B] tokens that are no pads; `lengths` [L][B]."""
-        self.plan, self.rows = plan, len(real)
+    def __init__(self, plan: Plan, num_tokens: Sequence[int], lengths: Sequence[Sequence[int]]) -> None:
+        """`num_tokens` [B] tokens that are no pads; `lengths` [L][B]."""
+        self.plan, self.rows = plan, len(num_tokens)
         kinds: dict[tuple[int, ...], list[int]] = {}
-        for row, tokens in enumerate(real):
+        for row, tokens in enumerate(num_tokens):
             kinds.setdefault((tokens, *(layer[row] for layer in lengths)), []).append(row)
         self._nothing = (False,) * len(lengths)
-        self._cohorts = [_Cohort(rows, kind[0], list(kind[1:])) for kind, rows in kinds.items()]
+        self._groups = [_EqualRows(rows, kind[0], list(kind[1:])) for kind, rows in kinds.items()]
         self._measure()
 
     def append(self) -> bool:
         """Count one more token of each row; whether any row of any layer is then due."""
-        for one in self._cohorts:
-            one.real += 1
+        for one in self._groups:
+            one.num_tokens += 1
             one.lengths = [length + 1 for length in one.lengths]
             one.room -= 1
-            budgets = self.plan.budgets.per_layer(one.real)
+            budgets = self.plan.budgets.per_layer(one.num_tokens)
             if budgets != one.budgets:
                 one.budgets, one.room = budgets, min(self._rooms(one))
             one.due = tuple(room < 0 for room in self._rooms(one)) if one.room < 0 else self._nothing
         self._added += 1
-        return any(one.room < 0 for one in self._cohorts)
+        return any(one.room < 0 for one in self._groups)
 
     def compress(self) -> None:
         """Count what is left of the rows that were due."""
-        for one in self._cohorts:
+        for one in self._groups:
             pairs = zip(one.lengths, one.budgets, one.due, strict=True)
             one.lengths = [min(length, budget) if due else length for length, budget, due in pairs]
             one.room = min(self._rooms(one))
@@ -58,36 +58,36 @@ class Counts:
 
     def fit(self, capacities: Sequence[int]) -> bool:
         """Whether there is room for one more token in every row."""
-        return all(n < size for one in self._cohorts for n, size in zip(one.lengths, capacities, strict=True))
+        return all(n < size for one in self._groups for n, size in zip(one.lengths, capacities, strict=True))
 
     @property
-    def real(self) -> list[int]:
+    def num_tokens(self) -> list[int]:
         """Tokens of each row, pads excluded."""
-        real = [0] * self.rows
-        for one in self._cohorts:
+        num_tokens = [0] * self.rows
+        for one in self._groups:
             for row in one.rows:
-                real[row] = one.real
-        return real
+                num_tokens[row] = one.num_tokens
+        return num_tokens
 
     @property
     def lengths(self) -> Table:
         """Entries per KV head, [L][B]."""
-        return self._table([one.lengths for one in self._cohorts])
+        return self._table([one.lengths for one in self._groups])
 
     @property
     def budgets(self) -> Table:
         """Entries per KV head that may be kept, [L][B]."""
-        return self._table([one.budgets for one in self._cohorts])
+        return self._table([one.budgets for one in self._groups])
 
     @property
     def due(self) -> list[list[bool]]:
         """Which rows are to be compressed in this step, [L][B]."""
-        return [[bool(number) for number in layer] for layer in self._table([one.due for one in self._cohorts])]
+        return [[bool(number) for number in layer] for layer in self._table([one.due for one in self._groups])]
 
     @property
     def layers_due(self) -> list[bool]:
         """In which layers there are such rows."""
-        return [any(layer) for layer in zip(*(one.due for one in self._cohorts), strict=True)]
+        return [any(layer) for layer in zip(*(one.due for one in self._groups), strict=True)]
 
     @property
     def averages(self) -> list[float]:
@@ -95,18 +95,18 @@ class Counts:
         return [base + self._added for base in self._bases]
 
     def _measure(self) -> None:
-        sums = zip(*([n * len(one.rows) for n in one.lengths] for one in self._cohorts), strict=True)
+        sums = zip(*([n * len(one.rows) for n in one.lengths] for one in self._groups), strict=True)
         self._bases, self._added = [sum(layer) / self.rows for layer in sums], 0
 
-    def _rooms(self, one: _Cohort) -> list[float]:
+    def _rooms(self, one: _EqualRows) -> list[float]:
         """Tokens that may still come before each layer is due."""
         layers = enumerate(one.lengths)
-        return [entries_allowed(self.plan, layer, one.real, decoding=True) - length for layer, length in layers]
+        return [entries_allowed(self.plan, layer, one.num_tokens, decoding=True) - length for layer, length in layers]
 
-    def _table(self, per_cohort: Sequence[Sequence[int]]) -> Table:
-        layers = len(per_cohort[0])
+    def _table(self, per_group: Sequence[Sequence[int]]) -> Table:
+        layers = len(per_group[0])
         table = [[0] * self.rows for _ in range(layers)]
-        for one, numbers in zip(self._cohorts, per_cohort, strict=True):
+        for one, numbers in zip(self._groups, per_group, strict=True):
             for layer, row in ((layer, row) for layer in range(layers) for row in one.rows):
                 table[layer][row] = numbers[layer]
         return table

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Ring:
+class QueryRing:
     """The newest W queries of each row; a new one overwrites the oldest."""
 
     def __init__(self, queries: Tensor, positions: Tensor, oldest: Tensor) -> None:
@@ -13,7 +13,7 @@ class Ring:
         self.oldest = oldest  # [1] int64, the place of the oldest
 
     @classmethod
-    def empty(cls, size: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> "Ring":
+    def empty(cls, size: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> "QueryRing":
         """Room for `size` queries of each row; `shape` is (rows, query heads, head dim)."""
         rows, heads, dim = shape
         return cls(

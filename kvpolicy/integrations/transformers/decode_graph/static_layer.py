@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.integrations.transformers.decode_graph.static_slots import Slots
+from kvpolicy.integrations.transformers.decode_graph.static_slots import StaticSlots
 from kvpolicy.plan.plan import POSITIONS, Plan
 
 _names = itertools.count()
@@ -24,7 +24,7 @@ class StaticLayer(CacheLayerMixin):
     def __init__(self, plan: Plan, ordinal: int, rows: int, capacity: int, clock: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.plan, self.ordinal, self.capacity = plan, ordinal, capacity
-        self.slots = Slots(plan, rows, capacity, clock.device)
+        self.slots = StaticSlots(plan, rows, capacity, clock.device)
         self.clock = clock  # [B] int32, real tokens before this step; shared by all layers
         self._segments = (  # rows and heads, to be broadcast against each other
             torch.arange(rows, device=clock.device)[:, None],

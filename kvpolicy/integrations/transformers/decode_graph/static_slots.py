@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.integrations.transformers.decode_graph.query_ring import Ring
-from kvpolicy.plan.forward_observers import ATTENTION, Follower
+from kvpolicy.integrations.transformers.decode_graph.query_ring import QueryRing
+from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver
 from kvpolicy.plan.plan import POSITIONS, Plan
-from kvpolicy.stages import Glimpse, View
+from kvpolicy.stages import QueryLogits, View
 
 
-class Slots:
+class StaticSlots:
     """C slots per KV head. A row's entries stand in its first slots, ascending; all heads hold equally many."""
 
     def __init__(self, plan: Plan, rows: int, capacity: int, device: torch.device) -> None:
@@ -25,7 +25,7 @@ class Slots:
         }
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # [B]
         shape = (rows, geometry.query_heads, geometry.head_dim)
-        self.ring = Ring.empty(plan.needs.queries, shape, plan.dtype, device) if plan.needs.queries else None
+        self.ring = QueryRing.empty(plan.needs.queries, shape, plan.dtype, device) if plan.needs.queries else None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -37,15 +37,15 @@ class Slots:
         """All that an eviction reads besides."""
         return [] if self.ring is None else [self.ring.queries, self.ring.positions, self.ring.oldest]
 
-    def standing_in(self, tensors: Sequence[Tensor], window: Sequence[Tensor]) -> "Slots":
+    def standing_in(self, tensors: Sequence[Tensor], window: Sequence[Tensor]) -> "StaticSlots":
         """The same of other tensors, in the order of `tensors` and `window`."""
-        other = Slots.__new__(Slots)
+        other = StaticSlots.__new__(StaticSlots)
         other.keys, other.values, *columns, other.lengths = tensors
         other.columns = dict(zip(self.columns, columns, strict=True))
-        other.ring = Ring(*window) if window else None
+        other.ring = QueryRing(*window) if window else None
         return other
 
-    def without_remains(self) -> "Slots":
+    def without_remains(self) -> "StaticSlots":
         """Zeros in empty slots, where kernels leave what was evicted: it could be NaN, and torch multiplies it."""
         empty = (self.columns[POSITIONS] < 0)[..., None]
         entries = (tensor.masked_fill(empty, 0) for tensor in (self.keys, self.values))
@@ -74,9 +74,9 @@ class Slots:
         )
 
 
-def follow(slots: Slots, glimpse: Glimpse, followers: Sequence[Follower]) -> None:
-    """Let followers see the logits of one query a row."""
-    for one in followers:
+def update_observers(slots: StaticSlots, query_logits: QueryLogits, observers: Sequence[ForwardObserver]) -> None:
+    """Let observers see the logits of one query a row."""
+    for one in observers:
         state = {name: slots.columns[column] for name, column in one.columns.items()}
-        for name, new in one.update(glimpse, state).items():
+        for name, new in one.update(query_logits, state).items():
             state[name].copy_(new)

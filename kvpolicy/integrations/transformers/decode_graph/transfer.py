@@ -5,20 +5,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.storage.layer_storage import Holdings
-from kvpolicy.cache.storage.layout import Layout, Table
-from kvpolicy.cache.storage.slot_store import Store
+from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.layout import Layout, PerSegment
+from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.errors import CacheError
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer
 from kvpolicy.plan.plan import POSITIONS
 
 
-def move_in(static: StaticLayer, layer: PolicyLayer, reclaim: Callable[[], None]) -> list[int]:
+def take_over(static: StaticLayer, layer: PolicyLayer, take_back_storage: Callable[[], None]) -> list[int]:
     """Make the static storage that of the layer's stores, with all that they hold: entries per KV head, [B]."""
-    held = layer.lend(reclaim)
-    lengths = held.slots.lengths
-    for store, tensors in _stores(static, held):
+    storage = layer.hand_over(take_back_storage)
+    lengths = storage.slots.lengths
+    for store, tensors in _stores(static, storage):
         for name, tensor in tensors.items():
             if not _is_in(store, name, tensor):
                 _fill(tensor, store, name)
@@ -29,12 +29,12 @@ def move_in(static: StaticLayer, layer: PolicyLayer, reclaim: Callable[[], None]
     window = layer.window.last(range(len(lengths)))
     if static.slots.ring is not None and window[0] is not None:
         static.slots.ring.fill(*window)
-    layer.stats.sample(layer.seen, held.slots.average, held.nbytes, layer.window.nbytes)
+    layer.stats.sample(layer.seq_len, storage.slots.average, storage.nbytes, layer.window.nbytes)
     return alike
 
 
-def settle(static: StaticLayer, layer: PolicyLayer, real: Sequence[int], lengths: Sequence[int]) -> None:
-    """Tell the layer what steps have done: rows of `real` tokens, `lengths` entries per KV head.
+def sync_back(static: StaticLayer, layer: PolicyLayer, num_tokens: Sequence[int], lengths: Sequence[int]) -> None:
+    """Tell the layer what steps have done: rows of `num_tokens` tokens, `lengths` entries per KV head.
 
     Raises CacheError when the device counted something else: a plugin has kept more or fewer entries than it should.
     """
@@ -42,31 +42,31 @@ def settle(static: StaticLayer, layer: PolicyLayer, real: Sequence[int], lengths
     if found != list(lengths):
         raise CacheError(f"layer {layer.stats.layer}: rows hold {found} entries instead of {list(lengths)}")
     ring = static.slots.ring
-    layer.take_back(real, None if ring is None else ring.ordered())
+    layer.resume_after_static(num_tokens, None if ring is None else ring.ordered())
     table = _table(static, lengths)
-    for store, tensors in _stores(static, layer.held):
+    for store, tensors in _stores(static, layer.storage):
         store.adopt(_flat(tensors), _layout(static), table)
 
 
-def move_out(static: StaticLayer, layer: PolicyLayer) -> None:
+def give_back(static: StaticLayer, layer: PolicyLayer) -> None:
     """Give the layer storage of its own, where its stores are still the static one."""
-    for store, tensors in _stores(static, layer.held):
+    for store, tensors in _stores(static, layer.storage):
         if any(_is_in(store, name, tensor) for name, tensor in tensors.items()):
             store.adopt({name: tensor.clone() for name, tensor in store.tensors.items()}, store.layout, store.lengths)
 
 
-def _stores(static: StaticLayer, held: Holdings) -> Iterator[tuple[Store, Mapping[str, Tensor]]]:
+def _stores(static: StaticLayer, storage: LayerStorage) -> Iterator[tuple[SlotStore, Mapping[str, Tensor]]]:
     """Each store of a layer, and the static tensors of its columns, [B, K, C, ...]."""
-    yield held.keys.tail, {held.keys.name: static.slots.keys}
-    yield held.values.tail, {held.values.name: static.slots.values}
-    yield held.slots, static.slots.columns
+    yield storage.keys.residual, {storage.keys.name: static.slots.keys}
+    yield storage.values.residual, {storage.values.name: static.slots.values}
+    yield storage.slots, static.slots.columns
 
 
-def _is_in(store: Store, name: str, tensor: Tensor) -> bool:
+def _is_in(store: SlotStore, name: str, tensor: Tensor) -> bool:
     return store.tensors[name].data_ptr() == tensor.data_ptr()
 
 
-def _fill(tensor: Tensor, store: Store, name: str) -> None:
+def _fill(tensor: Tensor, store: SlotStore, name: str) -> None:
     entries = store.padded(name, range(store.layout.rows))
     count = entries.shape[2]
     tensor[:, :, :count] = entries
@@ -82,6 +82,6 @@ def _layout(static: StaticLayer) -> Layout:
     return Layout.even(rows, heads, capacity)
 
 
-def _table(static: StaticLayer, lengths: Sequence[int]) -> Table:
+def _table(static: StaticLayer, lengths: Sequence[int]) -> PerSegment:
     heads = static.slots.keys.shape[1]
     return tuple((length,) * heads for length in lengths)

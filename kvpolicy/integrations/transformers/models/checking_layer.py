@@ -21,10 +21,10 @@ States = tuple[Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, mask
 
 
 # Where models are being watched: the ids of modules that called attention with keys of no managed layer.
-bystanders: list[set[int]] = []
+other_callers: list[set[int]] = []
 
 
-class WatchedLayer(LogicalLayer):
+class CheckingLayer(LogicalLayer):
     """Stands in for a managed layer in a forward of a few tokens. All errors are UnsupportedModelError.
 
     For every `update` there must be one attention call, by a module of this layer, with the very keys and values that
@@ -36,8 +36,8 @@ class WatchedLayer(LogicalLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.index, self.geometry = index, geometry
         self.tokens = real  # [B, all tokens that will come] bool: no pads
-        self.real: list[int] = []
-        self.seen = 0
+        self.num_tokens: list[int] = []
+        self.seq_len = 0
         self.updates = self.calls = 0  # of this forward
         self.module: nn.Module | None = None  # that attends to this layer
         self.dtype: torch.dtype | None = None
@@ -62,7 +62,7 @@ class WatchedLayer(LogicalLayer):
             states.new_zeros((*states.shape[:2], slots, states.shape[3])) for states in (key_states, value_states)
         )
         self.dtype, self.is_initialized = key_states.dtype, True
-        self.real = [0] * rows
+        self.num_tokens = [0] * rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [B, K, q, D]; gives back all there is."""
@@ -71,12 +71,12 @@ class WatchedLayer(LogicalLayer):
             self._refuse(f"its cache is updated {self.updates} times in one forward")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.seen + key_states.shape[2]
+        end = self.seq_len + key_states.shape[2]
         if end > self.tokens.shape[1]:
             raise ValueError(f"layer {self.index}: its cache takes more tokens than the forward has")  # a failure
         for held, states in zip(self._storage, (key_states, value_states), strict=True):
-            held[:, :, self.seen : end] = states
-        self.seen = end
+            held[:, :, self.seq_len : end] = states
+        self.seq_len = end
         keys, values = (held[:, :, :end] for held in self._storage)
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
         self._given = keys, values
@@ -101,7 +101,7 @@ class WatchedLayer(LogicalLayer):
         heads = self.geometry.query_heads
         if query.shape[1] != heads or query.shape[3] != self.geometry.head_dim:
             self._refuse(f"queries must have {heads} heads of {self.geometry.head_dim}: {tuple(query.shape)}")
-        for name in changing(call, heads, query.shape[2], self.seen):
+        for name in changing(call, heads, query.shape[2], self.seq_len):
             self._refuse(f"its attention takes {name!r}, which cannot be carried across an eviction")
         if query.shape[2] == 1 and not module.training and is_foreign(mask):
             self._refuse("a mask of the model's own, made for one token, cannot be carried across an eviction")
@@ -126,7 +126,7 @@ class WatchedLayer(LogicalLayer):
             self._refuse(f"attention gives {tuple(output.shape)} instead of {tuple(expected.shape)}")
         if output.device.type == "meta":
             return
-        rows = self.tokens[:, self.seen - query.shape[2] : self.seen]
+        rows = self.tokens[:, self.seq_len - query.shape[2] : self.seq_len]
         difference = (output.float() - expected).abs()[rows]
         allowed = _TOLERANCE.get(output.dtype, _COARSE) * value.float().abs().max().clamp(min=1e-6)
         if torch.is_autocast_enabled(query.device.type):
@@ -137,9 +137,9 @@ class WatchedLayer(LogicalLayer):
     def _expected(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Plain causal attention [B, H, q, D] in float32."""
         count = query.shape[2]
-        places = torch.arange(self.seen, device=query.device)
+        places = torch.arange(self.seq_len, device=query.device)
         visible = places <= places[-count:, None]
-        visible = visible[None] & self.tokens[:, None, : self.seen]
+        visible = visible[None] & self.tokens[:, None, : self.seq_len]
         with torch.autocast(query.device.type, enabled=False):
             logits = query @ key.repeat_interleave(self.geometry.group, 1).transpose(-1, -2) * scaling
             weights = logits.masked_fill(~visible[:, None], -torch.inf).softmax(-1)

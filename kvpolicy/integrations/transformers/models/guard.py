@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvpolicy.errors import UnsupportedModelError
 from kvpolicy.integrations.transformers.calls.attention_implementation import NAME_KEY, name_for
-from kvpolicy.integrations.transformers.models.checking_layer import WatchedLayer, bystanders
+from kvpolicy.integrations.transformers.models.checking_layer import CheckingLayer, other_callers
 from kvpolicy.integrations.transformers.models.model_snapshot import Snapshot
 from kvpolicy.integrations.transformers.models.sample_tokens import sample_tokens
 from kvpolicy.integrations.transformers.models.support import device_of, runs_elsewhere
@@ -30,7 +30,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @attrs.frozen
-class Finding:
+class GuardResult:
     """What a run of the guard found."""
 
     unchecked: str | None = None  # why the model was not run
@@ -38,13 +38,13 @@ class Finding:
     dtype: torch.dtype | None = None  # of the keys
 
 
-class WatchedCache(DynamicCache):
+class CheckingCache(DynamicCache):
     """The model's own cache, whose managed layers are watched."""
 
     def __init__(self, config: PretrainedConfig, geometry: Geometry, real: Tensor) -> None:
         super().__init__(config=config)
         for index in geometry.managed:
-            self.layers[index] = WatchedLayer(index, geometry, real)
+            self.layers[index] = CheckingLayer(index, geometry, real)
 
     def require_no_others(self) -> None:
         """Raise UnsupportedModelError when a layer that is not managed has taken entries that nothing bounds."""
@@ -53,9 +53,9 @@ class WatchedCache(DynamicCache):
                 raise UnsupportedModelError(f"layer {index} cannot be managed: the configuration does not count it")
 
     @property
-    def watched(self) -> list[WatchedLayer]:
+    def watched(self) -> list[CheckingLayer]:
         """The managed layers."""
-        return [layer for layer in self.layers if isinstance(layer, WatchedLayer)]
+        return [layer for layer in self.layers if isinstance(layer, CheckingLayer)]
 
 
 class Restoring:
@@ -79,7 +79,7 @@ def inspect_model(
     geometry: Geometry,
     originals: Sequence[tuple[PretrainedConfig, str]],
     device: torch.device | None = None,
-) -> Finding:
+) -> GuardResult:
     """Run the model on a prompt of a few tokens, padded and not, and on one token more.
 
     `originals` are the configurations of the decoder and the attention implementations that they name. The model is
@@ -89,12 +89,12 @@ def inspect_model(
     """
     why = runs_elsewhere(model) if device is None else None
     if why is not None:
-        return Finding(unchecked=why)
+        return GuardResult(unchecked=why)
     snapshot, others = Snapshot(model), set[int]()
 
     def undo() -> None:
         snapshot.restore()
-        bystanders[:] = [seen for seen in bystanders if seen is not others]
+        other_callers[:] = [seen for seen in other_callers if seen is not others]
 
     def prepare(*, with_hooks: bool) -> None:
         snapshot.restore()
@@ -105,7 +105,7 @@ def inspect_model(
             vars(config)[NAME_KEY] = name_for(original)
 
     with Restoring(undo), Restoring(undo), _eagerly(), torch.no_grad():
-        bystanders.append(others)
+        other_callers.append(others)
         found = _look(model, geometry, prepare, device or device_of(model))
         for index, module in zip(geometry.managed, found.modules or (), strict=False):
             if id(module) in others:
@@ -115,7 +115,9 @@ def inspect_model(
         return found
 
 
-def _look(model: PreTrainedModel, geometry: Geometry, prepare: Callable[..., None], device: torch.device) -> Finding:
+def _look(
+    model: PreTrainedModel, geometry: Geometry, prepare: Callable[..., None], device: torch.device
+) -> GuardResult:
     """The first of several ways to run the model that does not fail. What is found in one of them is final."""
     real = torch.ones(2, _PROMPT + _STEP, dtype=torch.bool, device=device)
     real[1, :_PADS] = False
@@ -135,7 +137,7 @@ def _look(model: PreTrainedModel, geometry: Geometry, prepare: Callable[..., Non
         except Exception as error:  # noqa: BLE001 - whatever a model raises says that it cannot be run
             failures.append(error)
     if device.type == "meta":
-        return Finding(unchecked="it cannot be run without weights")
+        return GuardResult(unchecked="it cannot be run without weights")
     raise UnsupportedModelError(
         f"{type(model).__name__} cannot be run on a few tokens with a cache: "
         f"{type(failures[0]).__name__}: {str(failures[0])[:200]}"
@@ -149,9 +151,9 @@ def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [part for part in parts if part.config is text and model.config is not text]
 
 
-def _run(model: PreTrainedModel, runnable: nn.Module, geometry: Geometry, real: Tensor) -> Finding:
+def _run(model: PreTrainedModel, runnable: nn.Module, geometry: Geometry, real: Tensor) -> GuardResult:
     tokens = sample_tokens(model, real.shape[0], real.shape[1], real.device)
-    cache = WatchedCache(model.config, geometry, real)
+    cache = CheckingCache(model.config, geometry, real)
     for new in (slice(0, _PROMPT), slice(_PROMPT, _PROMPT + _STEP)):
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if real.shape[0] > 1:
@@ -162,7 +164,7 @@ def _run(model: PreTrainedModel, runnable: nn.Module, geometry: Geometry, real: 
         cache.require_no_others()
     found = cache.watched
     modules = tuple(layer.module for layer in found if layer.module is not None)
-    return Finding(modules=modules, dtype=found[0].dtype)
+    return GuardResult(modules=modules, dtype=found[0].dtype)
 
 
 def _demanded(model: nn.Module, tokens: Tensor) -> Mapping[str, Tensor]:

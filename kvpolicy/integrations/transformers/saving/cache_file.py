@@ -130,11 +130,11 @@ def _restore(cache: "PolicyCache", contents: Contents) -> None:
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PolicyLayer):
             continue
-        state = LayerState.empty(cache.plan, layer.ordinal, parts[index].size("real"), cache.plan.device)
+        state = LayerState.empty(cache.plan, layer.ordinal, parts[index].size("num_tokens"), cache.plan.device)
         state.restore(parts[index], cache.plan.geometry)
         layer.restore(state)
         if state.rows:
-            counts.append((state.real, state.seen))
+            counts.append((state.num_tokens, state.seq_len))
     if not counts or not counts[0][1] or any(one != counts[0] for one in counts):
         raise CacheError("its layers hold no tokens, or have not all seen the same")
     rows, seen = len(counts[0][0]), counts[0][1]

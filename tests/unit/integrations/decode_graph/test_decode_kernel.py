@@ -1,4 +1,4 @@
-"""Static slots in kernels: attention, what followers see of it, and compressions give what torch gives."""
+"""Static slots in kernels: attention, what observers see of it, and compressions give what torch gives."""
 
 import attrs
 import pytest
@@ -25,13 +25,13 @@ class Remembers(Scorer):
     attention: bool = False
 
     def needs(self):
-        return Needs(attention=self.attention, followed=1)
+        return Needs(attention=self.attention, forward_queries=1)
 
     def slot_state(self):
         return (State("sum"),)
 
-    def follow(self, glimpse, state):
-        return {"sum": state["sum"] + glimpse.probabilities.sum((2, 3))}
+    def observe_forward(self, query_logits, state):
+        return {"sum": state["sum"] + query_logits.probabilities.sum((2, 3))}
 
     def score(self, view):
         return view.slot_state["sum"]

@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
-from kvpolicy.integrations.transformers.decode_graph.host_counts import Counts
+from kvpolicy.integrations.transformers.decode_graph.host_counts import HostCounts
 from kvpolicy.integrations.transformers.decode_graph.limits import capacities, fit
 from tests.support.driving import drive, plan_of
 from tests.support.policies import small
 
 
 def lengths_of(layers):
-    return [[heads[0] for heads in layer.held.slots.lengths] for layer in layers]
+    return [[heads[0] for heads in layer.storage.slots.lengths] for layer in layers]
 
 
 @pytest.mark.parametrize("name", ["streaming_llm", "pyramidkv", "snapkv"])
@@ -23,8 +23,8 @@ def test_lengths_follow_what_layers_do(name, prompt, budget, every, rows):
     layers = [PolicyLayer(plan, ordinal) for ordinal in range(3)]
     for layer in layers:
         drive(layer, prompt, 1, rows=rows)
-    counts = Counts(plan, layers[0].real, lengths_of(layers))
-    room = capacities(plan, min(layers[0].real))
+    counts = HostCounts(plan, layers[0].num_tokens, lengths_of(layers))
+    room = capacities(plan, min(layers[0].num_tokens))
     for _ in range(3 * every + 8):
         before = [layer.stats.compressions for layer in layers]
         assert counts.fit(room)
@@ -38,13 +38,13 @@ def test_lengths_follow_what_layers_do(name, prompt, budget, every, rows):
         if due:
             counts.compress()
         assert counts.lengths == lengths_of(layers)
-        assert counts.real == layers[0].real
-        assert counts.averages == [layer.held.slots.average for layer in layers]
+        assert counts.num_tokens == layers[0].num_tokens
+        assert counts.averages == [layer.storage.slots.average for layer in layers]
 
 
 def test_rows_of_different_length_are_due_at_different_times():
     plan = plan_of(small("snapkv", 8, 4))
-    counts = Counts(plan, [20, 5, 20], [[8, 5, 8]])
+    counts = HostCounts(plan, [20, 5, 20], [[8, 5, 8]])
     due = []
     for _ in range(12):
         if counts.append():
@@ -58,13 +58,13 @@ def test_rows_of_different_length_are_due_at_different_times():
         [True, False, True],
     ]
     assert counts.lengths == [[8, 9, 8]]
-    assert counts.real == [32, 17, 32]
+    assert counts.num_tokens == [32, 17, 32]
     assert counts.budgets == [[8, 8, 8]]
     assert counts.averages == [25 / 3]
 
 
 def test_there_is_no_room_for_one_more():
-    counts = Counts(plan_of(small("snapkv", 8, 4)), [20, 5], [[8, 5]])
+    counts = HostCounts(plan_of(small("snapkv", 8, 4)), [20, 5], [[8, 5]])
     assert counts.fit([9])
     assert not counts.fit([8])
 

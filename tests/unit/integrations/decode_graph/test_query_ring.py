@@ -4,14 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy.integrations.transformers.decode_graph.query_ring import Ring
+from kvpolicy.integrations.transformers.decode_graph.query_ring import QueryRing
 
 
 @given(size=st.integers(1, 5), before=st.integers(0, 7), pushed=st.integers(0, 12))
 def test_the_newest_queries_oldest_first(size, before, pushed):
     total = before + pushed
     queries, positions = torch.randn(2, 3, total, 4), torch.arange(total, dtype=torch.int32).expand(2, -1)
-    ring = Ring.empty(size, (2, 3, 4), torch.float32, torch.device("cpu"))
+    ring = QueryRing.empty(size, (2, 3, 4), torch.float32, torch.device("cpu"))
     first = max(0, before - size)
     ring.fill(queries[:, :, first:before], positions[:, first:before])
     for at in range(before, total):
@@ -23,7 +23,7 @@ def test_the_newest_queries_oldest_first(size, before, pushed):
 
 
 def test_what_the_ring_held_before_is_forgotten():
-    ring = Ring.empty(3, (1, 1, 2), torch.float32, torch.device("cpu"))
+    ring = QueryRing.empty(3, (1, 1, 2), torch.float32, torch.device("cpu"))
     for at in range(4):
         ring.push(torch.ones(1, 1, 1, 2), torch.tensor([at], dtype=torch.int32))
     ring.fill(torch.zeros(1, 1, 1, 2), torch.tensor([[7]], dtype=torch.int32))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvpolicy.errors import NonFiniteScoreWarning, ParameterError, UnsupportedCallError
-from kvpolicy.integrations.transformers.decode_graph.device_faults import Tally
+from kvpolicy.integrations.transformers.decode_graph.device_faults import DeviceFaults
 from kvpolicy.integrations.transformers.decode_graph.runners import Captured, Mode, mode_of
 
 
@@ -76,16 +76,16 @@ def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch, caplog):
 
 
 def test_faults_are_told_once_each():
-    tally = Tally(torch.device("cpu"))
-    tally.poll()
-    tally.nan.add_(torch.tensor([3, 40]))
+    faults = DeviceFaults(torch.device("cpu"))
+    faults.poll()
+    faults.nan.add_(torch.tensor([3, 40]))
     with pytest.warns(NonFiniteScoreWarning, match="3 of 40"):
-        tally.poll()
-    tally.poll()
-    tally.nan.add_(torch.tensor([1, 5]))
+        faults.poll()
+    faults.poll()
+    faults.nan.add_(torch.tensor([1, 5]))
     with pytest.warns(NonFiniteScoreWarning, match="1 of 5"):
-        tally.flush()
-    tally.masks.add_(1)
+        faults.flush()
+    faults.masks.add_(1)
     with pytest.raises(UnsupportedCallError, match="graph=False"):
-        tally.poll()
-    tally.flush()
+        faults.poll()
+    faults.flush()

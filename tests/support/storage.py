@@ -1,6 +1,6 @@
 """What a layer holds, read segment by segment, whatever store it is in."""
 
-from kvpolicy.cache.storage.segment_index import Rows
+from kvpolicy.cache.storage.segment_index import RowSegments
 from kvpolicy.stages import Column
 
 HALVES = ("keys", "values")
@@ -9,7 +9,7 @@ HALVES = ("keys", "values")
 def segment(held, name, row, head):
     """[length, ...]: a column, or the keys or values as attention sees them."""
     if name in HALVES:
-        return _read(held, name, Rows([row]))[0, head, : held.slots.lengths[row][head]]
+        return _read(held, name, RowSegments([row]))[0, head, : held.slots.lengths[row][head]]
     return held.slots.segment(name, row, head)
 
 
@@ -18,13 +18,13 @@ def segments_of(held, name, row):
     lengths = held.slots.lengths[row]
     if name not in HALVES:
         return [held.slots.segment(name, row, head) for head in range(len(lengths))]
-    read = _read(held, name, Rows([row]))[0]
+    read = _read(held, name, RowSegments([row]))[0]
     return [one[:length] for one, length in zip(read, lengths, strict=True)]
 
 
 def padded(held, name):
     """[B, K, T, ...] of all rows."""
-    return _read(held, name, Rows(range(held.slots.layout.rows)))
+    return _read(held, name, RowSegments(range(held.slots.layout.rows)))
 
 
 def _read(held, name, at):
@@ -36,7 +36,7 @@ def _read(held, name, at):
 
 def stores(held):
     """Every store of a layer."""
-    halves = [store for name in HALVES for store in (getattr(held, name).packed, getattr(held, name).tail)]
+    halves = [store for name in HALVES for store in (getattr(held, name).packed, getattr(held, name).residual)]
     return [held.slots, *halves, held.pages.store]
 
 
