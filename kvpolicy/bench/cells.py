@@ -5,7 +5,7 @@ from typing import Any
 
 from kvpolicy.bench.case import AGAIN, OURS, Case
 from kvpolicy.bench.result import Result
-from kvpolicy.plan.units import human_bytes
+from kvpolicy.plan.explain.units import human_bytes
 
 HEADINGS = ("policy", "tokens", "variant", "p50", "p99", "ours", "floor", "peak")
 

@@ -8,8 +8,8 @@ from kvpolicy.bench.clock import Call
 from kvpolicy.bench.interleave import Samples, Variant
 from kvpolicy.bench.naive import Held
 from kvpolicy.bench.samples import quantile
+from kvpolicy.plan.explain.reads import reads_of
 from kvpolicy.plan.plan import Plan
-from kvpolicy.plan.reads import reads_of
 
 COPY, GEMM = "copy", "library gemm"
 LARGE = {"cpu": 128 * 2**20, "cuda": 2**30}  # bytes of the buffer that is copied

@@ -9,7 +9,7 @@ from rich.table import Table
 from kvpolicy.evaluate.answers import SEEN, UNSEEN
 from kvpolicy.evaluate.compare import Outcome
 from kvpolicy.evaluate.setup import Setup
-from kvpolicy.plan.units import human_bytes
+from kvpolicy.plan.explain.units import human_bytes
 
 
 def table_of(setup: Setup, outcomes: Sequence[Outcome]) -> Table:

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.shrink import observing_less, packing_sooner, reading, reads
-from kvpolicy.plan.explain import full_bytes
 from kvpolicy.plan.plan import READ_ALL
 from kvpolicy.policy import Policy
 from kvpolicy.runtime.support import geometry_of
@@ -104,7 +103,7 @@ def _affordable(
 ) -> int:
     """Entries per KV head and layer, on average, that the bytes of the share can hold beside the slack."""
     plan = policy.compile(model, calibration=None if calibrations is None else calibrations.of(policy))
-    return plan.footprint.entries(int(full_bytes(plan, length) * share)) - plan.budgets.slack
+    return plan.footprint.entries(int(plan.footprint.full_bytes(length) * share)) - plan.budgets.slack
 
 
 def _protect(spec: PolicySpec, tokens: int) -> Protect:

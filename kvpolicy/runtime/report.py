@@ -7,8 +7,8 @@ import attrs
 from rich.console import Console
 from rich.table import Table
 
+from kvpolicy.plan.explain.units import human_bytes
 from kvpolicy.plan.plan import Plan
-from kvpolicy.plan.units import human_bytes
 from kvpolicy.runtime.stats import LayerStats
 
 _NAMES = {

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from kvpolicy.plan.units import human_bytes
+from kvpolicy.plan.explain.units import human_bytes
 from kvpolicy.runtime.report import Report
 from kvpolicy.runtime.stats import LayerStats
 from tests.models import generate, model, prompt

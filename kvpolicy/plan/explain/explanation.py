@@ -4,13 +4,14 @@ from typing import Any
 
 import attrs
 from rich.console import Console, Group
+from rich.text import Text
 
 from kvpolicy.errors import InputError
-from kvpolicy.plan.devices import Device
-from kvpolicy.plan.explain_tables import tables_of
+from kvpolicy.plan.explain.compression_steps import steps_of
+from kvpolicy.plan.explain.devices import Device
+from kvpolicy.plan.explain.steps import Shapes, Step
+from kvpolicy.plan.explain.tables import budgets_table, memory_table, steps_table
 from kvpolicy.plan.plan import Plan
-from kvpolicy.plan.steps import Shapes, Step
-from kvpolicy.plan.traffic import steps_of
 from kvpolicy.spec.dump import digest
 from kvpolicy.stages import Geometry
 
@@ -66,20 +67,28 @@ class Explanation:
         """Bytes that one compression of one layer reads and writes."""
         return sum(step.read + step.written for step in self.steps)
 
-    def floor(self, step: Step) -> float | None:
-        """Microseconds below which the device cannot move the bytes of a step; None when no device was named."""
-        return None if self.rates is None else 1e6 * self.rates.floor(step.read + step.written)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        floors = [self.floor(step) for step in self.steps]
+        rates = self.rates
+        floors = [None if rates is None else 1e6 * rates.floor(step.read + step.written) for step in self.steps]
         sums = {"entry_bytes": self.entry_bytes, "moved_bytes": self.moved_bytes, "floors_us": floors}
         share = {"total_bytes": self.total_bytes, "share_of_full": self.total_bytes / self.full_bytes}
         return {**attrs.asdict(self), **sums, **share}
 
     def table(self) -> Group:
         """The explanation as rich tables: memory, budgets, steps."""
-        return Group(*tables_of(self))
+        where = f"{self.dtype} on {self.rates.name if self.rates else self.device}"
+        head = f"policy {self.policy} ({self.digest}): one sequence of {self.length} tokens, {where}"
+        always = {"entries held, at capacity": self.held_bytes, "queries observed": self.window_bytes}
+        some = {"carried beside them": self.state_bytes, "layers with a sliding window": self.stock_bytes}
+        held = always | {name: count for name, count in some.items() if count} | {"held in all": self.total_bytes}
+        layers = [(share.layer, share.budget, share.capacity) for share in self.layers]
+        return Group(
+            Text(f"{head}\n{self.raised}" if self.raised else head),
+            memory_table(held, self.full_bytes, self.columns, evicts=self.evicts),
+            budgets_table(layers, *self.protected, competing=self.competing),
+            steps_table(self.steps, self.moved_bytes, self.unfused, self.rates),
+        )
 
     def __str__(self) -> str:
         console = Console(width=120, color_system=None)
@@ -96,36 +105,30 @@ def explain(plan: Plan, length: int = LENGTH, rates: Device | None = None) -> Ex
     """
     if length < 1:
         raise InputError(f"length must be at least 1 token: {length}")
-    layers = tuple(map(LayerShare, plan.geometry.managed, plan.budgets.per_layer(length), _capacities(plan, length)))
-    geometry = plan.geometry
+    budgets, footprint = plan.budgets, plan.footprint
+    capacities = _capacities(plan, length)
     return Explanation(
         policy=plan.spec.name,
         digest=digest(plan.spec),
-        geometry=geometry,
+        geometry=plan.geometry,
         device=str(plan.device),
         dtype=str(plan.dtype).removeprefix("torch."),
         length=length,
-        evicts=any(layer.capacity < length for layer in layers),
-        layers=layers,
-        protected=plan.budgets.protected(length),
-        raised=plan.budgets.raised(length),
+        evicts=min(capacities) < length,
+        layers=tuple(map(LayerShare, plan.geometry.managed, budgets.per_layer(length), capacities)),
+        protected=budgets.protected(length),
+        raised=budgets.raised(length),
         competing=plan.compresses_jointly,
-        columns=plan.footprint.per_entry(),
+        columns=footprint.per_entry(),
         unfused=plan.fusion.off,
         rates=rates,
         steps=steps_of(plan, _shapes(plan, length)),
-        held_bytes=round(sum(plan.footprint.layer_bytes(place, one.capacity) for place, one in enumerate(layers))),
-        window_bytes=plan.footprint.window_bytes,
-        state_bytes=plan.footprint.state_bytes,
-        stock_bytes=plan.footprint.stock_bytes(length),
-        full_bytes=full_bytes(plan, length) + plan.footprint.stock_bytes(length),
+        held_bytes=round(sum(footprint.layer_bytes(layer, capacity) for layer, capacity in enumerate(capacities))),
+        window_bytes=footprint.window_bytes,
+        state_bytes=footprint.state_bytes,
+        stock_bytes=footprint.stock_bytes(length),
+        full_bytes=footprint.full_bytes(length) + footprint.stock_bytes(length),
     )
-
-
-def full_bytes(plan: Plan, length: int) -> int:
-    """Bytes that the keys and values of `length` tokens take in a full cache, in the managed layers of one sequence."""
-    geometry = plan.geometry
-    return length * geometry.layers * geometry.kv_heads * 2 * geometry.head_dim * plan.dtype.itemsize
 
 
 def _capacities(plan: Plan, length: int) -> tuple[int, ...]:

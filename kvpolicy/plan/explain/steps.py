@@ -2,6 +2,8 @@
 
 import attrs
 
+from kvpolicy.stages.contracts import Plugin
+from kvpolicy.stages.registry import registry
 from kvpolicy_kernels import Traffic
 
 REFERENCE = "reference"
@@ -32,8 +34,13 @@ class Step:
 class Shapes:
     """The lengths that the bytes follow from, in entries per KV head."""
 
-    held: int  # T
+    held: int  # T, when the compression starts
     kept: int  # N
     new: int  # tokens since the last compression
     forwards: tuple[int, ...]  # entries held at each forward since then: one a token, or one for a prompt
     protected: tuple[int, int] = (0, 0)  # sinks and recent ones among them
+
+
+def name_of(plugin: Plugin) -> str:
+    """The name under which a policy file uses a plugin."""
+    return registry().reference(type(plugin))

@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kvpolicy.errors import described
+from kvpolicy.plan.small_view import small_view
 from kvpolicy.stages import Geometry, Scorer, View
-from kvpolicy.stages.declared import needs_of, slot_state_of
 
 _ONLY_METADATA = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point"})
-_SLOTS = 16  # of the small view, on top of the observation window
 
 
 @attrs.frozen
@@ -27,18 +26,19 @@ class Reads:
 def reads_of(scorer: Scorer, geometry: Geometry) -> Reads:
     """Run `scorer` on a view of few slots with the given geometry, on the CPU, and note what its operations touch."""
     view = small_view({"": scorer}, geometry)
-    watch = _Watch(_tensors_by_column(view))
+    columns = _tensors_by_column(view)
+    watch = _Watch(columns)
     try:
         with watch, torch.no_grad():
             _run(scorer, view)
     except Exception as error:  # noqa: BLE001 - a third party's scorer: the plan can still be explained
-        return Reads(tuple(_tensors_by_column(view)), described(error))
-    return Reads(tuple(name for name in watch.columns if name in watch.touched))
+        return Reads(tuple(columns), described(error))
+    return Reads(tuple(name for name in columns if name in watch.touched))
 
 
 def _run(scorer: Scorer, view: View) -> None:
-    fresh = scorer.observe(view)
-    scorer.score(attrs.evolve(view, slot_state={**view.slot_state, **fresh}) if fresh else view)
+    observed = scorer.observe(view)
+    scorer.score(attrs.evolve(view, slot_state={**view.slot_state, **observed}) if observed else view)
 
 
 class _Watch(TorchFunctionMode):
@@ -46,14 +46,13 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.columns = columns
         self.touched: set[str] = set()
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in columns.items()}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") not in _ONLY_METADATA:
-            storages = (tensor.untyped_storage().data_ptr() for tensor in _tensors([args, kwargs or {}]))
-            self.touched.update(self._names[one] for one in storages if one in self._names)
+            pointers = {tensor.untyped_storage().data_ptr() for tensor in _tensors([args, kwargs or {}])}
+            self.touched.update(self._names[pointer] for pointer in pointers & self._names.keys())
         return func(*args, **(kwargs or {}))
 
 
@@ -70,37 +69,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _tensors_by_column(view: View) -> dict[str, Tensor]:
     named = {name: getattr(view, name) for name in ("keys", "values", "positions", "queries", "attention")}
     return {name: tensor for name, tensor in (named | dict(view.slot_state)).items() if tensor is not None}
-
-
-def small_view(
-    scorers: Mapping[str, Scorer],
-    geometry: Geometry,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> View:
-    """One row of few random entries, with all that these scorers need; the names of slot state begin with the keys."""
-    needs = [needs_of(scorer) for scorer in scorers.values()]
-    window = max(need.queries for need in needs)
-    heads, dim, slots = geometry.kv_heads, geometry.head_dim, _SLOTS + window
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float32).to(device, dtype)
-
-    mass = (
-        torch.rand(1, heads, slots, geometry.group, generator=random, dtype=torch.float32).to(device).transpose(-1, -2)
-    )
-    fills = {prefix + one.name: one.fill for prefix, scorer in scorers.items() for one in slot_state_of(scorer)}
-    return View(
-        keys=normal(1, heads, slots, dim),
-        values=normal(1, heads, slots, dim),
-        positions=torch.arange(slots, dtype=torch.int32, device=device).repeat(1, heads, 1),
-        geometry=geometry,
-        scaling=dim**-0.5,
-        queries=normal(1, geometry.query_heads, window, dim) if window else None,
-        attention=mass if any(need.attention for need in needs) else None,
-        slot_state={
-            name: torch.full((1, heads, slots), fill, dtype=torch.float32, device=device)
-            for name, fill in fills.items()
-        },
-    )

@@ -37,8 +37,7 @@ DEVICES = {device.name: device for device in _DEVICES}
 
 def device_named(name: str) -> Device:
     """The device called `name`, whatever its case. Raises InputError when there is none."""
-    found = DEVICES.get(name.lower())
-    if found is None:
-        hint = did_you_mean(name.lower(), DEVICES, "known")
-        raise InputError(f"unknown device: {shown(name)}{hint}")
-    return found
+    device = DEVICES.get(name.lower())
+    if device is None:
+        raise InputError(f"unknown device: {shown(name)}{did_you_mean(name.lower(), DEVICES, 'known')}")
+    return device
