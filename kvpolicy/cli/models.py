@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 def config_of(model: str) -> PretrainedConfig:
     """The configuration of a model, by path or id; no weights are read. Raises InputError."""
     if model == TESTBED:
-        from kvpolicy.evaluate.testbed.settings import model_config
+        from kvpolicy.evaluate.testbed.load import model_config
 
         return model_config()
     found: PretrainedConfig = _read(model, "configuration", lambda: AutoConfig.from_pretrained(model))

@@ -1,29 +1,17 @@
-"""Training batches: rows of one episode each, all tasks mixed, of exactly the same length."""
+"""Text as the testbed model was trained on: rows of one episode each, a context and many questions about it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 import torch
-from attrs import frozen
 from torch import Tensor
 
-from kvpolicy.evaluate.testbed.tasks.copying import copying
 from kvpolicy.evaluate.testbed.tasks.episode import Episode
 from kvpolicy.evaluate.testbed.tasks.reasoning import reasoning
 from kvpolicy.evaluate.testbed.tasks.recall import recall
 from kvpolicy.evaluate.testbed.tasks.tracking import tracking
-from kvpolicy.evaluate.testbed.vocabulary import IDS
-
-
-@frozen(eq=False)
-class Batch:
-    """tokens [B, T] int64, weights [B, T] float32 (of predicting that token), and the task of each row."""
-
-    tokens: Tensor
-    weights: Tensor
-    tasks: tuple[str, ...]
 
 
 def recall_row(rng: np.random.Generator, length: int) -> Episode:
@@ -47,18 +35,11 @@ def reasoning_row(rng: np.random.Generator, length: int) -> Episode:
 
 
 ROWS: Final[Mapping[str, Callable[[np.random.Generator, int], Episode]]] = MappingProxyType(
-    {"copying": copying, "recall": recall_row, "tracking": tracking_row, "reasoning": reasoning_row}
+    {"recall": recall_row, "tracking": tracking_row, "reasoning": reasoning_row}
 )
 
 
-def make_batch(seed: int, step: int, mixture: tuple[str, ...], length: int) -> Batch:
-    """Return the batch of ``step``: one row of ``length`` tokens for each task that ``mixture`` names."""
-    rng = np.random.default_rng([seed, step])
-    tokens = np.full((len(mixture), length), IDS["<pad>"], dtype=np.int64)
-    weights = np.zeros((len(mixture), length), dtype=np.float32)
-    for row, task in enumerate(mixture):
-        episode = ROWS[task](rng, length)
-        used = min(length, len(episode.tokens))
-        tokens[row, :used] = episode.tokens[:used]
-        weights[row, :used] = episode.weights[:used]
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(weights), mixture)
+def training_text(seed: int, tasks: Sequence[str], length: int) -> Tensor:
+    """Return token ids [len(tasks), ``length``], int64: one row for each task."""
+    rng = np.random.default_rng([seed, 0])
+    return torch.from_numpy(np.stack([ROWS[task](rng, length).tokens[:length] for task in tasks]))

@@ -1,11 +1,8 @@
-"""All that decides a training run: the model's geometry, the stages of the curriculum, the optimizer's numbers."""
+"""All that decides a training run: the stages of the curriculum and the optimizer's numbers."""
 
 from typing import Final
 
 from attrs import field, frozen
-from transformers import LlamaConfig
-
-from kvpolicy.evaluate.testbed.vocabulary import BOS, EOS, IDS, MAXIMUM_LENGTH, PAD, VOCABULARY
 
 
 @frozen
@@ -61,22 +58,3 @@ class Settings:
         warmed = min(1.0, (step + 1) / self.warm_up_steps)
         remaining = min(1.0, (1.0 - progress) / (1.0 - self.decay_from))
         return self.learning_rate * warmed * max(0.0, remaining)
-
-
-def model_config() -> LlamaConfig:
-    """Return the testbed model's geometry: 4 layers, 8 query heads, 2 KV heads of 32 dimensions."""
-    return LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=MAXIMUM_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-        pad_token_id=IDS[PAD],
-        bos_token_id=IDS[BOS],
-        eos_token_id=IDS[EOS],
-    )

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvpolicy.evaluate.testbed.checkpoint import Run
+from tests.testbed_training.checkpoint import Run
 
 
 class Display:

@@ -1,4 +1,4 @@
-"""Train the testbed model from scratch: ``python -m kvpolicy.evaluate.testbed.train --out DIR``.
+"""Train the testbed model from scratch: ``python -m tests.testbed_training train --out DIR``.
 
 The run is bounded by time, not by steps: stages and learning rate follow the share of the minutes that is spent.
 """
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from kvpolicy.evaluate.testbed.batches import Batch, make_batch
-from kvpolicy.evaluate.testbed.checkpoint import CHECKPOINT, Run
-from kvpolicy.evaluate.testbed.display import Display
-from kvpolicy.evaluate.testbed.initial import initialise
-from kvpolicy.evaluate.testbed.settings import Settings, model_config
+from kvpolicy.evaluate.testbed.load import model_config
+from tests.testbed_training.batches import Batch, make_batch
+from tests.testbed_training.checkpoint import CHECKPOINT, Run
+from tests.testbed_training.initial_weights import initialise
+from tests.testbed_training.progress_display import Display
+from tests.testbed_training.settings import Settings
 
 POINT_EVERY = 50
 SAVE_SECONDS = 60.0
@@ -27,7 +28,7 @@ FULL_WEIGHT = 1.0
 EAGER_LENGTH = 128  # up to here the plain product of matrices trains faster on a CPU than the fused attention
 
 
-def main(
+def train_testbed(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint and the log.")] = Path("testbed-run"),
     minutes: Annotated[float, typer.Option(help="Training time, summed over resumed runs.")] = 60.0,
     resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in OUT.")] = False,
@@ -122,7 +123,3 @@ def _log(out: Path, point: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(point) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

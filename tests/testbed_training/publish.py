@@ -1,4 +1,4 @@
-"""Turn a training checkpoint into the packaged weights: ``python -m kvpolicy.evaluate.testbed.publish --run DIR``."""
+"""Turn a training checkpoint into the packaged weights: ``python -m tests.testbed_training publish --run DIR``."""
 
 import json
 import platform
@@ -14,21 +14,23 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from kvpolicy.evaluate.testbed import checkpoint
-from kvpolicy.evaluate.testbed.load import read_folder
-from kvpolicy.evaluate.testbed.measure import Accuracy, measure
-from kvpolicy.evaluate.testbed.plot import plot_training
-from kvpolicy.evaluate.testbed.settings import Settings, model_config
+from kvpolicy.evaluate import testbed
+from kvpolicy.evaluate.testbed.load import WEIGHTS, model_config, read_folder
 from kvpolicy.evaluate.testbed.tasks import EVALUATED
 from kvpolicy.evaluate.testbed.vocabulary import BOS, EOS, IDS, PAD, build_tokenizer
+from tests.testbed_training import checkpoint
+from tests.testbed_training.accuracy import Accuracy, measure
+from tests.testbed_training.plot import plot_training
+from tests.testbed_training.settings import Settings
 
+OUT: Final = Path(testbed.__file__).parent / WEIGHTS
 HELD_OUT_SEED: Final = 1_000_003
 POINTS_KEPT: Final = 200
 
 
-def main(
+def publish(
     run: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("testbed-run"),
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path(__file__).parent / "weights",
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = OUT,
     items: Annotated[int, typer.Option(help="Held-out items per task and length.")] = 128,
     lengths: Annotated[list[int] | None, typer.Option(help="Context lengths in tokens.")] = None,
     notes: Annotated[list[str] | None, typer.Option("--note", help="What else is to be known of the run.")] = None,
@@ -99,7 +101,3 @@ def _show(table: list[dict[str, Any]]) -> None:
     for row in table:
         shown.add_row(row["task"], *(str(row[name]) for name in ("length", "items", "answers", "targets")))
     Console().print(shown)
-
-
-if __name__ == "__main__":
-    typer.run(main)
