@@ -8,18 +8,18 @@ import attrs
 import torch
 from transformers import LlamaForCausalLM
 
-from kvpolicy.bench.case import OURS, Case
-from kvpolicy.bench.clock import Clock
-from kvpolicy.bench.compaction import GATHER, Compaction
-from kvpolicy.bench.compress import NAIVE, CompressSetup, measure_one
-from kvpolicy.bench.contenders import DYNAMIC, PREALLOCATED, STATIC
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.decode import DecodeSetup
-from kvpolicy.bench.decode import measure_one as measure_decode
-from kvpolicy.bench.interleave import Protocol
-from kvpolicy.bench.overhead import Age, Overhead
-from kvpolicy.bench.samples import noise
-from kvpolicy.bench.shape import ModelShape, attention_shape, model_shape, random_model
+from kvpolicy.bench.baselines.contenders import DYNAMIC, PREALLOCATED, STATIC
+from kvpolicy.bench.cases.compaction import GATHER, Compaction
+from kvpolicy.bench.cases.compress import NAIVE, CompressSetup, measure_one
+from kvpolicy.bench.cases.decode import DecodeSetup
+from kvpolicy.bench.cases.decode import measure_one as measure_decode
+from kvpolicy.bench.cases.overhead import Age, Overhead
+from kvpolicy.bench.protocol.case import OURS, Case
+from kvpolicy.bench.protocol.clock import Clock
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.model_shapes import ModelShape, attention_shape, model_shape, random_model
+from kvpolicy.bench.protocol.samples import noise
 from kvpolicy.errors import InputError
 from kvpolicy.policy import load
 

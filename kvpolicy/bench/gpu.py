@@ -11,19 +11,20 @@ import attrs
 import torch
 from transformers import LlamaForCausalLM
 
-from kvpolicy.bench import attention, compress, decode, generation
-from kvpolicy.bench.case import OURS, Case
-from kvpolicy.bench.clock import Clock
-from kvpolicy.bench.compress import NAIVE
-from kvpolicy.bench.contenders import COMPILED, DYNAMIC, STATIC
-from kvpolicy.bench.correctness import kernel_tests
-from kvpolicy.bench.deadline import Deadline
+from kvpolicy.bench import generation
+from kvpolicy.bench.baselines.contenders import COMPILED, DYNAMIC, STATIC
+from kvpolicy.bench.cases import attention, compress, decode
+from kvpolicy.bench.cases.compress import NAIVE
 from kvpolicy.bench.gates import Verdict
 from kvpolicy.bench.generation.memory import tidy
-from kvpolicy.bench.interleave import Protocol
-from kvpolicy.bench.result import Result
-from kvpolicy.bench.shape import model_shape, random_model
-from kvpolicy.bench.sizes import DECODED, Sizes
+from kvpolicy.bench.protocol.case import OURS, Case
+from kvpolicy.bench.protocol.clock import Clock
+from kvpolicy.bench.protocol.correctness import kernel_tests
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.model_shapes import model_shape, random_model
+from kvpolicy.bench.protocol.result import Result
+from kvpolicy.bench.protocol.sizes import DECODED, Sizes
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy import load
 from kvpolicy.spec.budget import Budget

@@ -15,9 +15,9 @@ import pytest
 
 from kvpolicy.bench.compiled import discover, work
 from kvpolicy.bench.compiled.__main__ import compiled
+from kvpolicy.bench.compiled.compiled_record import differences, read_record
 from kvpolicy.bench.compiled.page import page_of
 from kvpolicy.bench.compiled.ptx import instructions_of
-from kvpolicy.bench.compiled.record import differences, read_record
 from kvpolicy.bench.compiled.target import CAPABILITIES, Compiled, compile_build
 from kvpolicy.errors import InputError
 from kvpolicy_kernels.builds import Build

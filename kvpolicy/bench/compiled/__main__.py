@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from kvpolicy.bench.compiled.compiled_record import differences, read_record, record_of
 from kvpolicy.bench.compiled.page import page_of
-from kvpolicy.bench.compiled.record import differences, read_record, record_of
 from kvpolicy.bench.compiled.work import Outcome, compile_all
 from kvpolicy.errors import KVPolicyError
 

@@ -6,16 +6,16 @@ from contextlib import ExitStack
 import attrs
 from transformers import LlamaForCausalLM
 
-from kvpolicy.bench.case import OURS, Case
-from kvpolicy.bench.clock import Clock
-from kvpolicy.bench.compress import LeftOut
-from kvpolicy.bench.contenders import Contender, FullCache, PolicyContender
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.decode import in_time
-from kvpolicy.bench.generation.batch import largest_batch
-from kvpolicy.bench.generation.sampled import sampled
+from kvpolicy.bench.baselines.contenders import Contender, FullCache, PolicyContender
+from kvpolicy.bench.cases.compress import LeftOut
+from kvpolicy.bench.cases.decode import in_time
+from kvpolicy.bench.generation.batch_size import largest_batch
+from kvpolicy.bench.generation.every_token import generated
+from kvpolicy.bench.generation.sampled_steps import sampled
 from kvpolicy.bench.generation.setup import GenerateSetup, Throughput
-from kvpolicy.bench.generation.whole import generated
+from kvpolicy.bench.protocol.case import OURS, Case
+from kvpolicy.bench.protocol.clock import Clock
+from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy import Policy
 

@@ -5,8 +5,8 @@ from typing import Any
 import attrs
 import torch
 
-from kvpolicy.bench.contenders import DYNAMIC, PREALLOCATED
-from kvpolicy.bench.shape import ModelShape
+from kvpolicy.bench.baselines.contenders import DYNAMIC, PREALLOCATED
+from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.errors import InputError
 from kvpolicy.policy import Policy
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from kvpolicy.bench.case import AGAIN, OURS, Case
-from kvpolicy.bench.cells import HEADINGS, human_seconds, markdown, rows_of
-from kvpolicy.bench.picture import draw
-from kvpolicy.bench.result import Result, read_result
+from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
+from kvpolicy.bench.protocol.result import Result, read_result
+from kvpolicy.bench.report.picture import draw
+from kvpolicy.bench.report.tables import HEADINGS, human_seconds, markdown, rows_of
 from kvpolicy.errors import InputError
 
 SAMPLES = {OURS: (1.0, 2.0, 4.0), AGAIN: (1.1, 2.0, 3.0), "naive": (3.0, 8.0, 12.0)}

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.bench import attention, compaction, compress
-from kvpolicy.bench.attention import LIBRARY, AttentionSetup
-from kvpolicy.bench.case import AGAIN, OURS
-from kvpolicy.bench.compaction import GATHER, Compaction
-from kvpolicy.bench.compress import NAIVE, CompressSetup
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.floors import LARGE
-from kvpolicy.bench.interleave import Protocol
-from kvpolicy.bench.shape import attention_shape
+from kvpolicy.bench.cases import attention, compaction, compress
+from kvpolicy.bench.cases.attention import LIBRARY, AttentionSetup
+from kvpolicy.bench.cases.compaction import GATHER, Compaction
+from kvpolicy.bench.cases.compress import NAIVE, CompressSetup
+from kvpolicy.bench.cases.floors import LARGE
+from kvpolicy.bench.protocol.case import AGAIN, OURS
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.model_shapes import attention_shape
 from kvpolicy.errors import InputError
 
 CPU = torch.device("cpu")

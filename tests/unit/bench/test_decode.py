@@ -6,14 +6,22 @@ import torch
 from transformers import DynamicCache
 
 import kvpolicy
-from kvpolicy.bench.caches import PreallocatedCache, fill, ripen
-from kvpolicy.bench.case import AGAIN, OURS
-from kvpolicy.bench.contenders import COMPILED, DYNAMIC, PREALLOCATED, STATIC, FullCache, PolicyContender, twin
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.decode import DecodeSetup, Running, measure, measure_one, whole_round
-from kvpolicy.bench.interleave import Protocol
-from kvpolicy.bench.overhead import Age, Overhead
-from kvpolicy.bench.shape import model_shape
+from kvpolicy.bench.baselines.contenders import (
+    COMPILED,
+    DYNAMIC,
+    PREALLOCATED,
+    STATIC,
+    FullCache,
+    PolicyContender,
+    twin,
+)
+from kvpolicy.bench.baselines.full_caches import PreallocatedCache, fill, ripen
+from kvpolicy.bench.cases.decode import DecodeSetup, Running, measure, measure_one, whole_round
+from kvpolicy.bench.cases.overhead import Age, Overhead
+from kvpolicy.bench.protocol.case import AGAIN, OURS
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.model_shapes import model_shape
 from kvpolicy.errors import InputError
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kvpolicy
-from kvpolicy.bench.floors import COPY, GEMM, LARGE, Floors
-from kvpolicy.bench.layers import due, plan_at, random_layers
-from kvpolicy.bench.peak import peak_bytes
-from kvpolicy.bench.shape import attention_shape, model_shape, random_model
+from kvpolicy.bench.cases.filled_layers import due, plan_at, random_layers
+from kvpolicy.bench.cases.floors import COPY, GEMM, LARGE, Floors
+from kvpolicy.bench.protocol.model_shapes import attention_shape, model_shape, random_model
+from kvpolicy.bench.protocol.peak_memory import peak_bytes
 from kvpolicy.errors import InputError
 
 CPU = torch.device("cpu")

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.bench.layers import due, plan_at, random_layers
-from kvpolicy.bench.naive import naive_of
-from kvpolicy.bench.naive.held import gathered
-from kvpolicy.bench.naive.window import window_votes
-from kvpolicy.bench.shape import attention_shape
+from kvpolicy.bench.baselines.naive import naive_of
+from kvpolicy.bench.baselines.naive.layer_tensors import gathered
+from kvpolicy.bench.baselines.naive.window_votes import window_votes
+from kvpolicy.bench.cases.filled_layers import due, plan_at, random_layers
+from kvpolicy.bench.protocol.model_shapes import attention_shape
 
 BUDGETS = {"snapkv": 48, "pyramidkv": 48, "rkv": 24, "adakv": 48, "tova": 24, "streaming_llm": 24}
 WINDOWS = {"streaming_llm": {"protect": {"sinks": 4, "recent": 20}}}

@@ -1,0 +1,1 @@
+"""What is measured, one benchmark a file, and the layers and floors that several of them need."""

@@ -1,0 +1,1 @@
+"""`kvpolicy bench`, and what its subcommands share."""

@@ -1,0 +1,126 @@
+"""What the benchmarks share on the command line: options, and from their words to what is measured."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpolicy.bench.protocol.interleave import Protocol
+    from kvpolicy.bench.protocol.sizes import Sizes
+    from kvpolicy.policy import Policy
+
+Policies = Annotated[
+    list[str] | None, typer.Option("--policy", help="A policy's name or file; may be repeated. By default several.")
+]
+Lengths = Annotated[list[int] | None, typer.Option("--length", help="Tokens of context; may be repeated.")]
+Budget = Annotated[int, typer.Option(help="Entries per KV head that every policy keeps.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
+Rounds = Annotated[int | None, typer.Option(help="Times that everything is timed, in turns; 3 at least.")]
+Seed = Annotated[int, typer.Option(help="Decides the order of the turns.")]
+Threads = Annotated[int | None, typer.Option(help="Threads on a CPU; by default as many as PyTorch takes.")]
+Seconds = Annotated[float | None, typer.Option(help="Stop beginning new cases after so long.")]
+Out = Annotated[Path, typer.Option(help="Folder for the record, the table and the picture.")]
+Model = Annotated[str | None, typer.Option(help="Shape of the model, whose weights are random: tiny, small, 267m, 8b.")]
+Graph = Annotated[bool, typer.Option("--graph", help="Attach policies with static shapes.")]
+OUT = Path("bench-results")
+
+
+@contextmanager
+def run(device: "torch.device", threads: int | None, seconds: float | None) -> Iterator[Any]:
+    """Clock, deadline and bars of a run."""
+    import torch
+
+    from kvpolicy.bench.protocol.clock import clock_for
+    from kvpolicy.bench.protocol.deadline import Deadline
+    from kvpolicy.cli.progress import bars
+    from kvpolicy.errors import InputError
+
+    if (threads is not None and threads < 1) or (seconds is not None and seconds <= 0):
+        raise InputError("--threads and --seconds must be above 0")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with bars() as watcher:
+            yield clock_for(device), Deadline() if seconds is None else Deadline.within(seconds), watcher
+    finally:
+        torch.set_num_threads(before)
+
+
+def place(device: str, dtype: str | None) -> "tuple[torch.device, torch.dtype, Sizes]":
+    """Device, dtype and default sizes. Raises InputError."""
+    from kvpolicy.bench.protocol.sizes import sizes_for
+    from kvpolicy.cli.models import device_of, dtype_of
+
+    target = device_of(device)
+    sizes = sizes_for(target)
+    kind = dtype_of(dtype or sizes.dtype)
+    return target, kind, sizes  # type: ignore[return-value]
+
+
+def policies_of(names: Any, budget: int, **overrides: Any) -> "tuple[Policy, ...]":
+    """Policies by name or file, each with this budget."""
+    from kvpolicy.policy import load
+
+    return tuple(load(name, budget=budget, **overrides) for name in names)
+
+
+def shipped(names: Sequence[str], budget: int, **overrides: Any) -> "tuple[Policy, ...]":
+    """Those of some shipped policies that can keep so few entries."""
+    from kvpolicy.cli.console import line
+    from kvpolicy.errors import KVPolicyError
+
+    found: list[Policy] = []
+    for name in names:
+        try:
+            found += policies_of([f"kvpolicy:{name}"], budget, **overrides)
+        except KVPolicyError as error:
+            line(f"not measured: {name}: {error}", error=True)
+    return tuple(found)
+
+
+def heads_of(text: str) -> tuple[int, int, int]:
+    """Query heads, KV heads, head dim. Raises InputError."""
+    from kvpolicy.errors import InputError
+
+    try:
+        query_heads, kv_heads, head_dim = map(int, text.split(","))
+    except ValueError as error:
+        raise InputError(f"--heads must be three numbers, 32,8,128: {text!r}") from error
+    return query_heads, kv_heads, head_dim
+
+
+def bytes_of(text: str) -> int:
+    """A number of bytes. Raises InputError."""
+    from kvpolicy.errors import InputError
+    from kvpolicy.spec.budget import Budget
+
+    parsed = Budget.parse(text)
+    if parsed is None or parsed.size is None:
+        raise InputError(f"--memory must be bytes, 2GiB: {text!r}")
+    return parsed.size
+
+
+def protocol_of(rounds: int, seed: int, warm_up: int = 1) -> "Protocol":
+    """Raises InputError for too few rounds."""
+    from kvpolicy.bench.protocol.interleave import LEAST_ROUNDS, Protocol
+    from kvpolicy.errors import InputError
+
+    if rounds < LEAST_ROUNDS:
+        raise InputError(f"--rounds must be at least {LEAST_ROUNDS}: {rounds}")
+    return Protocol(rounds, warm_up, seed)
+
+
+def options_of(dtype: "torch.dtype", device: "torch.device", protocol: "Protocol") -> dict[str, Any]:
+    """For the record."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "rounds": protocol.rounds,
+        "warm-up": protocol.warm_up,
+        "seed": protocol.seed,
+    }
