@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import attrs
 import torch
@@ -20,39 +19,12 @@ from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.interleave import Protocol
 from kvpolicy.bench.protocol.model_shapes import ModelShape, attention_shape, model_shape, random_model
 from kvpolicy.bench.protocol.samples import noise
+from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.errors import InputError
 from kvpolicy.policy import load
 
 _CPU = torch.device("cpu")
 _DRAFT = {"compress": {"prefill": True, "every": 128}}
-
-
-@attrs.frozen
-class Verdict:
-    """One gate: a number and the threshold that it must not be below (or above); None = it is told, not claimed."""
-
-    gate: str
-    claim: str
-    value: float
-    threshold: float | None
-    at_most: bool = False
-    noise: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """NaN fails."""
-        if self.threshold is None:
-            return True
-        return self.value <= self.threshold if self.at_most else self.value >= self.threshold
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {**attrs.asdict(self), "passed": self.passed}
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> "Verdict":
-        """What `to_dict` gave."""
-        return cls(**{name: value for name, value in found.items() if name != "passed"})
 
 
 @attrs.frozen
@@ -87,11 +59,11 @@ QUICK = Scale(
     old=512,
     rounds=3,
 )
-Result = tuple[list[Verdict], list[Case]]
-Gate = Callable[[Scale, Clock], Result]
+Judged = tuple[list[Verdict], list[Case]]
+Gate = Callable[[Scale, Clock], Judged]
 
 
-def _snapkv(dtype: torch.dtype, threshold: float, scale: Scale, clock: Clock) -> Result:
+def _snapkv(dtype: torch.dtype, threshold: float, scale: Scale, clock: Clock) -> Judged:
     case = _compressed("snapkv", scale.snapkv, dtype, scale, clock)
     name = str(dtype).removeprefix("torch.")
     claim = (
@@ -100,7 +72,7 @@ def _snapkv(dtype: torch.dtype, threshold: float, scale: Scale, clock: Clock) ->
     return [Verdict(f"snapkv-{name}", claim, case.ratio(NAIVE), threshold, noise=case.noise)], [case]
 
 
-def _rkv(scale: Scale, clock: Clock) -> Result:
+def _rkv(scale: Scale, clock: Clock) -> Judged:
     case = _compressed("rkv", scale.rkv, torch.float32, scale, clock)
     peaks: Mapping[str, float] = case.facts["peak_bytes"]
     claim = f"R-KV compression of {scale.rkv} entries: times faster than with all pairs in memory"
@@ -111,7 +83,7 @@ def _rkv(scale: Scale, clock: Clock) -> Result:
     ], [case]
 
 
-def _compaction(scale: Scale, clock: Clock) -> Result:
+def _compaction(scale: Scale, clock: Clock) -> Judged:
     verdicts, cases, policy = [], [], load("kvpolicy:snapkv", budget=scale.budget)
     for gate, length, least in (("compaction", scale.moved, 4.0), ("compaction-prompt", scale.snapkv, None)):
         case = Compaction(policy, scale.moving, length, _CPU, torch.float32).measure(clock)
@@ -121,7 +93,7 @@ def _compaction(scale: Scale, clock: Clock) -> Result:
     return verdicts, cases
 
 
-def _decode(scale: Scale, clock: Clock) -> Result:
+def _decode(scale: Scale, clock: Clock) -> Judged:
     policy = load("kvpolicy:snapkv", budget=scale.budget, **_DRAFT)
     protocol = Protocol(scale.rounds, warm_up=2)
     full = (DYNAMIC, PREALLOCATED, STATIC)
@@ -142,7 +114,7 @@ def _decode(scale: Scale, clock: Clock) -> Result:
     ], [case]
 
 
-def _attach(scale: Scale, clock: Clock) -> Result:
+def _attach(scale: Scale, clock: Clock) -> Judged:
     policy = load("kvpolicy:rkv", budget=scale.short + 100_000)
     protocol = Protocol(6 * scale.rounds, warm_up=3)
     case = Overhead(policy, scale.short, protocol).measure(_model(scale.model, scale.short), clock)
@@ -150,7 +122,7 @@ def _attach(scale: Scale, clock: Clock) -> Result:
     return [Verdict("attach", claim, 1 / case.ratio(DYNAMIC), 1.03, at_most=True, noise=case.noise)], [case]
 
 
-def _age(scale: Scale, clock: Clock) -> Result:
+def _age(scale: Scale, clock: Clock) -> Judged:
     policy = load("kvpolicy:rkv", budget=scale.budget, **_DRAFT)
     age = Age(policy, 2 * scale.budget, scale.old)
     case = age.measure(_model(scale.small, scale.old), clock)
@@ -170,7 +142,7 @@ GATES: dict[str, Gate] = {
 }
 
 
-def judge(names: tuple[str, ...], scale: Scale, clock: Clock) -> Iterator[tuple[str, Result]]:
+def judge(names: tuple[str, ...], scale: Scale, clock: Clock) -> Iterator[tuple[str, Judged]]:
     """The gates of these names, one after the other."""
     for name in names:
         yield name, GATES[name](scale, clock)

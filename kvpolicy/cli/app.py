@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.bench.commands import bench
+from kvpolicy.cli.bench import bench
 from kvpolicy.cli.calibrate import calibrate
 from kvpolicy.cli.check import check_policies
 from kvpolicy.cli.demo import demo

@@ -1,7 +1,7 @@
 """Who decodes: the full caches of transformers, one that is written in place, and policies. All in one way."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -11,7 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
-from kvpolicy.bench.baselines.full_caches import PreallocatedCache
+from kvpolicy.bench.baselines.preallocated_cache import PreallocatedCache
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.left_out import LeftOut
+from kvpolicy.evaluate.decoding import Decoding, fill
 from kvpolicy.policy import Policy
 from kvpolicy.runtime.attachment import Attachment
 
@@ -97,6 +100,14 @@ class PolicyContender:
         return next_token(self.model, tokens, cache)
 
 
+def decoding_at(contender: Contender, rows: int, length: int, room: int) -> Decoding:
+    """A contender that has been opened, after `length` random entries, with room for more."""
+    cache = contender.cache(length + room)
+    with torch.no_grad():
+        fill(cache, contender.model, rows, length)
+    return Decoding(contender.forward, cache, torch.ones((rows, 1), dtype=torch.long, device=contender.model.device))
+
+
 @torch.no_grad()
 def next_token(call: Callable[..., Any], tokens: Tensor, cache: Cache) -> Tensor:
     """Greedy; nothing ends a sequence."""
@@ -107,7 +118,7 @@ def next_token(call: Callable[..., Any], tokens: Tensor, cache: Cache) -> Tensor
 
 def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """The same model with a configuration of its own and the same weights in memory."""
-    shared = {id(one): one for one in (*model.parameters(), *model.buffers())}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
@@ -118,3 +129,13 @@ def compiled(model: LlamaForCausalLM) -> Callable[..., Any]:
         model.forward, mode="reduce-overhead" if cuda else "default", dynamic=False
     )
     return call
+
+
+def full_caches(
+    names: Sequence[str], model: LlamaForCausalLM, deadline: Deadline, left_out: LeftOut
+) -> list[Contender]:
+    """The full caches of these names for which there is time: compiling cannot be broken off."""
+    if COMPILED in names and deadline.left < COMPILING:
+        left_out(COMPILED, f"{deadline.left:.0f} s were left, and compiling may take {COMPILING:.0f}")
+        names = [name for name in names if name != COMPILED]
+    return [FullCache(name, model) for name in names]

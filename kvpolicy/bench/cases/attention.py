@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpolicy.bench.baselines.naive import Held
+from kvpolicy.bench.baselines.naive import LayerTensors
 from kvpolicy.bench.cases.filled_layers import due, plan_at, random_layers
 from kvpolicy.bench.cases.floors import COPY, bandwidth_of, copy_of
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Call, Clock
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.interleave import Protocol, Variant, interleave
+from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.errors import InputError
 from kvpolicy.policy import Policy
@@ -42,52 +43,56 @@ class AttentionSetup:
             raise InputError("attention needs more entries than are protected, and at least one row")
 
 
-def measure(setup: AttentionSetup, clock: Clock, deadline: Deadline) -> Iterator[tuple[str, Case]]:
-    """Few entries first; stops when there is no time."""
+def measure(
+    setup: AttentionSetup, clock: Clock, deadline: Deadline, left_out: LeftOut
+) -> Iterator[tuple[str, list[Case]]]:
+    """Few entries first."""
     for held in sorted(setup.held):
-        if not deadline.expired():
-            yield f"attention over {held} entries", measure_one(setup, held, clock, deadline)
+        what, cases = f"attention over {held} entries", []
+        if deadline.expired():
+            left_out(what, NO_TIME)
+        else:
+            cases = [measure_one(setup, held, clock, deadline)]
+        yield what, cases
 
 
 @torch.inference_mode()
 def measure_one(setup: AttentionSetup, held: int, clock: Clock, deadline: Deadline) -> Case:
     """Ours twice, the library's attention over as many entries, and a large copy."""
-    spec = attrs.evolve(setup.policy.spec, budget=Budget(tokens=held))
-    plan = plan_at(spec, setup.shape, held + 16, setup.dtype, setup.device)
+    spec, shape = attrs.evolve(setup.policy.spec, budget=Budget(tokens=held)), setup.shape
+    plan = plan_at(spec, shape, held + 16, setup.dtype, setup.device)
     queries = max(plan.needs.queries, 1)
-    layers = random_layers(setup.shape, setup.rows, held + 16, queries, setup.dtype, setup.device, "shared")
-    cache, settle = due(plan, setup.shape, layers)
+    layers = random_layers(shape, setup.rows, held + 16, queries, setup.dtype, setup.device, "shared")
+    cache, settle = due(plan, shape, layers)
     settle()
-    ours = _each([_step(layer, one) for layer, one in zip(cache.managed, layers, strict=True)])
-    library = _each([partial(_library, one, held + 1) for one in layers])
-    calls = {OURS: ours, AGAIN: ours, LIBRARY: library}
-    variants = [*(Variant(name, partial(_same, call)) for name, call in calls.items()), copy_of(layers[0].keys)]
-    samples = interleave(variants, clock, setup.protocol, expired=deadline.expired)
-    geometry = setup.shape
-    entry = 2 * geometry.head_dim * setup.dtype.itemsize
-    read = geometry.layers * setup.rows * geometry.kv_heads * (held + 1) * entry
+    ours = _each([_step(layer, tensors) for layer, tensors in zip(cache.managed, layers, strict=True)])
+    library = _each([partial(_library, tensors, held + 1) for tensors in layers])
+    variants = [Variant.repeated(name, call) for name, call in ((OURS, ours), (AGAIN, ours), (LIBRARY, library))]
+    samples = interleave([*variants, copy_of(layers[0].keys)], clock, setup.protocol, expired=deadline.expired)
+    entry = 2 * shape.head_dim * setup.dtype.itemsize
+    read = shape.layers * setup.rows * shape.kv_heads * (held + 1) * entry
     return Case(
         setup.policy.name,
         held,
-        samples={name: one for name, one in samples.items() if name != COPY},
+        samples={name: seconds for name, seconds in samples.items() if name != COPY},
         floors={"bytes": read / bandwidth_of(samples, layers[0].keys)},
-        parts=geometry.layers,
-        shape={**attrs.asdict(geometry), "rows": setup.rows, "dtype": str(setup.dtype).removeprefix("torch.")},
+        parts=shape.layers,
+        shape={**attrs.asdict(shape), "rows": setup.rows, "dtype": str(setup.dtype).removeprefix("torch.")},
         facts={"read_bytes": read, "kernels": plan.kernels},
     )
 
 
-def _step(layer: PolicyLayer, held: Held) -> Call:
+def _step(layer: PolicyLayer, tensors: LayerTensors) -> Call:
     """The attention of the newest token, which may be asked for again and again."""
     newest = slice(-1, None)
-    layer.update(held.keys[:, :, newest], held.values[:, :, newest])
+    layer.update(tensors.keys[:, :, newest], tensors.values[:, :, newest])
     positions = layer.arrive(None)
-    return partial(layer.attend, Asked(held.queries[:, :, newest], positions, padded=False, scaling=held.scaling))
+    return partial(layer.attend, Asked(tensors.queries[:, :, newest], positions, padded=False, scaling=tensors.scaling))
 
 
-def _library(held: Held, entries: int) -> Tensor:
-    keys, values = held.keys[:, :, :entries], held.values[:, :, :entries]
-    return scaled_dot_product_attention(held.queries[:, :, -1:], keys, values, enable_gqa=True)
+def _library(layer: LayerTensors, entries: int) -> Tensor:
+    keys, values = layer.keys[:, :, :entries], layer.values[:, :, :entries]
+    return scaled_dot_product_attention(layer.queries[:, :, -1:], keys, values, enable_gqa=True)
 
 
 def _each(calls: Sequence[Call]) -> Call:
@@ -96,7 +101,3 @@ def _each(calls: Sequence[Call]) -> Call:
             call()
 
     return run
-
-
-def _same(call: Call) -> Call:
-    return call

@@ -2,8 +2,9 @@
 
 import attrs
 import torch
+from torch import Tensor
 
-from kvpolicy.bench.baselines.naive.layer_tensors import Held, gathered
+from kvpolicy.bench.baselines.naive.layer_tensors import LayerTensors, gathered
 from kvpolicy.bench.cases.filled_layers import due, random_layers
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Call, Clock
@@ -46,7 +47,7 @@ class Compaction:
         shape = {**attrs.asdict(self.shape), "kept": kept[0].shape[-1], "dtype": str(self.dtype)}
         return Case(self.policy.name, self.length, samples, parts=self.shape.layers, shape=shape)
 
-    def _ours(self, plan: Plan, layers: list[Held]) -> Call:
+    def _ours(self, plan: Plan, layers: list[LayerTensors]) -> Call:
         cache, _ = due(plan, self.shape, layers)
         chosen = []
         for layer in cache.managed:
@@ -59,17 +60,17 @@ class Compaction:
 
         return move
 
-    def _gather(self, layers: list[Held], kept: list[torch.Tensor]) -> Call:
+    def _gather(self, layers: list[LayerTensors], kept: list[Tensor]) -> Call:
         """As a cache does whose entries are replaced layer by layer, in which the newest token has just arrived."""
-        entries = [attrs.evolve(held, keys=held.keys.clone(), values=held.values.clone()) for held in layers]
+        entries = [attrs.evolve(layer, keys=layer.keys.clone(), values=layer.values.clone()) for layer in layers]
 
         def replace() -> None:
-            for layer, slots in enumerate(kept):
-                keys, values = gathered(entries[layer], slots, 0)
-                entries[layer] = attrs.evolve(entries[layer], keys=keys, values=values)
+            for index, slots in enumerate(kept):
+                keys, values = gathered(entries[index], slots, 0)
+                entries[index] = attrs.evolve(entries[index], keys=keys, values=values)
 
         return replace
 
-    def _kept(self, plan: Plan, layers: list[Held]) -> list[torch.Tensor]:
+    def _kept(self, plan: Plan, layers: list[LayerTensors]) -> list[Tensor]:
         cache, _ = due(plan, self.shape, layers)
         return [compress_one(plan.spec, layer.shown((0,)), layer.budget((0,))).kept for layer in cache.managed]

@@ -1,27 +1,27 @@
 """Time of one compression: the product's layers against plain torch and against the floor."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import attrs
 import torch
 
-from kvpolicy.bench.baselines.naive import Held, NaiveForm, naive_of
+from kvpolicy.bench.baselines.naive import LayerTensors, NaiveForm, naive_of
 from kvpolicy.bench.cases.filled_layers import due, plan_at, random_layers
 from kvpolicy.bench.cases.floors import COPY, GEMM, Floors
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Call, Clock
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.bench.protocol.interleave import Protocol, Samples, Variant, interleave
+from kvpolicy.bench.protocol.interleave import Protocol, Variant, interleave
+from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
 from kvpolicy.bench.protocol.machine import free_bytes
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.bench.protocol.peak_memory import peak_bytes
-from kvpolicy.errors import InputError, KVPolicyError
+from kvpolicy.errors import InputError
 from kvpolicy.plan.plan import Plan
 from kvpolicy.policy import Policy
 
 NAIVE = "naive torch"
-LeftOut = Callable[[str, str], None]  # what was not measured, and why
 
 
 @attrs.frozen
@@ -36,7 +36,6 @@ class CompressSetup:
     rows: int = 1
     keys: str = "shared"
     protocol: Protocol = Protocol()
-    peaks: bool = True  # whether memory is measured as well, in a call of its own
 
     def __attrs_post_init__(self) -> None:
         if not self.policies or not self.lengths:
@@ -47,25 +46,17 @@ class CompressSetup:
 
 def measure(
     setup: CompressSetup, clock: Clock, deadline: Deadline, left_out: LeftOut
-) -> Iterator[tuple[str, Case | None]]:
-    """Every policy at every length, the short ones first; what it was, and None when it had to be left out."""
+) -> Iterator[tuple[str, list[Case]]]:
+    """Every policy at every length, the short ones first; what it was, and no case when it had to be left out."""
     for length in sorted(setup.lengths):
         for policy in setup.policies:
-            what = f"{policy.name} at {length} entries"
-            yield what, _guarded(setup, policy, length, clock, deadline, left_out)
-
-
-def _guarded(
-    setup: CompressSetup, policy: Policy, length: int, clock: Clock, deadline: Deadline, left_out: LeftOut
-) -> Case | None:
-    if deadline.expired():
-        left_out(f"{policy.name} at {length}", "no time was left")
-        return None
-    try:
-        return measure_one(setup, policy, length, clock, deadline, left_out)
-    except (KVPolicyError, torch.OutOfMemoryError) as error:
-        left_out(f"{policy.name} at {length}", str(error).splitlines()[0])
-        return None
+            what, cases = f"{policy.name} at {length}", []
+            if deadline.expired():
+                left_out(what, NO_TIME)
+            else:
+                with leaving_out(what, left_out):
+                    cases = [measure_one(setup, policy, length, clock, deadline, left_out)]
+            yield f"{what} entries", cases
 
 
 @torch.inference_mode()
@@ -81,20 +72,21 @@ def measure_one(
     ours = partial(_ours, plan, setup.shape, layers)
     naive = _naive(setup, policy, layers, budgets, left_out)
     variants = [Variant(OURS, ours), Variant(AGAIN, ours), *naive, *floors.variants()]
-    peaks = {one.name: peak_bytes(one.fresh(), setup.device) for one in (variants[0], *naive)} if setup.peaks else {}
+    peaks = {variant.name: peak_bytes(variant.fresh(), setup.device) for variant in (variants[0], *naive)}
     samples = interleave(variants, clock, setup.protocol, expired=deadline.expired)
+    rates = {f"{name} seconds": list(samples[name]) for name in (COPY, GEMM) if name in samples}
     return Case(
         policy.name,
         length,
-        samples={name: one for name, one in samples.items() if name not in (COPY, GEMM)},
+        samples={name: seconds for name, seconds in samples.items() if name not in (COPY, GEMM)},
         floors=floors.seconds(samples),
         parts=setup.shape.layers,
         shape=_shape(setup, plan, queries),
-        facts={"digest": policy.digest, "peak_bytes": peaks, "moved_bytes": floors.moved, **_library(samples)},
+        facts={"digest": policy.digest, "peak_bytes": peaks, "moved_bytes": floors.moved, **rates},
     )
 
 
-def _ours(plan: Plan, shape: ModelShape, layers: Sequence[Held]) -> Call:
+def _ours(plan: Plan, shape: ModelShape, layers: Sequence[LayerTensors]) -> Call:
     cache, settle = due(plan, shape, layers)
     if any(layer.stats.compressions for layer in cache.managed):
         raise InputError("the layers were compressed before they were timed")
@@ -102,22 +94,22 @@ def _ours(plan: Plan, shape: ModelShape, layers: Sequence[Held]) -> Call:
 
 
 def _naive(
-    setup: CompressSetup, policy: Policy, layers: Sequence[Held], budgets: Sequence[int], left_out: LeftOut
+    setup: CompressSetup, policy: Policy, layers: Sequence[LayerTensors], budgets: Sequence[int], left_out: LeftOut
 ) -> list[Variant]:
     form = naive_of(policy.spec)
     if form is None:
         return []
-    held = layers[0].keys
-    needed = form.pair_bytes * held.shape[0] * held.shape[1] * held.shape[2] ** 2
+    rows, heads, length, _ = layers[0].keys.shape
+    needed = form.pair_bytes * rows * heads * length**2
     if 2 * needed > free_bytes(setup.device):
-        left_out(f"{NAIVE} of {policy.name} at {held.shape[2]}", f"takes {needed / 1e9:.0f} GB for all pairs")
+        left_out(f"{NAIVE} of {policy.name} at {length}", f"takes {needed / 1e9:.0f} GB for all pairs")
         return []
-    return [Variant(NAIVE, lambda: partial(_all_layers, form, layers, budgets))]
+    return [Variant.repeated(NAIVE, partial(_all_layers, form, layers, budgets))]
 
 
-def _all_layers(form: NaiveForm, layers: Sequence[Held], budgets: Sequence[int]) -> None:
-    for held, budget in zip(layers, budgets, strict=True):
-        form.run(held, budget)
+def _all_layers(form: NaiveForm, layers: Sequence[LayerTensors], budgets: Sequence[int]) -> None:
+    for layer, budget in zip(layers, budgets, strict=True):
+        form.run(layer, budget)
 
 
 def _shape(setup: CompressSetup, plan: Plan, queries: int) -> dict[str, int | str]:
@@ -133,8 +125,3 @@ def _shape(setup: CompressSetup, plan: Plan, queries: int) -> dict[str, int | st
         "keys": setup.keys,
         "kernels": str(not plan.fusion.off),
     }
-
-
-def _library(samples: Samples) -> dict[str, list[float]]:
-    """What the floors follow from."""
-    return {f"{name} seconds": list(samples[name]) for name in (COPY, GEMM) if name in samples}

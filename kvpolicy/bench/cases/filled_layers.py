@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.bench.baselines.naive import Held
+from kvpolicy.bench.baselines.naive import LayerTensors
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.errors import InputError
 from kvpolicy.evaluate.filling import appended, feed
@@ -15,13 +15,12 @@ from kvpolicy.runtime.cache import PolicyCache
 from kvpolicy.runtime.support import geometry_of
 from kvpolicy.spec.policy import PolicySpec
 
-_LEAST_QUERIES = 1
 KEYS = ("shared", "isotropic")
 
 
 def random_layers(
     shape: ModelShape, rows: int, length: int, queries: int, dtype: torch.dtype, device: torch.device, keys: str
-) -> list[Held]:
+) -> list[LayerTensors]:
     """Normal keys, values and queries; `shared` keys of a head have a mean, as those of trained models do."""
     random = torch.Generator(device).manual_seed(0)
 
@@ -34,8 +33,8 @@ def random_layers(
         if keys == "shared":
             entries += normal(rows, shape.kv_heads, 1, shape.head_dim)
         values = normal(rows, shape.kv_heads, length, shape.head_dim)
-        window = normal(rows, shape.query_heads, max(queries, _LEAST_QUERIES), shape.head_dim)
-        layers.append(Held(entries, values, window, shape.head_dim**-0.5))
+        window = normal(rows, shape.query_heads, max(queries, 1), shape.head_dim)
+        layers.append(LayerTensors(entries, values, window, shape.head_dim**-0.5))
     return layers
 
 
@@ -53,20 +52,20 @@ def plan_at(spec: PolicySpec, shape: ModelShape, length: int, dtype: torch.dtype
     return compile_policy(attrs.evolve(spec, compress=compress), geometry, device, dtype)
 
 
-def due(plan: Plan, shape: ModelShape, layers: Sequence[Held]) -> tuple[PolicyCache, Callable[[], None]]:
+def due(plan: Plan, shape: ModelShape, layers: Sequence[LayerTensors]) -> tuple[PolicyCache, Callable[[], None]]:
     """A cache that holds the layers, and the call that observes the newest queries and compresses all of them."""
     cache = PolicyCache(plan, shape.config())
-    asked = []
-    for layer, held in zip(cache.managed, layers, strict=True):
-        if held.queries.shape[2] > 1:
-            feed(layer, held.keys[:, :, :-1], held.values[:, :, :-1], held.queries[:, :, :-1])
-        else:
-            feed(layer, held.keys[:, :, :-1], held.values[:, :, :-1], held.queries)
-    for layer, held in zip(cache.managed, layers, strict=True):  # another forward
-        asked.append(appended(layer, held.keys[:, :, -1:], held.values[:, :, -1:], held.queries[:, :, -1:]))
+    pairs = list(zip(cache.managed, layers, strict=True))
+    for layer, tensors in pairs:
+        queries = tensors.queries[:, :, :-1] if tensors.queries.shape[2] > 1 else tensors.queries
+        feed(layer, tensors.keys[:, :, :-1], tensors.values[:, :, :-1], queries)
+    newest = [  # another forward
+        appended(layer, tensors.keys[:, :, -1:], tensors.values[:, :, -1:], tensors.queries[:, :, -1:])
+        for layer, tensors in pairs
+    ]
 
     def settle() -> None:
-        for layer, one in zip(cache.managed, asked, strict=True):
-            layer.settle(one)
+        for layer, queries in zip(cache.managed, newest, strict=True):
+            layer.settle(queries)
 
     return cache, settle

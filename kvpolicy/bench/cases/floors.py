@@ -1,13 +1,14 @@
 """What no implementation gets below: bytes that must move, and the products that scores are made of."""
 
+from statistics import median
+
 import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.bench.baselines.naive import Held
+from kvpolicy.bench.baselines.naive import LayerTensors
 from kvpolicy.bench.protocol.clock import Call
 from kvpolicy.bench.protocol.interleave import Samples, Variant
-from kvpolicy.bench.protocol.samples import quantile
 from kvpolicy.plan.explain.reads import reads_of
 from kvpolicy.plan.plan import Plan
 
@@ -21,12 +22,12 @@ class Floors:
 
     moved: int  # bytes of one sample
     window: int  # W, 0 when no product with queries is needed
-    layers: tuple[Held, ...]
+    layers: tuple[LayerTensors, ...]
 
     @classmethod
-    def of(cls, plan: Plan, layers: list[Held], kept: int) -> "Floors":
+    def of(cls, plan: Plan, layers: list[LayerTensors], kept: int) -> "Floors":
         """Keys and values once if a scorer reads them; rows that take the place of others read and written."""
-        read = {name for one in plan.spec.score for name in reads_of(one.scorer, plan.geometry).columns}
+        read = {name for term in plan.spec.score for name in reads_of(term.scorer, plan.geometry).columns}
         shape = layers[0].keys.shape
         row = layers[0].keys.element_size() * shape[0] * shape[1] * shape[3]
         moving = min(kept, shape[2] - kept)
@@ -35,16 +36,16 @@ class Floors:
 
     def variants(self) -> list[Variant]:
         """A large copy; and, by the library, the products of all window queries with all keys."""
-        found = [copy_of(self.layers[0].keys)]
-        return [*found, Variant(GEMM, self._products)] if self.window else found
+        products = [Variant(GEMM, self._products)] if self.window else []
+        return [copy_of(self.layers[0].keys), *products]
 
     def seconds(self, samples: Samples) -> dict[str, float]:
         """The floors that the samples of these variants give, for one sample."""
-        found = {"bytes": self.moved / bandwidth_of(samples, self.layers[0].keys)}
-        return {**found, "gemm": quantile(samples[GEMM], 0.5)} if self.window else found
+        seconds = {"bytes": self.moved / bandwidth_of(samples, self.layers[0].keys)}
+        return {**seconds, "gemm": median(samples[GEMM])} if self.window else seconds
 
     def _products(self) -> Call:
-        pairs = [_operands(held) for held in self.layers]
+        pairs = [_operands(layer) for layer in self.layers]
         outputs = [torch.bmm(*pair) for pair in pairs]
 
         def multiply() -> None:
@@ -59,16 +60,16 @@ def copy_of(like: Tensor) -> Variant:
     size = LARGE[like.device.type] // like.element_size()
     source = torch.randn(size, device=like.device, dtype=torch.float32).to(like.dtype)
     target = torch.empty_like(source)
-    return Variant(COPY, lambda: lambda: target.copy_(source))
+    return Variant.repeated(COPY, lambda: target.copy_(source))
 
 
 def bandwidth_of(samples: Samples, like: Tensor) -> float:
     """Bytes a second, read and written, that the samples of that copy show."""
-    return 2 * LARGE[like.device.type] / quantile(samples[COPY], 0.5)
+    return 2 * LARGE[like.device.type] / median(samples[COPY])
 
 
-def _operands(held: Held) -> tuple[Tensor, Tensor]:
+def _operands(layer: LayerTensors) -> tuple[Tensor, Tensor]:
     """[B·K, G·W, D] and [B·K, D, T]."""
-    rows, heads, _, dim = held.keys.shape
-    queries = held.queries.reshape(rows * heads, -1, dim)
-    return queries, held.keys.reshape(rows * heads, -1, dim).transpose(1, 2)
+    rows, heads, _, dim = layer.keys.shape
+    queries = layer.queries.reshape(rows * heads, -1, dim)
+    return queries, layer.keys.reshape(rows * heads, -1, dim).transpose(1, 2)

@@ -6,21 +6,22 @@ import attrs
 import torch
 
 from kvpolicy.bench.baselines.contenders import Contender
-from kvpolicy.bench.cases.compress import LeftOut
 from kvpolicy.bench.generation.memory import Memory, tidy
 from kvpolicy.bench.generation.setup import Batch, GenerateSetup, Throughput
 from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut
+from kvpolicy.evaluate.decoding import Decoding
 from kvpolicy.evaluate.meter import Meter
 
 
 @attrs.frozen
-class Run:
-    """One generation of a batch."""
+class Generation:
+    """What one generation of a batch took."""
 
     seconds: float  # per token
     prompt_seconds: float
     peak: int
-    more: dict[str, int]
+    process_memory: dict[str, int]
 
 
 def generated(
@@ -32,32 +33,32 @@ def generated(
 ) -> dict[str, Throughput]:
     """Every token of every row, in turns, in an order drawn anew for each round."""
     order = random.Random(setup.seed)  # noqa: S311 - an order, not a secret
-    found: dict[str, list[Run]] = {one.name: [] for one in contenders}
+    generations: dict[str, list[Generation]] = {contender.name: [] for contender in contenders}
     for turn in range(setup.rounds):
         if turn and deadline.expired():
-            left_out(f"round {turn + 1} of {setup.rounds}", "no time was left")
+            left_out(f"round {turn + 1} of {setup.rounds}", NO_TIME)
             break
-        for one in order.sample(contenders, len(contenders)):
-            found[one.name].append(_generate(setup, one, batches[one.name].rows))
+        for contender in order.sample(contenders, len(contenders)):
+            generations[contender.name].append(_generate(setup, contender, batches[contender.name].rows))
             tidy(setup.device)
-    return {name: _throughput(batches[name], runs) for name, runs in found.items() if runs}
+    return {name: _throughput(batches[name], of_one) for name, of_one in generations.items() if of_one}
 
 
 @torch.no_grad()
-def _generate(setup: GenerateSetup, contender: Contender, rows: int) -> Run:
+def _generate(setup: GenerateSetup, contender: Contender, rows: int) -> Generation:
     random = torch.Generator().manual_seed(setup.seed)
     prompt = torch.randint(1, setup.shape.vocabulary, (rows, setup.prompt), generator=random).to(setup.device)
-    cache = contender.cache(setup.length)
-    with Memory(setup.device) as memory, Meter(contender.model, cache) as meter:
-        token = contender.forward(prompt, cache)
-        for _ in range(setup.new - 1):
-            token = contender.forward(token, cache)
+    decoding = Decoding(contender.forward, contender.cache(setup.length), prompt)
+    with Memory(setup.device) as memory, Meter(contender.model, decoding.cache) as meter:
+        for _ in range(setup.new):
+            decoding.step()
         memory.note(meter.peak_bytes)
     per_token = meter.decode_seconds / (setup.new - 1) / rows
-    return Run(per_token, meter.prompt_seconds, memory.peak, memory.more())
+    return Generation(per_token, meter.prompt_seconds, memory.peak, memory.of_process())
 
 
-def _throughput(batch: Batch, runs: list[Run]) -> Throughput:
-    facts = {"prompt_seconds": [one.prompt_seconds for one in runs], **runs[-1].more}
-    measured = attrs.evolve(batch, peak_bytes=max(one.peak for one in runs))
-    return Throughput(measured, tuple(one.seconds for one in runs), facts)
+def _throughput(batch: Batch, generations: list[Generation]) -> Throughput:
+    prompts = [generation.prompt_seconds for generation in generations]
+    facts = {"prompt_seconds": prompts, **generations[-1].process_memory}
+    measured = attrs.evolve(batch, peak_bytes=max(generation.peak for generation in generations))
+    return Throughput(measured, tuple(generation.seconds for generation in generations), facts)

@@ -33,7 +33,7 @@ class Memory:
         """Known when the block has ended."""
         return self._noted
 
-    def more(self) -> dict[str, int]:
+    def of_process(self) -> dict[str, int]:
         """What else is known of the process."""
         if self._device.type == "cuda":
             return {"reserved_bytes": torch.cuda.max_memory_reserved(self._device)}

@@ -1,16 +1,15 @@
 """Steps at some lengths of a generation that would take too long."""
 
-import torch
-
 from kvpolicy.bench.baselines.contenders import Contender, PolicyContender
-from kvpolicy.bench.cases.compress import LeftOut
-from kvpolicy.bench.cases.decode import whole_round
 from kvpolicy.bench.generation.batch_size import at_length
 from kvpolicy.bench.generation.memory import tidy
 from kvpolicy.bench.generation.setup import ROOM, Batch, GenerateSetup, Throughput
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.bench.protocol.decode_steps import time_round, time_steps
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
+from kvpolicy.evaluate.decoding import Decoding
 
 _WARM_UP = 2
 
@@ -24,54 +23,53 @@ def sampled(
     left_out: LeftOut,
 ) -> dict[str, Throughput]:
     """Steps at some lengths, joined by straight lines; and whole rounds of policies, whose steps stay the same."""
-    found = {}
-    for one in contenders:
+    throughputs = {}
+    for contender in contenders:
+        what, batch = f"speed of {contender.name}", batches[contender.name]
         if deadline.expired():
-            left_out(f"speed of {one.name}", "no time was left")
+            left_out(what, NO_TIME)
             continue
-        try:
-            found[one.name] = _sample(setup, one, batches[one.name], clock)
-        except (KVPolicyError, torch.OutOfMemoryError) as error:
-            left_out(f"speed of {one.name}", str(error).splitlines()[0])
+        with leaving_out(what, left_out):
+            timed = _of_policy if isinstance(contender, PolicyContender) else _of_full
+            seconds, facts = timed(setup, contender, batch.rows, clock)
+            per_row = tuple(step / batch.rows for step in seconds)
+            throughputs[contender.name] = Throughput(batch, per_row, facts)
         tidy(setup.device)
-    return found
-
-
-def _sample(setup: GenerateSetup, contender: Contender, batch: Batch, clock: Clock) -> Throughput:
-    if isinstance(contender, PolicyContender):
-        seconds, facts = _of_policy(setup, contender, batch.rows, clock)
-    else:
-        seconds, facts = _of_full(setup, contender, batch.rows, clock), {}
-    return Throughput(batch, tuple(one / batch.rows for one in seconds), facts)
+    return throughputs
 
 
 def _of_policy(
     setup: GenerateSetup, contender: Contender, rows: int, clock: Clock
 ) -> tuple[list[float], dict[str, float]]:
     """Its steps stay the same: whole rounds from one compression to the next, or single steps if it has no rounds."""
-    running = at_length(setup, contender, rows, setup.length - ROOM)
+    decoding = at_length(setup, contender, rows, setup.length - ROOM)
     for _ in range(_WARM_UP):
-        running.step()
-    rounds = [whole_round(running, clock) for _ in range(setup.rounds)]
+        decoding.step()
+    rounds = [time_round(decoding, clock) for _ in range(setup.rounds)]
     if all(rounds):
-        return [one["mean_step_seconds"] for one in rounds], rounds[-1]
-    return [clock.time(running.step) for _ in range(setup.rounds)], {}
+        return [whole["mean_step_seconds"] for whole in rounds], rounds[-1]
+    return _steps(setup, decoding, clock, warm_up=0), {}
 
 
-def _of_full(setup: GenerateSetup, contender: Contender, rows: int, clock: Clock) -> list[float]:
+def _of_full(
+    setup: GenerateSetup, contender: Contender, rows: int, clock: Clock
+) -> tuple[list[float], dict[str, float]]:
     """Mean over the generation of the step time at its points, the longest first; one number a round."""
-    apart = (setup.new - ROOM) / (max(2, setup.points) - 1)
+    points = max(2, setup.points)
+    apart = (setup.new - ROOM) / (points - 1)
     steps = []
-    for place in reversed(range(max(2, setup.points))):
-        running = at_length(setup, contender, rows, setup.prompt + round(place * apart))
-        for _ in range(_WARM_UP):
-            running.step()
-        steps.append([clock.time(running.step) for _ in range(setup.rounds)])
-        del running
+    for point in reversed(range(points)):
+        decoding = at_length(setup, contender, rows, setup.prompt + round(point * apart))
+        steps.append(_steps(setup, decoding, clock, _WARM_UP))
+        del decoding
         tidy(setup.device)
-    return [_trapezoid([one[turn] for one in steps]) for turn in range(setup.rounds)]
+    return [_trapezoid(of_round) for of_round in zip(*steps, strict=True)], {}
 
 
-def _trapezoid(values: list[float]) -> float:
+def _steps(setup: GenerateSetup, decoding: Decoding, clock: Clock, warm_up: int) -> list[float]:
+    return list(time_steps({"": decoding}, clock, Protocol(setup.rounds, warm_up))[""])
+
+
+def _trapezoid(values: tuple[float, ...]) -> float:
     """Mean of a function that is given at equal distances, straight in between."""
     return (sum(values) - (values[0] + values[-1]) / 2) / (len(values) - 1)

@@ -28,12 +28,11 @@ class GenerateSetup:
     graph: bool = False
     points: int = 0  # lengths at which steps of full caches are timed; 0: every token is generated
     rounds: int = 3
-    most: int = 1024  # rows
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        if self.prompt < 1 or self.new < 2 or self.memory < 1 or self.points < 0 or self.rounds < 1 or self.most < 1:
-            raise InputError("generate needs a prompt, at least 2 new tokens, memory, rounds and rows")
+        if self.prompt < 1 or self.new < 2 or self.memory < 1 or self.points < 0 or self.rounds < 1:
+            raise InputError("generate needs a prompt, at least 2 new tokens, memory and rounds")
         if self.points and (self.new <= ROOM or self.rounds > ROOM // 2):
             raise InputError(f"steps at some lengths need more than {ROOM} new tokens and at most {ROOM // 2} rounds")
         if not self.policies:

@@ -18,6 +18,11 @@ class Variant:
     name: str
     fresh: Callable[[], Call]
 
+    @classmethod
+    def repeated(cls, name: str, call: Call) -> "Variant":
+        """Of a call that may be made again and again."""
+        return cls(name, lambda: call)
+
 
 @attrs.frozen
 class Protocol:
@@ -40,12 +45,12 @@ def interleave(
     Once `expired` says so no further round begins, but there are three at least.
     """
     order = random.Random(protocol.seed)  # noqa: S311 - an order, not a secret
-    found: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for turn in range(-protocol.warm_up, protocol.rounds):
         if turn >= LEAST_ROUNDS and expired():
             break
         for variant in order.sample(variants, len(variants)):
             seconds = clock.time(variant.fresh())
             if turn >= 0:
-                found[variant.name].append(seconds)
-    return {name: tuple(samples) for name, samples in found.items()}
+                samples[variant.name].append(seconds)
+    return {name: tuple(seconds) for name, seconds in samples.items()}

@@ -1,7 +1,7 @@
 """What a benchmark found, written to a file as it goes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
@@ -34,6 +34,13 @@ class Result:
         """One more case."""
         self.parts.setdefault(part, []).append(case)
         self.write()
+
+    def collect(self, part: str, measured: Iterator[tuple[str, list[Case]]]) -> Iterator[str]:
+        """Add cases as they are measured; yields what was done last."""
+        for what, cases in measured:
+            for case in cases:
+                self.add(part, case)
+            yield what
 
     def leave_out(self, what: str, why: str) -> None:
         """Say what is missing."""

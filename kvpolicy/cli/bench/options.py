@@ -1,7 +1,6 @@
 """What the benchmarks share on the command line: options, and from their words to what is measured."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvpolicy.bench.protocol.interleave import Protocol
-    from kvpolicy.bench.protocol.sizes import Sizes
+    from kvpolicy.bench.sizes import Sizes
     from kvpolicy.policy import Policy
 
 Policies = Annotated[
@@ -30,30 +29,9 @@ Graph = Annotated[bool, typer.Option("--graph", help="Attach policies with stati
 OUT = Path("bench-results")
 
 
-@contextmanager
-def run(device: "torch.device", threads: int | None, seconds: float | None) -> Iterator[Any]:
-    """Clock, deadline and bars of a run."""
-    import torch
-
-    from kvpolicy.bench.protocol.clock import clock_for
-    from kvpolicy.bench.protocol.deadline import Deadline
-    from kvpolicy.cli.progress import bars
-    from kvpolicy.errors import InputError
-
-    if (threads is not None and threads < 1) or (seconds is not None and seconds <= 0):
-        raise InputError("--threads and --seconds must be above 0")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        with bars() as watcher:
-            yield clock_for(device), Deadline() if seconds is None else Deadline.within(seconds), watcher
-    finally:
-        torch.set_num_threads(before)
-
-
-def place(device: str, dtype: str | None) -> "tuple[torch.device, torch.dtype, Sizes]":
+def target_of(device: str, dtype: str | None) -> "tuple[torch.device, torch.dtype, Sizes]":
     """Device, dtype and default sizes. Raises InputError."""
-    from kvpolicy.bench.protocol.sizes import sizes_for
+    from kvpolicy.bench.sizes import sizes_for
     from kvpolicy.cli.models import device_of, dtype_of
 
     target = device_of(device)
@@ -62,7 +40,7 @@ def place(device: str, dtype: str | None) -> "tuple[torch.device, torch.dtype, S
     return target, kind, sizes  # type: ignore[return-value]
 
 
-def policies_of(names: Any, budget: int, **overrides: Any) -> "tuple[Policy, ...]":
+def policies_of(names: Iterable[str], budget: int, **overrides: Any) -> "tuple[Policy, ...]":
     """Policies by name or file, each with this budget."""
     from kvpolicy.policy import load
 
@@ -74,13 +52,13 @@ def shipped(names: Sequence[str], budget: int, **overrides: Any) -> "tuple[Polic
     from kvpolicy.cli.console import line
     from kvpolicy.errors import KVPolicyError
 
-    found: list[Policy] = []
+    policies: list[Policy] = []
     for name in names:
         try:
-            found += policies_of([f"kvpolicy:{name}"], budget, **overrides)
+            policies += policies_of([f"kvpolicy:{name}"], budget, **overrides)
         except KVPolicyError as error:
             line(f"not measured: {name}: {error}", error=True)
-    return tuple(found)
+    return tuple(policies)
 
 
 def heads_of(text: str) -> tuple[int, int, int]:

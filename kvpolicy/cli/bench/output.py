@@ -1,27 +1,16 @@
 """What a benchmark leaves behind: a record, a table on the terminal and in a file, a picture."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvpolicy.cli.console import line, out
-from kvpolicy.cli.files import make_folder, write_text
+from kvpolicy.cli.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvpolicy.bench.gates import Verdict
     from kvpolicy.bench.protocol.case import Case
     from kvpolicy.bench.protocol.result import Result
-
-
-def opened(name: str, folder: Path, options: dict[str, Any], file: str = "") -> "Result":
-    """An empty result that is kept in a file of the folder. Raises InputError when that cannot be."""
-    from kvpolicy.bench.protocol.result import Result
-
-    make_folder(folder, "--out ")
-    result = Result(name, options, file=folder / f"{file or name}.json")
-    result.write()
-    return result
+    from kvpolicy.bench.report.verdict import Verdict
 
 
 def finish(result: "Result") -> None:
@@ -35,8 +24,8 @@ def finish(result: "Result") -> None:
     for part, cases in result.parts.items():
         out().print(table_of(part, cases))
     line(setting_of(result))
-    for one in result.left_out:
-        line(f"not measured: {one['what']}: {one['why']}", error=True)
+    for missing in result.left_out:
+        line(f"not measured: {missing['what']}: {missing['why']}", error=True)
     if file is None:
         return
     write_text(file.with_suffix(".md"), markdown(result))
@@ -55,8 +44,8 @@ def table_of(title: str, cases: "list[Case]") -> "Table":
     from kvpolicy.bench.report.tables import HEADINGS, rows_of
 
     table = Table(title=title, box=SIMPLE_HEAD, padding=0)
-    for place, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if place in (0, 2) else "right", no_wrap=True)
+    for column, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if column in (0, 2) else "right", no_wrap=True)
     before = None
     for row in rows_of(cases):
         if before not in (None, row[:2]):
@@ -68,9 +57,9 @@ def table_of(title: str, cases: "list[Case]") -> "Table":
 
 def print_verdicts(verdicts: "list[Verdict]") -> None:
     """One line a gate."""
-    for one in verdicts:
-        judged = one.threshold is not None
-        bound = f"{'at most' if one.at_most else 'at least'} {one.threshold:.3g}" if judged else "no claim"
-        spread = "" if one.noise is None else f", noise {one.noise:.1%}"
-        outcome = "told" if not judged else "pass" if one.passed else "FAIL"
-        line(f"{outcome}  {one.gate}: {one.value:.3g} ({bound}{spread})  {one.claim}")
+    for verdict in verdicts:
+        judged = verdict.threshold is not None
+        bound = f"{'at most' if verdict.at_most else 'at least'} {verdict.threshold:.3g}" if judged else "no claim"
+        spread = "" if verdict.noise is None else f", noise {verdict.noise:.1%}"
+        outcome = "told" if not judged else "pass" if verdict.passed else "FAIL"
+        line(f"{outcome}  {verdict.gate}: {verdict.value:.3g} ({bound}{spread})  {verdict.claim}")

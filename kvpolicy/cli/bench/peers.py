@@ -31,8 +31,8 @@ def show() -> None:
     """Where the environment is."""
     from kvpolicy.bench.baselines.peers import python_of
 
-    found = python_of()
-    line(str(found) if found is not None else "not installed: kvpolicy bench peers install")
+    python = python_of()
+    line(str(python) if python is not None else "not installed: kvpolicy bench peers install")
 
 
 def required_peer() -> "Path":
@@ -40,10 +40,10 @@ def required_peer() -> "Path":
     from kvpolicy.bench.baselines.peers import python_of
     from kvpolicy.errors import InputError
 
-    found = python_of()
-    if found is None:
+    python = python_of()
+    if python is None:
         raise InputError("--peers: kvpress is not installed: kvpolicy bench peers install")
-    return found
+    return python
 
 
 def add_peers(result: "Result", setup: "CompressSetup", python: "Path") -> None:
@@ -54,17 +54,17 @@ def add_peers(result: "Result", setup: "CompressSetup", python: "Path") -> None:
     from kvpolicy.errors import InputError
 
     cases = result.parts.get("compress", [])
-    for place, case in enumerate(cases):
+    for index, case in enumerate(cases):
         if case.what not in PRESSES:
             continue
         try:
-            found = ask(python, _request(setup, case))
+            answer = ask(python, _request(setup, case))
         except InputError as error:
             result.leave_out(f"kvpress for {case.what} at {case.length}", str(error))
             continue
-        samples = tuple(one * case.parts for one in found["samples"])
-        cases[place] = evolve(case, samples={**case.samples, PEER: samples})
-        result.note("peers", found["versions"])
+        samples = tuple(seconds * case.parts for seconds in answer["samples"])
+        cases[index] = evolve(case, samples={**case.samples, PEER: samples})
+        result.note("peers", answer["versions"])
 
 
 def _request(setup: "CompressSetup", case: "Case") -> "Request":

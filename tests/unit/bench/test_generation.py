@@ -144,7 +144,6 @@ def test_whole_generations_stop_after_a_round_when_time_is_up(tiny, scripted, le
         {"new": 1},
         {"memory": 0},
         {"rounds": 0},
-        {"most": 0},
         {"policies": ()},
         {"points": 3, "new": ROOM},
         {"points": 3, "new": 200, "rounds": 40},

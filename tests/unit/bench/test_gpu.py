@@ -12,7 +12,7 @@ from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.correctness import kernel_tests
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.result import Result, read_result
-from kvpolicy.bench.protocol.sizes import CPU, GPU, TINY, sizes_for
+from kvpolicy.bench.sizes import CPU, GPU, TINY, sizes_for
 from kvpolicy.errors import InputError
 
 PARTS = ("correctness", "compress", "attention", "decode", "generate")

@@ -13,8 +13,8 @@ import typer
 
 from kvpolicy.bench import gates
 from kvpolicy.bench.cases.floors import LARGE
-from kvpolicy.bench.gates import Verdict
 from kvpolicy.bench.protocol.case import OURS
+from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.cli.app import app
 from kvpolicy.errors import InputError
 from kvpolicy.evaluate import plots

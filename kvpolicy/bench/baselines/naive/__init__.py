@@ -4,6 +4,6 @@ These are baselines: keys repeated per query head, matrices of T x T, gathers wi
 """
 
 from kvpolicy.bench.baselines.naive.forms import NaiveForm, naive_of
-from kvpolicy.bench.baselines.naive.layer_tensors import Entries, Held
+from kvpolicy.bench.baselines.naive.layer_tensors import Entries, LayerTensors
 
-__all__ = ["Entries", "Held", "NaiveForm", "naive_of"]
+__all__ = ["Entries", "LayerTensors", "NaiveForm", "naive_of"]

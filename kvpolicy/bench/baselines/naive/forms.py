@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from kvpolicy.bench.baselines.naive.layer_tensors import Entries, Held, Naive
+from kvpolicy.bench.baselines.naive.layer_tensors import Entries, LayerTensors, Naive
 from kvpolicy.bench.baselines.naive.rkv import PAIR_BYTES, rkv
 from kvpolicy.bench.baselines.naive.window_votes import adakv, snapkv, tova
 from kvpolicy.spec.policy import PolicySpec
@@ -19,10 +19,10 @@ class NaiveForm:
     pair_bytes: int = 0
 
 
-def streaming_llm(held: Held, budget: int) -> Entries:
+def streaming_llm(layer: LayerTensors, budget: int) -> Entries:
     """StreamingLLM (arXiv:2309.17453, section 3.2): the first entries and the newest, joined anew."""
-    first = held.keys.shape[2] - budget + _SINKS
-    keys, values = (torch.cat([one[:, :, :_SINKS], one[:, :, first:]], 2) for one in (held.keys, held.values))
+    first = layer.keys.shape[2] - budget + _SINKS
+    keys, values = (torch.cat([ends[:, :, :_SINKS], ends[:, :, first:]], 2) for ends in (layer.keys, layer.values))
     return keys, values
 
 

@@ -10,7 +10,7 @@ Entries = tuple[Tensor, Tensor]  # keys and values [B, K, N, D]
 
 
 @attrs.frozen(eq=False)
-class Held:
+class LayerTensors:
     """One layer before a compression."""
 
     keys: Tensor  # [B, K, T, D]
@@ -24,14 +24,14 @@ class Held:
         return self.queries.shape[1] // self.keys.shape[1]
 
 
-Naive = Callable[[Held, int], object]  # of what is held and the budget N
+Naive = Callable[[LayerTensors, int], object]  # of a layer and the budget N
 
 
-def gathered(held: Held, chosen: Tensor, recent: int) -> Entries:
+def gathered(layer: LayerTensors, chosen: Tensor, recent: int) -> Entries:
     """Chosen slots [B, K, n] of what is not recent, then what is: a gather with indices expanded over D, and a cat."""
-    index = chosen[..., None].expand(-1, -1, -1, held.keys.shape[-1])
-    past = held.keys.shape[2] - recent
-    return _joined(held.keys, index, past), _joined(held.values, index, past)
+    index = chosen[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
+    past = layer.keys.shape[2] - recent
+    return _joined(layer.keys, index, past), _joined(layer.values, index, past)
 
 
 def _joined(entries: Tensor, index: Tensor, past: int) -> Tensor:

@@ -4,26 +4,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from kvpolicy.bench.baselines.naive.layer_tensors import Entries, Held, gathered
+from kvpolicy.bench.baselines.naive.layer_tensors import Entries, LayerTensors, gathered
 
 _POOL, _THRESHOLD, _IMPORTANCE = 7, 0.5, 0.1
 PAIR_BYTES = 24  # of the temporaries for each pair of entries, at their peak
 
 
-def rkv(held: Held, budget: int) -> Entries:
+def rkv(layer: LayerTensors, budget: int) -> Entries:
     """R-KV (arXiv:2505.24133, section 3), redundancy of every row of the batch and not of the first alone."""
-    window = held.queries.shape[2]
-    redundancy = _redundancy(held.keys)[..., :-window]
-    scores = _IMPORTANCE * _importance(held) - (1 - _IMPORTANCE) * redundancy
-    return gathered(held, scores.topk(budget - window, -1).indices, window)
+    window = layer.queries.shape[2]
+    redundancy = _redundancy(layer.keys)[..., :-window]
+    scores = _IMPORTANCE * _importance(layer) - (1 - _IMPORTANCE) * redundancy
+    return gathered(layer, scores.topk(budget - window, -1).indices, window)
 
 
-def _importance(held: Held) -> Tensor:
+def _importance(layer: LayerTensors) -> Tensor:
     """[B, K, T - W]: maximum over the group of logits, mean over the window, maximum over neighbours."""
-    rows, heads, _, dim = held.keys.shape
-    window = held.queries.shape[2]
-    queries = held.queries.view(rows, heads, held.group, window, dim)
-    logits = (queries @ held.keys[:, :, None].transpose(-1, -2) * held.scaling).amax(2)
+    rows, heads, _, dim = layer.keys.shape
+    window = layer.queries.shape[2]
+    queries = layer.queries.view(rows, heads, layer.group, window, dim)
+    logits = (queries @ layer.keys[:, :, None].transpose(-1, -2) * layer.scaling).amax(2)
     votes = logits[..., :-window].softmax(-1, dtype=torch.float32).mean(-2)
     return max_pool1d(votes, _POOL, 1, _POOL // 2)
 
