@@ -96,14 +96,13 @@ def _compaction(scale: Scale, clock: Clock) -> Judged:
 def _decode(scale: Scale, clock: Clock) -> Judged:
     policy = load("kvpolicy:snapkv", budget=scale.budget, **_DRAFT)
     protocol = Protocol(scale.rounds, warm_up=2)
-    full = (DYNAMIC, PREALLOCATED, STATIC)
-    setup = DecodeSetup((policy,), scale.model, (scale.decode,), _CPU, torch.float32, full=full, protocol=protocol)
+    setup = DecodeSetup((policy,), scale.model, (scale.decode,), _CPU, torch.float32, protocol=protocol)
     (case,) = measure_decode(setup, _model(scale.model, scale.decode), scale.decode, clock, Deadline(), _fail)
-    place = f"decode at {scale.decode} tokens cut to {scale.budget}: times faster than"
+    claim = f"decode at {scale.decode} tokens cut to {scale.budget}: times faster than"
     return [
-        Verdict("decode", f"{place} with {DYNAMIC}", case.ratio(DYNAMIC), 8.0, noise=case.noise),
-        Verdict("decode-preallocated", f"{place} with a full cache written in place", case.ratio(PREALLOCATED), 2.5),
-        Verdict("decode-static", f"{place} with {STATIC}", case.ratio(STATIC), None),
+        Verdict("decode", f"{claim} with {DYNAMIC}", case.ratio(DYNAMIC), 8.0, noise=case.noise),
+        Verdict("decode-preallocated", f"{claim} with a full cache written in place", case.ratio(PREALLOCATED), 2.5),
+        Verdict("decode-static", f"{claim} with {STATIC}", case.ratio(STATIC), None),
         Verdict(
             "compression-share",
             "compressing every 128 tokens: share of decode time",

@@ -21,8 +21,8 @@ def config_of(model: str) -> PretrainedConfig:
         from kvpolicy.evaluate.testbed.load import model_config
 
         return model_config()
-    found: PretrainedConfig = _read(model, "configuration", lambda: AutoConfig.from_pretrained(model))
-    return found
+    config: PretrainedConfig = _read(model, "configuration", lambda: AutoConfig.from_pretrained(model))
+    return config
 
 
 def load_model(model: str, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, Any]:

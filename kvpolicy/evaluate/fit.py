@@ -88,7 +88,7 @@ def _sized(spec: PolicySpec, shipped: PolicySpec, tokens: int, layers: int) -> P
         spec,
         budget=Budget(tokens=tokens),
         protect=_protect(shipped, tokens),
-        score=tuple(attrs.evolve(one, scorer=observing_less(one.scorer, tokens)) for one in spec.score),
+        score=tuple(attrs.evolve(term, scorer=observing_less(term.scorer, tokens)) for term in spec.score),
         merge=observing_less(spec.merge, tokens),
         read=_reader(shipped, tokens, layers),
     )

@@ -75,8 +75,8 @@ class Case:
         }
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> "Case":
+    def from_dict(cls, data: Mapping[str, Any]) -> "Case":
         """The case that `to_dict` wrote."""
-        samples = {name: tuple(one) for name, one in found["samples"].items()}
-        kept = {name: found[name] for name in ("what", "length", "floors", "parts", "shape", "facts")}
+        samples = {name: tuple(seconds) for name, seconds in data["samples"].items()}
+        kept = {name: data[name] for name in ("what", "length", "floors", "parts", "shape", "facts")}
         return cls(samples=samples, **kept)

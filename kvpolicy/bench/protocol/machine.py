@@ -3,21 +3,20 @@
 import os
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvpolicy.evaluate.record import machine, versions
+from kvpolicy.evaluate.environment import machine, version_of, versions
 
 _FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "memory.total")
 
 
 def environment() -> dict[str, Any]:
     """Versions and machine, ready for JSON."""
-    found = {**versions(), "triton": _triton()}
-    return {"versions": found, "machine": {**machine(), "cores": os.cpu_count(), "gpu": gpu()}}
+    with_triton = {**versions(), "triton": version_of("triton")}
+    return {"versions": with_triton, "machine": {**machine(), "cores": os.cpu_count(), "gpu": gpu()}}
 
 
 def gpu() -> dict[str, str] | None:
@@ -39,10 +38,3 @@ def free_bytes(device: torch.device) -> int:
     lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
     available = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     return next(available, 2**62)
-
-
-def _triton() -> str:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return "not installed"

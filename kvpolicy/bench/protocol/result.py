@@ -1,4 +1,4 @@
-"""What a benchmark found, written to a file as it goes."""
+"""What a benchmark measured, written to a file as it goes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -77,17 +77,17 @@ class Result:
 def read_result(file: Path) -> Result:
     """A result as it was written. Raises InputError."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("form") != FORM or "parts" not in found:
+    if not isinstance(data, dict) or data.get("form") != FORM or "parts" not in data:
         raise InputError(f"{file}: is not a result of kvpolicy bench (form {FORM})")
     return Result(
-        found["benchmark"],
-        found["options"],
-        {name: found[name] for name in ("versions", "machine")},
-        {part: [Case.from_dict(one) for one in cases] for part, cases in found["parts"].items()},
-        found["left_out"],
-        found["facts"],
-        date=found["date"],
+        data["benchmark"],
+        data["options"],
+        {name: data[name] for name in ("versions", "machine")},
+        {part: [Case.from_dict(case) for case in cases] for part, cases in data["parts"].items()},
+        data["left_out"],
+        data["facts"],
+        date=data["date"],
     )

@@ -33,12 +33,12 @@ def draw(result: Result, path: Path) -> bool:
 
 
 def _panels(result: Result) -> list[tuple[str, str, list[Case]]]:
-    found = []
+    panels = []
     for part, cases in result.parts.items():
         compared = [case for case in cases if OURS in case.samples]
         baselines = dict.fromkeys(name for case in compared for name in case.baselines)
-        found += [(part, name, [case for case in compared if name in case.samples]) for name in baselines]
-    return found
+        panels += [(part, name, [case for case in compared if name in case.samples]) for name in baselines]
+    return panels
 
 
 def _line(axis: Any, baseline: str, cases: Sequence[Case], style: dict[str, Any]) -> None:

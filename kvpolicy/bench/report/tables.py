@@ -43,7 +43,7 @@ def markdown(result: Result) -> str:
         lines += [f"## {part}", "", _line(HEADINGS), "|" + "---|" * len(HEADINGS), *map(_line, rows_of(cases)), ""]
     lines += [f"{name}: {_listed(fact)}\n" for name, fact in result.facts.items()]
     if result.left_out:
-        lines += ["Not measured:", "", *(f"- {one['what']}: {one['why']}" for one in result.left_out), ""]
+        lines += ["Not measured:", "", *(f"- {missing['what']}: {missing['why']}" for missing in result.left_out), ""]
     return "\n".join(lines)
 
 
@@ -74,5 +74,5 @@ def _line(cells: Sequence[str]) -> str:
 
 def _listed(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_listed(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_listed(part)}" for name, part in value.items())
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -4,33 +4,16 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.bench.options import (
-    OUT,
-    Budget,
-    Dtype,
-    Lengths,
-    Out,
-    Policies,
-    Rounds,
-    Seconds,
-    Seed,
-    Threads,
-    heads_of,
-    options_of,
-    policies_of,
-    protocol_of,
-    shipped,
-    target_of,
-)
+from kvpolicy.cli.bench import arguments
 from kvpolicy.cli.bench.peers import add_peers, required_peer
 from kvpolicy.cli.bench.session import session
 from kvpolicy.cli.options import Device
 
 
 def compress(
-    policy: Policies = None,
-    length: Lengths = None,
-    budget: Budget = 1024,
+    policy: arguments.Policies = None,
+    length: arguments.Lengths = None,
+    budget: arguments.Budget = 1024,
     rows: Annotated[int, typer.Option(help="Sequences that are compressed at once.")] = 1,
     layers: Annotated[int | None, typer.Option(help="Layers that are compressed at once.")] = None,
     heads: Annotated[str, typer.Option(help="Query heads, KV heads, head dim.")] = "32,8,128",
@@ -39,12 +22,12 @@ def compress(
     ] = "shared",
     peers: Annotated[bool, typer.Option("--peers", help="Time kvpress as well; see `kvpolicy bench peers`.")] = False,
     device: Device = "cpu",
-    dtype: Dtype = None,
-    rounds: Rounds = None,
-    seed: Seed = 0,
-    threads: Threads = None,
-    seconds: Seconds = None,
-    out: Out = OUT,
+    dtype: arguments.Dtype = None,
+    rounds: arguments.Rounds = None,
+    seed: arguments.Seed = 0,
+    threads: arguments.Threads = None,
+    seconds: arguments.Seconds = None,
+    out: arguments.Out = arguments.OUT,
 ) -> None:
     """Time of one compression per layer, against plain torch and against the floor."""
     from kvpolicy.bench.cases.compress import CompressSetup, measure
@@ -56,18 +39,19 @@ def compress(
     if keys not in KEYS:
         raise InputError(f"--keys must be one of {', '.join(KEYS)}: {keys!r}")
     python = required_peer() if peers else None
-    target, kind, sizes = target_of(device, dtype)
+    target, kind, sizes = arguments.target_of(device, dtype)
     setup = CompressSetup(
-        policies=policies_of(policy, budget) if policy else shipped(POLICIES, budget),
-        shape=attention_shape(layers or sizes.layers, *heads_of(heads)),
+        policies=arguments.policies_of(policy, budget, POLICIES),
+        shape=attention_shape(layers or sizes.layers, *arguments.heads_of(heads)),
         lengths=tuple(length or sizes.lengths),
         device=target,
         dtype=kind,
         rows=rows,
         keys=keys,
-        protocol=protocol_of(rounds or sizes.rounds, seed),
+        protocol=arguments.protocol_of(rounds or sizes.rounds, seed),
     )
-    options = {"budget": budget, "rows": rows, "heads": heads, "keys": keys, **options_of(kind, target, setup.protocol)}
+    options = {"budget": budget, "rows": rows, "heads": heads, "keys": keys}
+    options |= arguments.options_of(kind, target, setup.protocol)
     steps = len(setup.lengths) * len(setup.policies)
     with session("compress", options, out, target, steps, threads=threads, seconds=seconds) as run:
         run.collect("compress", measure(setup, run.clock, run.deadline, run.result.leave_out))

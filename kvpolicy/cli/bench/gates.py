@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.bench.options import OUT, Out
+from kvpolicy.cli.bench import arguments
 from kvpolicy.cli.bench.output import print_verdicts
 from kvpolicy.cli.bench.session import session
 
@@ -15,7 +15,7 @@ def gates(
         bool, typer.Option("--quick", help="Tiny sizes: does it run? What it says means nothing.")
     ] = False,
     threads: Annotated[int, typer.Option(help="Threads; the claims are for one.")] = 1,
-    out: Out = OUT,
+    out: arguments.Out = arguments.OUT,
 ) -> None:
     """Whether the claims about speed, which are for one thread, hold on this CPU; exits with 1 when one does not."""
     import torch

@@ -4,60 +4,43 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.bench.options import (
-    OUT,
-    Budget,
-    Dtype,
-    Graph,
-    Model,
-    Out,
-    Policies,
-    Seconds,
-    Seed,
-    Threads,
-    bytes_of,
-    options_of,
-    policies_of,
-    protocol_of,
-    shipped,
-    target_of,
-)
+from kvpolicy.cli.bench import arguments
 from kvpolicy.cli.bench.session import session
 from kvpolicy.cli.options import Device
 
 
 def generate(
-    policy: Policies = None,
-    budget: Budget = 1024,
+    policy: arguments.Policies = None,
+    budget: arguments.Budget = 1024,
     memory: Annotated[str | None, typer.Option(help="Bytes that a batch may take: 2GiB.")] = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
     new: Annotated[int | None, typer.Option(help="Tokens that are generated.")] = None,
     points: Annotated[
         int | None, typer.Option(help="Time full caches at so many lengths only; 0 generates every token.")
     ] = None,
-    model: Model = None,
-    graph: Graph = False,
+    model: arguments.Model = None,
+    graph: arguments.Graph = False,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    dtype: arguments.Dtype = None,
     rounds: Annotated[int, typer.Option(help="Times that everything is timed, in turns; 3 at least.")] = 3,
-    seed: Seed = 0,
-    threads: Threads = None,
-    seconds: Seconds = None,
-    out: Out = OUT,
+    seed: arguments.Seed = 0,
+    threads: arguments.Threads = None,
+    seconds: arguments.Seconds = None,
+    out: arguments.Out = arguments.OUT,
 ) -> None:
     """Tokens per second and memory, every contender at the largest batch that fits the same memory."""
     from kvpolicy.bench.generation import GenerateSetup, measure
     from kvpolicy.bench.protocol.model_shapes import model_shape, random_model
     from kvpolicy.bench.sizes import DECODED
 
-    target, kind, sizes = target_of(device, dtype)
-    protocol = protocol_of(rounds, seed)
+    target, kind, sizes = arguments.target_of(device, dtype)
+    protocol = arguments.protocol_of(rounds, seed)
     setup = GenerateSetup(
-        policies=policies_of(policy, budget) if policy else shipped(DECODED, budget, **sizes.overrides),
+        policies=arguments.policies_of(policy, budget, DECODED, **sizes.overrides),
         shape=model_shape(model or ("8b" if sizes.model == "8b" else "small")),
         prompt=sizes.prompt if prompt is None else prompt,
         new=sizes.new if new is None else new,
-        memory=bytes_of(memory or sizes.memory),
+        memory=arguments.bytes_of(memory or sizes.memory),
         device=target,
         dtype=kind,
         full=sizes.full,
@@ -67,7 +50,7 @@ def generate(
         seed=seed,
     )
     options = {"budget": budget, "memory": memory or sizes.memory, "prompt": setup.prompt, "new": setup.new}
-    options |= {**options_of(kind, target, protocol), "graph": graph}
+    options |= {**arguments.options_of(kind, target, protocol), "graph": graph}
     steps = len(setup.policies) + len(setup.full) + 1
     with session("generate", options, out, target, steps, threads=threads, seconds=seconds) as run:
         live = random_model(setup.shape, setup.length, target, kind)

@@ -4,20 +4,20 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.bench.options import OUT, Budget, Graph, Out, target_of
+from kvpolicy.cli.bench import arguments
 from kvpolicy.cli.bench.output import print_verdicts
 from kvpolicy.cli.bench.session import session
 from kvpolicy.cli.options import Device
 
 
 def gpu(
-    budget: Budget = 1024,
+    budget: arguments.Budget = 1024,
     device: Device = "cuda",
     seconds: Annotated[float, typer.Option(help="Time for everything together.")] = 540.0,
     name: Annotated[str, typer.Option(help="Word in the names of the files: gpu-DATE-NAME.json.")] = "",
-    graph: Graph = False,
+    graph: arguments.Graph = False,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run?")] = False,
-    out: Out = OUT,
+    out: arguments.Out = arguments.OUT,
 ) -> None:
     """Everything above on a GPU, and whether its kernels are right, in nine minutes."""
     from datetime import UTC, datetime
@@ -28,7 +28,7 @@ def gpu(
     from kvpolicy.bench.report.verdict import Verdict
     from kvpolicy.bench.sizes import GPU, TINY
 
-    target, kind, _ = target_of(device, None)
+    target, kind, _ = arguments.target_of(device, None)
     setup = setup_for(TINY if quick else GPU, budget, target, kind, graph=graph)
     card = "-".join(torch.cuda.get_device_name(target).lower().split()) if target.type == "cuda" else "cpu"
     file = f"gpu-{datetime.now(UTC).date().isoformat()}-{name or card}"

@@ -44,5 +44,5 @@ def ask(python: Path, request: Request, seconds: float = 600.0) -> dict[str, Any
     if done.returncode:
         last = (done.stderr.strip() or "no output").splitlines()[-1]
         raise InputError(f"kvpress: {last[:_SHOWN]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer

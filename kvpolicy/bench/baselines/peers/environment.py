@@ -27,18 +27,18 @@ def python_of(folder: Path | None = None) -> Path | None:
     return python if (python.parent.parent / "ready").exists() else None
 
 
-def install(say: Callable[[str], None], folder: Path | None = None, requirements: Sequence[str] = ()) -> Path:
+def install(say: Callable[[str], None], folder: Path | None = None) -> Path:
     """Make the environment, with the torch of this one; its Python. Raises InputError when a step fails."""
-    place = (folder or home()) / "kvpress"
-    python = place / "bin" / "python"
+    environment = (folder or home()) / "kvpress"
+    python = environment / "bin" / "python"
     release = torch.__version__.partition("+")[0]
-    wanted = tuple(requirements) or (f"torch=={release}", *REQUIREMENTS)
-    say(f"making {place}")
-    _run([sys.executable, "-m", "venv", "--clear", str(place)])
-    for number, one in enumerate(wanted, 1):  # torch first, so that nothing else decides which
-        say(f"installing {one} ({number} of {len(wanted)})")
-        _run([str(python), "-m", "pip", "install", "-q", one, *wanted[: number - 1]])
-    (place / "ready").write_text("\n".join(wanted) + "\n", encoding="utf-8")
+    requirements = (f"torch=={release}", *REQUIREMENTS)
+    say(f"making {environment}")
+    _run([sys.executable, "-m", "venv", "--clear", str(environment)])
+    for count, requirement in enumerate(requirements):  # torch first, so that nothing else decides which
+        say(f"installing {requirement} ({count + 1} of {len(requirements)})")
+        _run([str(python), "-m", "pip", "install", "-q", requirement, *requirements[:count]])
+    (environment / "ready").write_text("\n".join(requirements) + "\n", encoding="utf-8")
     return python
 
 

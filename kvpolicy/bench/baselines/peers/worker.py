@@ -53,8 +53,8 @@ def timed(request: dict[str, Any]) -> list[float]:
         raise ValueError(f"{request['press']} does not keep {request['kept']} entries")
     clock = _device_seconds if device.type == "cuda" else _host_seconds
     scratch = torch.ones(_BEYOND_CACHES // 4, dtype=torch.float32, device=device) if device.type == "cuda" else None
-    found = [clock(call, scratch) for _ in range(request["warm_up"] + request["rounds"])]
-    return found[request["warm_up"] :]
+    seconds = [clock(call, scratch) for _ in range(request["warm_up"] + request["rounds"])]
+    return seconds[request["warm_up"] :]
 
 
 def ratio_of(length: int, kept: int) -> float:

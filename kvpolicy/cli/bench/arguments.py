@@ -40,22 +40,20 @@ def target_of(device: str, dtype: str | None) -> "tuple[torch.device, torch.dtyp
     return target, kind, sizes  # type: ignore[return-value]
 
 
-def policies_of(names: Iterable[str], budget: int, **overrides: Any) -> "tuple[Policy, ...]":
-    """Policies by name or file, each with this budget."""
-    from kvpolicy.policy import load
-
-    return tuple(load(name, budget=budget, **overrides) for name in names)
-
-
-def shipped(names: Sequence[str], budget: int, **overrides: Any) -> "tuple[Policy, ...]":
-    """Those of some shipped policies that can keep so few entries."""
+def policies_of(
+    names: Iterable[str] | None, budget: int, defaults: Sequence[str], **overrides: Any
+) -> "tuple[Policy, ...]":
+    """Policies by name or file; without names those of some shipped ones that can keep so few entries."""
     from kvpolicy.cli.console import line
     from kvpolicy.errors import KVPolicyError
+    from kvpolicy.policy import load
 
+    if names:
+        return tuple(load(name, budget=budget) for name in names)
     policies: list[Policy] = []
-    for name in names:
+    for name in defaults:
         try:
-            policies += policies_of([f"kvpolicy:{name}"], budget, **overrides)
+            policies.append(load(f"kvpolicy:{name}", budget=budget, **overrides))
         except KVPolicyError as error:
             line(f"not measured: {name}: {error}", error=True)
     return tuple(policies)

@@ -8,7 +8,7 @@ import attrs
 from transformers import PreTrainedModel
 
 from kvpolicy.evaluate.answers import SEEN, is_seen
-from kvpolicy.evaluate.record import machine, versions
+from kvpolicy.evaluate.environment import machine, versions
 from kvpolicy.evaluate.table.lines import Kind, Line
 from kvpolicy.evaluate.table.measure import Measured
 from kvpolicy.evaluate.table.setup import DecodeSetup, TableSetup

@@ -1,22 +1,16 @@
 """A comparison as plain data: everything that is needed to judge it, or to run it again."""
 
-import platform
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from kvpolicy.evaluate.answers import is_seen
 from kvpolicy.evaluate.compare import Outcome
+from kvpolicy.evaluate.environment import machine, versions
 from kvpolicy.evaluate.retention import Kept
 from kvpolicy.evaluate.setup import Setup
 
-_DISTRIBUTIONS = ("kvpolicy", "torch", "transformers", "tokenizers", "numpy")
 
-
-def record(setup: Setup, outcomes: Sequence[Outcome], kept: Kept | None = None) -> dict[str, Any]:
+def comparison_data(setup: Setup, outcomes: Sequence[Outcome], kept: Kept | None = None) -> dict[str, Any]:
     """The comparison as JSON-ready data."""
     return {
         "versions": versions(),
@@ -34,39 +28,6 @@ def record(setup: Setup, outcomes: Sequence[Outcome], kept: Kept | None = None) 
         "outcomes": [_outcome(one, setup.question) for one in outcomes],
         **({} if kept is None else {"retention": _kept(kept)}),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the distributions that the numbers depend on.
-
-    Of torch the version says which build it is, as in `2.13.0+cpu`; the metadata of some builds leaves that out.
-    """
-    found = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return {**found, "torch": str(torch.__version__)}
-
-
-def machine() -> dict[str, str | int]:
-    """Processor, threads, and the accelerator if there is one."""
-    found: dict[str, str | int] = {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        found["accelerator"] = torch.cuda.get_device_name()
-    return found
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _outcome(one: Outcome, question: str) -> dict[str, Any]:
