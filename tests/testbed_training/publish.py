@@ -17,11 +17,12 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from kvpolicy.evaluate import testbed
 from kvpolicy.evaluate.testbed.load import WEIGHTS, model_config, read_folder
 from kvpolicy.evaluate.testbed.tasks import EVALUATED
-from kvpolicy.evaluate.testbed.vocabulary import BOS, EOS, IDS, PAD, build_tokenizer
+from kvpolicy.evaluate.testbed.vocabulary import BOS, EOS, IDS, PAD
 from tests.testbed_training import checkpoint
 from tests.testbed_training.accuracy import Accuracy, measure
 from tests.testbed_training.plot import plot_training
 from tests.testbed_training.settings import Settings
+from tests.testbed_training.tokenizer import build_tokenizer
 
 OUT: Final = Path(testbed.__file__).parent / WEIGHTS
 HELD_OUT_SEED: Final = 1_000_003

@@ -61,8 +61,7 @@ def measure_one(setup: AttentionSetup, held: int, clock: Clock, deadline: Deadli
     """Ours twice, the library's attention over as many entries, and a large copy."""
     spec, shape = attrs.evolve(setup.policy.spec, budget=Budget(tokens=held)), setup.shape
     plan = plan_at(spec, shape, held + 16, setup.dtype, setup.device)
-    queries = max(plan.needs.queries, 1)
-    layers = random_layers(shape, setup.rows, held + 16, queries, setup.dtype, setup.device, "shared")
+    layers = random_layers(plan, shape, setup.rows, held + 16)
     cache, settle = due(plan, shape, layers)
     settle()
     ours = _each([_step(layer, tensors) for layer, tensors in zip(cache.managed, layers, strict=True)])

@@ -35,8 +35,7 @@ class Compaction:
         spec = self.policy.spec  # nothing is to move before it is timed
         spec = attrs.evolve(spec, compress=attrs.evolve(spec.compress, prefill=False))
         plan = compile_policy(spec, geometry_of(self.shape.config()), self.device, self.dtype)
-        queries = max(plan.needs.queries, 1)
-        layers = random_layers(self.shape, 1, self.length, queries, self.dtype, self.device, "shared")
+        layers = random_layers(plan, self.shape, 1, self.length)
         kept = self._kept(plan, layers)
         variants = [
             Variant(OURS, lambda: self._ours(plan, layers)),

@@ -65,8 +65,7 @@ def measure_one(
 ) -> Case:
     """One policy at one length: ours twice, plain torch, a large copy and the library's products, in turns."""
     plan = plan_at(policy.spec, setup.shape, length, setup.dtype, setup.device)
-    queries = max(plan.needs.queries, 1)
-    layers = random_layers(setup.shape, setup.rows, length, queries, setup.dtype, setup.device, setup.keys)
+    layers = random_layers(plan, setup.shape, setup.rows, length, setup.keys)
     budgets = plan.budgets.per_layer(length)
     floors = Floors.of(plan, layers, round(sum(budgets) / len(budgets)))
     ours = partial(_ours, plan, setup.shape, layers)
@@ -81,7 +80,7 @@ def measure_one(
         samples={name: seconds for name, seconds in samples.items() if name not in (COPY, GEMM)},
         floors=floors.seconds(samples),
         parts=setup.shape.layers,
-        shape=_shape(setup, plan, queries),
+        shape=_shape(setup, plan),
         facts={"digest": policy.digest, "peak_bytes": peaks, "moved_bytes": floors.moved, **rates},
     )
 
@@ -112,14 +111,14 @@ def _all_layers(form: NaiveForm, layers: Sequence[LayerTensors], budgets: Sequen
         form.run(layer, budget)
 
 
-def _shape(setup: CompressSetup, plan: Plan, queries: int) -> dict[str, int | str]:
+def _shape(setup: CompressSetup, plan: Plan) -> dict[str, int | str]:
     return {
         "layers": setup.shape.layers,
         "rows": setup.rows,
         "query_heads": setup.shape.query_heads,
         "kv_heads": setup.shape.kv_heads,
         "head_dim": setup.shape.head_dim,
-        "window": queries,
+        "window": max(plan.needs.queries, 1),
         "budget": plan.budgets.average(2**62) if plan.spec.budget.share is None else str(plan.spec.budget),
         "dtype": str(setup.dtype).removeprefix("torch."),
         "keys": setup.keys,

@@ -18,23 +18,21 @@ from kvpolicy.spec.policy import PolicySpec
 KEYS = ("shared", "isotropic")
 
 
-def random_layers(
-    shape: ModelShape, rows: int, length: int, queries: int, dtype: torch.dtype, device: torch.device, keys: str
-) -> list[LayerTensors]:
+def random_layers(plan: Plan, shape: ModelShape, rows: int, length: int, keys: str = "shared") -> list[LayerTensors]:
     """Normal keys, values and queries; `shared` keys of a head have a mean, as those of trained models do."""
-    random = torch.Generator(device).manual_seed(0)
+    random = torch.Generator(plan.device).manual_seed(0)
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=random, device=device, dtype=torch.float32).to(dtype)
+    def normal(heads: int, count: int) -> Tensor:
+        size = (rows, heads, count, shape.head_dim)
+        return torch.randn(size, generator=random, device=plan.device, dtype=torch.float32).to(plan.dtype)
 
     layers = []
     for _ in range(shape.layers):
-        entries = normal(rows, shape.kv_heads, length, shape.head_dim)
+        entries, values = normal(shape.kv_heads, length), normal(shape.kv_heads, length)
         if keys == "shared":
-            entries += normal(rows, shape.kv_heads, 1, shape.head_dim)
-        values = normal(rows, shape.kv_heads, length, shape.head_dim)
-        window = normal(rows, shape.query_heads, max(queries, 1), shape.head_dim)
-        layers.append(LayerTensors(entries, values, window, shape.head_dim**-0.5))
+            entries += normal(shape.kv_heads, 1)
+        queries = normal(shape.query_heads, max(plan.needs.queries, 1))
+        layers.append(LayerTensors(entries, values, queries, shape.head_dim**-0.5))
     return layers
 
 

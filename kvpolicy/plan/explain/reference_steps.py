@@ -4,9 +4,7 @@ Every input and every output of a step is counted once: the least that any imple
 apart.
 """
 
-from collections.abc import Sequence
-
-import attrs
+from collections.abc import Iterator
 
 from kvpolicy.plan.compress.fusion import Term
 from kvpolicy.plan.explain.reads import reads_of
@@ -19,91 +17,61 @@ _FLOAT, _MASK, _COUNT = 4, 1, 8  # bytes of a score, a mask element, an int64 co
 _DROP = "drop"
 
 
-@attrs.frozen
-class ReferenceSteps:
-    """Steps of a plan without kernels, for one layer and sequence."""
+def observe_steps(plan: Plan, shapes: Shapes) -> Iterator[Step]:
+    """Once for each forward since the last compression: queries are copied, attention mass is added up."""
+    vector = plan.geometry.head_dim * plan.dtype.itemsize
+    query = plan.geometry.query_heads * vector
+    if plan.needs.queries:
+        each = 1 if len(shapes.forwards) == shapes.new else min(shapes.new, plan.needs.queries)
+        copied = len(shapes.forwards) * each * query
+        yield Step("observe", f"last {plan.needs.queries} queries", copied, copied, ("queries",))
+    if plan.needs.attention:
+        attended = sum(shapes.forwards) * plan.geometry.kv_heads
+        mass = attended * plan.columns[ATTENTION].bytes_per_slot
+        read = attended * vector + shapes.new * query + mass
+        yield Step("observe", "attention mass", read, mass, ("keys", "queries", "attention"))
 
-    plan: Plan
-    shapes: Shapes
 
-    @property
-    def _heads(self) -> int:
-        return self.plan.geometry.kv_heads
+def score_step(plan: Plan, shapes: Shapes, term: Term, unfused: str = "") -> Step:
+    """One term: what the scorer reads, and its scores and slot state."""
+    scorer, geometry = term.weighted.scorer, plan.geometry
+    slots, vector = shapes.held * geometry.kv_heads, geometry.head_dim * plan.dtype.itemsize
+    sizes = {
+        "keys": slots * vector,
+        "values": slots * vector,
+        "queries": scorer.needs().queries * geometry.query_heads * vector,
+        POSITIONS: slots * plan.columns[POSITIONS].bytes_per_slot,
+        ATTENTION: slots * geometry.group * _FLOAT,
+    }
+    reads = reads_of(scorer, geometry)
+    read = sum(sizes.get(column, slots * _FLOAT) for column in reads.columns)  # slot state is a float per slot
+    written = slots * _FLOAT * (1 + len(scorer.slot_state()))
+    reason = f"what it reads is unknown ({reads.error})" if reads.error else unfused
+    name = f"{term.weighted.weight:+g} {name_of(scorer)}"
+    return Step("score", name, read, written, reads.columns, reason=reason)
 
-    @property
-    def _slots(self) -> int:
-        return self.shapes.held * self._heads
 
-    @property
-    def _vector(self) -> int:
-        """Bytes of a decoded key or value."""
-        return self.plan.geometry.head_dim * self.plan.dtype.itemsize
+def steps_by_stage(plan: Plan, shapes: Shapes) -> dict[str, Step]:
+    """Allocate, select, merge, store, and compact, which takes the place of both where entries only move.
 
-    def observe(self) -> Sequence[Step]:
-        """Once for each forward since the last compression: queries are copied, attention mass is added up."""
-        plan, shapes, steps = self.plan, self.shapes, []
-        query = plan.geometry.query_heads * self._vector
-        if plan.needs.queries:
-            each = 1 if len(shapes.forwards) == shapes.new else min(shapes.new, plan.needs.queries)
-            copied = len(shapes.forwards) * each * query
-            steps.append(Step("observe", f"last {plan.needs.queries} queries", copied, copied, ("queries",)))
-        if plan.needs.attention:
-            attended = sum(shapes.forwards) * self._heads
-            mass = attended * plan.columns[ATTENTION].bytes_per_slot
-            read = attended * self._vector + shapes.new * query + mass
-            steps.append(Step("observe", "attention mass", read, mass, ("keys", "queries", "attention")))
-        return steps
-
-    def score(self, term: Term, unfused: str = "") -> Step:
-        """One term: what the scorer reads, and its scores and slot state."""
-        scorer = term.weighted.scorer
-        reads, sizes = reads_of(scorer, self.plan.geometry), self._column_bytes(scorer.needs().queries)
-        read = sum(sizes.get(column, self._slots * _FLOAT) for column in reads.columns)  # slot state: a float per slot
-        written = self._slots * _FLOAT * (1 + len(scorer.slot_state()))
-        reason = f"what it reads is unknown ({reads.error})" if reads.error else unfused
-        name = f"{term.weighted.weight:+g} {name_of(scorer)}"
-        return Step("score", name, read, written, reads.columns, reason=reason)
-
-    def _column_bytes(self, queries: int) -> dict[str, int]:
-        return {
-            "keys": self._slots * self._vector,
-            "values": self._slots * self._vector,
-            "queries": queries * self.plan.geometry.query_heads * self._vector,
-            POSITIONS: self._slots * self.plan.columns[POSITIONS].bytes_per_slot,
-            ATTENTION: self._slots * self.plan.geometry.group * _FLOAT,
-        }
-
-    def allocate(self) -> Step:
-        """Budgets that are the same for every head need no scores, only how many candidates there are."""
-        ragged = self.plan.ragged
-        read = self._slots * (_MASK + (_FLOAT if ragged else 0))
-        columns = ("scores", "candidates") if ragged else ("candidates",)
-        return Step("allocate", name_of(self.plan.spec.allocate.divider), read, self._heads * _COUNT, columns)
-
-    def select(self) -> Step:
-        """Keep indices, as a mask."""
-        read, columns = self._slots * (_FLOAT + _MASK), ("scores", "candidates")
-        return Step("select", name_of(self.plan.spec.select), read, self._slots * _MASK, columns)
-
-    def merge(self) -> Step:
-        """Dropping touches kept entries only; any other merger may look at all of them."""
-        merger, kept, pair = self.plan.spec.merge, self.shapes.kept * self._heads, 2 * self._vector
-        read = kept if registry().identity(type(merger)) == _DROP else self._slots
-        return Step("merge", name_of(merger), read * pair, kept * pair, ("keys", "values"))
-
-    def store(self) -> Step:
-        """Kept entries are encoded and written, and what else a slot holds moves with them."""
-        plan, kept = self.plan, self.shapes.kept * self._heads
-        others = sum(column.bytes_per_slot for column in plan.columns.values())
-        written = round(kept * plan.footprint.entry_bytes)
-        read = kept * (2 * self._vector + others)
-        return Step("store", name_of(plan.spec.store), read, written, ("keys", "values", *plan.columns))
-
-    def compact(self) -> Step:
-        """Of what is kept, as much as has to stand elsewhere, with all that a slot holds."""
-        plan, kept = self.plan, self.shapes.kept
-        moved = min(kept, self.shapes.held - kept) if plan.fills_holes else kept
-        size = round(moved * self._heads * plan.footprint.entry_bytes)
-        how = "fills holes" if plan.fills_holes else "closes up"
-        columns = ("keys", "values", *plan.columns)
-        return Step("compact", name_of(plan.spec.merge), size, size, columns, reason=f"{how}, at most")
+    Budgets that are the same for every head need no scores, only how many candidates there are. Dropping touches kept
+    entries only; any other merger may look at all of them. Of what is kept, as much moves as has to stand elsewhere.
+    """
+    spec, entry_bytes, heads = plan.spec, plan.footprint.entry_bytes, plan.geometry.kv_heads
+    slots, kept, pair = shapes.held * heads, shapes.kept * heads, 2 * plan.geometry.head_dim * plan.dtype.itemsize
+    scores, entries = ("scores", "candidates"), ("keys", "values", *plan.columns)
+    counted = scores if plan.ragged else scores[1:]
+    looked_at = kept if registry().identity(type(spec.merge)) == _DROP else slots
+    others = sum(column.bytes_per_slot for column in plan.columns.values())
+    moved = min(kept, slots - kept) if plan.fills_holes else kept
+    moved_bytes, how = round(moved * entry_bytes), "fills holes" if plan.fills_holes else "closes up"
+    candidates = slots * (_MASK + (_FLOAT if plan.ragged else 0))
+    merger, store = name_of(spec.merge), name_of(spec.store)
+    steps = (
+        Step("allocate", name_of(spec.allocate.divider), candidates, heads * _COUNT, counted),
+        Step("select", name_of(spec.select), slots * (_FLOAT + _MASK), slots * _MASK, scores),
+        Step("merge", merger, looked_at * pair, kept * pair, entries[:2]),
+        Step("store", store, kept * (pair + others), round(kept * entry_bytes), entries),
+        Step("compact", merger, moved_bytes, moved_bytes, entries, reason=f"{how}, at most"),
+    )
+    return {step.stage: step for step in steps}

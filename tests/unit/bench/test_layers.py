@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 SHAPE = attention_shape(3, 4, 2, 8)
 
 
-def layers_of(plan, length, rows=1, dtype=torch.float32):
-    return random_layers(SHAPE, rows, length, max(plan.needs.queries, 1), dtype, CPU, "shared")
+def layers_of(plan, length, rows=1):
+    return random_layers(plan, SHAPE, rows, length)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "rkv", "adakv", "pyramidkv", "gkv", "h2o", "tova", "streaming_llm"])
@@ -46,7 +46,9 @@ def test_a_budget_that_holds_everything_is_refused():
 def test_shared_keys_resemble_each_other_and_isotropic_ones_do_not():
     means = []
     for keys in ("shared", "isotropic"):
-        (one,) = random_layers(attention_shape(1, 2, 1, 64), 1, 200, 1, torch.float32, CPU, keys)
+        shape = attention_shape(1, 2, 1, 64)
+        plan = plan_at(kvpolicy.load("snapkv", budget=40).spec, shape, 200, torch.float32, CPU)
+        (one,) = random_layers(plan, shape, 1, 200, keys)
         directions = torch.nn.functional.normalize(one.keys[0, 0], dim=-1)
         means.append(float((directions @ directions.T).mean()))
     assert means[0] > 0.3
@@ -60,7 +62,7 @@ def test_shared_keys_resemble_each_other_and_isotropic_ones_do_not():
 def test_floor_counts_what_scorers_read_and_the_fewer_rows_that_could_move(name, scanned, window, length):
     protect = {"sinks": 2, "recent": 33}
     plan = plan_at(kvpolicy.load(name, budget=40, protect=protect).spec, SHAPE, length, torch.bfloat16, CPU)
-    layers = layers_of(plan, length, rows=2, dtype=torch.bfloat16)
+    layers = layers_of(plan, length, rows=2)
     floors = Floors.of(plan, layers, 40)
 
     row = 3 * 2 * 2 * 8 * 2  # layers, rows, KV heads, head dim, bytes
