@@ -29,7 +29,7 @@ _DRAFT = {"compress": {"prefill": True, "every": 128}}
 
 @attrs.frozen
 class Scale:
-    """How large the gates are: as the claims say, or small enough to see that everything runs."""
+    """Sizes of the gates: those of the claims, or tiny ones for a smoke test."""
 
     attention: ModelShape = attention_shape(1, 32, 8, 128)
     model: ModelShape = model_shape("267m")

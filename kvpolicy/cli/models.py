@@ -1,4 +1,4 @@
-"""From what stands on the command line to a model, its configuration, its tokenizer."""
+"""Loads the model, configuration and tokenizer that are named on the command line."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, processor, threads, accelerator."""
+"""Versions and machine that numbers were made with."""
 
 import platform
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""A policy written for long contexts, scaled down to a few bytes."""
+"""Scales a policy written for long contexts down to a share of a short one."""
 
 from fractions import Fraction
 

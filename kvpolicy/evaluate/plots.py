@@ -1,4 +1,4 @@
-"""What all pictures share: that matplotlib may be missing, colours, and how a file is written."""
+"""Shared by all pictures: whether matplotlib is installed, colours, saving."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec

@@ -1,1 +1,1 @@
-"""What policies are compared with: full caches, the methods in plain torch, other libraries."""
+"""Baselines: full caches, the methods in plain torch, other libraries."""

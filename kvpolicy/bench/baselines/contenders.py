@@ -1,4 +1,4 @@
-"""Who decodes: the full caches of transformers, one that is written in place, and policies. All in one way."""
+"""One interface for what is timed while decoding: transformers' full caches, a preallocated one, policies."""
 
 import copy
 from collections.abc import Callable, Sequence

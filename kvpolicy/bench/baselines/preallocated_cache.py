@@ -1,4 +1,4 @@
-"""A full cache that is written in place: what transformers has only for a fixed length, with masks."""
+"""A full cache whose storage is allocated once and written in place."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""What is measured, one benchmark a file, and the layers and floors that several of them need."""
+"""The benchmarks, one a file, and the filled layers and lower bounds that several of them use."""

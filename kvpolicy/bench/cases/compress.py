@@ -26,7 +26,7 @@ NAIVE = "naive torch"
 
 @attrs.frozen
 class CompressSetup:
-    """What is compressed: T entries of B rows in some layers, each policy with the budget that it has."""
+    """Configuration: T entries of B rows in some layers, each policy with the budget that it has."""
 
     policies: tuple[Policy, ...]
     shape: ModelShape

@@ -1,4 +1,4 @@
-"""Layers of a policy filled with random entries, up to the moment at which they are compressed."""
+"""Fills cache layers with random entries until the next call compresses them."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""What no implementation gets below: bytes that must move, and the products that scores are made of."""
+"""Lower bounds on the time of a compression: memory traffic at the rate of a copy, and the products of the scores."""
 
 from statistics import median
 
@@ -18,7 +18,7 @@ LARGE = {"cpu": 128 * 2**20, "cuda": 2**30}  # bytes of the buffer that is copie
 
 @attrs.frozen
 class Floors:
-    """Timed beside the variants, so that the floor is that of the same machine in the same minute."""
+    """Bytes and products of one sample; the rates are timed in the same rounds as the variants."""
 
     moved: int  # bytes of one sample
     window: int  # W, 0 when no product with queries is needed

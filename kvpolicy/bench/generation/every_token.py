@@ -1,4 +1,4 @@
-"""Every token of a generation."""
+"""Times whole generations: every token of the batch is generated."""
 
 import random
 
@@ -16,7 +16,7 @@ from kvpolicy.evaluate.meter import Meter
 
 @attrs.frozen
 class Generation:
-    """What one generation of a batch took."""
+    """Time and memory of one generation of a batch."""
 
     seconds: float  # per token
     prompt_seconds: float
@@ -31,7 +31,7 @@ def generated(
     deadline: Deadline,
     left_out: LeftOut,
 ) -> dict[str, Throughput]:
-    """Every token of every row, in turns, in an order drawn anew for each round."""
+    """Generate with all contenders in turns, in an order drawn anew for each round."""
     order = random.Random(setup.seed)  # noqa: S311 - an order, not a secret
     generations: dict[str, list[Generation]] = {contender.name: [] for contender in contenders}
     for turn in range(setup.rounds):

@@ -1,4 +1,4 @@
-"""The whole measurement: batches first, then speed."""
+"""The generation benchmark: finds the largest batches, then measures the speed at them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Steps at some lengths of a generation that would take too long."""
+"""Estimates the speed of a long generation from decode steps at a few lengths."""
 
 from kvpolicy.bench.baselines.contenders import Contender, PolicyContender
 from kvpolicy.bench.generation.batch_size import at_length
@@ -22,7 +22,7 @@ def sampled(
     deadline: Deadline,
     left_out: LeftOut,
 ) -> dict[str, Throughput]:
-    """Steps at some lengths, joined by straight lines; and whole rounds of policies, whose steps stay the same."""
+    """Full caches: steps at a few lengths, linear in between. Policies: rounds from one compression to the next."""
     throughputs = {}
     for contender in contenders:
         what, batch = f"speed of {contender.name}", batches[contender.name]
@@ -41,7 +41,7 @@ def sampled(
 def _of_policy(
     setup: GenerateSetup, contender: Contender, rows: int, clock: Clock
 ) -> tuple[list[float], dict[str, float]]:
-    """Its steps stay the same: whole rounds from one compression to the next, or single steps if it has no rounds."""
+    """Whole rounds from one compression to the next, at one length; single steps of a policy that has no rounds."""
     decoding = at_length(setup, contender, rows, setup.length - ROOM)
     for _ in range(_WARM_UP):
         decoding.step()
@@ -71,5 +71,5 @@ def _steps(setup: GenerateSetup, decoding: Decoding, clock: Clock, warm_up: int)
 
 
 def _trapezoid(values: tuple[float, ...]) -> float:
-    """Mean of a function that is given at equal distances, straight in between."""
+    """Mean of a function that is given at equal distances and linear in between."""
     return (sum(values) - (values[0] + values[-1]) / 2) / (len(values) - 1)

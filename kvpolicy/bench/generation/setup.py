@@ -1,4 +1,4 @@
-"""What is generated, and what is known of a contender when it is done."""
+"""Configuration and results of the generation benchmark."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class GenerateSetup:
 
     @property
     def length(self) -> int:
-        """Tokens of a row in the end."""
+        """Tokens of a row when it is complete."""
         return self.prompt + self.new
 
 

@@ -1,1 +1,1 @@
-"""How anything is measured: clocks, turns, samples, deadlines, the machine, and the file of a result."""
+"""Measuring: clocks, interleaved rounds, samples, deadlines, the machine, and the file of a result."""

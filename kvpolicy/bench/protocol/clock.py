@@ -1,4 +1,4 @@
-"""How long a call keeps its device busy."""
+"""Clocks that time a call on the host or on a GPU."""
 
 import time
 from collections.abc import Callable
@@ -45,5 +45,5 @@ class DeviceClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock that sees the work of a device."""
+    """The clock for work on a device."""
     return DeviceClock(device) if device.type == "cuda" else HostClock()

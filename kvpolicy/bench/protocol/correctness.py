@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this machine: the kernel tests of a checkout, within a time."""
+"""Runs the kernel tests of a checkout on this machine, within a time limit."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ CHECKOUT = Path(__file__).parents[3]
 
 
 def kernel_tests(seconds: float, checkout: Path = CHECKOUT) -> dict[str, Any]:
-    """Run them, and say what was seen; without tests, pytest or time, say that they did not run and why."""
+    """Counts of passed and failed tests; without tests, pytest or time, why they did not run."""
     reason = _obstacle(seconds, checkout)
     if reason:
         return {"ran": False, "why": reason}

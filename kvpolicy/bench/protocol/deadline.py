@@ -1,4 +1,4 @@
-"""A time by which to be done."""
+"""A point in time after which nothing new is measured."""
 
 import time
 from collections.abc import Callable

@@ -26,7 +26,7 @@ class Variant:
 
 @attrs.frozen
 class Protocol:
-    """How often and in which order."""
+    """Rounds, warm-up rounds, and the seed of the order."""
 
     rounds: int = 5
     warm_up: int = 1

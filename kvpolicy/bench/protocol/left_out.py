@@ -1,4 +1,4 @@
-"""What is not measured is left out by name, with the reason, and the rest goes on."""
+"""Leaves measurements out by name and reason when they fail, so that the others go on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Where numbers come from, beyond what an evaluation says of it: cores, the GPU's clocks, free memory."""
+"""The machine that numbers were made on: versions, cores, the GPU's clocks, free memory."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The most memory that a call has at one time, beyond what was there before."""
+"""Peak memory of a call, beyond what was allocated before it."""
 
 import weakref
 from collections.abc import Callable, Mapping

@@ -53,7 +53,7 @@ class Result:
         self.write()
 
     def write(self) -> None:
-        """What there is so far, whole or not at all."""
+        """Write the file atomically with all that has been added so far."""
         if self.file is not None:
             unfinished = self.file.with_suffix(".partial")
             unfinished.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is said of timed samples. Samples of two variants with one index come from one round of one process."""
+"""Statistics of timed samples. Samples of two variants with one index come from one round of one process."""
 
 from collections.abc import Sequence
 from statistics import median

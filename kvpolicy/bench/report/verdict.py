@@ -1,4 +1,4 @@
-"""Whether a number keeps to the threshold that is claimed."""
+"""A measured number and the threshold that is claimed for it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import attrs
 
 @attrs.frozen
 class Verdict:
-    """One gate: a number and the threshold that it must not be below (or above); None = it is told, not claimed."""
+    """One gate: a number and the threshold that it must not be below (or above); None = no claim."""
 
     gate: str
     claim: str

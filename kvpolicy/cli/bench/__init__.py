@@ -1,4 +1,4 @@
-"""`kvpolicy bench`: is it fast and lean? Each benchmark is a subcommand with a file of its own."""
+"""`kvpolicy bench`: each benchmark is a subcommand with a file of its own."""
 
 import typer
 

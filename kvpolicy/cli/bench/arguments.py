@@ -1,4 +1,4 @@
-"""What the benchmarks share on the command line: options, and from their words to what is measured."""
+"""Options that several benchmarks share, and their conversion to policies, devices and sizes."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -92,7 +92,7 @@ def protocol_of(rounds: int, seed: int, warm_up: int = 1) -> "Protocol":
 
 
 def options_of(dtype: "torch.dtype", device: "torch.device", protocol: "Protocol") -> dict[str, Any]:
-    """For the record."""
+    """Dtype, device and protocol, as they are written to the result."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),

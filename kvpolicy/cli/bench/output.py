@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a record, a table on the terminal and in a file, a picture."""
+"""Output of a benchmark: a JSON file, a table on the terminal and in a file, a picture."""
 
 from typing import TYPE_CHECKING
 

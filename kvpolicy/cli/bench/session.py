@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class Session:
-    """What a running benchmark measures with and writes to."""
+    """Clock, deadline, result and progress of a running benchmark."""
 
     clock: "Clock"
     deadline: "Deadline"

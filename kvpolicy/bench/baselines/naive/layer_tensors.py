@@ -1,4 +1,4 @@
-"""What a method is given, and what it gives back."""
+"""Input and output of the methods in plain torch."""
 
 from collections.abc import Callable
 
