@@ -1,1 +1,1 @@
-"""Is it fast and lean: ratios within one run, against baselines and against the floor."""
+"""Benchmarks of time and memory: ratios within one run, against baselines and against lower bounds."""

@@ -2,24 +2,24 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import attrs
 import torch
 from transformers import LlamaForCausalLM
 
-from kvpolicy.bench.case import OURS, Case
-from kvpolicy.bench.clock import Clock
-from kvpolicy.bench.compaction import GATHER, Compaction
-from kvpolicy.bench.compress import NAIVE, CompressSetup, measure_one
-from kvpolicy.bench.contenders import DYNAMIC, PREALLOCATED, STATIC
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.decode import DecodeSetup
-from kvpolicy.bench.decode import measure_one as measure_decode
-from kvpolicy.bench.interleave import Protocol
-from kvpolicy.bench.overhead import Age, Overhead
-from kvpolicy.bench.samples import noise
-from kvpolicy.bench.shape import ModelShape, attention_shape, model_shape, random_model
+from kvpolicy.bench.baselines.contenders import DYNAMIC, PREALLOCATED, STATIC
+from kvpolicy.bench.cases.compaction import GATHER, Compaction
+from kvpolicy.bench.cases.compress import NAIVE, CompressSetup, measure_one
+from kvpolicy.bench.cases.decode import DecodeSetup
+from kvpolicy.bench.cases.decode import measure_one as measure_decode
+from kvpolicy.bench.cases.overhead import Age, Overhead
+from kvpolicy.bench.protocol.case import OURS, Case
+from kvpolicy.bench.protocol.clock import Clock
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.model_shapes import ModelShape, attention_shape, model_shape, random_model
+from kvpolicy.bench.protocol.samples import noise
+from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.errors import InputError
 from kvpolicy.policy import load
 
@@ -28,36 +28,8 @@ _DRAFT = {"compress": {"prefill": True, "every": 128}}
 
 
 @attrs.frozen
-class Verdict:
-    """One gate: a number and the threshold that it must not be below (or above); None = it is told, not claimed."""
-
-    gate: str
-    claim: str
-    value: float
-    threshold: float | None
-    at_most: bool = False
-    noise: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """NaN fails."""
-        if self.threshold is None:
-            return True
-        return self.value <= self.threshold if self.at_most else self.value >= self.threshold
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {**attrs.asdict(self), "passed": self.passed}
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> "Verdict":
-        """What `to_dict` gave."""
-        return cls(**{name: value for name, value in found.items() if name != "passed"})
-
-
-@attrs.frozen
 class Scale:
-    """How large the gates are: as the claims say, or small enough to see that everything runs."""
+    """Sizes of the gates: those of the claims, or tiny ones for a smoke test."""
 
     attention: ModelShape = attention_shape(1, 32, 8, 128)
     model: ModelShape = model_shape("267m")
@@ -87,11 +59,11 @@ QUICK = Scale(
     old=512,
     rounds=3,
 )
-Result = tuple[list[Verdict], list[Case]]
-Gate = Callable[[Scale, Clock], Result]
+Judged = tuple[list[Verdict], list[Case]]
+Gate = Callable[[Scale, Clock], Judged]
 
 
-def _snapkv(dtype: torch.dtype, threshold: float, scale: Scale, clock: Clock) -> Result:
+def _snapkv(dtype: torch.dtype, threshold: float, scale: Scale, clock: Clock) -> Judged:
     case = _compressed("snapkv", scale.snapkv, dtype, scale, clock)
     name = str(dtype).removeprefix("torch.")
     claim = (
@@ -100,7 +72,7 @@ def _snapkv(dtype: torch.dtype, threshold: float, scale: Scale, clock: Clock) ->
     return [Verdict(f"snapkv-{name}", claim, case.ratio(NAIVE), threshold, noise=case.noise)], [case]
 
 
-def _rkv(scale: Scale, clock: Clock) -> Result:
+def _rkv(scale: Scale, clock: Clock) -> Judged:
     case = _compressed("rkv", scale.rkv, torch.float32, scale, clock)
     peaks: Mapping[str, float] = case.facts["peak_bytes"]
     claim = f"R-KV compression of {scale.rkv} entries: times faster than with all pairs in memory"
@@ -111,7 +83,7 @@ def _rkv(scale: Scale, clock: Clock) -> Result:
     ], [case]
 
 
-def _compaction(scale: Scale, clock: Clock) -> Result:
+def _compaction(scale: Scale, clock: Clock) -> Judged:
     verdicts, cases, policy = [], [], load("kvpolicy:snapkv", budget=scale.budget)
     for gate, length, least in (("compaction", scale.moved, 4.0), ("compaction-prompt", scale.snapkv, None)):
         case = Compaction(policy, scale.moving, length, _CPU, torch.float32).measure(clock)
@@ -121,17 +93,16 @@ def _compaction(scale: Scale, clock: Clock) -> Result:
     return verdicts, cases
 
 
-def _decode(scale: Scale, clock: Clock) -> Result:
+def _decode(scale: Scale, clock: Clock) -> Judged:
     policy = load("kvpolicy:snapkv", budget=scale.budget, **_DRAFT)
     protocol = Protocol(scale.rounds, warm_up=2)
-    full = (DYNAMIC, PREALLOCATED, STATIC)
-    setup = DecodeSetup((policy,), scale.model, (scale.decode,), _CPU, torch.float32, full=full, protocol=protocol)
+    setup = DecodeSetup((policy,), scale.model, (scale.decode,), _CPU, torch.float32, protocol=protocol)
     (case,) = measure_decode(setup, _model(scale.model, scale.decode), scale.decode, clock, Deadline(), _fail)
-    place = f"decode at {scale.decode} tokens cut to {scale.budget}: times faster than"
+    claim = f"decode at {scale.decode} tokens cut to {scale.budget}: times faster than"
     return [
-        Verdict("decode", f"{place} with {DYNAMIC}", case.ratio(DYNAMIC), 8.0, noise=case.noise),
-        Verdict("decode-preallocated", f"{place} with a full cache written in place", case.ratio(PREALLOCATED), 2.5),
-        Verdict("decode-static", f"{place} with {STATIC}", case.ratio(STATIC), None),
+        Verdict("decode", f"{claim} with {DYNAMIC}", case.ratio(DYNAMIC), 8.0, noise=case.noise),
+        Verdict("decode-preallocated", f"{claim} with a full cache written in place", case.ratio(PREALLOCATED), 2.5),
+        Verdict("decode-static", f"{claim} with {STATIC}", case.ratio(STATIC), None),
         Verdict(
             "compression-share",
             "compressing every 128 tokens: share of decode time",
@@ -142,7 +113,7 @@ def _decode(scale: Scale, clock: Clock) -> Result:
     ], [case]
 
 
-def _attach(scale: Scale, clock: Clock) -> Result:
+def _attach(scale: Scale, clock: Clock) -> Judged:
     policy = load("kvpolicy:rkv", budget=scale.short + 100_000)
     protocol = Protocol(6 * scale.rounds, warm_up=3)
     case = Overhead(policy, scale.short, protocol).measure(_model(scale.model, scale.short), clock)
@@ -150,7 +121,7 @@ def _attach(scale: Scale, clock: Clock) -> Result:
     return [Verdict("attach", claim, 1 / case.ratio(DYNAMIC), 1.03, at_most=True, noise=case.noise)], [case]
 
 
-def _age(scale: Scale, clock: Clock) -> Result:
+def _age(scale: Scale, clock: Clock) -> Judged:
     policy = load("kvpolicy:rkv", budget=scale.budget, **_DRAFT)
     age = Age(policy, 2 * scale.budget, scale.old)
     case = age.measure(_model(scale.small, scale.old), clock)
@@ -170,7 +141,7 @@ GATES: dict[str, Gate] = {
 }
 
 
-def judge(names: tuple[str, ...], scale: Scale, clock: Clock) -> Iterator[tuple[str, Result]]:
+def judge(names: tuple[str, ...], scale: Scale, clock: Clock) -> Iterator[tuple[str, Judged]]:
     """The gates of these names, one after the other."""
     for name in names:
         yield name, GATES[name](scale, clock)

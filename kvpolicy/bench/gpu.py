@@ -1,6 +1,6 @@
 """Everything that a GPU can show, within minutes: compression, attention, decoding, generation, and correctness.
 
-The time is shared out over the parts; what does not fit is left out by name, and all that was found is written at once.
+The time is shared out over the parts; what does not fit is left out by name, and results are written as they come.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,18 +11,20 @@ import attrs
 import torch
 from transformers import LlamaForCausalLM
 
-from kvpolicy.bench import attention, compress, decode, generation
-from kvpolicy.bench.case import OURS, Case
-from kvpolicy.bench.clock import Clock
-from kvpolicy.bench.compress import NAIVE
-from kvpolicy.bench.contenders import COMPILED, DYNAMIC, STATIC
-from kvpolicy.bench.correctness import kernel_tests
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.gates import Verdict
+from kvpolicy.bench import generation
+from kvpolicy.bench.baselines.contenders import COMPILED, DYNAMIC, STATIC
+from kvpolicy.bench.cases import attention, compress, decode
+from kvpolicy.bench.cases.compress import NAIVE
 from kvpolicy.bench.generation.memory import tidy
-from kvpolicy.bench.interleave import Protocol
-from kvpolicy.bench.result import Result
-from kvpolicy.bench.shape import model_shape, random_model
+from kvpolicy.bench.protocol.case import OURS, Case
+from kvpolicy.bench.protocol.clock import Clock
+from kvpolicy.bench.protocol.correctness import kernel_tests
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.left_out import NO_TIME
+from kvpolicy.bench.protocol.model_shapes import model_shape, random_model
+from kvpolicy.bench.protocol.result import Result
+from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.bench.sizes import DECODED, Sizes
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy import load
@@ -92,21 +94,25 @@ def setup_for(sizes: Sizes, budget: int, device: torch.device, dtype: torch.dtyp
 
 def measure(setup: GpuSetup, clock: Clock, deadline: Deadline, result: Result) -> Iterator[str]:
     """Run all parts into `result`; yields what was done last."""
-    parts: dict[str, Callable[[Deadline], Iterator[str]]] = {
+    parts: dict[str, Callable[[Deadline], Iterator[tuple[str, list[Case]]]]] = {
         "correctness": partial(_correctness, setup, result),
-        "compress": partial(_compress, setup, clock, result),
-        "attention": partial(_attention, setup, clock, result),
-        "decode": partial(_decode, setup, clock, result),
-        "generate": partial(_generate, setup, clock, result),
+        "compress": lambda until: compress.measure(setup.compress, clock, until, result.leave_out),
+        "attention": lambda until: attention.measure(setup.attention, clock, until, result.leave_out),
+        "decode": lambda until: decode.measure(
+            setup.decode, _model(setup.decode, max(setup.decode.lengths)), clock, until, result.leave_out
+        ),
+        "generate": lambda until: generation.measure(
+            setup.generate, _model(setup.generate, setup.generate.length), clock, until, result.leave_out
+        ),
     }
     until = Deadline(deadline.at if deadline.at is None else deadline.at - _RESERVE, deadline.now)
     for name, part in parts.items():
         if until.expired():
-            result.leave_out(name, "no time was left")
+            result.leave_out(name, NO_TIME)
             continue
         try:
-            yield from part(until.share(_SHARES[name]))
-        except (KVPolicyError, RuntimeError) as error:  # one part that fails must not cost what the others found
+            yield from result.collect(name, part(until.share(_SHARES[name])))
+        except (KVPolicyError, RuntimeError) as error:  # one part that fails must not cost what the others measured
             result.leave_out(name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
             yield f"{name} failed"
     result.note("goals", [verdict.to_dict() for verdict in goals(result)])
@@ -136,38 +142,9 @@ def _generation_goals(case: Case) -> Iterator[Verdict]:
             yield Verdict("generate", claim, case.ratio(name), least)
 
 
-def _correctness(setup: GpuSetup, result: Result, deadline: Deadline) -> Iterator[str]:
+def _correctness(setup: GpuSetup, result: Result, deadline: Deadline) -> Iterator[tuple[str, list[Case]]]:
     result.note("kernel tests", setup.tests(min(deadline.left, SECONDS)))
-    yield "kernel tests"
-
-
-def _compress(setup: GpuSetup, clock: Clock, result: Result, deadline: Deadline) -> Iterator[str]:
-    for what, case in compress.measure(setup.compress, clock, deadline, result.leave_out):
-        if case is not None:
-            result.add("compress", case)
-        yield what
-
-
-def _attention(setup: GpuSetup, clock: Clock, result: Result, deadline: Deadline) -> Iterator[str]:
-    for what, case in attention.measure(setup.attention, clock, deadline):
-        result.add("attention", case)
-        yield what
-
-
-def _decode(setup: GpuSetup, clock: Clock, result: Result, deadline: Deadline) -> Iterator[str]:
-    model = _model(setup.decode, max(setup.decode.lengths))
-    for what, cases in decode.measure(setup.decode, model, clock, deadline, result.leave_out):
-        for case in cases:
-            result.add("decode", case)
-        yield what
-
-
-def _generate(setup: GpuSetup, clock: Clock, result: Result, deadline: Deadline) -> Iterator[str]:
-    model = _model(setup.generate, setup.generate.length)
-    for what, cases in generation.measure(setup.generate, model, clock, deadline, result.leave_out):
-        for case in cases:
-            result.add("generate", case)
-        yield what
+    yield "kernel tests", []
 
 
 def _model(setup: decode.DecodeSetup | generation.GenerateSetup, positions: int) -> LlamaForCausalLM:

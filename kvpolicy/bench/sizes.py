@@ -5,7 +5,7 @@ from typing import Any
 import attrs
 import torch
 
-from kvpolicy.bench.contenders import COMPILED, DYNAMIC, PREALLOCATED, STATIC
+from kvpolicy.bench.baselines.contenders import COMPILED, DYNAMIC, PREALLOCATED, STATIC
 
 POLICIES = ("snapkv", "rkv", "adakv", "pyramidkv", "gkv", "h2o", "tova", "streaming_llm")
 DECODED = ("snapkv", "rkv")

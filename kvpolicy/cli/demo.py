@@ -68,7 +68,7 @@ def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
     from kvpolicy.policy import load
 
     policies = tuple(load(name) for name in names)
-    if any(one.name == "full" for one in policies):
+    if any(policy.name == "full" for policy in policies):
         raise InputError("the full cache is part of every comparison: leave the policy 'full' out")
     return policies
 
@@ -83,7 +83,7 @@ def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
 
     model, tokenizer = load_model(TESTBED, torch.device("cpu"), None)
     few = sorted({0, len(setup.policies) // 2, len(setup.policies) - 1})
-    pictured = tuple(setup.policies[place] for place in few)
+    pictured = tuple(setup.policies[index] for index in few)
     with Progress(console=err(), transient=True) as progress:
         task = progress.add_task("starting", total=steps(setup))
 
@@ -98,10 +98,10 @@ def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
 def _write(folder: Path, setup: "Setup", outcomes: "tuple[Outcome, ...]", kept: "Kept") -> dict[str, Any]:
     from json import dumps
 
+    from kvpolicy.evaluate.comparison_data import comparison_data
     from kvpolicy.evaluate.plots import can_plot
-    from kvpolicy.evaluate.record import record
 
-    results = record(setup, outcomes, kept)
+    results = comparison_data(setup, outcomes, kept)
     write_text(folder / "results.json", dumps(results, indent=1) + "\n")
     if can_plot():
         from kvpolicy.evaluate.heatmap import plot_retention

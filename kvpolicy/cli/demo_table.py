@@ -9,7 +9,7 @@ from rich.table import Table
 from kvpolicy.evaluate.answers import SEEN, UNSEEN
 from kvpolicy.evaluate.compare import Outcome
 from kvpolicy.evaluate.setup import Setup
-from kvpolicy.plan.units import human_bytes
+from kvpolicy.plan.explain.units import human_bytes
 
 
 def table_of(setup: Setup, outcomes: Sequence[Outcome]) -> Table:
@@ -24,7 +24,7 @@ def table_of(setup: Setup, outcomes: Sequence[Outcome]) -> Table:
         if contender.share != share:
             table.add_section()
         share = contender.share
-        by_task = {one.task: one for one in outcomes if one.contender == contender}
+        by_task = {outcome.task: outcome for outcome in outcomes if outcome.contender == contender}
         right = (_right(by_task[task]) for task in setup.tasks)
         table.add_row(contender.label, *right, *_costs(by_task, setup.tasks[-1]))
     return table
@@ -43,13 +43,13 @@ tok/s: on {task}, all rows of a batch together, until the last is done."""
 
 
 def _caption(setup: Setup, outcomes: Sequence[Outcome]) -> str:
-    window = human_bytes(max(one.window_bytes for one in outcomes))
+    window = human_bytes(max(outcome.window_bytes for outcome in outcomes))
     return _CAPTION.format(seen=_SEEN[setup.question], window=window, task=setup.tasks[-1])
 
 
-def _right(one: Outcome) -> str:
+def _right(outcome: Outcome) -> str:
     """Whole answers, and how far the others got where that is more."""
-    whole, part = f"{one.accuracy:.0%}", f"{one.before_mistake:.0%}"
+    whole, part = f"{outcome.accuracy:.0%}", f"{outcome.before_mistake:.0%}"
     return whole if whole == part else f"{whole} ({part})"
 
 
@@ -57,8 +57,8 @@ def _costs(by_task: dict[str, Outcome], writing: str) -> tuple[str, ...]:
     """The last task has the longest answers, so that the speed of writing means something there."""
     every = by_task.values()
     return (
-        human_bytes(mean(one.held_bytes for one in every)),
-        f"{mean(one.held_share for one in every):.0%}",
-        f"{mean(one.peak_bytes / one.full_bytes for one in every):.0%}",
+        human_bytes(mean(outcome.held_bytes for outcome in every)),
+        f"{mean(outcome.held_share for outcome in every):.0%}",
+        f"{mean(outcome.peak_bytes / outcome.full_bytes for outcome in every):.0%}",
         f"{by_task[writing].decode_speed:.0f}",
     )

@@ -39,10 +39,10 @@ def evaluate(
 ) -> None:
     """Measure policies on the embedded model: bytes, answers, attention error; and time of decode steps."""
     _require_places(out, markdown)
-    found = _read(record) if record is not None else _measure(_setup(policy, items, seed, quick=quick))
+    evaluation = _read(record) if record is not None else _measure(_setup(policy, items, seed, quick=quick))
     if out is not None:
-        _write_record(out, found)
-    _write_page(markdown, found)
+        _write_record(out, evaluation)
+    _write_page(markdown, evaluation)
 
 
 def _setup(names: list[str] | None, items: int, seed: int, *, quick: bool) -> "TableSetup":
@@ -53,8 +53,8 @@ def _setup(names: list[str] | None, items: int, seed: int, *, quick: bool) -> "T
     from kvpolicy.stages.registry.plugins import registry
 
     policies = tuple(map(load, names)) if names else tuple(map(load, registry().policies()))
-    policies = tuple(sorted(policies, key=lambda one: one.name != "full"))
-    bases = tuple(one for base in BASES for one in policies if one.name == base)
+    policies = tuple(sorted(policies, key=lambda policy: policy.name != "full"))
+    bases = tuple(policy for base in BASES for policy in policies if policy.name == base)
     setup = TableSetup(policies, bases, registry().names("merge"), items=items, seed=seed)
     if quick:
         decode = evolve(setup.decode, **_QUICK_DECODE)
@@ -78,15 +78,15 @@ def _read(file: Path) -> dict[str, Any]:
     import json
 
     from kvpolicy.errors import InputError, one_line
-    from kvpolicy.evaluate.table.record import FORM
+    from kvpolicy.evaluate.table.table_data import FORM
 
     try:
-        found: dict[str, Any] = json.loads(read_text(file))
+        evaluation: dict[str, Any] = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise InputError(f"--from {file}: cannot be read: {one_line(error)}") from error
-    if not isinstance(found, dict) or found.get("form") != FORM:
+    if not isinstance(evaluation, dict) or evaluation.get("form") != FORM:
         raise InputError(f"--from {file}: is not a record of kvpolicy evaluate (form {FORM})")
-    return found
+    return evaluation
 
 
 def _measure(setup: "TableSetup") -> dict[str, Any]:
@@ -101,24 +101,24 @@ def _measure(setup: "TableSetup") -> dict[str, Any]:
         return run(model, tokenizer, setup, watcher)
 
 
-def _write_record(file: Path, found: dict[str, Any]) -> None:
+def _write_record(file: Path, evaluation: dict[str, Any]) -> None:
     import json
 
     from kvpolicy.evaluate.plots import MISSING, can_plot
 
-    write_text(file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_text(file, json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n")
     if not can_plot():
         line(MISSING, error=True)
         return
     from kvpolicy.evaluate.table.pictures import draw
 
-    draw(found, file.parent)
+    draw(evaluation, file.parent)
 
 
-def _write_page(file: Path | None, found: dict[str, Any]) -> None:
+def _write_page(file: Path | None, evaluation: dict[str, Any]) -> None:
     from kvpolicy.evaluate.table.page import page_of
 
-    page = page_of(found)
+    page = page_of(evaluation)
     if file is None:
         line(page.rstrip())
     else:

@@ -1,4 +1,4 @@
-"""Text files that the command line reads and writes, whatever stands at the path."""
+"""Reads and writes text files; every failure is an InputError."""
 
 import os
 from pathlib import Path

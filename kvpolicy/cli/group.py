@@ -35,7 +35,7 @@ class KVPolicyGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
         if TRACEBACK in args[:end]:
-            args = [TRACEBACK, *(one for place, one in enumerate(args) if one != TRACEBACK or place >= end)]
+            args = [TRACEBACK, *(word for index, word in enumerate(args) if word != TRACEBACK or index >= end)]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

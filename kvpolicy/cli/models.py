@@ -1,4 +1,4 @@
-"""From what stands on the command line to a model, its configuration, its tokenizer."""
+"""Loads the model, configuration and tokenizer that are named on the command line."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,11 +18,11 @@ _T = TypeVar("_T")
 def config_of(model: str) -> PretrainedConfig:
     """The configuration of a model, by path or id; no weights are read. Raises InputError."""
     if model == TESTBED:
-        from kvpolicy.evaluate.testbed.settings import model_config
+        from kvpolicy.evaluate.testbed.load import model_config
 
         return model_config()
-    found: PretrainedConfig = _read(model, "configuration", lambda: AutoConfig.from_pretrained(model))
-    return found
+    config: PretrainedConfig = _read(model, "configuration", lambda: AutoConfig.from_pretrained(model))
+    return config
 
 
 def load_model(model: str, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, Any]:

@@ -22,8 +22,8 @@ def plan(
     import torch
 
     from kvpolicy.cli.models import config_of, dtype_of
-    from kvpolicy.plan.devices import device_named
     from kvpolicy.plan.explain import explain
+    from kvpolicy.plan.explain.devices import device_named
     from kvpolicy.policy import load
 
     loaded, wanted = load(policy, **budget_override(budget)), dtype_of(dtype)

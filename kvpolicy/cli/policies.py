@@ -14,15 +14,17 @@ def list_policies(json: Json = False) -> None:
     from kvpolicy.policy import load
     from kvpolicy.stages.registry.plugins import registry
 
-    found: list[dict[str, Any]] = []
+    policies: list[dict[str, Any]] = []
     for name, path in registry().policies().items():
         try:
             spec = load(path).spec
         except KVPolicyError as error:  # one bad file of a third party must not hide the others
             line(f"warning: {error}", error=True)
             continue
-        found.append({"name": name, "budget": str(spec.budget), "summary": spec.summary, "reference": spec.reference})
-    print_json(found) if json else out().print(_table(found))
+        policies.append(
+            {"name": name, "budget": str(spec.budget), "summary": spec.summary, "reference": spec.reference}
+        )
+    print_json(policies) if json else out().print(_table(policies))
 
 
 def show(
@@ -43,11 +45,11 @@ def show(
         line(policy.to_yaml().rstrip())
 
 
-def _table(found: list[dict[str, Any]]) -> Any:
+def _table(policies: list[dict[str, Any]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     table = Table("name", "budget", "summary", title="Installed policies")
-    for one in found:
-        table.add_row(Text(one["name"], no_wrap=True), one["budget"], Text(one["summary"]))
+    for policy in policies:
+        table.add_row(Text(policy["name"], no_wrap=True), policy["budget"], Text(policy["summary"]))
     return table

@@ -1,4 +1,4 @@
-"""Bars for what takes long, on stderr."""
+"""Progress bars on stderr."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ class BarWatcher:
 
 @contextmanager
 def bars() -> Iterator[BarWatcher]:
-    """A watcher whose bars vanish in the end."""
+    """A watcher whose bars are removed when the block ends."""
     from rich.progress import Progress, TimeElapsedColumn
 
     console, columns = err(), (*Progress.get_default_columns(), TimeElapsedColumn())

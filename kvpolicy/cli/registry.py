@@ -12,24 +12,24 @@ def plugins(json: Json = False) -> None:
     """List the installed plugins, the broken ones too."""
     from kvpolicy.stages.registry.plugins import registry
 
-    records = [
+    rows = [
         {
-            "name": one.name,
-            "stage": one.stage,
-            "distribution": one.distribution,
-            "version": one.version,
-            "summary": one.summary,
-            "reference": one.kind.reference,
+            "name": plugin.name,
+            "stage": plugin.stage,
+            "distribution": plugin.distribution,
+            "version": plugin.version,
+            "summary": plugin.summary,
+            "reference": plugin.kind.reference,
         }
-        for one in registry().plugins()
+        for plugin in registry().plugins()
     ]
-    broken = [{"source": str(one.source), "error": str(one)} for one in registry().broken]
+    broken = [{"source": str(error.source), "error": str(error)} for error in registry().broken]
     if json:
-        print_json({"plugins": records, "broken": broken})
+        print_json({"plugins": rows, "broken": broken})
         return
-    out().print(_table(records))
-    for one in broken:
-        line(f"broken: {one['error']}", error=True)
+    out().print(_table(rows))
+    for problem in broken:
+        line(f"broken: {problem['error']}", error=True)
 
 
 def schema(
@@ -45,12 +45,12 @@ def schema(
         print_json(json_schema())
 
 
-def _table(records: list[dict[str, str]]) -> Any:
+def _table(rows: list[dict[str, str]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     table = Table("stage", "name", "distribution", "summary", title="Installed plugins")
-    for one in records:
-        origin = f"{one['distribution']} {one['version']}"
-        table.add_row(one["stage"], Text(one["name"], no_wrap=True), Text(origin), Text(one["summary"]))
+    for row in rows:
+        owner = f"{row['distribution']} {row['version']}"
+        table.add_row(row["stage"], Text(row["name"], no_wrap=True), Text(owner), Text(row["summary"]))
     return table

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy.evaluate.testbed import EVALUATED
-from kvpolicy.evaluate.testbed.batches import make_batch
+from kvpolicy.evaluate.testbed.training_text import training_text
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import Plan
 from kvpolicy.policy import Policy
@@ -28,7 +28,7 @@ class Calibrations:
         """Token ids [sequences, length] that follow the testbed's training mixture, all tasks in turn."""
         sequences, length = self._size
         mixture = tuple(EVALUATED[row % len(EVALUATED)] for row in range(sequences))
-        return make_batch(SEED, 0, mixture, length).tokens
+        return training_text(SEED, mixture, length)
 
     def of(self, policy: Policy | None) -> Calibration | None:
         """The calibration of a policy's store, None when it needs none. Raises CalibrationError."""

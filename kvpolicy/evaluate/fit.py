@@ -1,4 +1,4 @@
-"""A policy written for long contexts, scaled down to a few bytes."""
+"""Scales a policy written for long contexts down to a share of a short one."""
 
 from fractions import Fraction
 
@@ -9,7 +9,6 @@ from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.shrink import observing_less, packing_sooner, reading, reads
 from kvpolicy.integrations.transformers.models.support import geometry_of
-from kvpolicy.plan.explain import full_bytes
 from kvpolicy.plan.plan import READ_ALL
 from kvpolicy.policy import Policy
 from kvpolicy.spec.budget import Budget
@@ -89,7 +88,7 @@ def _sized(spec: PolicySpec, shipped: PolicySpec, tokens: int, layers: int) -> P
         spec,
         budget=Budget(tokens=tokens),
         protect=_protect(shipped, tokens),
-        score=tuple(attrs.evolve(one, scorer=observing_less(one.scorer, tokens)) for one in spec.score),
+        score=tuple(attrs.evolve(term, scorer=observing_less(term.scorer, tokens)) for term in spec.score),
         merge=observing_less(spec.merge, tokens),
         read=_reader(shipped, tokens, layers),
     )
@@ -104,7 +103,7 @@ def _affordable(
 ) -> int:
     """Entries per KV head and layer, on average, that the bytes of the share can hold beside the slack."""
     plan = policy.compile(model, calibration=None if calibrations is None else calibrations.of(policy))
-    return plan.footprint.entries(int(full_bytes(plan, length) * share)) - plan.budgets.slack
+    return plan.footprint.entries(int(plan.footprint.full_bytes(length) * share)) - plan.budgets.slack
 
 
 def _protect(spec: PolicySpec, tokens: int) -> Protect:

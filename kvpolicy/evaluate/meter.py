@@ -1,4 +1,4 @@
-"""What one `generate` call holds and how long it takes, for any cache alike."""
+"""Measures bytes held and time of a `generate` call, for any cache."""
 
 import time
 from types import TracebackType
@@ -46,7 +46,7 @@ class Meter:
 
     @property
     def decode_seconds(self) -> float:
-        """From then to the end."""
+        """From the end of the prompt to the end of the block."""
         return self.stopped - self.ends[self.prompt_forwards - 1]
 
     def _after_layer(self, module: nn.Module, *_args: object) -> None:

@@ -1,4 +1,4 @@
-"""What all pictures share: that matplotlib may be missing, colours, and how a file is written."""
+"""Shared by all pictures: whether matplotlib is installed, colours, saving."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -25,8 +25,8 @@ def new_figure(width: float, height: float) -> Any:
 
 def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
     """Colour (told apart by the colour-blind too) and marker of one policy among `names`."""
-    place = names.index(name)
-    return {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+    index = names.index(name)
+    return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
 
 
 def save(figure: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Plugins whose sizes are meant for thousands of tokens, with sizes for a hundred."""
+"""Scales the sizes of plugins, meant for thousands of tokens, down to budgets of about a hundred."""
 
 from typing import Any, TypeVar
 

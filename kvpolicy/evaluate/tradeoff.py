@@ -8,7 +8,7 @@ from typing import Any
 from kvpolicy.evaluate.compare import Outcome
 from kvpolicy.evaluate.plots import new_figure, save, style_of
 from kvpolicy.evaluate.setup import FULL, Setup
-from kvpolicy.plan.units import human_bytes
+from kvpolicy.plan.explain.units import human_bytes
 
 _PANEL, _HEIGHT = 3.1, 4.3
 _APART = 1.03

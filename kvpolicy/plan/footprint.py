@@ -28,11 +28,20 @@ class Footprint:
 
     def layer_bytes(self, layer: int, capacity: int) -> float:
         """The same for one managed layer, all its KV heads."""
-        forms, page = self.formats[layer], self.pages[layer]
-        halves = sum(half.nbytes(capacity, self.geometry, self.dtype) for half in (forms.keys, forms.values))
+        formats, page = self.formats[layer], self.pages[layer]
+        vectors = sum(stored.nbytes(capacity, self.geometry, self.dtype) for stored in (formats.keys, formats.values))
         slot = sum(column.bytes_per_slot for column in self.columns.values())
         summary = 0 if page is None else capacity // page.group_size * _per_unit(page)
-        return self.geometry.kv_heads * (halves + slot * capacity + summary)
+        return self.geometry.kv_heads * (vectors + slot * capacity + summary)
+
+    def full_bytes(self, length: int) -> int:
+        """Bytes of `length` tokens in a full cache, in all managed layers of one sequence."""
+        return length * self.geometry.layers * self._entry
+
+    @property
+    def _entry(self) -> int:
+        """Bytes of one token in a layer of a full cache."""
+        return self.geometry.kv_heads * 2 * self.geometry.head_dim * self.dtype.itemsize
 
     @property
     def window_bytes(self) -> int:
@@ -47,9 +56,7 @@ class Footprint:
 
     def stock_bytes(self, length: int) -> int:
         """Bytes that layers with a sliding window take after `length` tokens, which came one by one at the end."""
-        geometry = self.geometry
-        entry = geometry.kv_heads * 2 * geometry.head_dim * self.dtype.itemsize
-        return entry * sum(min(length, window) for window in geometry.windows)
+        return self._entry * sum(min(length, window) for window in self.geometry.windows)
 
     def entries(self, size: int) -> int:
         """The largest capacity per KV head whose storage takes at most `size` bytes; 0 when not one entry fits."""
@@ -63,8 +70,11 @@ class Footprint:
 
     def per_entry(self) -> dict[str, float]:
         """Bytes of one more entry of one KV head, averaged over layers, once a sequence is long; by column."""
-        halves = {"keys": [one.keys for one in self.formats], "values": [one.values for one in self.formats]}
-        sizes = {name: sum(map(self._marginal, forms)) / len(forms) for name, forms in halves.items()}
+        layers = len(self.formats)
+        sizes = {
+            "keys": sum(self._marginal(formats.keys) for formats in self.formats) / layers,
+            "values": sum(self._marginal(formats.values) for formats in self.formats) / layers,
+        }
         sizes.update({name: column.bytes_per_slot for name, column in self.columns.items()})
         pages = [_per_unit(page) / page.group_size for page in self.pages if page is not None]
         return sizes | ({"pages": sum(pages) / len(self.pages)} if pages else {})
@@ -74,11 +84,11 @@ class Footprint:
         """The sum of `per_entry`."""
         return sum(self.per_entry().values())
 
-    def _marginal(self, half: Format) -> float:
-        if not half.columns:
+    def _marginal(self, stored: Format) -> float:
+        if not stored.columns:
             return self.geometry.head_dim * self.dtype.itemsize
-        return _per_unit(half) / half.group_size / (self.geometry.kv_heads if half.joint else 1)
+        return _per_unit(stored) / stored.group_size / (self.geometry.kv_heads if stored.joint else 1)
 
 
-def _per_unit(form: Format) -> int:
-    return sum(column.bytes_per_slot for column in form.columns.values())
+def _per_unit(stored: Format) -> int:
+    return sum(column.bytes_per_slot for column in stored.columns.values())

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
 from kvpolicy.plan.compress.fusion import fusion_of
-from kvpolicy.plan.reads import small_view
+from kvpolicy.plan.small_view import small_view
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.spec.reference import reference_markdown

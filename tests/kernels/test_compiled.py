@@ -15,9 +15,9 @@ import pytest
 
 from kvpolicy.bench.compiled import discover, work
 from kvpolicy.bench.compiled.__main__ import compiled
+from kvpolicy.bench.compiled.kernel_table import differences, read_table
 from kvpolicy.bench.compiled.page import page_of
 from kvpolicy.bench.compiled.ptx import instructions_of
-from kvpolicy.bench.compiled.record import differences, read_record
 from kvpolicy.bench.compiled.target import CAPABILITIES, Compiled, compile_build
 from kvpolicy.errors import InputError
 from kvpolicy_kernels.builds import Build
@@ -54,7 +54,7 @@ def test_every_kernel_passes_every_gate(outcome):
 
 def test_every_kernel_is_compiled_for_every_target(outcome):
     found = {target: set() for target in CAPABILITIES}
-    for one in read_record(outcome[1])["compiled"]:
+    for one in read_table(outcome[1])["compiled"]:
         found[one["capability"]].add(one["name"])
     kernels = {}
     for build in discover.all_builds():
@@ -70,14 +70,14 @@ def test_every_kernel_is_compiled_for_every_target(outcome):
 
 @pytest.mark.parametrize("kernel", ["score", "finish"])
 def test_every_shipped_policy_is_among_them(outcome, kernel):
-    names = [one["name"].removeprefix(f"{kernel} ") for one in read_record(outcome[1])["compiled"]]
+    names = [one["name"].removeprefix(f"{kernel} ") for one in read_table(outcome[1])["compiled"]]
     policies = {file.stem for file in (ROOT / "policies" / "kvpolicy_policies").glob("*.yaml")}
 
     assert policies - {policy for name in names for policy in name.split(", ")} == set()
 
 
 def test_every_kernel_has_the_numbers_of_the_table(outcome):
-    found, recorded = read_record(outcome[1]), read_record(TABLE)
+    found, recorded = read_table(outcome[1]), read_table(TABLE)
     names = {(one["name"], one["capability"]) for one in found["compiled"]}
     told = [
         one
@@ -89,7 +89,7 @@ def test_every_kernel_has_the_numbers_of_the_table(outcome):
 
 
 def test_page_is_made_of_the_table():
-    assert TABLE.with_suffix(".md").read_text("utf-8") == page_of(read_record(TABLE))
+    assert TABLE.with_suffix(".md").read_text("utf-8") == page_of(read_table(TABLE))
 
 
 @pytest.fixture(scope="module")
@@ -256,4 +256,4 @@ def test_what_is_no_record_is_refused(text, tmp_path):
     file.write_text(text, encoding="utf-8")
 
     with pytest.raises(InputError, match=r"kernels\.json"):
-        read_record(file)
+        read_table(file)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvpolicy.plan.explain import explain
+from kvpolicy.plan.explain.steps import Step
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.plan.steps import Step
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels import Column, Segments, Traffic
 from kvpolicy_kernels.compact import compact, compact_to

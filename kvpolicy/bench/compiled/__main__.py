@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from kvpolicy.bench.compiled.kernel_table import differences, read_table, table_of
 from kvpolicy.bench.compiled.page import page_of
-from kvpolicy.bench.compiled.record import differences, read_record, record_of
 from kvpolicy.bench.compiled.work import Outcome, compile_all
 from kvpolicy.errors import KVPolicyError
 
@@ -26,18 +26,18 @@ def compiled(
 ) -> None:
     """Compile every kernel for every target and print registers, shared memory, loads and tensor-core instructions."""
     try:
-        recorded = None if against is None else read_record(against)
+        recorded = None if against is None else read_table(against)
         outcome = _compile(jobs, names or [], mostly)
-        found = record_of(outcome.compiled)
-        page = page_of(found)
+        table = table_of(outcome.compiled)
+        page = page_of(table)
         if write is None:
             typer.echo(page)
         else:
-            write.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
             write.with_suffix(".md").write_text(page, encoding="utf-8")
     except (KVPolicyError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    faults = [*outcome.faults, *([] if recorded is None else differences(found, recorded))]
+    faults = [*outcome.faults, *([] if recorded is None else differences(table, recorded))]
     if faults:
         raise SystemExit("\n".join(faults))
 

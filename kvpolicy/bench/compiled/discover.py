@@ -21,11 +21,11 @@ _BUDGET = 1024  # entries that a share of the budget is a share of; it matters o
 
 def all_builds() -> tuple[Build, ...]:
     """Every build, each under a name of its own. Raises InputError when two that differ have one name."""
-    found: dict[str, Build] = {}
+    builds: dict[str, Build] = {}
     for build in (*_of_kernels(), *_of_policies()):
-        if _essence(found.setdefault(build.name, build)) != _essence(build):
+        if _essence(builds.setdefault(build.name, build)) != _essence(build):
             raise InputError(f"two builds have one name: {build.name}")
-    return tuple(found.values())
+    return tuple(builds.values())
 
 
 def _essence(build: Build) -> Hashable:
@@ -42,11 +42,11 @@ def _of_kernels() -> Iterator[Build]:
 
 def _of_policies() -> Iterator[Build]:
     """The fused score kernels of every installed policy; those that are compiled alike bear the names of all."""
-    found: dict[Hashable, list[Build]] = {}
+    alike: dict[Hashable, list[Build]] = {}
     for name in registry().policies():
         for build in _of_policy(load(name).spec):
-            found.setdefault(_essence(build), []).append(build)
-    for same in found.values():
+            alike.setdefault(_essence(build), []).append(build)
+    for same in alike.values():
         first, *others = (build.name.rpartition(" ") for build in same)
         name = ", ".join(["".join(first), *(policy for _, _, policy in others)])
         yield attrs.evolve(same[0], name=name)

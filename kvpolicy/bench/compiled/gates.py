@@ -8,13 +8,13 @@ _SHARED = {80: 163, 90: 227, 100: 227}  # KiB that one program may have: CUDA C+
 
 def faults_of(build: Build, compiled: Compiled) -> list[str]:
     """What is wrong with a compiled build; empty when it passes."""
-    found = []
+    faults = []
     if compiled.stack:
-        found.append(f"{compiled.stack} bytes of stack: registers are spilt")
+        faults.append(f"{compiled.stack} bytes of stack: registers are spilt")
     if compiled.shared > _SHARED[compiled.capability] * 1024:
-        found.append(f"{compiled.shared} bytes of shared memory, {_SHARED[compiled.capability]} KiB exist")
+        faults.append(f"{compiled.shared} bytes of shared memory, {_SHARED[compiled.capability]} KiB exist")
     if build.wide_loads and not compiled.wide_loads:
-        found.append("no load of 16 bytes")
+        faults.append("no load of 16 bytes")
     if build.tensor_cores and not compiled.tensor_cores:
-        found.append("no tensor cores")
-    return [f"{compiled.name}, sm_{compiled.capability}: {fault}" for fault in found]
+        faults.append("no tensor cores")
+    return [f"{compiled.name}, sm_{compiled.capability}: {fault}" for fault in faults]

@@ -1,9 +1,9 @@
-"""A record of compiled kernels as a page of the documentation."""
+"""The table of compiled kernels as a page of the documentation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-Record = Mapping[str, Any]
+from kvpolicy.bench.compiled.kernel_table import KernelTable
 
 _HEAD = """# Compiled kernels
 
@@ -38,33 +38,32 @@ counted in the code, not as they are executed: what stands in a loop counts once
 """
 
 
-def page_of(record: Record) -> str:
+def page_of(table: KernelTable) -> str:
     """The whole page as Markdown."""
-    capabilities = list(dict.fromkeys(one["capability"] for one in record["compiled"]))
-    targets = ", ".join(f"sm_{one}" for one in capabilities)
-    table = "\n".join(_table(record["compiled"]))
-    return "\n".join([_HEAD.format(targets=targets, **record["versions"]), table, "", _METHOD.format(targets=targets)])
+    targets = ", ".join(dict.fromkeys(f"sm_{row['capability']}" for row in table["compiled"]))
+    head, method = _HEAD.format(targets=targets, **table["versions"]), _METHOD.format(targets=targets)
+    return "\n".join([head, *_rows(table["compiled"]), "", method])
 
 
-def _table(compiled: Sequence[Record]) -> Iterator[str]:
+def _rows(compiled: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| build | warps | registers | shared | wide loads | narrow loads | async copies | tensor cores |"
     yield "|---|---|---|---|---|---|---|---|"
-    for name in dict.fromkeys(one["name"] for one in compiled):
-        own = [one for one in compiled if one["name"] == name]
-        columns = ([f"{one['shared'] / 1024:.3g}" for one in own], *(_column(own, key) for key in _COUNTS))
-        cells = [_cell(_column(own, "registers")), *map(_cell, columns), _cell([_tensor(one) for one in own])]
+    for name in dict.fromkeys(row["name"] for row in compiled):
+        own = [row for row in compiled if row["name"] == name]
+        columns = ([f"{row['shared'] / 1024:.3g}" for row in own], *(_column(own, key) for key in _COUNTS))
+        cells = [_cell(_column(own, "registers")), *map(_cell, columns), _cell([_tensor(row) for row in own])]
         yield f"| {name} | {own[0]['warps']} | {' | '.join(cells)} |"
 
 
 _COUNTS = ("wide_loads", "narrow_loads", "async_copies")
 
 
-def _column(own: Sequence[Record], key: str) -> list[str]:
-    return [str(one[key]) for one in own]
+def _column(own: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    return [str(row[key]) for row in own]
 
 
-def _tensor(one: Record) -> str:
-    return " + ".join(f"{count} {name}" for name, count in one["tensor_cores"].items()) or "none"
+def _tensor(row: Mapping[str, Any]) -> str:
+    return " + ".join(f"{count} {name}" for name, count in row["tensor_cores"].items()) or "none"
 
 
 def _cell(parts: Sequence[str]) -> str:

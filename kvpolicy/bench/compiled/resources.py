@@ -31,7 +31,7 @@ def resources_of(cubin: bytes) -> Resources:
         Path(file.name).write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the wheel's own tool
-    found = [tuple(map(int, pair)) for pair in _USAGE.findall(answer.stdout)]
-    if not found:
+    usages = [tuple(map(int, pair)) for pair in _USAGE.findall(answer.stdout)]
+    if not usages:
         raise ValueError(f"cuobjdump: {answer.stdout} {answer.stderr}")
-    return Resources(max(registers for registers, _ in found), max(stack for _, stack in found))
+    return Resources(max(registers for registers, _ in usages), max(stack for _, stack in usages))

@@ -63,19 +63,8 @@ def compile_build(build: Build, capability: int) -> Compiled:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip()
         raise BuildError(f"{build.name}, sm_{capability}: does not compile: {reason}") from error
-    found = instructions_of(made.asm["ptx"])
-    return Compiled(
-        build.name,
-        capability,
-        build.warps,
-        resources.registers,
-        resources.stack,
-        made.metadata.shared,
-        found.wide_loads,
-        found.narrow_loads,
-        found.async_copies,
-        found.tensor_cores,
-    )
+    counts = {**attrs.asdict(resources), **attrs.asdict(instructions_of(made.asm["ptx"]))}
+    return Compiled(build.name, capability, build.warps, shared=made.metadata.shared, **counts)
 
 
 def assemble(build: Build, capability: int) -> Any:

@@ -41,25 +41,25 @@ def compile_all(
         spawn = multiprocessing.get_context("spawn")  # a child of a process with threads must not be a fork
         with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_use_cache, initargs=(cache,)) as pool:
             futures = {pool.submit(_compile, *task): task for task in tasks}
-            found: dict[tuple[int, int], Compiled | str] = {}
+            results: dict[tuple[int, int], Compiled | str] = {}
             for future in as_completed(futures):
-                place, capability = futures[future]
-                found[place, capability] = future.result()
-                progress(len(tasks), f"{builds[place].name}, sm_{capability}")
-    return _outcome(builds, [(place, found[place, capability]) for place, capability in tasks])
+                index, capability = futures[future]
+                results[index, capability] = future.result()
+                progress(len(tasks), f"{builds[index].name}, sm_{capability}")
+    return _outcome(builds, [(index, results[index, capability]) for index, capability in tasks])
 
 
 def _tasks(builds: Sequence[Build], names: Sequence[str], mostly: int | None) -> list[tuple[int, int]]:
-    """Places among the builds, and capabilities."""
+    """Indices of builds, and capabilities."""
     if mostly not in (None, *CAPABILITIES):
         raise InputError(f"there is no target {mostly}: {', '.join(map(str, CAPABILITIES))}")
-    chosen = [place for place, one in enumerate(builds) if not names or one.name.startswith(tuple(names))]
-    first = {builds[place].kernel: place for place in reversed(chosen)}
+    chosen = [index for index, build in enumerate(builds) if not names or build.name.startswith(tuple(names))]
+    first = {builds[index].kernel: index for index in reversed(chosen)}
     return [
-        (place, capability)
-        for place in chosen
+        (index, capability)
+        for index in chosen
         for capability in CAPABILITIES
-        if mostly in (None, capability) or first[builds[place].kernel] == place
+        if mostly in (None, capability) or first[builds[index].kernel] == index
     ]
 
 
@@ -67,9 +67,9 @@ def _use_cache(folder: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = folder
 
 
-def _compile(place: int, capability: int) -> Compiled | str:
+def _compile(index: int, capability: int) -> Compiled | str:
     try:
-        return compile_build(_builds()[place], capability)
+        return compile_build(_builds()[index], capability)
     except BuildError as error:
         return str(error)
 
@@ -79,12 +79,12 @@ def _builds() -> tuple[Build, ...]:
     return all_builds()
 
 
-def _outcome(builds: Sequence[Build], found: Sequence[tuple[int, Compiled | str]]) -> Outcome:
+def _outcome(builds: Sequence[Build], results: Sequence[tuple[int, Compiled | str]]) -> Outcome:
     compiled, faults = [], []
-    for place, one in found:
-        if isinstance(one, str):
-            faults.append(one)
+    for index, result in results:
+        if isinstance(result, str):
+            faults.append(result)
         else:
-            compiled.append(one)
-            faults.extend(faults_of(builds[place], one))
+            compiled.append(result)
+            faults.extend(faults_of(builds[index], result))
     return Outcome(tuple(compiled), tuple(faults))

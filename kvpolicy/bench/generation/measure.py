@@ -1,22 +1,20 @@
-"""The whole measurement: batches first, then speed."""
+"""The generation benchmark: finds the largest batches, then measures the speed at them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import attrs
 from transformers import LlamaForCausalLM
 
-from kvpolicy.bench.case import OURS, Case
-from kvpolicy.bench.clock import Clock
-from kvpolicy.bench.compress import LeftOut
-from kvpolicy.bench.contenders import Contender, FullCache, PolicyContender
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.decode import in_time
-from kvpolicy.bench.generation.batch import largest_batch
-from kvpolicy.bench.generation.sampled import sampled
+from kvpolicy.bench.baselines.contenders import Contender, PolicyContender, full_caches
+from kvpolicy.bench.generation.batch_size import largest_batch
+from kvpolicy.bench.generation.every_token import generated
+from kvpolicy.bench.generation.sampled_steps import sampled
 from kvpolicy.bench.generation.setup import GenerateSetup, Throughput
-from kvpolicy.bench.generation.whole import generated
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.bench.protocol.case import OURS, Case
+from kvpolicy.bench.protocol.clock import Clock
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.left_out import LeftOut, leaving_out
 from kvpolicy.policy import Policy
 
 
@@ -27,52 +25,46 @@ def measure(
     with ExitStack() as stack:
         contenders = _contenders(setup, model, stack, deadline, left_out)
         batches = {}
-        for place, one in enumerate(contenders):
-            share = deadline.share(0.5 / (len(contenders) - place))
-            batches[one.name] = largest_batch(setup, one, share, left_out)
-            yield f"batch of {one.name}: {batches[one.name].rows}", []
-        running = [one for one in contenders if batches[one.name].rows]
+        for done, contender in enumerate(contenders):
+            share = deadline.share(0.5 / (len(contenders) - done))
+            batches[contender.name] = largest_batch(setup, contender, share, left_out)
+            yield f"batch of {contender.name}: {batches[contender.name].rows}", []
+        fitting = [contender for contender in contenders if batches[contender.name].rows]
         if setup.points:
-            found = sampled(setup, running, batches, clock, deadline, left_out)
+            throughputs = sampled(setup, fitting, batches, clock, deadline, left_out)
         else:
-            found = generated(setup, running, batches, deadline, left_out)
-    yield "speed", _cases(setup, found)
+            throughputs = generated(setup, fitting, batches, deadline, left_out)
+    yield "speed", [_case(setup, policy, throughputs) for policy in setup.policies if policy.name in throughputs]
 
 
 def _contenders(
     setup: GenerateSetup, model: LlamaForCausalLM, stack: ExitStack, deadline: Deadline, left_out: LeftOut
 ) -> list[Contender]:
-    found: list[Contender] = [FullCache(name, model) for name in in_time(setup.full, deadline, left_out)]
+    contenders = full_caches(setup.full, model, deadline, left_out)
     for policy in setup.policies:
-        try:
+        with leaving_out(policy.name, left_out):
             contender = PolicyContender.of(policy, model, graph=setup.graph)
             stack.enter_context(contender.open())
-            found.append(contender)
-        except KVPolicyError as error:
-            left_out(policy.name, str(error).splitlines()[0])
-    return found
+            contenders.append(contender)
+    return contenders
 
 
-def _cases(setup: GenerateSetup, found: dict[str, Throughput]) -> list[Case]:
-    return [_case(setup, policy, found) for policy in setup.policies if policy.name in found]
-
-
-def _case(setup: GenerateSetup, policy: Policy, found: dict[str, Throughput]) -> Case:
-    own = {OURS: found[policy.name], **{name: found[name] for name in setup.full if name in found}}
-    rounds = min(len(one.seconds) for one in own.values())
+def _case(setup: GenerateSetup, policy: Policy, throughputs: Mapping[str, Throughput]) -> Case:
+    own = {OURS: throughputs[policy.name], **{name: throughputs[name] for name in setup.full if name in throughputs}}
+    rounds = min(len(throughput.seconds) for throughput in own.values())
+    seconds = {name: throughput.seconds[:rounds] for name, throughput in own.items()}
     shape = {"prompt": setup.prompt, "new": setup.new, "memory": setup.memory, "graph": setup.graph}
-    how = f"steps at {setup.points} lengths" if setup.points else "every token generated"
     return Case(
         policy.name,
         setup.length,
-        samples={name: one.seconds[:rounds] for name, one in own.items()},
+        samples=seconds,
         shape={**attrs.asdict(setup.shape), **shape, "dtype": str(setup.dtype).removeprefix("torch.")},
         facts={
             "digest": policy.digest,
-            "how": how,
-            "rows": {name: one.batch.rows for name, one in own.items()},
-            "peak_bytes": {name: one.batch.peak_bytes for name, one in own.items()},
-            "tokens_per_second": {name: rounds / sum(one.seconds[:rounds]) for name, one in own.items()},
-            "more": {name: one.facts for name, one in own.items()},
+            "how": f"steps at {setup.points} lengths" if setup.points else "every token generated",
+            "rows": {name: throughput.batch.rows for name, throughput in own.items()},
+            "peak_bytes": {name: throughput.batch.peak_bytes for name, throughput in own.items()},
+            "tokens_per_second": {name: rounds / sum(of_name) for name, of_name in seconds.items()},
+            "more": {name: throughput.facts for name, throughput in own.items()},
         },
     )

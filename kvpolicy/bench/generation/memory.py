@@ -1,4 +1,4 @@
-"""The most memory of a batch."""
+"""Peak memory of a batch."""
 
 import gc
 import resource
@@ -25,23 +25,23 @@ class Memory:
             self._noted = torch.cuda.max_memory_allocated(self._device)
 
     def note(self, nbytes: int) -> None:
-        """Bytes held right now."""
+        """Tell how many bytes are held at this moment; on a CPU the peak is the largest of these."""
         self._noted = max(self._noted, nbytes)
 
     @property
     def peak(self) -> int:
-        """Known when the block has ended."""
+        """Bytes, once the block has ended."""
         return self._noted
 
-    def more(self) -> dict[str, int]:
-        """What else is known of the process."""
+    def of_process(self) -> dict[str, int]:
+        """Memory of the whole process: reserved on the GPU, or resident."""
         if self._device.type == "cuda":
             return {"reserved_bytes": torch.cuda.max_memory_reserved(self._device)}
         return {"largest_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def tidy(device: torch.device) -> None:
-    """Give what nobody holds back to a GPU, so that the next batch finds it."""
+    """Return unused cached memory to the GPU, so that the next batch can allocate it."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,12 +1,12 @@
-"""What is generated, and what is known of a contender when it is done."""
+"""Configuration and results of the generation benchmark."""
 
 from typing import Any
 
 import attrs
 import torch
 
-from kvpolicy.bench.contenders import DYNAMIC, PREALLOCATED
-from kvpolicy.bench.shape import ModelShape
+from kvpolicy.bench.baselines.contenders import DYNAMIC, PREALLOCATED
+from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.errors import InputError
 from kvpolicy.policy import Policy
 
@@ -28,12 +28,11 @@ class GenerateSetup:
     graph: bool = False
     points: int = 0  # lengths at which steps of full caches are timed; 0: every token is generated
     rounds: int = 3
-    most: int = 1024  # rows
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        if self.prompt < 1 or self.new < 2 or self.memory < 1 or self.points < 0 or self.rounds < 1 or self.most < 1:
-            raise InputError("generate needs a prompt, at least 2 new tokens, memory, rounds and rows")
+        if self.prompt < 1 or self.new < 2 or self.memory < 1 or self.points < 0 or self.rounds < 1:
+            raise InputError("generate needs a prompt, at least 2 new tokens, memory and rounds")
         if self.points and (self.new <= ROOM or self.rounds > ROOM // 2):
             raise InputError(f"steps at some lengths need more than {ROOM} new tokens and at most {ROOM // 2} rounds")
         if not self.policies:
@@ -41,7 +40,7 @@ class GenerateSetup:
 
     @property
     def length(self) -> int:
-        """Tokens of a row in the end."""
+        """Tokens of a row when it is complete."""
         return self.prompt + self.new
 
 

@@ -5,15 +5,15 @@ from typing import Any
 
 from kvpolicy.evaluate.table.prose import DECODE, HEAD, LOSSES, MERGE, METHOD, SETTING
 
-Record = Mapping[str, Any]
+TableData = Mapping[str, Any]
 
 
-def page_of(record: Record) -> str:
+def page_of(record: TableData) -> str:
     """The whole page as Markdown."""
     return "\n".join(_page(record)).rstrip() + "\n"
 
 
-def _page(record: Record) -> Iterator[str]:
+def _page(record: TableData) -> Iterator[str]:
     setup = record["setup"]
     yield HEAD
     yield SETTING.format(**record["versions"], **record["machine"], **setup, **_run(record))
@@ -35,7 +35,7 @@ def _page(record: Record) -> Iterator[str]:
     yield from _refusals(record["decode"])
 
 
-def _policies(record: Record) -> Iterator[str]:
+def _policies(record: TableData) -> Iterator[str]:
     tasks = list(record["setup"]["tasks"])
     yield from _heading("policy", "share", "held", "bytes an entry", *tasks, "error", "worst layer")
     for one in _measured(record["policies"]):
@@ -43,7 +43,7 @@ def _policies(record: Record) -> Iterator[str]:
     yield ""
 
 
-def _mergers(record: Record) -> Iterator[str]:
+def _mergers(record: TableData) -> Iterator[str]:
     yield from _heading("policy", "share", "merge", *record["setup"]["tasks"], "error", "worst layer")
     dropped = _dropped(record)
     for one in _measured(record["mergers"]):
@@ -53,7 +53,7 @@ def _mergers(record: Record) -> Iterator[str]:
     yield ""
 
 
-def _losses(record: Record) -> Iterator[str]:
+def _losses(record: TableData) -> Iterator[str]:
     """How often each merger does better and worse than dropping."""
     dropped = _dropped(record)
     yield LOSSES
@@ -67,7 +67,7 @@ def _losses(record: Record) -> Iterator[str]:
     yield ""
 
 
-def _decode(record: Record) -> Iterator[str]:
+def _decode(record: TableData) -> Iterator[str]:
     lengths = record["setup"]["decode"]["lengths"]
     found = {(one["policy"], one["length"]): one for one in _measured(record["decode"])}
     yield from _heading("policy", *(f"{length} tokens" for length in lengths))
@@ -77,7 +77,7 @@ def _decode(record: Record) -> Iterator[str]:
     yield ""
 
 
-def _refusals(lines: Iterable[Record]) -> Iterator[str]:
+def _refusals(lines: Iterable[TableData]) -> Iterator[str]:
     """Each reason once."""
     reasons: dict[str, list[str]] = {}
     for one in lines:
@@ -96,50 +96,50 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def _share(one: Record) -> str:
+def _share(one: TableData) -> str:
     if one["kind"] == "whole":
         return "all"
     return percent(one["share"]) if one["kind"] == "budget" else f"reads {percent(one['read_share'])}"
 
 
-def _entry(one: Record) -> str:
+def _entry(one: TableData) -> str:
     return f"{one['bytes_per_entry']:.1f} ({one['bytes_per_entry_by_formula']:.1f})"
 
 
-def _answers(one: Record) -> list[str]:
+def _answers(one: TableData) -> list[str]:
     return [f"{task['accuracy']:.0%} ({task['share_before_first_mistake']:.0%})" for task in one["tasks"].values()]
 
 
-def _errors(one: Record) -> tuple[str, str]:
+def _errors(one: TableData) -> tuple[str, str]:
     error = one["attention_error"]
     return f"{error['mean']:.3f}", f"{error['worst_layer']:.3f}"
 
 
-def _time(one: Record) -> str:
+def _time(one: TableData) -> str:
     return f"{one['ratio']:.2f} ({one['step_ms'] + one['compression_ms']:.1f} of {one['full_ms']:.1f} ms)"
 
 
 # -- what is compared ------------------------------------------------------------------------------------------
 
 
-def _measured(lines: Iterable[Record]) -> list[Record]:
+def _measured(lines: Iterable[TableData]) -> list[TableData]:
     return [one for one in lines if "refusal" not in one]
 
 
-def _right(one: Record) -> float:
+def _right(one: TableData) -> float:
     shares = [task["share_before_first_mistake"] for task in one["tasks"].values()]
     return float(sum(shares) / len(shares))
 
 
-def _drops(one: Record) -> bool:
+def _drops(one: TableData) -> bool:
     return bool(one["merge"] == "drop")
 
 
-def _place(one: Record) -> tuple[str, float]:
+def _place(one: TableData) -> tuple[str, float]:
     return one["policy"], one["share"]
 
 
-def _dropped(record: Record) -> dict[tuple[str, float], float]:
+def _dropped(record: TableData) -> dict[tuple[str, float], float]:
     return {_place(one): _right(one) for one in _measured(record["mergers"]) if _drops(one)}
 
 
@@ -148,16 +148,16 @@ def _signs(differences: Sequence[float]) -> tuple[int, int]:
     return sum(one > 0 for one in differences), sum(one < 0 for one in differences)
 
 
-def _run(record: Record) -> dict[str, Any]:
+def _run(record: TableData) -> dict[str, Any]:
     return {"date": record["date"], "minutes": max(1, round(record["seconds"] / 60))}
 
 
-def _full_entry(record: Record) -> float:
+def _full_entry(record: TableData) -> float:
     measured = _measured(record["policies"])
     return float(measured[0]["bytes_per_entry_of_a_full_cache"]) if measured else 0.0
 
 
-def _seen(tasks: Mapping[str, Record]) -> str:
+def _seen(tasks: Mapping[str, TableData]) -> str:
     seen = [f"`{task}`" for task, about in tasks.items() if about["question_visible_to_scorers"]]
     return f"Scorers see the question while they compress the context in: {', '.join(seen) or 'no task'}."
 

@@ -7,18 +7,18 @@ from typing import Any
 
 from kvpolicy.evaluate.plots import new_figure, save, style_of
 
-Record = Mapping[str, Any]
+TableData = Mapping[str, Any]
 _RATIOS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
 ACCURACY, TIME = "evaluation-accuracy.png", "evaluation-time.png"
 
 
-def draw(record: Record, folder: Path) -> None:
+def draw(record: TableData, folder: Path) -> None:
     """Write both pictures into a folder."""
     plot_accuracy(record, folder / ACCURACY)
     plot_time(record, folder / TIME)
 
 
-def plot_accuracy(record: Record, path: Path) -> None:
+def plot_accuracy(record: TableData, path: Path) -> None:
     """One panel a task and their mean; one line a policy, a point a share."""
     tasks, lines, names = list(record["setup"]["tasks"]), _by_policy(record["policies"]), _names(record)
     figure = new_figure(3.4 * (len(tasks) + 1), 5.2)
@@ -41,7 +41,7 @@ def plot_accuracy(record: Record, path: Path) -> None:
     save(figure, path)
 
 
-def plot_time(record: Record, path: Path) -> None:
+def plot_time(record: TableData, path: Path) -> None:
     """One line a policy: time of a step as a multiple of the full cache's."""
     lines, names = _by_policy(record["decode"]), _names(record)
     figure = new_figure(8.5, 6.2)
@@ -63,20 +63,20 @@ def plot_time(record: Record, path: Path) -> None:
     save(figure, path)
 
 
-def _by_policy(lines: Sequence[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
+def _by_policy(lines: Sequence[TableData]) -> dict[str, list[TableData]]:
+    found: dict[str, list[TableData]] = {}
     for one in lines:
         if "refusal" not in one:
             found.setdefault(one["policy"], []).append(one)
     return found
 
 
-def _names(record: Record) -> list[str]:
+def _names(record: TableData) -> list[str]:
     """Every policy once, so that it looks the same in both pictures."""
     return list(dict.fromkeys(one["policy"] for one in (*record["policies"], *record["decode"])))
 
 
-def _right(one: Record, task: str | None) -> float:
+def _right(one: TableData, task: str | None) -> float:
     shares = {name: found["share_before_first_mistake"] for name, found in one["tasks"].items()}
     return mean(shares.values()) if task is None else float(shares[task])
 

@@ -12,9 +12,9 @@ from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.fit import fit_tokens
 from kvpolicy.evaluate.table.lines import distinct, main_lines, merge_lines
 from kvpolicy.evaluate.table.measure import Bench
-from kvpolicy.evaluate.table.record import decode_record, head, line_record, refused
 from kvpolicy.evaluate.table.setup import TableSetup
 from kvpolicy.evaluate.table.speed import DecodeBench, decode_model
+from kvpolicy.evaluate.table.table_data import decode_record, head, line_record, refused
 from kvpolicy.policy import Policy
 
 DTYPE = torch.bfloat16  # bytes are compared with those of a 16-bit cache

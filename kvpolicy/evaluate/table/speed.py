@@ -2,9 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 import attrs
 import torch
@@ -12,15 +10,13 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvpolicy.evaluate.filling import feed
+from kvpolicy.evaluate.decoding import Decoding, fill
 from kvpolicy.evaluate.table.setup import DecodeSetup
 from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.integrations.transformers.cache import PolicyCache
-from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.plan.plan import Plan
 
-_CHUNK = 512  # tokens by which caches are filled
 _WARM_UP = 2
 
 
@@ -71,77 +67,57 @@ class DecodeBench:
         full = self._full_cache(length)
         with Attachment(plan, self.model) as attachment:
             cache = attachment.cache()
-            for chunk in _chunks(self.model, length):
-                _fill(cache.managed, *chunk)
-            found = self._in_turns(cache, full, plan)
+            fill(cache, self.model, 1, length)
+            found = self._in_turns(_decoding(self.model, cache), _decoding(self._twin, full), cache, plan)
         full.crop(length - full.get_seq_length())
         return found
 
-    def _in_turns(self, cache: PolicyCache, full: DynamicCache, plan: Plan) -> StepTime:
-        plain, ours = [], []
-        for turn in range(_WARM_UP + self.pairs):
-            times = _step(self._twin, full), _net_step(self.model, cache)
-            if turn >= _WARM_UP:
-                plain.append(times[0])
-                ours.append(times[1])
+    def _in_turns(self, ours: Decoding, full: Decoding, cache: PolicyCache, plan: Plan) -> StepTime:
+        full_seconds, step_seconds = [], []
+        for _ in range(_WARM_UP + self.pairs):
+            full_seconds.append(_seconds(full))
+            before = _compressed(cache)
+            step_seconds.append(_seconds(ours) - (_compressed(cache) - before))
         return StepTime(
-            full=1e3 * median(plain),
-            step=1e3 * median(ours),
-            compression=1e3 * self._compression(cache, plan),
-            held=sum(one.held for one in cache.stats) / len(cache.stats),
+            full=1e3 * median(full_seconds[_WARM_UP:]),
+            step=1e3 * median(step_seconds[_WARM_UP:]),
+            compression=1e3 * self._compression(ours, cache, plan),
+            held=sum(stats.held for stats in cache.stats) / len(cache.stats),
         )
 
-    def _compression(self, cache: PolicyCache, plan: Plan) -> float:
+    def _compression(self, ours: Decoding, cache: PolicyCache, plan: Plan) -> float:
         """Seconds per token, over whole rounds from one compression to the next."""
         if not plan.compresses_while_decoding:
             return 0.0
-        slack = plan.budgets.slack
-        steps = slack * max(1, self.pairs // slack)
+        steps = plan.budgets.slack * max(1, self.pairs // plan.budgets.slack)
         before = _compressed(cache)
         for _ in range(steps):
-            _step(self.model, cache)
+            ours.step()
         return (_compressed(cache) - before) / steps
 
     def _full_cache(self, length: int) -> DynamicCache:
         if length not in self._full:
             cache = DynamicCache(config=self.model.config)
-            for keys, values, _ in _chunks(self.model, length):
-                for layer in range(len(keys)):
-                    cache.update(keys[layer], values[layer], layer)
+            fill(cache, self._twin, 1, length)
             self._full = {length: cache}  # the one before is not needed any more
         return self._full[length]
 
 
-def _chunks(model: PreTrainedModel, length: int) -> Any:
-    """Random keys, values [L, 1, K, q, D] and queries [L, 1, H, q, D], the same for every policy."""
-    config: Any = model.config
-    random = torch.Generator().manual_seed(0)
-    for start in range(0, length, _CHUNK):
-        count = min(_CHUNK, length - start)
-        heads = (config.num_key_value_heads, config.num_key_value_heads, config.num_attention_heads)
-        yield tuple(
-            torch.randn(config.num_hidden_layers, 1, n, count, config.head_dim, generator=random, dtype=torch.float32)
-            for n in heads
-        )
-
-
-def _fill(layers: Sequence[PolicyLayer], keys: Tensor, values: Tensor, queries: Tensor) -> None:
-    for layer, *entries in zip(layers, keys, values, queries, strict=True):
-        feed(layer, *entries)
-
-
-def _step(model: PreTrainedModel, cache: Cache) -> float:
+def _decoding(model: PreTrainedModel, cache: Cache) -> Decoding:
+    """The same token again and again: what it is changes no time."""
     token = torch.ones((1, 1), dtype=torch.long)
+
+    def forward(tokens: Tensor, cache: Cache) -> Tensor:
+        model(tokens, past_key_values=cache, use_cache=True)
+        return token
+
+    return Decoding(forward, cache, token)
+
+
+def _seconds(decoding: Decoding) -> float:
     started = time.perf_counter()
-    model(token, past_key_values=cache, use_cache=True)
+    decoding.step()
     return time.perf_counter() - started
-
-
-def _net_step(model: PreTrainedModel, cache: PolicyCache) -> float:
-    """Without what compressing took."""
-    before = _compressed(cache)
-    took = _step(model, cache)
-    return took - (_compressed(cache) - before)
 
 
 def _compressed(cache: PolicyCache) -> float:

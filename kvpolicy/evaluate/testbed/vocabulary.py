@@ -4,11 +4,6 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 TokenIds = NDArray[np.int64]
 
@@ -70,20 +65,3 @@ def ids_of(words: tuple[str, ...]) -> TokenIds:
 def text_of(ids: TokenIds) -> str:
     """Return the text of ``ids`` [T], words separated by one space."""
     return " ".join(VOCABULARY[index] for index in ids)
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the word-level tokenizer: it puts ``<bos>`` first and pads on the left."""
-    backend = Tokenizer(WordLevel(dict(IDS)))
-    backend.pre_tokenizer = WhitespaceSplit()
-    backend.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, IDS[BOS])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        padding_side="left",
-        model_max_length=MAXIMUM_LENGTH,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpolicy.cache.stats import LayerStats
+from kvpolicy.plan.explain.units import human_bytes
 from kvpolicy.plan.plan import Plan
-from kvpolicy.plan.units import human_bytes
 
 _NAMES = {
     "entries": "entries of the layers above",

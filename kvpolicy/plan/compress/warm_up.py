@@ -7,7 +7,7 @@ from kvpolicy.errors import described
 from kvpolicy.plan.compress.fusion import Fusion, Term
 from kvpolicy.plan.compress.step import choose
 from kvpolicy.plan.forward_observers import state_name
-from kvpolicy.plan.reads import small_view
+from kvpolicy.plan.small_view import small_view
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Geometry, View
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from kvpolicy.bench.floors import LARGE
-from kvpolicy.bench.shape import model_shape, random_model
+from kvpolicy.bench.cases.floors import LARGE
+from kvpolicy.bench.protocol.model_shapes import model_shape, random_model
 
 
 class ScriptedClock:

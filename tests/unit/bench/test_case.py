@@ -1,16 +1,20 @@
 """What a case says of its samples, and that nothing is lost on the way to a file."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from kvpolicy.bench.case import AGAIN, OURS, Case
-from kvpolicy.bench.cells import HEADINGS, human_seconds, markdown, rows_of
-from kvpolicy.bench.picture import draw
-from kvpolicy.bench.result import Result, read_result
+from kvpolicy.bench.baselines.contenders import DYNAMIC
+from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
+from kvpolicy.bench.protocol.result import Result, read_result
+from kvpolicy.bench.report.picture import draw
+from kvpolicy.bench.report.tables import HEADINGS, human_seconds, markdown, rows_of
+from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.errors import InputError
 
 SAMPLES = {OURS: (1.0, 2.0, 4.0), AGAIN: (1.1, 2.0, 3.0), "naive": (3.0, 8.0, 12.0)}
+IMAGES = Path(__file__).parents[3] / "docs" / "images"
 HERE = {
     "versions": dict.fromkeys(("kvpolicy", "torch", "triton", "transformers", "python"), "1"),
     "machine": {"processor": "P", "threads": 1, "cores": 2},
@@ -59,6 +63,14 @@ def test_a_record_read_again_is_the_same(tmp_path):
     assert found.left_out == [{"what": "full", "why": "evicts nothing"}]
     assert found.facts == {"goals": [1]}
     assert markdown(found) == markdown(written)
+
+
+@pytest.mark.parametrize("file", sorted(IMAGES.glob("gates-*.json")), ids=lambda file: file.stem)
+def test_results_of_the_documentation_can_be_read(file):
+    found = read_result(file)
+
+    assert found.parts["decode"][0].ratio(DYNAMIC) > 1
+    assert all(Verdict.from_dict(gate).value > 0 for gate in found.facts["gates"])
 
 
 def test_every_addition_is_on_disk_at_once(tmp_path):

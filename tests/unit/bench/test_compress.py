@@ -5,15 +5,15 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.bench import attention, compaction, compress
-from kvpolicy.bench.attention import LIBRARY, AttentionSetup
-from kvpolicy.bench.case import AGAIN, OURS
-from kvpolicy.bench.compaction import GATHER, Compaction
-from kvpolicy.bench.compress import NAIVE, CompressSetup
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.floors import LARGE
-from kvpolicy.bench.interleave import Protocol
-from kvpolicy.bench.shape import attention_shape
+from kvpolicy.bench.cases import attention, compaction, compress
+from kvpolicy.bench.cases.attention import LIBRARY, AttentionSetup
+from kvpolicy.bench.cases.compaction import GATHER, Compaction
+from kvpolicy.bench.cases.compress import NAIVE, CompressSetup
+from kvpolicy.bench.cases.floors import LARGE
+from kvpolicy.bench.protocol.case import AGAIN, OURS
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.model_shapes import attention_shape
 from kvpolicy.errors import InputError
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def all_of(setup, clock, left_out, deadline=None):
 
 
 def test_a_case_has_ours_twice_the_baseline_and_the_floors(scripted, left_out):
-    case = all_of(setup(), scripted(2.0), left_out)["rkv at 64 entries"]
+    (case,) = all_of(setup(), scripted(2.0), left_out)["rkv at 64 entries"]
 
     assert set(case.samples) == {OURS, AGAIN, NAIVE}
     assert case.ratio(NAIVE) == 1.0
@@ -46,34 +46,34 @@ def test_a_case_has_ours_twice_the_baseline_and_the_floors(scripted, left_out):
 
 def test_every_policy_at_every_length_the_short_ones_first(scripted, left_out):
     policies = kvpolicy.load("rkv", budget=24), kvpolicy.load("gkv", budget=24)
-    found = all_of(setup(*policies, lengths=(64, 40), peaks=False), scripted(), left_out)
+    found = all_of(setup(*policies, lengths=(64, 40)), scripted(), left_out)
 
     assert list(found) == [f"{name} at {length} entries" for length in (40, 64) for name in ("rkv", "gkv")]
-    assert NAIVE not in found["gkv at 64 entries"].samples
+    assert NAIVE not in found["gkv at 64 entries"][0].samples
 
 
 def test_what_evicts_nothing_is_left_out_and_the_rest_goes_on(scripted, left_out):
     found = all_of(setup(kvpolicy.load("full"), kvpolicy.load("rkv", budget=24)), scripted(), left_out)
 
-    assert found["full at 64 entries"] is None
-    assert found["rkv at 64 entries"] is not None
+    assert found["full at 64 entries"] == []
+    assert len(found["rkv at 64 entries"]) == 1
     assert left_out == [("full at 64", "policy full evicts nothing at 64 entries")]
 
 
 def test_all_pairs_that_would_not_fit_are_left_out(scripted, left_out, monkeypatch):
     needed = 24 * 2 * 64**2
     monkeypatch.setattr(compress, "free_bytes", lambda _device: 2 * needed - 1)
-    case = all_of(setup(), scripted(), left_out)["rkv at 64 entries"]
+    (case,) = all_of(setup(), scripted(), left_out)["rkv at 64 entries"]
 
     assert NAIVE not in case.samples
     assert left_out[0][0] == f"{NAIVE} of rkv at 64"
     monkeypatch.setattr(compress, "free_bytes", lambda _device: 2 * needed)
-    assert NAIVE in all_of(setup(), scripted(), left_out)["rkv at 64 entries"].samples
+    assert NAIVE in all_of(setup(), scripted(), left_out)["rkv at 64 entries"][0].samples
 
 
 def test_without_time_nothing_begins(scripted, left_out):
     clock = scripted()
-    assert all_of(setup(), clock, left_out, Deadline(0.0)) == {"rkv at 64 entries": None}
+    assert all_of(setup(), clock, left_out, Deadline(0.0)) == {"rkv at 64 entries": []}
     assert clock.calls == 0
     assert left_out == [("rkv at 64", "no time was left")]
 
@@ -89,9 +89,9 @@ def test_compaction_moves_what_the_policy_chose(scripted, monkeypatch):
     take = compaction.due
 
     def watched(plan, shape, layers):
-        cache, settle = take(plan, shape, layers)
+        cache, finish_forward = take(plan, shape, layers)
         moved.append(cache)
-        return cache, settle
+        return cache, finish_forward
 
     monkeypatch.setattr(compaction, "due", watched)
     case = Compaction(kvpolicy.load("snapkv", budget=40), SHAPE, 64, CPU, torch.float32, Protocol(3, 0)).measure(
@@ -103,7 +103,7 @@ def test_compaction_moves_what_the_policy_chose(scripted, monkeypatch):
     assert [one.managed[0].held.slots.average for one in moved] == [64.0] + [40.0] * 6  # the first is the one shown
 
 
-def test_attention_is_over_what_is_left_and_compared_with_the_library(scripted, monkeypatch):
+def test_attention_is_over_what_is_left_and_compared_with_the_library(scripted, left_out, monkeypatch):
     outputs = {}
     both = attention.interleave
 
@@ -113,13 +113,15 @@ def test_attention_is_over_what_is_left_and_compared_with_the_library(scripted, 
 
     monkeypatch.setattr(attention, "interleave", watched)
     only = AttentionSetup(kvpolicy.load("snapkv", budget=40), SHAPE, (50,), 2, CPU, torch.float32, Protocol(3))
-    ((what, case),) = attention.measure(only, scripted(1.0), Deadline())
+    ((what, (case,)),) = attention.measure(only, scripted(1.0), Deadline(), left_out)
 
     assert what == "attention over 50 entries"
     assert set(case.samples) == {OURS, AGAIN, LIBRARY}
     assert case.facts["read_bytes"] == 2 * 2 * 2 * 51 * 2 * 16 * 4
     assert case.floors["bytes"] == case.facts["read_bytes"] / (2 * LARGE["cpu"])
-    assert list(attention.measure(only, scripted(), Deadline(0.0))) == []
+    assert left_out == []
+    assert list(attention.measure(only, scripted(), Deadline(0.0), left_out)) == [("attention over 50 entries", [])]
+    assert left_out == [("attention over 50 entries", "no time was left")]
 
 
 def test_attention_over_fewer_entries_than_are_protected_is_refused():

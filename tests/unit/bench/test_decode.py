@@ -6,15 +6,26 @@ import torch
 from transformers import DynamicCache
 
 import kvpolicy
-from kvpolicy.bench.caches import PreallocatedCache, fill, ripen
-from kvpolicy.bench.case import AGAIN, OURS
-from kvpolicy.bench.contenders import COMPILED, DYNAMIC, PREALLOCATED, STATIC, FullCache, PolicyContender, twin
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.decode import DecodeSetup, Running, measure, measure_one, whole_round
-from kvpolicy.bench.interleave import Protocol
-from kvpolicy.bench.overhead import Age, Overhead
-from kvpolicy.bench.shape import model_shape
+from kvpolicy.bench.baselines.contenders import (
+    COMPILED,
+    DYNAMIC,
+    PREALLOCATED,
+    STATIC,
+    FullCache,
+    PolicyContender,
+    decoding_at,
+    twin,
+)
+from kvpolicy.bench.baselines.preallocated_cache import PreallocatedCache
+from kvpolicy.bench.cases.decode import DecodeSetup, measure, measure_one
+from kvpolicy.bench.cases.overhead import Age, Overhead
+from kvpolicy.bench.protocol.case import AGAIN, OURS
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.decode_steps import time_round
+from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.model_shapes import model_shape
 from kvpolicy.errors import InputError
+from kvpolicy.evaluate.decoding import fill, fill_until_due
 
 CPU = torch.device("cpu")
 EVERY = {"compress": {"prefill": True, "every": 8}}
@@ -57,9 +68,9 @@ def test_all_that_keep_everything_write_the_same_tokens(tiny, name):
     assert torch.equal(mine, tiny.generate(prompt, max_new_tokens=12, do_sample=False)[:, 20:])
 
 
-def test_preallocated_storage_stays_where_it_is():
-    cache = PreallocatedCache(model_shape("tiny").config(), 50)
-    fill(cache, model_shape("tiny").config(), 2, 40, torch.float32, CPU)
+def test_preallocated_storage_stays_where_it_is(tiny):
+    cache = PreallocatedCache(tiny.config, 50)
+    fill(cache, tiny, 2, 40)
     before = cache.layers[0].keys.data_ptr()
     kept = cache.layers[0].keys.clone()
     keys, _ = cache.update(torch.ones(2, 2, 1, 16), torch.ones(2, 2, 1, 16), 0)
@@ -71,13 +82,12 @@ def test_preallocated_storage_stays_where_it_is():
 
 
 def test_filling_gives_every_cache_the_length(tiny):
-    config = tiny.config
-    dynamic = DynamicCache(config=config)
-    fill(dynamic, config, 1, 30, torch.float32, CPU)
+    dynamic = DynamicCache(config=tiny.config)
+    fill(dynamic, tiny, 1, 30)
     contender = PolicyContender.of(policy(), tiny)
     with contender.open():
         ours = contender.cache(0)
-        fill(ours, config, 1, 30, torch.float32, CPU)
+        fill(ours, tiny, 1, 30)
 
     assert dynamic.get_seq_length() == ours.get_seq_length() == 30
     assert [layer.storage.slots.average for layer in ours.managed] == [16.0, 16.0]
@@ -86,11 +96,11 @@ def test_filling_gives_every_cache_the_length(tiny):
 def test_ripe_caches_compress_in_the_next_step(tiny):
     contender = PolicyContender.of(policy(), tiny)
     with contender.open():
-        running = Running.filled(contender, 2, 30, 20)
-        ripen(running.cache, tiny.config, 2, torch.float32, CPU)
-        before = [one.compressions for one in running.cache.stats]
-        running.step()
-        after = [one.compressions for one in running.cache.stats]
+        decoding = decoding_at(contender, 2, 30, 20)
+        fill_until_due(decoding.cache, tiny, 2)
+        before = [one.compressions for one in decoding.cache.stats]
+        decoding.step()
+        after = [one.compressions for one in decoding.cache.stats]
 
     assert after == [one + 1 for one in before]
 
@@ -100,12 +110,12 @@ def test_static_shapes_write_the_same_tokens_and_compress_as_often(tiny):
     for graph in (False, True):
         contender = PolicyContender.of(policy("snapkv", 40), tiny, graph=graph)
         with contender.open():
-            running = Running.filled(contender, 2, 60, 40)
+            decoding = decoding_at(contender, 2, 60, 40)
             tokens = []
             for _ in range(20):
-                running.step()
-                tokens.append(running.token)
-            found.append((torch.cat(tokens, 1).tolist(), [one.compressions for one in running.cache.stats]))
+                decoding.step()
+                tokens.append(decoding.tokens)
+            found.append((torch.cat(tokens, 1).tolist(), [one.compressions for one in decoding.cache.stats]))
 
     assert found[0] == found[1]
     assert found[0][1] == [3, 3]  # the prompt, then twice after eight tokens
@@ -151,7 +161,7 @@ def test_without_time_lengths_are_left_out(tiny, scripted, left_out):
 
 
 def test_nothing_is_compiled_without_time_for_it(tiny, scripted, left_out):
-    only = setup(full=(DYNAMIC, COMPILED), rounds=False)
+    only = setup(full=(DYNAMIC, COMPILED))
     (case,) = measure_one(only, tiny, 40, scripted(), Deadline.within(50.0), left_out)
 
     assert set(case.samples) == {OURS, AGAIN, DYNAMIC}
@@ -173,8 +183,8 @@ class SlowCompressions:
 def test_a_whole_round_has_one_compression_and_knows_its_share(tiny):
     contender = PolicyContender.of(policy(), tiny)
     with contender.open():
-        running = Running.filled(contender, 1, 30, 20)
-        found = whole_round(running, SlowCompressions(running.cache))
+        decoding = decoding_at(contender, 1, 30, 20)
+        found = time_round(decoding, SlowCompressions(decoding.cache))
 
     assert found == {"mean_step_seconds": 12 / 8, "compressing_steps": 1, "compression_share": 4 / 12}
 
@@ -183,7 +193,7 @@ def test_a_whole_round_has_one_compression_and_knows_its_share(tiny):
 def test_no_whole_rounds_of_policies_that_compress_always_or_hardly_ever(tiny, every, scripted):
     contender = PolicyContender.of(policy(compress={"prefill": True, "every": every}), tiny)
     with contender.open():
-        assert whole_round(Running.filled(contender, 1, 30, 20), scripted()) == {}
+        assert time_round(decoding_at(contender, 1, 30, 20), scripted()) == {}
 
 
 def test_attaching_without_evicting_is_compared_with_the_plain_model(tiny, scripted):
@@ -198,8 +208,8 @@ def test_old_and_young_sequences_hold_as_much_and_compress_together(tiny, monkey
     generated = Age._generated
 
     def watched(self, contender, tokens):
-        seen[tokens] = running = generated(self, contender, tokens)
-        return running
+        seen[tokens] = decoding = generated(self, contender, tokens)
+        return decoding
 
     monkeypatch.setattr(Age, "_generated", watched)
     case = Age(policy(), young=32, old=160, protocol=Protocol(3, 1)).measure(tiny, SameForAll())

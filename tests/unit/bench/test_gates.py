@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from kvpolicy.bench import gates
-from kvpolicy.bench.case import AGAIN, OURS, Case
-from kvpolicy.bench.compaction import GATHER
-from kvpolicy.bench.compress import NAIVE
-from kvpolicy.bench.contenders import DYNAMIC, PREALLOCATED, STATIC
-from kvpolicy.bench.gates import GATES, QUICK, Scale, Verdict, judge
+from kvpolicy.bench.baselines.contenders import DYNAMIC, PREALLOCATED, STATIC
+from kvpolicy.bench.cases.compaction import GATHER
+from kvpolicy.bench.cases.compress import NAIVE
+from kvpolicy.bench.gates import GATES, QUICK, Scale, judge
+from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
+from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.errors import InputError
 
 

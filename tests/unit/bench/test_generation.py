@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.bench.case import OURS
-from kvpolicy.bench.contenders import COMPILED, DYNAMIC, PREALLOCATED, STATIC, FullCache, PolicyContender
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.generation import GenerateSetup, batch, measure
-from kvpolicy.bench.generation.batch import largest_batch, peak_at
-from kvpolicy.bench.generation.sampled import sampled
+from kvpolicy.bench.baselines.contenders import COMPILED, DYNAMIC, PREALLOCATED, STATIC, FullCache, PolicyContender
+from kvpolicy.bench.generation import GenerateSetup, batch_size, measure
+from kvpolicy.bench.generation.batch_size import largest_batch, peak_at
+from kvpolicy.bench.generation.sampled_steps import sampled
 from kvpolicy.bench.generation.setup import ROOM, Batch
-from kvpolicy.bench.shape import model_shape
+from kvpolicy.bench.protocol.case import OURS
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.model_shapes import model_shape
 from kvpolicy.errors import InputError
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_out_of_memory_is_too_large(tiny, left_out, monkeypatch):
             raise torch.OutOfMemoryError
         return rows
 
-    monkeypatch.setattr(batch, "peak_at", peak)
+    monkeypatch.setattr(batch_size, "peak_at", peak)
     assert largest_batch(setup(), FullCache(DYNAMIC, tiny), Deadline(), left_out) == Batch(6, 6)
 
 
@@ -78,7 +78,7 @@ def test_the_batch_of_compiled_steps_is_that_of_the_same_cache(tiny, left_out, m
         tried.append(contender.name)
         return rows * 40 * TOKEN
 
-    monkeypatch.setattr(batch, "peak_at", peak)
+    monkeypatch.setattr(batch_size, "peak_at", peak)
     assert largest_batch(setup(), FullCache(COMPILED, tiny), Deadline(), left_out).rows == 5
     assert set(tried) == {STATIC}
 
@@ -144,7 +144,6 @@ def test_whole_generations_stop_after_a_round_when_time_is_up(tiny, scripted, le
         {"new": 1},
         {"memory": 0},
         {"rounds": 0},
-        {"most": 0},
         {"policies": ()},
         {"points": 3, "new": ROOM},
         {"points": 3, "new": 200, "rounds": 40},

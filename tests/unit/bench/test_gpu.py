@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from kvpolicy.bench import gpu
-from kvpolicy.bench.case import AGAIN, OURS, Case
-from kvpolicy.bench.compress import NAIVE
-from kvpolicy.bench.contenders import COMPILED, DYNAMIC
-from kvpolicy.bench.correctness import kernel_tests
-from kvpolicy.bench.deadline import Deadline
+from kvpolicy.bench.baselines.contenders import COMPILED, DYNAMIC
+from kvpolicy.bench.cases.compress import NAIVE
 from kvpolicy.bench.gpu import goals, measure, setup_for
-from kvpolicy.bench.result import Result, read_result
+from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
+from kvpolicy.bench.protocol.correctness import kernel_tests
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.result import Result, read_result
 from kvpolicy.bench.sizes import CPU, GPU, TINY, sizes_for
 from kvpolicy.errors import InputError
 
@@ -160,5 +160,5 @@ def test_kernel_tests_that_cannot_run_say_why(checkout, tmp_path, monkeypatch):
     assert kernel_tests(100.0, tmp_path) == {"ran": False, "why": "this is not a checkout with tests/kernels"}
     here = checkout("def test_a(): pass\n")
     assert kernel_tests(1.0, here) == {"ran": False, "why": "no time was left"}
-    monkeypatch.setattr("kvpolicy.bench.correctness.find_spec", lambda _name: None)
+    monkeypatch.setattr("kvpolicy.bench.protocol.correctness.find_spec", lambda _name: None)
     assert kernel_tests(100.0, here) == {"ran": False, "why": "pytest is not installed"}

@@ -5,29 +5,29 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kvpolicy
-from kvpolicy.bench.floors import COPY, GEMM, LARGE, Floors
-from kvpolicy.bench.layers import due, plan_at, random_layers
-from kvpolicy.bench.peak import peak_bytes
-from kvpolicy.bench.shape import attention_shape, model_shape, random_model
+from kvpolicy.bench.cases.filled_layers import due, plan_at, random_layers
+from kvpolicy.bench.cases.floors import COPY, GEMM, LARGE, Floors
+from kvpolicy.bench.protocol.model_shapes import attention_shape, model_shape, random_model
+from kvpolicy.bench.protocol.peak_memory import peak_bytes
 from kvpolicy.errors import InputError
 
 CPU = torch.device("cpu")
 SHAPE = attention_shape(3, 4, 2, 8)
 
 
-def layers_of(plan, length, rows=1, dtype=torch.float32):
-    return random_layers(SHAPE, rows, length, max(plan.needs.queries, 1), dtype, CPU, "shared")
+def layers_of(plan, length, rows=1):
+    return random_layers(plan, SHAPE, rows, length)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "rkv", "adakv", "pyramidkv", "gkv", "h2o", "tova", "streaming_llm"])
 def test_the_timed_call_compresses_all_layers_once(name):
     policy = kvpolicy.load(name, budget=40, protect={"sinks": 2, "recent": 33})
     plan = plan_at(policy.spec, SHAPE, 100, torch.float32, CPU)
-    cache, settle = due(plan, SHAPE, layers_of(plan, 100, rows=2))
+    cache, finish_forward = due(plan, SHAPE, layers_of(plan, 100, rows=2))
 
     assert [one.compressions for one in cache.stats] == [0, 0, 0]
     assert [one.storage.slots.average for one in cache.managed] == [100.0] * 3
-    settle()
+    finish_forward()
     assert [one.compressions for one in cache.stats] == [1, 1, 1]
     assert sum(one.storage.slots.average for one in cache.managed) == 3 * 40
 
@@ -46,7 +46,9 @@ def test_a_budget_that_holds_everything_is_refused():
 def test_shared_keys_resemble_each_other_and_isotropic_ones_do_not():
     means = []
     for keys in ("shared", "isotropic"):
-        (one,) = random_layers(attention_shape(1, 2, 1, 64), 1, 200, 1, torch.float32, CPU, keys)
+        shape = attention_shape(1, 2, 1, 64)
+        plan = plan_at(kvpolicy.load("snapkv", budget=40).spec, shape, 200, torch.float32, CPU)
+        (one,) = random_layers(plan, shape, 1, 200, keys)
         directions = torch.nn.functional.normalize(one.keys[0, 0], dim=-1)
         means.append(float((directions @ directions.T).mean()))
     assert means[0] > 0.3
@@ -60,7 +62,7 @@ def test_shared_keys_resemble_each_other_and_isotropic_ones_do_not():
 def test_floor_counts_what_scorers_read_and_the_fewer_rows_that_could_move(name, scanned, window, length):
     protect = {"sinks": 2, "recent": 33}
     plan = plan_at(kvpolicy.load(name, budget=40, protect=protect).spec, SHAPE, length, torch.bfloat16, CPU)
-    layers = layers_of(plan, length, rows=2, dtype=torch.bfloat16)
+    layers = layers_of(plan, length, rows=2)
     floors = Floors.of(plan, layers, 40)
 
     row = 3 * 2 * 2 * 8 * 2  # layers, rows, KV heads, head dim, bytes

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.bench.layers import due, plan_at, random_layers
-from kvpolicy.bench.naive import naive_of
-from kvpolicy.bench.naive.held import gathered
-from kvpolicy.bench.naive.window import window_votes
-from kvpolicy.bench.shape import attention_shape
+from kvpolicy.bench.baselines.naive import naive_of
+from kvpolicy.bench.baselines.naive.layer_tensors import LayerTensors, gathered
+from kvpolicy.bench.baselines.naive.window_votes import window_votes
+from kvpolicy.bench.cases.filled_layers import due, plan_at, random_layers
+from kvpolicy.bench.protocol.model_shapes import attention_shape
 
 BUDGETS = {"snapkv": 48, "pyramidkv": 48, "rkv": 24, "adakv": 48, "tova": 24, "streaming_llm": 24}
 WINDOWS = {"streaming_llm": {"protect": {"sinks": 4, "recent": 20}}}
@@ -19,9 +19,9 @@ def compressed(name, length, rows, keys):
     """What ours and the naive form leave of the same layer: rows of a head in ascending order of their keys."""
     policy = kvpolicy.load(name, budget=BUDGETS[name], **WINDOWS.get(name, {}))
     plan = plan_at(policy.spec, SHAPE, length, torch.float32, torch.device("cpu"))
-    layers = random_layers(SHAPE, rows, length, max(plan.needs.queries, 1), torch.float32, torch.device("cpu"), keys)
-    cache, settle = due(plan, SHAPE, layers)
-    settle()
+    layers = random_layers(plan, SHAPE, rows, length, keys)
+    cache, finish_forward = due(plan, SHAPE, layers)
+    finish_forward()
     return layers[0], cache.managed[0], naive_of(policy.spec).run(layers[0], BUDGETS[name])
 
 
@@ -82,12 +82,13 @@ def test_naive_adakv_gives_every_layer_as_many_entries_as_ours():
 
 
 def test_gather_takes_chosen_and_recent_slots():
-    layers = random_layers(SHAPE, 1, 10, 1, torch.float32, torch.device("cpu"), "isotropic")
+    random = torch.Generator().manual_seed(0)
+    layer = LayerTensors(*(torch.randn(1, 2, 10, 16, generator=random) for _ in range(3)), 1.0)
     chosen = torch.tensor([[[0, 5], [3, 1]]])
-    keys, values = gathered(layers[0], chosen, recent=2)
+    keys, values = gathered(layer, chosen, recent=2)
 
-    assert torch.equal(keys[0, 1], layers[0].keys[0, 1, [3, 1, 8, 9]])
-    assert torch.equal(values[0, 0], layers[0].values[0, 0, [0, 5, 8, 9]])
+    assert torch.equal(keys[0, 1], layer.keys[0, 1, [3, 1, 8, 9]])
+    assert torch.equal(values[0, 0], layer.values[0, 0, [0, 5, 8, 9]])
 
 
 def test_policies_of_one_s_own_have_no_naive_form():

@@ -8,7 +8,7 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.bench.peers import Request, ask, environment, install, python_of, worker
+from kvpolicy.bench.baselines.peers import Request, ask, environment, install, python_of, worker
 from kvpolicy.errors import InputError
 
 REQUEST = Request("FakePress", 2, 4, 2, 16, 100, 37, "float32", "cpu", 3, 1, 1)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy.bench.clock import HostClock
-from kvpolicy.bench.deadline import Deadline
-from kvpolicy.bench.interleave import Protocol, Variant, interleave
-from kvpolicy.bench.samples import noise, paired_ratio, quantile
+from kvpolicy.bench.protocol.clock import HostClock
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Protocol, Variant, interleave
+from kvpolicy.bench.protocol.samples import noise, paired_ratio, quantile
 
 NAMES = ("a", "b", "c")
 times = st.floats(1e-6, 1e3)

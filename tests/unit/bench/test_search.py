@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy.bench.search import largest
+from kvpolicy.bench.generation.search import largest
 
 
 def search(limit, most, expired=lambda: False):

@@ -12,9 +12,9 @@ import torch
 import typer
 
 from kvpolicy.bench import gates
-from kvpolicy.bench.case import OURS
-from kvpolicy.bench.floors import LARGE
-from kvpolicy.bench.gates import Verdict
+from kvpolicy.bench.cases.floors import LARGE
+from kvpolicy.bench.protocol.case import OURS
+from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.cli.app import app
 from kvpolicy.errors import InputError
 from kvpolicy.evaluate import plots
@@ -85,7 +85,7 @@ def test_generate_fills_the_memory(kv, tmp_path, points, how):
 
 
 def test_gpu_runs_all_parts_at_tiny_sizes(kv, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvpolicy.bench.correctness.find_spec", lambda _name: None)
+    monkeypatch.setattr("kvpolicy.bench.protocol.correctness.find_spec", lambda _name: None)
     result = kv("bench", "gpu", "--quick", "--device", "cpu", "--budget", "64", "--name", "some", "--out", ".")
     (file,) = tmp_path.glob("gpu-*-some.json")
 
@@ -189,7 +189,7 @@ def test_commands_of_the_page_are_understood(command):
 
 @pytest.mark.parametrize("command", [command for command in shown() if "--quick" in command])
 def test_quick_commands_of_the_page_run(kv, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("kvpolicy.bench.correctness.find_spec", lambda _name: None)
+    monkeypatch.setattr("kvpolicy.bench.protocol.correctness.find_spec", lambda _name: None)
     result = kv(*shlex.split(command)[1:])
 
     assert result.exit_code in (0, 1), result.stderr  # tiny sizes pass no gate
@@ -203,8 +203,8 @@ def test_compress_with_peers_adds_theirs(kv, tmp_path, monkeypatch):
         asked.append((python, request))
         return {"samples": [1.0] * request.rounds, "versions": {"kvpress": "9"}}
 
-    monkeypatch.setattr("kvpolicy.bench.peers.python_of", lambda: Path("python"))
-    monkeypatch.setattr("kvpolicy.bench.peers.ask", ask)
+    monkeypatch.setattr("kvpolicy.bench.baselines.peers.python_of", lambda: Path("python"))
+    monkeypatch.setattr("kvpolicy.bench.baselines.peers.ask", ask)
     result = kv(*COMPRESS, "--policy", "tova", "--rounds", "3", "--peers", "--out", ".", "--layers", "2")
     rkv, tova = record(tmp_path, "compress")["parts"]["compress"]
 
@@ -229,8 +229,8 @@ def test_a_peer_that_fails_is_left_out(kv, tmp_path, monkeypatch):
     def ask(_python, _request):
         raise InputError("kvpress: broken")
 
-    monkeypatch.setattr("kvpolicy.bench.peers.python_of", lambda: Path("python"))
-    monkeypatch.setattr("kvpolicy.bench.peers.ask", ask)
+    monkeypatch.setattr("kvpolicy.bench.baselines.peers.python_of", lambda: Path("python"))
+    monkeypatch.setattr("kvpolicy.bench.baselines.peers.ask", ask)
     result = kv(*COMPRESS, "--policy", "tova", "--rounds", "3", "--peers", "--out", ".")
 
     assert result.exit_code == 0

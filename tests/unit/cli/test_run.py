@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY, build_tokenizer
+from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
+from tests.testbed_training.tokenizer import build_tokenizer
 
 PROMPT = "note falcon gold . " + "the child walks . " * 20 + "ask falcon"
 

@@ -5,7 +5,8 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
-from kvpolicy.evaluate.testbed.vocabulary import BOS, EOS, IDS, PAD, VOCABULARY, build_tokenizer
+from kvpolicy.evaluate.testbed.vocabulary import BOS, EOS, IDS, PAD, VOCABULARY
+from tests.testbed_training.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="session")

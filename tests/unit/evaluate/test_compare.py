@@ -9,9 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from kvpolicy.errors import EvaluationError
-from kvpolicy.evaluate import record
+from kvpolicy.evaluate import environment
 from kvpolicy.evaluate.answers import answer, total_tokens
 from kvpolicy.evaluate.compare import compare, steps
+from kvpolicy.evaluate.comparison_data import comparison_data
 from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.meter import held_bytes
 from kvpolicy.evaluate.scoring import before_mistake, is_whole
@@ -154,15 +155,15 @@ def test_an_answer_counts_up_to_its_first_mistake(written, whole, share):
 @pytest.mark.parametrize(("said", "own"), [("2.13.0", "2.13.0+cu130"), ("2.13.0+cpu", "2.13.0+cpu")])
 def test_record_says_which_build_of_torch_ran(monkeypatch, said, own):
     """The metadata of the public index's CUDA builds leaves the build out."""
-    monkeypatch.setattr(record.metadata, "version", lambda _name: said)
+    monkeypatch.setattr(environment.metadata, "version", lambda _name: said)
     monkeypatch.setattr(torch, "__version__", own)
 
-    assert record.versions()["torch"] == own
+    assert environment.versions()["torch"] == own
 
 
 def test_record_is_complete_json(outcomes, setup):
     """Versions, machine, seed, digests, and that the question was visible."""
-    data = json.loads(json.dumps(record.record(setup, outcomes[0])))
+    data = json.loads(json.dumps(comparison_data(setup, outcomes[0])))
 
     assert data["versions"]["torch"] == torch.__version__
     assert data["machine"]["threads"] == torch.get_num_threads()

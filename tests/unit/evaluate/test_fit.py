@@ -11,7 +11,7 @@ from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.fit import fit, fit_tokens, keeps_everything
 from kvpolicy.evaluate.shrink import reading, reads
-from kvpolicy.plan.explain import explain, full_bytes
+from kvpolicy.plan.explain import explain
 
 SHIPPED = ["adakv", "blend", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova"]
 
@@ -23,7 +23,7 @@ def test_bytes_stay_within_the_share_and_use_it_up(tiny, name, share):
     model, _ = tiny
     fitted = fit(kvpolicy.load(name), model, length=1024, share=share)
     plan = fitted.compile(model)
-    limit, held = full_bytes(plan, 1024) * share, explain(plan, 1024).held_bytes
+    limit, held = plan.footprint.full_bytes(1024) * share, explain(plan, 1024).held_bytes
     one_more = plan.footprint.entry_bytes * plan.geometry.layers * plan.geometry.kv_heads
 
     assert held <= limit < held + one_more
@@ -94,7 +94,7 @@ def test_packed_entries_are_more_and_stay_within_the_share(tiny, calibrations):
     plain, packed = (fitted(tiny, calibrations, f"budget: 512\n{text}") for text in ("", store))
     plan = kvpolicy.policy.Policy(packed).compile(tiny[0])
     slack = packed.compress.every
-    limit = full_bytes(plan, 1024) // 4
+    limit = plan.footprint.full_bytes(1024) // 4
 
     assert packed.budget.tokens > 2 * plain.budget.tokens
     assert (

@@ -8,7 +8,7 @@ import pytest
 
 from kvpolicy.evaluate.table.page import page_of, percent
 from kvpolicy.evaluate.table.pictures import ACCURACY, TIME, draw
-from kvpolicy.evaluate.table.record import FORM
+from kvpolicy.evaluate.table.table_data import FORM
 
 DOCS = Path(__file__).parents[3] / "docs"
 PNG = b"\x89PNG"

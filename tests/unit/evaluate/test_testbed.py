@@ -10,9 +10,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.testbed import EVALUATED, Item, is_correct, load_testbed, make_item
-from kvpolicy.evaluate.testbed.batches import ROWS, make_batch
-from kvpolicy.evaluate.testbed.measure import measure, write
-from kvpolicy.evaluate.testbed.vocabulary import DIGITS, TOTALS, VOCABULARY, build_tokenizer
+from kvpolicy.evaluate.testbed.vocabulary import DIGITS, TOTALS, VOCABULARY
+from tests.testbed_training.accuracy import measure, write
+from tests.testbed_training.batches import ROWS, make_batch
+from tests.testbed_training.tokenizer import build_tokenizer
 
 MEBIBYTE = 2**20
 HELD_OUT = 77

@@ -7,7 +7,7 @@ import pytest
 
 from kvpolicy.cache.stats import LayerStats
 from kvpolicy.integrations.transformers.report import Report
-from kvpolicy.plan.units import human_bytes
+from kvpolicy.plan.explain.units import human_bytes
 from tests.support.models import generate, model, prompt
 from tests.support.policies import small
 
@@ -27,7 +27,7 @@ def test_a_report_tells_what_each_layer_holds():
         report = attachment.report()
     found = json.loads(json.dumps(report.to_dict()))
     assert found["policy"] == "snapkv"
-    assert [layer["seq_len"] for layer in found["layers"]] == [63] * 3
+    assert [layer["seen"] for layer in found["layers"]] == [63] * 3
     assert [layer["held"] for layer in found["layers"]] == [15.0] * 3
     assert found["bytes_held"] == sum(layer["nbytes"] for layer in found["layers"]) == report.nbytes
     text = str(report)

@@ -3,7 +3,7 @@
 import pytest
 
 from kvpolicy.errors import InputError
-from kvpolicy.plan.devices import DEVICES, device_named
+from kvpolicy.plan.explain.devices import DEVICES, device_named
 
 
 @pytest.mark.parametrize("name", ["h200", "H200"])

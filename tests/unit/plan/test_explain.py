@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvpolicy
 from kvpolicy.errors import InputError
 from kvpolicy.plan.explain import explain
+from kvpolicy.plan.explain.reads import reads_of
+from kvpolicy.plan.explain.units import human_bytes
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.plan.reads import reads_of
-from kvpolicy.plan.units import human_bytes
 from kvpolicy.stages import Geometry, Scorer, parameter
 from kvpolicy.stages.parameters import Integer
 

@@ -10,9 +10,9 @@ import torch
 import kvpolicy
 from kvpolicy.plan.compress import warm_up
 from kvpolicy.plan.compress.fusion import fusion_of
+from kvpolicy.plan.explain.compression_steps import steps_of
+from kvpolicy.plan.explain.steps import REFERENCE, Shapes
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.plan.steps import REFERENCE, Shapes
-from kvpolicy.plan.traffic import steps_of
 from kvpolicy.spec.policy import Allocate, Weighted
 from kvpolicy.stages import Geometry, HeadAllocator, Scorer, Tile
 from tests.support.policies import small

@@ -55,10 +55,10 @@ def _trace(names: TokenIds, digits: TokenIds, targets: TokenIds, totals: TokenId
     def same(token: int) -> TokenIds:
         return np.full(steps, token)
 
-    found = [same(VALUE), names, DIGIT_IDS[digits], same(LINK), names, targets]
+    facts = [same(VALUE), names, DIGIT_IDS[digits], same(LINK), names, targets]
     added = [same(SUM), TOTAL_IDS[before], DIGIT_IDS[digits], TOTAL_IDS[totals]]
     total = [same(TOTAL), names, TOTAL_IDS[totals]]
-    return np.stack([*found, *added, *total, same(CHECK), *found, *total, same(STOP)], axis=1).ravel()
+    return np.stack([*facts, *added, *total, same(CHECK), *facts, *total, same(STOP)], axis=1).ravel()
 
 
 def _reports(names: TokenIds, totals: TokenIds) -> TokenIds:

@@ -1,0 +1,1 @@
+"""Baselines: full caches, the methods in plain torch, other libraries."""

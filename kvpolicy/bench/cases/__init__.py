@@ -1,0 +1,1 @@
+"""The benchmarks, one a file, and the filled layers and lower bounds that several of them use."""

@@ -1,0 +1,69 @@
+"""Fills cache layers with random entries until the next call compresses them."""
+
+from collections.abc import Callable, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvpolicy.bench.baselines.naive import LayerTensors
+from kvpolicy.bench.protocol.model_shapes import ModelShape
+from kvpolicy.errors import InputError
+from kvpolicy.evaluate.filling import appended, feed
+from kvpolicy.integrations.transformers.cache import PolicyCache
+from kvpolicy.integrations.transformers.models.support import geometry_of
+from kvpolicy.plan.plan import Plan, compile_policy
+from kvpolicy.spec.policy import PolicySpec
+
+KEYS = ("shared", "isotropic")
+
+
+def random_layers(plan: Plan, shape: ModelShape, rows: int, length: int, keys: str = "shared") -> list[LayerTensors]:
+    """Normal keys, values and queries; `shared` keys of a head have a mean, as those of trained models do."""
+    random = torch.Generator(plan.device).manual_seed(0)
+
+    def normal(heads: int, count: int) -> Tensor:
+        size = (rows, heads, count, shape.head_dim)
+        return torch.randn(size, generator=random, device=plan.device, dtype=torch.float32).to(plan.dtype)
+
+    layers = []
+    for _ in range(shape.layers):
+        entries, values = normal(shape.kv_heads, length), normal(shape.kv_heads, length)
+        if keys == "shared":
+            entries += normal(shape.kv_heads, 1)
+        queries = normal(shape.query_heads, max(plan.needs.queries, 1))
+        layers.append(LayerTensors(entries, values, queries, shape.head_dim**-0.5))
+    return layers
+
+
+def plan_at(spec: PolicySpec, shape: ModelShape, length: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The policy's plan such that entries are compressed by the decode step that makes them `length`, not before.
+
+    Raises InputError when the policy would evict nothing then.
+    """
+    geometry = geometry_of(shape.config())
+    plan = compile_policy(spec, geometry, device, dtype)
+    most = max(plan.budgets.per_layer(length))
+    if not plan.compresses_while_decoding or most >= length:
+        raise InputError(f"policy {spec.name} evicts nothing at {length} entries")
+    compress = attrs.evolve(spec.compress, prefill=False, every=length - most)
+    return compile_policy(attrs.evolve(spec, compress=compress), geometry, device, dtype)
+
+
+def due(plan: Plan, shape: ModelShape, layers: Sequence[LayerTensors]) -> tuple[PolicyCache, Callable[[], None]]:
+    """A cache that holds the layers, and the call that observes the newest queries and compresses all of them."""
+    cache = PolicyCache(plan, shape.config())
+    pairs = list(zip(cache.managed, layers, strict=True))
+    for layer, tensors in pairs:
+        queries = tensors.queries[:, :, :-1] if tensors.queries.shape[2] > 1 else tensors.queries
+        feed(layer, tensors.keys[:, :, :-1], tensors.values[:, :, :-1], queries)
+    newest = [  # another forward
+        appended(layer, tensors.keys[:, :, -1:], tensors.values[:, :, -1:], tensors.queries[:, :, -1:])
+        for layer, tensors in pairs
+    ]
+
+    def finish_forward() -> None:
+        for layer, queries in zip(cache.managed, newest, strict=True):
+            layer.finish_forward(queries)
+
+    return cache, finish_forward

@@ -1,0 +1,43 @@
+"""A view of few random entries, to run a policy's plugins and kernels once before there is a model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvpolicy.stages import Geometry, Scorer, View
+from kvpolicy.stages.declared import needs_of, slot_state_of
+
+_SLOTS = 16  # on top of the observation window
+
+
+def small_view(
+    scorers: Mapping[str, Scorer],
+    geometry: Geometry,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> View:
+    """One row of few random entries, with all that these scorers need; the names of slot state begin with the keys."""
+    needs = [needs_of(scorer) for scorer in scorers.values()]
+    window = max(need.queries for need in needs)
+    heads, dim, slots = geometry.kv_heads, geometry.head_dim, _SLOTS + window
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float32).to(device, dtype)
+
+    mass = torch.rand(1, heads, slots, geometry.group, generator=random, dtype=torch.float32).to(device)
+    states = {prefix + state.name: state for prefix, scorer in scorers.items() for state in slot_state_of(scorer)}
+    return View(
+        keys=normal(1, heads, slots, dim),
+        values=normal(1, heads, slots, dim),
+        positions=torch.arange(slots, dtype=torch.int32, device=device).repeat(1, heads, 1),
+        geometry=geometry,
+        scaling=dim**-0.5,
+        queries=normal(1, geometry.query_heads, window, dim) if window else None,
+        attention=mass.transpose(-1, -2) if any(need.attention for need in needs) else None,
+        slot_state={
+            name: torch.full((1, heads, slots), state.fill, dtype=torch.float32, device=device)
+            for name, state in states.items()
+        },
+    )
