@@ -13,9 +13,12 @@ from kvpolicy.attention.decode_kernel import attend_in_kernel
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segment_index import SingleSegment
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES
+
+_NONE = torch.empty(0)  # positions, where nothing is packed: only what is packed may depend on them
 
 
 def attend(
@@ -33,42 +36,41 @@ def attend(
     `slots` [B, K, n] are those that a reader chose, ascending, -1 behind; None = all. `pads` says that there may be
     pads among the slots. `observers` see the logits of this call. `kernels` says whether a kernel may do it.
     """
-    if kernels and batch.queries.shape[2] == 1 and not dropout:
+    if kernels and batch.queries.shape[2] == 1 and not dropout and isinstance(storage, SegmentedStorage):
         try:
             return attend_in_kernel(storage, batch, slots, observers, pads=pads)
         except kernel_errors() as error:
             note_once(f"attention over held entries runs without a kernel: {error}")
-    if storage.slots.layout.uniform is not None:
+    if storage.is_block:
         part = AttendedSlots(storage, storage.everything, slots)
-        return _attend(part, batch, observers, full=storage.slots.even and not pads and slots is None, dropout=dropout)
+        return _attend(part, batch, observers, full=storage.is_even and not pads and slots is None, dropout=dropout)
     if batch.queries.shape[2] == 1 and storage.is_plain and slots is None and not observers and not pads:
         return _one_by_one(storage, batch, dropout)
     heads = [
         _attend(part, own, observers, full=not pads, dropout=dropout) for part, own in _segments(storage, batch, slots)
     ]
-    starts = range(0, len(heads), storage.slots.layout.heads)
-    return torch.cat([torch.cat(heads[start : start + storage.slots.layout.heads], 1) for start in starts])
+    starts = range(0, len(heads), storage.heads)
+    return torch.cat([torch.cat(heads[start : start + storage.heads], 1) for start in starts])
 
 
 def _one_by_one(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
     """One query a row, over heads of different length that hold no pads: the calls below, and nothing around them."""
-    layout = storage.slots.layout
-    queries = batch.queries.reshape(layout.rows, layout.heads, 1, 1, -1, batch.queries.shape[3])
+    queries = batch.queries.reshape(storage.rows, storage.heads, 1, 1, -1, batch.queries.shape[3])
     options: dict[str, Any] = {"scale": batch.scaling, "dropout_p": dropout}
     outputs = []
-    for row in range(layout.rows):
-        for head in range(layout.heads):
-            keys, values = (half.residual.segment(half.name, row, head) for half in (storage.keys, storage.values))
-            if LOG_VOTES in storage.slots.columns:
-                options["attn_mask"] = storage.slots.segment(LOG_VOTES, row, head).to(queries.dtype)[None, None, None]
-            given = queries[row, head], keys[None, None], values[None, None]
-            outputs.append(scaled_dot_product_attention(*given, **options))
+    for row in range(storage.rows):
+        for head, length in enumerate(storage.lengths[row]):
+            at = SingleSegment(row, head)
+            keys, values = (states.read(at, 0, length, _NONE) for states in (storage.keys, storage.values))
+            if LOG_VOTES in storage.columns:
+                options["attn_mask"] = storage.column(LOG_VOTES, at)[:, :, None].to(queries.dtype)
+            outputs.append(scaled_dot_product_attention(queries[row, head], keys, values, **options))
     return torch.cat(outputs, 1).view(*batch.queries.shape[:3], -1)
 
 
 def observe_only(storage: LayerStorage, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
     """Let observers see queries whose attention was computed elsewhere."""
-    if storage.slots.layout.uniform is not None:
+    if storage.is_block:
         observe_queries(AttendedSlots(storage, storage.everything), batch, observers)
         return
     for part, own in _segments(storage, batch, None):
@@ -78,10 +80,9 @@ def observe_only(storage: LayerStorage, batch: QueryBatch, observers: Sequence[F
 def _segments(
     storage: LayerStorage, batch: QueryBatch, slots: Tensor | None
 ) -> Iterator[tuple[AttendedSlots, QueryBatch]]:
-    layout = storage.slots.layout
-    group = batch.queries.shape[1] // layout.heads
-    for row in range(layout.rows):
-        for head in range(layout.heads):
+    group = batch.queries.shape[1] // storage.heads
+    for row in range(storage.rows):
+        for head in range(storage.heads):
             chosen = None if slots is None else slots[row : row + 1, head : head + 1]
             if chosen is not None:
                 chosen = chosen[chosen >= 0][None, None]

@@ -7,8 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.storage.kv_tensor import KVTensor
-from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.layer_storage import KVReader, LayerStorage
 from kvpolicy.cache.storage.segment_index import SegmentIndex, SingleSegment
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages.slots import gather
@@ -27,7 +26,7 @@ class AttendedSlots:
 
     def seen_before(self, newest: int) -> "AttendedSlots":
         """What a query sees that has `newest` tokens of its own forward behind it; all, where that saves nothing."""
-        alike = self.slots is None and (self.storage.slots.even or isinstance(self.at, SingleSegment))
+        alike = self.slots is None and (self.storage.is_even or isinstance(self.at, SingleSegment))
         return attrs.evolve(self, unseen=newest) if alike else self
 
     @property
@@ -49,7 +48,7 @@ class AttendedSlots:
     @property
     def all_votes(self) -> Tensor | None:
         """Log-votes [b, k, all] float32 of all slots in use."""
-        return self.column(LOG_VOTES) if LOG_VOTES in self.storage.slots.columns else None
+        return self.column(LOG_VOTES) if LOG_VOTES in self.storage.columns else None
 
     @property
     def log_votes(self) -> Tensor | None:
@@ -62,8 +61,8 @@ class AttendedSlots:
         if self.storage.is_plain:
             yield slice(0, self.length)
             return
-        unit = lcm(self.storage.keys.form.group_size, self.storage.values.form.group_size)
-        size = -(-_BLOCK // unit) * unit
+        group = lcm(self.storage.keys.form.group_size, self.storage.values.form.group_size)
+        size = -(-_BLOCK // group) * group
         for start in range(0, self.length, size):
             yield slice(start, min(start + size, self.length))
 
@@ -75,15 +74,19 @@ class AttendedSlots:
         """[b, k, n, Dv]."""
         return self._read(self.storage.values, block)
 
-    def _read(self, half: KVTensor, block: slice) -> Tensor:
+    def _read(self, states: KVReader, block: slice) -> Tensor:
         if self.slots is None:
-            return half.read(self.at, block.start, block.stop, self._everywhere)
-        return half.pick(self.at, self.slots[:, :, block].clamp(min=0), self._everywhere)
+            return states.read(self.at, block.start, block.stop, self._everywhere)
+        return states.pick(self.at, self.slots[:, :, block].clamp(min=0), self._everywhere)
 
     def column(self, name: str) -> Tensor:
-        """A column of all slots in use as [b, k, all, ...], to be written to where nothing had to be copied."""
-        column = self.at.of(self.storage.slots, name)
+        """A column of all slots in use as [b, k, all, ...]."""
+        column = self.storage.column(name, self.at)
         return column[:, :, : column.shape[2] - self.unseen]
+
+    def write_column(self, name: str, values: Tensor) -> None:
+        """Overwrite a column of all slots in use, [b, k, all, ...]."""
+        self.storage.write_column(name, self.at, values)
 
     def spread(self, logits: Tensor) -> Tensor:
         """Logits [b, k, ..., T] over all slots in use, -inf in those that were not read."""

@@ -51,17 +51,17 @@ def update_observers(
     part: AttendedSlots, query_logits: QueryLogits, after: int, observers: Sequence[ForwardObserver]
 ) -> None:
     """Update the columns of each follower; `after` is how many queries of the forward are newer than these."""
-    for one in observers:
-        count = min(one.count - after, query_logits.logits.shape[3])
+    for observer in observers:
+        count = min(observer.count - after, query_logits.logits.shape[3])
         if count < 1:
             continue
         whole = part.slots is None and count == query_logits.logits.shape[3]
         shown = (
             query_logits if whole else QueryLogits(part.spread(query_logits.logits[..., -count:, :]), part.all_votes)
         )
-        state = {name: part.column(column) for name, column in one.columns.items()}
-        for name, new in one.update(shown, state).items():
-            state[name].copy_(new)
+        state = {name: part.column(column) for name, column in observer.columns.items()}
+        for name, new in observer.update(shown, state).items():
+            part.write_column(observer.columns[name], new)
 
 
 def _query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[QueryBatch, int]]:

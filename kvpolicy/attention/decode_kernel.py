@@ -9,8 +9,8 @@ from kvpolicy.attention.attended_slots import AttendedSlots
 from kvpolicy.attention.blockwise import update_observers
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.cache.storage.kv_tensor import KVTensor
-from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segment_index import SingleSegment
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
@@ -20,7 +20,12 @@ from kvpolicy_kernels.segments import addresses_of
 
 
 def attend_in_kernel(
-    storage: LayerStorage, batch: QueryBatch, slots: Tensor | None, observers: Sequence[ForwardObserver], *, pads: bool
+    storage: SegmentedStorage,
+    batch: QueryBatch,
+    slots: Tensor | None,
+    observers: Sequence[ForwardObserver],
+    *,
+    pads: bool,
 ) -> Tensor:
     """What `attend` gives for one query a row, [B, H, 1, Dv]; observers see the logits of the same pass.
 
@@ -50,7 +55,7 @@ def attend_in_kernel(
     return out.view(layout.rows, layout.heads * group, 1, -1)
 
 
-def _held(storage: LayerStorage, *, pads: bool) -> held.Held:
+def _held(storage: SegmentedStorage, *, pads: bool) -> held.Held:
     slots = storage.slots
     starts, lengths = slots.starts, slots.lengths_on_device
     segments = Segments(starts, lengths, 1, slots.layout.rows, slots.layout.heads, slots.longest)
@@ -81,12 +86,14 @@ def _column(store: SlotStore, name: str) -> Column:
     return Column(addresses_of([flat]), flat.dtype, width, (flat,))
 
 
-def _require_shown(storage: LayerStorage, slots: Tensor | None, observers: Sequence[ForwardObserver]) -> None:
+def _require_shown(storage: SegmentedStorage, slots: Tensor | None, observers: Sequence[ForwardObserver]) -> None:
     if observers and slots is not None and storage.slots.layout.uniform is None:
         raise UnsupportedInputError("heads of different length are read in part, and observed")
 
 
-def _show(storage: LayerStorage, slots: Tensor | None, logits: Tensor, observers: Sequence[ForwardObserver]) -> None:
+def _show(
+    storage: SegmentedStorage, slots: Tensor | None, logits: Tensor, observers: Sequence[ForwardObserver]
+) -> None:
     """Let observers see the logits [B·K, G, T] of one query."""
     layout = storage.slots.layout
     shaped = logits.unflatten(0, (layout.rows, layout.heads))[:, :, :, None]

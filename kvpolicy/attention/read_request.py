@@ -13,8 +13,8 @@ from kvpolicy.stages.untouched import tensors_of_request, watching
 
 def read_request(plan: Plan, storage: LayerStorage, batch: QueryBatch, ordinal: int) -> ReadRequest:
     """One query a row, and views of what is held; columns of heads that differ are padded."""
-    rows, keys = storage.everything, storage.keys
-    positions = rows.of(storage.slots, POSITIONS)
+    keys = storage.keys
+    positions = storage.column(POSITIONS, storage.everything)
     return ReadRequest(
         queries=batch.queries[:, :, -1],
         query_positions=batch.positions[:, -1],
@@ -23,8 +23,8 @@ def read_request(plan: Plan, storage: LayerStorage, batch: QueryBatch, ordinal: 
         layer=ordinal,
         format=keys.form,
         packed_lengths=positions.new_tensor(keys.packed_lengths, dtype=torch.int64) if not keys.is_plain else None,
-        packed={name: rows.of(keys.packed, name) for name in keys.form.columns},
-        pages={name: rows.of(storage.pages.store, name) for name in storage.pages.store.columns},
+        packed=storage.packed_keys,
+        pages=storage.pages,
     )
 
 

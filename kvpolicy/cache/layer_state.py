@@ -3,7 +3,7 @@
 The fields are the only list of it: rows are selected, and tensors and numbers described and restored, field by field.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import attrs
@@ -13,10 +13,13 @@ from torch import Tensor
 from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.state_contents import Contents, Described, below, counts_of
 from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.storage.storage_bytes import bytes_of
 from kvpolicy.errors import CacheError
-from kvpolicy.plan.plan import POSITIONS, Plan
+from kvpolicy.plan.plan import Plan
 from kvpolicy.stages import Geometry
+
+NewStorage = Callable[[Plan, int, int, torch.device], LayerStorage]  # plan, managed layer, rows, device
 
 
 @attrs.define(eq=False)
@@ -38,14 +41,16 @@ class LayerState:
     compressions: int = 0  # how many there have been
 
     @classmethod
-    def empty(cls, plan: Plan, ordinal: int, rows: int, device: torch.device) -> Self:
+    def empty(
+        cls, plan: Plan, ordinal: int, rows: int, device: torch.device, new_storage: NewStorage = SegmentedStorage
+    ) -> Self:
         """That of `rows` rows of the managed layer number `ordinal`, before any token."""
         row_state = {
             state.name: torch.full((rows,), state.fill, dtype=torch.float32, device=device)
             for state in plan.spec.merge.row_state()
         }
         return cls(
-            LayerStorage(plan, ordinal, rows, device), ObservationWindow(plan.needs.queries), row_state, [0] * rows
+            new_storage(plan, ordinal, rows, device), ObservationWindow(plan.needs.queries), row_state, [0] * rows
         )
 
     @property
@@ -116,14 +121,14 @@ class LayerState:
         self.window.check_integrity(self.num_tokens)
         if any(num_tokens > self.seq_len for num_tokens in self.num_tokens) or self.rollback_limit > self.seq_len:
             raise CacheError(f"{self.num_tokens} tokens came, or {self.rollback_limit} stay, of {self.seq_len} seen")
-        plain = self.storage.is_plain and all(n == self.seq_len for row in self.storage.slots.lengths for n in row)
+        plain = self.storage.is_plain and all(n == self.seq_len for row in self.storage.lengths for n in row)
         if self.rows and not self.compressed and not plain:
             raise CacheError(
-                f"{self.storage.slots.lengths} entries are held of {self.seq_len} tokens that are all said to be"
+                f"{self.storage.lengths} entries are held of {self.seq_len} tokens that are all said to be"
             )
         for row, num_tokens in enumerate(self.num_tokens):
-            for head in range(self.storage.slots.layout.heads):
-                self._check_positions(row, head, self.storage.slots.segment(POSITIONS, row, head).long(), num_tokens)
+            for head in range(self.storage.heads):
+                self._check_positions(row, head, self.storage.positions(row, head).long(), num_tokens)
 
     def _check_positions(self, row: int, head: int, positions: Tensor, num_tokens: int) -> None:
         """Raise CacheError unless the positions [n] of a segment are those of different tokens that came."""

@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.compaction.batched_compaction import HasStorage, compact_layers
+from kvpolicy.cache.compaction.batched_compaction import compact_layers
+from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.trigger import entries_allowed
 from kvpolicy.plan.compress.step import Compressed, compress
 from kvpolicy.plan.plan import Plan
@@ -17,11 +19,19 @@ from kvpolicy.stages import View
 Rows = tuple[int, ...]
 
 
-class Compressible(HasStorage, Protocol):
+class Compressible(Protocol):
     """What the scheduler does with a layer."""
 
     scaling: float
     num_tokens: list[int]  # tokens of each row, pads excluded
+
+    @property
+    def storage(self) -> LayerStorage:
+        """Its entries."""
+
+    @property
+    def limit(self) -> int:
+        """Slots per KV head beyond which its storage does not grow."""
 
     @property
     def entries(self) -> list[int]:
@@ -136,8 +146,9 @@ class CompressionScheduler:
         tokens = torch.tensor([layers[0].num_tokens[row] for row in rows], device=plan.device)
         for group, results in zip(groups, compress(plan.spec, plan.fusion, shown, budgets, tokens), strict=True):
             moved = [False] * len(group)
-            if plan.kernels:
-                moved = compact_layers(plan, group, rows, results, fills=fills)
+            storages = [layer.storage for layer in group if isinstance(layer.storage, SegmentedStorage)]
+            if plan.kernels and len(storages) == len(group):
+                moved = compact_layers(storages, [layer.limit for layer in group], rows, results, fills=fills)
             for layer, result, done in zip(group, results, moved, strict=True):
                 layer.apply(rows, result, fills=fills, moved=done)
         spent = (time.perf_counter() - started) / len(layers)

@@ -15,7 +15,6 @@ from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.scoring import is_whole
 from kvpolicy.evaluate.testbed import Item, make_item
 from kvpolicy.integrations.transformers.cache import PolicyCache
-from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.policy import Policy
 
 TASK, LENGTH = "recall", 128
@@ -85,9 +84,9 @@ def held_tokens(cache: PolicyCache, length: int) -> Tensor:
     """[L, T] float32: for each of the first `length` tokens of row 0, the fraction of KV heads that hold it."""
     held = torch.zeros(len(cache.managed), length, dtype=torch.float32)
     for layer, row in zip(cache.managed, held, strict=True):
-        heads = layer.storage.slots.layout.heads
+        heads = layer.storage.heads
         for head in range(heads):
-            positions = layer.storage.slots.segment(POSITIONS, 0, head).cpu().long()
+            positions = layer.storage.positions(0, head).cpu().long()
             row[positions[(positions >= 0) & (positions < length)]] += 1 / heads
     return held
 

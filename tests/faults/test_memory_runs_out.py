@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy.errors import CacheError
 from tests.support.driving import feed, new_layer, random_entries, worth_plan
-from tests.support.storage import stores
 
 _WRITES = ("copy_", "fill_", "index_put_", "add_", "zero_")
 
@@ -59,7 +58,7 @@ def test_the_cache_is_whole_whichever_allocation_fails(before, count, ragged):
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             feed(layer, *entries)
-        for store in stores(layer.storage):
+        for store in layer.storage.stores:
             store.check_integrity()
         if layer.seq_len > start.seq_len:  # the forward had begun
             with pytest.raises(CacheError, match="failed"):
@@ -87,7 +86,7 @@ def test_moving_rows_and_undoing_tokens_fail_as_a_whole(change, ragged):
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             changed(layer)
-        for store in stores(layer.storage):
+        for store in layer.storage.stores:
             store.check_integrity()
         with pytest.raises(CacheError, match="failed"):
             feed(layer, *random_entries(torch.Generator().manual_seed(1), 2, 1))

@@ -17,7 +17,6 @@ from tests.property.test_packed_layers import entries, plan_of
 from tests.support import fingerprint
 from tests.support.driving import feed, new_layer
 from tests.support.models import build, difference, generate, prompt
-from tests.support.storage import stores
 
 PLACES = {
     "packing values": (PerToken, "encode"),
@@ -89,7 +88,7 @@ def test_a_packed_layer_says_that_it_failed_whichever_allocation_fails(store, be
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             feed(layer, *given)
-        for store_ in stores(layer.storage):
+        for store_ in layer.storage.stores:
             store_.check_integrity()
         if layer.seq_len > start.seq_len:
             with pytest.raises(CacheError, match="failed"):

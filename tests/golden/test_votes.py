@@ -11,8 +11,8 @@ import kvpolicy
 from kvpolicy.attention.attend import attend as attend_held
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.query_batch import QueryBatch
-from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import Layout
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Entries, Geometry, QueryLogits
@@ -74,7 +74,7 @@ def of_a_layer(queries, keys, values, log_votes, lengths, observers):
     rows, heads, slots, dim = keys.shape
     geometry = Geometry((0,), queries.shape[1], heads, dim)
     spec = kvpolicy.load("snapkv", merge="window_fit", allocate={"heads": "adaptive"}).spec
-    held = LayerStorage(compile_policy(spec, geometry, "cpu", torch.float32), 0, rows, torch.device("cpu"))
+    held = SegmentedStorage(compile_policy(spec, geometry, "cpu", torch.float32), 0, rows, torch.device("cpu"))
     places = torch.arange(slots).expand(rows, heads, slots)
     kept = places.where(places < lengths[..., None], -1)
     layout = Layout(tuple(map(tuple, lengths.tolist())))

@@ -56,11 +56,11 @@ def _result(layer, rows, most, random, *, ragged):
 @settings(max_examples=40)
 @given(rounds())
 def test_the_same_entries_stand_in_the_same_slots(problem):
-    plan, layers, rows, results, fills = problem
+    _, layers, rows, results, fills = problem
     expected = copy.deepcopy(layers)
     for layer, result in zip(expected, results, strict=True):
         layer.apply(rows, result, fills=fills)
-    done = compact_layers(plan, layers, rows, results, fills=fills)
+    done = _compact(layers, rows, results, fills=fills)
     for layer, result, moved in zip(layers, results, done, strict=True):
         assert moved
         layer.apply(rows, result, fills=fills, moved=moved)
@@ -84,8 +84,14 @@ def test_what_kernels_refuse_is_left_to_the_references(monkeypatch, name, left):
     kept = torch.arange(1, left + 1).expand(1, HEADS, -1)
     before = held(Cache([layer]))
     monkeypatch.setattr(name, _refuse)
-    assert compact_layers(plan, [layer], [0], [Compressed(kept, ((left,) * HEADS,), {})], fills=False) == [False]
+    assert _compact([layer], [0], [Compressed(kept, ((left,) * HEADS,), {})], fills=False) == [False]
     assert held(Cache([layer])) == before
+
+
+def _compact(layers, rows, results, *, fills):
+    return compact_layers(
+        [layer.storage for layer in layers], [layer.limit for layer in layers], rows, results, fills=fills
+    )
 
 
 def _refuse(*_args, **_named):

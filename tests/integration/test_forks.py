@@ -211,8 +211,8 @@ def test_a_cache_in_steps_of_fixed_shapes_is_had_back(way, steps, tmp_path):
             other = attachment.load_cache(tmp_path / "c")
         assert held(other) == held(cache)
         assert other.managed[0].num_tokens == cache.managed[0].num_tokens == [38]
-        own = {one.data_ptr() for one in cache.managed[0].held.slots.tensors.values()}
-        assert not own & {one.data_ptr() for one in other.managed[0].held.slots.tensors.values()}
+        own = {one.data_ptr() for one in cache.managed[0].storage.slots.tensors.values()}
+        assert not own & {one.data_ptr() for one in other.managed[0].storage.slots.tensors.values()}
         first, second = (generate(one, answer.sequences, past_key_values=given) for given in (cache, other))
         assert torch.equal(first.sequences, second.sequences)
         assert_equal(first.logits, second.logits)
@@ -224,7 +224,7 @@ def test_a_fork_belongs_to_the_attachment_and_is_reported():
         mask, cache = prefilled(one, attachment)
         forked = cache.fork([0] * 5)
         assert sum(layer.nbytes for layer in attachment.report().layers) == sum(one.nbytes for one in forked.stats)
-        assert forked.stats[0].entry_bytes == forked.managed[0].held.nbytes > cache.managed[0].held.nbytes
+        assert forked.stats[0].entry_bytes == forked.managed[0].storage.nbytes > cache.managed[0].storage.nbytes
     with pytest.raises(CacheError, match="detached"):
         go_on(one, forked, mask[[0] * 5], rows=[0] * 5)
     with pytest.raises(CacheError, match="detached"):

@@ -137,8 +137,8 @@ def test_a_policy_for_prompts_only_moves_its_storage_rarely_while_decoding(name)
     with kvpolicy.load(name, budget=40, protect={"recent": 4}, compress={"every": "never"}).attach(one) as attachment:
         cache, pointers = attachment.cache(), set()
         for _ in stepping(one, cache, *prompt(60), 60):
-            pointers.add(cache.managed[0].held.keys.residual.tensors["keys"].shape[0])
-        assert cache.managed[0].held.slots.longest >= 100
+            pointers.add(cache.managed[0].storage.keys.residual.tensors["keys"].shape[0])
+        assert cache.managed[0].storage.slots.longest >= 100
         assert len(pointers) <= 6
 
 

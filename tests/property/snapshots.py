@@ -5,7 +5,7 @@ import math
 import torch
 
 from tests.support import driving
-from tests.support.storage import HALVES, segments_of
+from tests.support.storage import STATES, segments_of
 
 SCALING = driving.DIM**-0.5  # that of `feed`
 ESTIMATE = "merge.log_estimate"
@@ -30,7 +30,7 @@ class Forward:
 
 def held_by(layer):
     """[row][head] of the columns, keys and values of a layer, copied, pads left out."""
-    heads, names = range(layer.plan.geometry.kv_heads), (*HALVES, *layer.plan.columns)
+    heads, names = range(layer.plan.geometry.kv_heads), (*STATES, *layer.plan.columns)
     held = []
     for row in range(len(layer.num_tokens)):
         columns = {name: segments_of(layer.storage, name, row) for name in names}
@@ -41,7 +41,7 @@ def held_by(layer):
 def nothing(plan, rows):
     """The same for an empty layer."""
     shapes = {name: column.shape for name, column in plan.columns.items()}
-    shapes |= dict.fromkeys(HALVES, (plan.geometry.head_dim,))
+    shapes |= dict.fromkeys(STATES, (plan.geometry.head_dim,))
     one = {name: torch.zeros(0, *shape, dtype=torch.float64) for name, shape in shapes.items()}
     return [[dict(one) for _ in range(plan.geometry.kv_heads)] for _ in range(rows)]
 

@@ -10,7 +10,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from tests.support import driving
 from tests.support.driving import GROUP, HEADS, NAME, WORTH, feed, new_layer, random_entries, worth_plan
-from tests.support.storage import HALVES, segments_of
+from tests.support.storage import STATES, segments_of
 
 ROWS = 4
 
@@ -244,7 +244,7 @@ class LayerMachine(RuleBasedStateMachine):
         assert layer.num_tokens == [row.real for row in self.rows]
         assert layer.compressed == self.evicted
         for place, row in enumerate(self.rows):
-            read = {name: segments_of(layer.storage, name, place) for name in (*HALVES, *self.plan.columns)}
+            read = {name: segments_of(layer.storage, name, place) for name in (*STATES, *self.plan.columns)}
             for head, held in enumerate(row.heads):
                 columns = {name: own[head] for name, own in read.items()}
                 real = (columns[POSITIONS] >= 0).nonzero()[:, 0]

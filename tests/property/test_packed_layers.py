@@ -19,7 +19,7 @@ from tests.support import driving
 from tests.support.decisions import Decisions
 from tests.support.driving import feed, new_layer
 from tests.support.rounding import PROBES, Noise, close, noisy
-from tests.support.storage import segment, stores
+from tests.support.storage import segment
 
 HEADS, GROUP, DIM = 2, 2, 8
 SCALING = driving.DIM**-0.5  # that of `feed`
@@ -157,11 +157,11 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(store, lengths, steps
                 own = feed(layer, *(one[row : row + 1, :, skipped:] for one in new))
             assert torch.allclose(output[row : row + 1, :, skipped:], own, atol=1e-4)
         batch.storage.check_integrity()
-        for store_ in stores(batch.held):
+        for store_ in batch.storage.stores:
             store_.check_integrity()
     for row, layer in enumerate(alone):
         for head in range(HEADS):
-            together = segment(batch.held, POSITIONS, row, head)
+            together = segment(batch.storage, POSITIONS, row, head)
             assert torch.equal(together[together >= 0], segment(layer.storage, POSITIONS, 0, head))
 
 
@@ -252,7 +252,7 @@ def test_a_reader_with_pages_reads_what_attention_would_find_and_keeps_the_rest(
     for count in range(31, 50):
         feed(layer, *entries(generator, 1, 1))
         assert layer.storage.slots.lengths == ((count, count),)
-        assert layer.storage.pages.store.lengths == ((count // 4, count // 4),)
+        assert layer.storage.page_summaries.store.lengths == ((count // 4, count // 4),)
     assert 4 <= layer.stats.read <= 12
 
 
@@ -268,7 +268,7 @@ def test_pages_are_those_of_the_keys_that_are_held(store):
             for head in range(HEADS):
                 keys = segment(layer.storage, "keys", row, head)
                 pages = keys[: keys.shape[0] // 4 * 4].unflatten(0, (-1, 4))
-                low = layer.storage.pages.store.segment("minimum", row, head)
+                low = layer.storage.page_summaries.store.segment("minimum", row, head)
                 # A page is made when it is full, which may be before its keys are packed.
                 assert torch.allclose(low, pages.amin(1), atol=0.3)
                 assert store != "plain" or torch.equal(low, pages.amin(1))
@@ -282,7 +282,7 @@ def test_a_choice_of_all_slots_reads_the_same_as_no_choice(store):
     keys, values, queries = entries(generator, 2, 1)
     layer.update(keys, values)
     batch = QueryBatch(queries, layer.place_tokens(None), padded=False, scaling=SCALING)
-    positions = layer.storage.everything.of(layer.storage.slots, POSITIONS)
+    positions = layer.storage.column(POSITIONS, layer.storage.everything)
     slots = torch.arange(positions.shape[2]).expand(positions.shape)
     chosen = slots.where(positions >= 0, -1)
     whole = attend(layer.storage, batch, pads=layer.padded)

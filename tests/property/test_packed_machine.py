@@ -172,7 +172,7 @@ def test_a_block_behind_what_is_packed_of_any_row_is_read_where_each_row_has_it(
     plan = plan_of(store, "100%")
     layer, generator = new_layer(plan), torch.Generator().manual_seed(0)
     feed(layer, *entries(generator, 2, 40), torch.arange(40) >= torch.tensor([[0], [7]]))
-    positions = layer.storage.everything.of(layer.storage.slots, POSITIONS)
+    positions = layer.storage.column(POSITIONS, layer.storage.everything)
     real = positions >= 0
     for size in (4, 8, 12):
         starts = range(0, positions.shape[2], size)

@@ -8,17 +8,17 @@ from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.storage.kv_tensor import KVTensor
 from kvpolicy.cache.storage.page_summaries import PageSummaries
-from kvpolicy.cache.storage.segmented import Segmented
+from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 
 KIVI = {"use": "kivi", "bits": 4, "group": 4, "residual": 8}
 PAGES = {"use": "pages", "page": 4, "budget": 12, "dense_first": 0}
 NOT_STATE = {  # what a copy has from the attachment, what is counted anew, and what follows from the rest
-    PolicyCache: {"plan", "_config", "origin", "integrity", "_scheduler", "stock_bytes"},
+    PolicyCache: {"plan", "_config", "owner", "integrity", "_scheduler", "stock_bytes"},
     PolicyLayer: {"plan", "scheduler", "integrity", "stats", "changes"},
     RequestSpans: {"protect", "_given", "_labels"},
-    Segmented: {"_base", "_added", "_longest_base", "_average_base", "_starts", "_tables", "_tabled"},
+    SlotStore: {"_base", "_added", "_longest_base", "_average_base", "_starts", "_tables", "_tabled"},
     KVTensor: {"form"},
     PageSummaries: {"form"},
     ObservationWindow: {"_queries", "_positions"},
@@ -69,7 +69,7 @@ def _attributes(value):
 
 
 def _computed(value):
-    if isinstance(value, Segmented):
+    if isinstance(value, SlotStore):
         return [(name, getattr(value, name)) for name in ("lengths", "longest", "average", "nbytes")]
     if isinstance(value, ObservationWindow):
         rows = range(value._positions.shape[0] if value._filled else 0)

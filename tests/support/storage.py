@@ -1,48 +1,38 @@
-"""What a layer holds, read segment by segment, whatever store it is in."""
+"""What a layer holds, read segment by segment, whatever storage it is in."""
 
 from kvpolicy.cache.storage.segment_index import RowSegments
 from kvpolicy.stages import Column
 
-HALVES = ("keys", "values")
+STATES = ("keys", "values")
 
 
-def segment(held, name, row, head):
+def segment(storage, name, row, head):
     """[length, ...]: a column, or the keys or values as attention sees them."""
-    if name in HALVES:
-        return _read(held, name, RowSegments([row]))[0, head, : held.slots.lengths[row][head]]
-    return held.slots.segment(name, row, head)
+    return _read(storage, name, RowSegments([row]))[0, head, : storage.lengths[row][head]]
 
 
-def segments_of(held, name, row):
+def segments_of(storage, name, row):
     """The same of every head of a row."""
-    lengths = held.slots.lengths[row]
-    if name not in HALVES:
-        return [held.slots.segment(name, row, head) for head in range(len(lengths))]
-    read = _read(held, name, RowSegments([row]))[0]
-    return [one[:length] for one, length in zip(read, lengths, strict=True)]
+    read = _read(storage, name, RowSegments([row]))[0]
+    return [slots[:length] for slots, length in zip(read, storage.lengths[row], strict=True)]
 
 
-def padded(held, name):
+def padded(storage, name):
     """[B, K, T, ...] of all rows."""
-    return _read(held, name, RowSegments(range(held.slots.layout.rows)))
+    return _read(storage, name, storage.everything)
 
 
-def _read(held, name, at):
-    positions = at.of(held.slots, "positions")
-    if name in HALVES:
-        return getattr(held, name).read(at, 0, positions.shape[2], positions)
-    return at.of(held.slots, name)
+def _read(storage, name, at):
+    if name not in STATES:
+        return storage.column(name, at)
+    positions = storage.column("positions", at)
+    return getattr(storage, name).read(at, 0, positions.shape[2], positions)
 
 
-def stores(held):
-    """Every store of a layer."""
-    halves = [store for name in HALVES for store in (getattr(held, name).packed, getattr(held, name).residual)]
-    return [held.slots, *halves, held.pages.store]
-
-
-def tensors(held):
-    """Every tensor that a layer holds, by store and name."""
-    return {(place, name): one for place, store in enumerate(stores(held)) for name, one in store.tensors.items()}
+def tensors(storage):
+    """Every tensor of a segmented storage, by store and name."""
+    named = enumerate(storage.stores)
+    return {(place, name): tensor for place, store in named for name, tensor in store.tensors.items()}
 
 
 def bytes_per_slot(plan):

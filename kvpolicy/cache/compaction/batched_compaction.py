@@ -1,111 +1,106 @@
 """Compaction in kernels: all layers of a step in one launch where storages stay, and else a launch a layer."""
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
-from kvpolicy.cache.compaction.write_back import layout_after
-from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import Layout
-from kvpolicy.cache.storage.slot_store import SlotStore
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.compress.kernel_errors import kernel_errors
 from kvpolicy.plan.compress.step import Compressed
-from kvpolicy.plan.plan import POSITIONS, Plan
+from kvpolicy.plan.plan import POSITIONS
 from kvpolicy_kernels import Column, Segments
 
 
-class HasStorage(Protocol):
-    """A layer, as far as its entries go."""
-
-    @property
-    def storage(self) -> LayerStorage:
-        """Its entries."""
-
-    @property
-    def limit(self) -> int:
-        """Slots per KV head beyond which its storage does not grow."""
-
-
 def compact_layers(
-    plan: Plan, layers: Sequence[HasStorage], rows: Sequence[int], results: Sequence[Compressed], *, fills: bool
+    storages: Sequence[SegmentedStorage],
+    limits: Sequence[int],
+    rows: Sequence[int],
+    results: Sequence[Compressed],
+    *,
+    fills: bool,
 ) -> list[bool]:
     """Reduce some rows of the layers to what a compression keeps; says of each layer whether that was done.
 
-    It is not where entries were changed or are packed, and nothing is done then. `fills` as in `CompactionPlan`.
+    It is not where entries were changed or are packed, and nothing is done then: packed entries and pages do not stand
+    where their slots do. `limits` are the slots per KV head beyond which a layer's storage does not grow; `fills` as in
+    `CompactionPlan`.
     """
-    if plan.packs or any(result.entries is not None for result in results):
-        return [False] * len(layers)  # packed entries and pages do not stand where their slots do
-    moves = []
-    for layer, result in zip(layers, results, strict=True):
-        layer.storage.slots.write(rows, result.observed)
-        moves.append(_of_all_rows(layer.storage, rows, result, fills=fills))
-    pairs = list(zip(layers, moves, strict=True))
-    layouts = [layout_after(plan, layer.storage, move, layer.limit) for layer, move in pairs]
-    stay = [layout == layer.storage.slots.layout for layout, layer in zip(layouts, layers, strict=True)]
+    if any(storage.packs for storage in storages) or any(result.entries is not None for result in results):
+        return [False] * len(storages)
+    compactions = []
+    for storage, result in zip(storages, results, strict=True):
+        storage.slots.write(rows, result.observed)
+        compactions.append(_of_all_rows(storage, rows, result, fills=fills))
+    jobs = list(zip(storages, compactions, strict=True))
+    layouts = [
+        storage.layout_after(compaction, limit) for (storage, compaction), limit in zip(jobs, limits, strict=True)
+    ]
+    stay = [layout == storage.slots.layout for layout, storage in zip(layouts, storages, strict=True)]
     if all(stay):
-        return [_within(layers, moves)] * len(layers)
-    each = zip(pairs, layouts, stay, strict=True)
-    return [_within([layer], [move]) if stays else _into(layout, layer, move) for (layer, move), layout, stays in each]
+        return [_compact_in_place(storages, compactions)] * len(storages)
+    return [
+        _compact_in_place([storage], [compaction]) if stays else _compact_into(layout, storage, compaction)
+        for (storage, compaction), layout, stays in zip(jobs, layouts, stay, strict=True)
+    ]
 
 
-def _of_all_rows(storage: LayerStorage, rows: Sequence[int], result: Compressed, *, fills: bool) -> CompactionPlan:
-    """The move that keeps of some rows what is said, and everything of the others."""
-    layout, longest, kept = storage.slots.layout, storage.slots.longest, result.kept
-    if len(rows) == layout.rows:
+def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compressed, *, fills: bool) -> CompactionPlan:
+    """A compaction that keeps of some rows what is said, and everything of the others."""
+    kept = result.kept
+    if len(rows) == storage.rows:
         return CompactionPlan(rows, kept, fills, result.lengths)
-    slots = torch.arange(longest, device=kept.device)
-    lengths = storage.slots.lengths_on_device.view(layout.rows, layout.heads, 1)
+    slots = torch.arange(storage.longest, device=kept.device)
+    lengths = storage.slots.lengths_on_device.view(storage.rows, storage.heads, 1)
     everything = slots.where(slots < lengths, -1)
-    everything[list(rows)] = torch.nn.functional.pad(kept, (0, longest - kept.shape[-1]), value=-1)
-    after = list(storage.slots.lengths)
+    everything[list(rows)] = torch.nn.functional.pad(kept, (0, storage.longest - kept.shape[-1]), value=-1)
+    after = list(storage.lengths)
     for row, counts in zip(rows, result.lengths, strict=True):
         after[row] = counts
-    return CompactionPlan(range(layout.rows), everything, fills, tuple(after))
+    return CompactionPlan(range(storage.rows), everything, fills, tuple(after))
 
 
-def _within(layers: Sequence[HasStorage], moves: Sequence[CompactionPlan]) -> bool:
-    """CompactionPlan entries within their storages, all layers in one launch; False when kernels cannot."""
+def _compact_in_place(storages: Sequence[SegmentedStorage], compactions: Sequence[CompactionPlan]) -> bool:
+    """Move entries within their storages, all layers in one launch; False when kernels cannot."""
     from kvpolicy_kernels.compact import compact
 
-    storage = [layer.storage for layer in layers]
-    ordered = not moves[0].fills
     try:
-        columns = _columns(storage)
+        columns = _columns(storages)
         positions = columns.pop(POSITIONS)
-        compact(_segments(storage), _kept(moves), list(columns.values()), ordered=ordered, positions=positions)
+        ordered = not compactions[0].fills
+        compact(_segments(storages), _kept(compactions), list(columns.values()), ordered=ordered, positions=positions)
     except kernel_errors():
         return False
-    for one, move in zip(storage, moves, strict=True):
-        for store in _stores(one):
-            store.adopt(store.tensors, store.layout, move.lengths)
+    for storage, compaction in zip(storages, compactions, strict=True):
+        for store in storage.plain_stores:
+            store.adopt(store.tensors, store.layout, compaction.lengths)
     return True
 
 
-def _into(layout: Layout, layer: HasStorage, move: CompactionPlan) -> bool:
-    """Copy the entries of a layer into storages of another size, or of heads of other sizes, in one launch."""
+def _compact_into(layout: Layout, storage: SegmentedStorage, compaction: CompactionPlan) -> bool:
+    """Copy the entries of a layer into tensors of another size, or of heads of other sizes, in one launch."""
     from kvpolicy_kernels.compact import compact_to
 
-    storage = layer.storage
-    stores, segments = list(_stores(storage)), _segments([storage])
+    stores, segments = storage.plain_stores, _segments([storage])
     fresh = [store.allocate(layout) for store in stores]
     tensors = {name: tensor for columns in fresh for name, tensor in columns.items()}
     starts = layout.offsets_on(segments.starts.device).flatten()
     after = Segments(starts, segments.lengths, 1, layout.rows, layout.heads, segments.longest)
     try:
-        targets = [_column([tensors[name]]) for name in _names(storage)]
-        compact_to(segments, _kept([move]), list(_columns([storage]).values()), after, targets)
+        columns = _columns([storage])
+        targets = [_column([tensors[name]]) for name in columns]
+        compact_to(segments, _kept([compaction]), list(columns.values()), after, targets)
     except kernel_errors():
         return False
-    for store, columns in zip(stores, fresh, strict=True):
-        store.adopt(columns, layout, move.lengths)
+    for store, columns_after in zip(stores, fresh, strict=True):
+        store.adopt(columns_after, layout, compaction.lengths)
     return True
 
 
-def _segments(storage: Sequence[LayerStorage]) -> Segments:
-    stores = [one.slots for one in storage]
+def _segments(storages: Sequence[SegmentedStorage]) -> Segments:
+    stores = [storage.slots for storage in storages]
     return Segments(
         starts=torch.cat([store.starts for store in stores]),
         lengths=torch.cat([store.lengths_on_device for store in stores]),
@@ -116,29 +111,22 @@ def _segments(storage: Sequence[LayerStorage]) -> Segments:
     )
 
 
-def _kept(moves: Sequence[CompactionPlan]) -> Tensor:
+def _kept(compactions: Sequence[CompactionPlan]) -> Tensor:
     """[P, N] int32, N the largest number that any head of any layer keeps."""
-    width = max(move.kept.shape[-1] for move in moves)
-    kept = [torch.nn.functional.pad(move.kept, (0, width - move.kept.shape[-1]), value=-1) for move in moves]
+    width = max(compaction.kept.shape[-1] for compaction in compactions)
+    kept = [torch.nn.functional.pad(each.kept, (0, width - each.kept.shape[-1]), value=-1) for each in compactions]
     return torch.cat(kept).flatten(0, 1).int()
 
 
-def _columns(storage: Sequence[LayerStorage]) -> dict[str, Column]:
-    return {name: _column([_tensor(one, name) for one in storage]) for name in _names(storage[0])}
+def _columns(storages: Sequence[SegmentedStorage]) -> dict[str, Column]:
+    """Every column of the slots, keys and values among them, over all layers."""
+    tensors = [
+        {name: tensor for store in storage.plain_stores for name, tensor in store.tensors.items()}
+        for storage in storages
+    ]
+    return {name: _column([columns[name] for columns in tensors]) for name in tensors[0]}
 
 
-def _stores(storage: LayerStorage) -> Iterator[SlotStore]:
-    yield from (storage.keys.residual, storage.values.residual, storage.slots)
-
-
-def _names(storage: LayerStorage) -> list[str]:
-    return [name for store in _stores(storage) for name in store.columns]
-
-
-def _tensor(storage: LayerStorage, name: str) -> Tensor:
-    return next(store.tensors[name] for store in _stores(storage) if name in store.columns)
-
-
-def _column(storages: Sequence[Tensor]) -> Column:
-    """Flat storages [slots, ...], one a layer."""
-    return Column.of([storage[None, None] for storage in storages])
+def _column(flat: Sequence[Tensor]) -> Column:
+    """Flat tensors [slots, ...], one a layer."""
+    return Column.of([tensor[None, None] for tensor in flat])

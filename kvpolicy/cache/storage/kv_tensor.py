@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below, counts_of
+from kvpolicy.cache.storage.layer_storage import KVReader
 from kvpolicy.cache.storage.layout import Layout, PerSegment, per_segment
 from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex
 from kvpolicy.cache.storage.slot_store import SlotStore
@@ -29,7 +30,7 @@ class PackedEntries:
     packed_lengths: PerSegment  # entries [rows][K] of which the columns count
 
 
-class KVTensor:
+class KVTensor(KVReader):
     """Two stores, one behind the other: `packed`, in groups of the format, and `residual`.
 
     Slots count through both. Once `pack` has been called, how many are packed follows from the length of a segment
@@ -72,10 +73,10 @@ class KVTensor:
 
         What is not packed is a view.
         """
-        residual = at.of(self.residual, self.name)
+        residual = self.residual.block(self.name, at)
         if self.is_plain:
             return residual[:, :, start:stop]
-        packed_lengths = at.table(self.packed_lengths)
+        packed_lengths = at.counts(self.packed_lengths)
         longest = max(map(max, packed_lengths))
         if all(count == longest for row in packed_lengths for count in row):
             parts = [self._decoded(at, start, min(stop, longest), positions)] if start < longest else []
@@ -93,13 +94,13 @@ class KVTensor:
     def _decoded(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
         """Packed slots of the block; those that a shorter segment does not have hold anything finite."""
         units = slice(start // self.form.group_size, -(-stop // self.form.group_size))
-        columns = {name: at.of(self.packed, name)[:, :, units] for name in self.form.columns}
+        columns = {name: self.packed.block(name, at)[:, :, units] for name in self.form.columns}
         return self.form.decode(columns, positions[:, :, start:stop])
 
     def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
         """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their units only. `positions` [b, k, T]."""
-        residual = at.of(self.residual, self.name)
-        packed_lengths = at.table(self.packed_lengths)
+        residual = self.residual.block(self.name, at)
+        packed_lengths = at.counts(self.packed_lengths)
         if not any(map(any, packed_lengths)):
             return take(residual, slots)
         first = torch.tensor(packed_lengths, device=slots.device)[..., None]
@@ -110,7 +111,7 @@ class KVTensor:
         unit, joint = self.form.group_size, self.form.joint
         wanted = slots.flatten(1)[:, None] if joint else slots
         units, place = _distinct(wanted // unit)
-        columns = {name: take(at.of(self.packed, name), units) for name in self.form.columns}
+        columns = {name: take(self.packed.block(name, at), units) for name in self.form.columns}
         inside = (units[..., None] * unit + torch.arange(unit, device=slots.device)).flatten(2)
         inside = inside.clamp(max=positions.shape[2] - 1).expand(-1, positions.shape[1], -1)
         decoded = self.form.decode(columns, take(positions, inside))
@@ -216,7 +217,7 @@ class KVTensor:
         if self.is_plain:
             self.residual.keep(move, self._residual_layout(layout, self._residual_lengths(move.rows, move.lengths)))
             return
-        packed_lengths = RowSegments(move.rows).table(self.packed_lengths)
+        packed_lengths = RowSegments(move.rows).counts(self.packed_lengths)
         left = _less(move.lengths, packed_lengths)
         first = torch.tensor(packed_lengths, device=move.kept.device)[..., None]
         places = take(move.kept, _following(packed_lengths, left, move.kept)) - first
@@ -242,7 +243,7 @@ class KVTensor:
         """Per new unit, whether it is an old one, bool [rows, K or 1, units], and which."""
         unit = self.form.group_size
         slots = kept.unflatten(2, (-1, unit))
-        packed_lengths = torch.tensor(RowSegments(rows).table(self.packed_lengths), device=kept.device)[..., None]
+        packed_lengths = torch.tensor(RowSegments(rows).counts(self.packed_lengths), device=kept.device)[..., None]
         follow = slots == slots[..., :1] + torch.arange(unit, device=kept.device)
         stay = follow.all(-1) & (slots[..., 0] % unit == 0) & (slots[..., 0] >= 0) & (slots[..., -1] < packed_lengths)
         if changed is not None:

@@ -1,6 +1,10 @@
-"""All that one layer holds: what a slot carries, and the keys and values that stand in it."""
+"""What a layer's cache, attention and the compression step need of the place where entries are held.
 
-import copy
+Each method states its effect. Nothing here says how slots are laid out: `SegmentedStorage` has a segment of one flat
+tensor for every (row, KV head); a serving engine has pages of a pool that all requests share.
+"""
+
+import abc
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -8,46 +12,124 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
-from kvpolicy.cache.state_contents import Contents, Described, below
-from kvpolicy.cache.storage.kv_tensor import KVTensor
-from kvpolicy.cache.storage.layout import Layout
-from kvpolicy.cache.storage.page_summaries import PageSummaries
-from kvpolicy.cache.storage.segment_index import RowSegments
-from kvpolicy.cache.storage.slot_store import SlotStore
-from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
-from kvpolicy.stages import Entries
-from kvpolicy.stages.slots import gather
-
-_PARTS = ("slots", "keys", "values", "pages")
+from kvpolicy.cache.state_contents import Contents, Described
+from kvpolicy.cache.storage.layout import PerSegment
+from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex
+from kvpolicy.plan.plan import POSITIONS
+from kvpolicy.stages import Column, Entries, Format
 
 
-class LayerStorage:
-    """The store of what every slot carries, the halves of the entries, and the reader's pages; one slot numbering."""
+class KVReader(abc.ABC):
+    """The keys or the values of a layer, read by slot. Reading has no effect."""
 
-    def __init__(self, plan: Plan, ordinal: int, rows: int, device: torch.device) -> None:
-        geometry, forms = plan.geometry, plan.formats[ordinal]
-        self.slots = SlotStore(plan.columns, rows, geometry.kv_heads, device)
-        self.keys = KVTensor("keys", forms.keys, geometry, plan.dtype, rows, device)
-        self.values = KVTensor("values", forms.values, geometry, plan.dtype, rows, device)
-        self.pages = PageSummaries(plan.page_formats[ordinal], rows, geometry.kv_heads, device)
+    form: Format
 
     @property
+    @abc.abstractmethod
+    def is_plain(self) -> bool:
+        """Whether nothing is packed."""
+
+    @property
+    @abc.abstractmethod
+    def packed_lengths(self) -> PerSegment:
+        """How many of the oldest entries are packed, [B][K]."""
+
+    @abc.abstractmethod
+    def read(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
+        """Slots `start` (a multiple of the group size) to `stop` as [b, k, n, D]; `positions` [b, k, T] of all slots.
+
+        Slots behind the entries of a segment hold finite numbers.
+        """
+
+    @abc.abstractmethod
+    def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
+        """The slots [b, k, n], all existing, as [b, k, n, D]; `positions` [b, k, T] of all slots."""
+
+
+class LayerStorage(abc.ABC):
+    """The entries of one layer: B rows of K KV heads, each with as many slots as it has entries.
+
+    A slot carries a key, a value, and one item of every column (`POSITIONS`, votes, state of plugins). Entries of a
+    head stand in slots 0 to its length - 1, and in ascending order of position unless a compaction `fills`.
+    """
+
+    device: torch.device
+    columns: Mapping[str, Column]
+    keys: KVReader
+    values: KVReader
+
+    # -- what is held, without effect --------------------------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """B."""
+
+    @property
+    @abc.abstractmethod
+    def heads(self) -> int:
+        """K."""
+
+    @property
+    @abc.abstractmethod
+    def lengths(self) -> PerSegment:
+        """Entries [B][K], known to the host."""
+
+    @property
+    @abc.abstractmethod
+    def capacities(self) -> PerSegment:
+        """Entries for which there is room [B][K], without further storage."""
+
+    @property
+    @abc.abstractmethod
+    def longest(self) -> int:
+        """The largest of the lengths."""
+
+    @property
+    @abc.abstractmethod
+    def average(self) -> float:
+        """The mean of the lengths."""
+
+    @property
+    @abc.abstractmethod
+    def is_even(self) -> bool:
+        """Whether all lengths are the same."""
+
+    @property
+    @abc.abstractmethod
+    def is_block(self) -> bool:
+        """Whether all segments can be read as one block of columns [B, K, T, ...], the shorter ones padded."""
+
+    @abc.abstractmethod
+    def column(self, name: str, at: SegmentIndex) -> Tensor:
+        """A column as [b, k, T, ...], T the longest length of the block; behind a segment's length positions are -1.
+
+        May be a view or a copy: it is written to by `write_column` alone.
+        """
+
+    @property
+    def packed_keys(self) -> Mapping[str, Tensor]:
+        """Columns of the packed keys of all rows, [B, K or 1, groups, ...]; none where nothing is ever packed."""
+        return {}
+
+    @property
+    def pages(self) -> Mapping[str, Tensor]:
+        """What the reader keeps about each complete page of keys, [B, K, pages, ...]; none where it keeps nothing."""
+        return {}
+
+    @property
+    @abc.abstractmethod
     def nbytes(self) -> int:
         """Bytes of all storages, as allocated."""
-        return self.slots.nbytes + self.keys.nbytes + self.values.nbytes + self.pages.nbytes
 
     @property
-    def index_tensors(self) -> list[Tensor]:
-        """Where segments begin and how long they are, as far as a device has been told."""
-        stores = (
-            self.slots,
-            self.keys.packed,
-            self.keys.residual,
-            self.values.packed,
-            self.values.residual,
-            self.pages.store,
-        )
-        return [tensor for store in stores for tensor in store.index_tensors]
+    def index_tensors(self) -> Sequence[Tensor]:
+        """Tensors that say where slots are, as far as a device has been told."""
+        return ()
+
+    @abc.abstractmethod
+    def check_integrity(self) -> None:
+        """Raise CacheError unless all parts agree on what is held."""
 
     @property
     def is_plain(self) -> bool:
@@ -57,99 +139,78 @@ class LayerStorage:
     @property
     def everything(self) -> RowSegments:
         """All rows."""
-        return RowSegments(range(self.slots.layout.rows))
+        return RowSegments(range(self.rows))
 
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, K, T, D], without a copy; nothing may be packed yet, and heads must be alike."""
-        return self.keys.residual.dense(self.keys.name), self.values.residual.dense(self.values.name)
+    def positions(self, row: int, head: int) -> Tensor:
+        """Positions [length] of a head's entries."""
+        return self.column(POSITIONS, RowSegments([row]))[0, head, : self.lengths[row][head]]
 
+    def all_states(self) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, K, T, D]; nothing may be packed yet, and lengths must be even."""
+        positions = self.column(POSITIONS, self.everything)
+        count = positions.shape[2]
+        keys, values = (part.read(self.everything, 0, count, positions) for part in (self.keys, self.values))
+        return keys, values
+
+    # -- effects on all rows -----------------------------------------------------------------------------------
+
+    @abc.abstractmethod
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> None:
-        """Add [B, K, q, D] and positions [B, K, q] behind all segments; the other columns get their fill."""
-        self.keys.append(keys, limit)
-        self.values.append(values, limit)
-        self.slots.append({POSITIONS: positions}, limit)
+        """Add [B, K, q, D] and positions [B, K, q] behind all segments; the other columns get their fill.
 
-    def pack(self, limit: int) -> bool:
-        """Pack what is due and complete pages; False when there was nothing to do."""
-        paged = self.pages.complete(self.keys, self.slots, limit)
-        keys = self.keys.pack(self.slots, POSITIONS, limit)
-        return self.values.pack(self.slots, POSITIONS, limit) or keys or paged
-
-    def replace(
-        self,
-        move: CompactionPlan,
-        entries: Entries,
-        fresh: Mapping[str, Tensor],
-        layout: Layout,
-    ) -> None:
-        """Give the rows of a move `entries`, which stood in the slots that it keeps, and pack what is due.
-
-        `fresh` are new values of columns; the others move with their entries.
+        Storage need not grow beyond `limit` slots a head, unless the entries need it.
         """
-        rows, kept, lengths = move.rows, move.kept, move.lengths
-        if entries.log_votes is not None:
-            fresh = {**fresh, LOG_VOTES: entries.log_votes}
-        moved = {name: gather(self.slots.padded(name, rows), kept) for name in self.slots.columns if name not in fresh}
-        columns = {**moved, **fresh}
-        halves = ((self.keys, entries.keys), (self.values, entries.values))
-        keys, values = (
-            half.packing(rows, kept, vectors, columns[POSITIONS], entries.changed, lengths) for half, vectors in halves
-        )
-        pages = self.pages.summary(entries.keys, columns[POSITIONS])
-        self.keys.replace(rows, keys, entries.keys, lengths, layout)
-        self.values.replace(rows, values, entries.values, lengths, layout)
-        self.pages.replace(rows, pages, lengths, layout)
-        self.slots.replace(rows, columns, lengths, layout)
 
-    def evict(self, move: CompactionPlan, layout: Layout) -> None:
-        """Reduce some rows to the slots that a move keeps, entries as they are."""
-        if not self._packs:
-            self.keep(move, layout)
-            return
-        positions = self.slots.padded(POSITIONS, move.rows)
-        at, gone = RowSegments(move.rows), (move.kept < 0)[..., None]
-        keys, values = (
-            half.pick(at, move.kept.clamp(min=0), positions).masked_fill(gone, 0) for half in (self.keys, self.values)
-        )
-        self.replace(move, Entries(keys, values), {}, layout)
+    @abc.abstractmethod
+    def replace_newest_positions(self, positions: Tensor) -> None:
+        """Give the newest q slots of every segment other positions, [B, K, q]; -1 marks a pad."""
 
-    @property
-    def _packs(self) -> bool:
-        """Whether anything is ever held that is made of several entries."""
-        return bool(self.keys.form.columns or self.values.form.columns or self.pages.form)
-
-    def keep(self, move: CompactionPlan, layout: Layout) -> None:
-        """Reduce some rows to the slots that a move keeps, among them all that are packed; nothing else changes."""
-        self.keys.keep(move, layout)
-        self.values.keep(move, layout)
-        self.slots.keep(move, layout)
-
+    @abc.abstractmethod
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment, none of which may be packed."""
-        self.keys.truncate(count)
-        self.values.truncate(count)
-        self.slots.truncate(count)
 
+    @abc.abstractmethod
+    def pack(self, limit: int) -> bool:
+        """Pack what is due and complete pages; False when there was nothing to do."""
+
+    @abc.abstractmethod
+    def sort_by_position(self) -> None:
+        """Let the entries of every segment stand in ascending order of position; none may be packed."""
+
+    # -- effects on some rows ----------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def write_column(self, name: str, at: SegmentIndex, values: Tensor) -> None:
+        """Overwrite a column of a block of segments by [b, k, n, ...]: its first n slots, which are all that are read.
+
+        Items behind the entries of a segment are ignored.
+        """
+
+    @abc.abstractmethod
+    def evict(self, compaction: CompactionPlan, limit: int) -> None:
+        """Reduce some rows to the slots that are kept, entries as they are; then pack what is due."""
+
+    @abc.abstractmethod
+    def replace(self, compaction: CompactionPlan, entries: Entries, fresh: Mapping[str, Tensor], limit: int) -> None:
+        """Give some rows `entries`, which stood in the slots that are kept, and pack what is due.
+
+        `fresh` are new values of columns [rows, K, N]; the others move with their entries.
+        """
+
+    @abc.abstractmethod
+    def drop_pads(self, limit: int) -> None:
+        """Drop every slot whose position is -1, none of which may be packed."""
+
+    # -- copies ------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
     def selected(self, rows: Sequence[int]) -> Self:
-        """The entries of the rows named, in that order, in storages of their own."""
-        other = copy.copy(self)
-        for name in _PARTS:
-            setattr(other, name, getattr(self, name).selected(rows))
-        return other
+        """The entries of the rows named, in that order, in a storage of its own; a row may be named more than once."""
 
+    @abc.abstractmethod
     def describe(self) -> Described:
-        """The state of all stores."""
-        for name in _PARTS:
-            yield from below(name, getattr(self, name).describe())
+        """Its state, as named tensors and numbers."""
 
+    @abc.abstractmethod
     def restore(self, contents: Contents) -> None:
         """Take the state that is written there; there are as many rows, and nothing in them."""
-        for name in _PARTS:
-            getattr(self, name).restore(contents.below(name))
-
-    def check_integrity(self) -> None:
-        """Raise CacheError unless all parts agree on what is held."""
-        self.slots.check_integrity()
-        self.keys.check_integrity(self.slots.lengths)
-        self.values.check_integrity(self.slots.lengths)
-        self.pages.check_integrity(self.slots.lengths)

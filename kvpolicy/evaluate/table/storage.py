@@ -39,7 +39,7 @@ def storage_of(layers: Sequence[PolicyLayer]) -> Storage:
     plan = layers[0].plan
     geometry = plan.geometry
     rows = len(layers[0].num_tokens)
-    slots = sum(layer.storage.slots.layout.slots for layer in layers) / rows / geometry.kv_heads
+    slots = sum(sum(map(sum, layer.storage.capacities)) for layer in layers) / rows / geometry.kv_heads
     number = 2 * geometry.head_dim * plan.dtype.itemsize
     return Storage(
         measured=sum(layer.storage.nbytes for layer in layers) / rows,
@@ -53,5 +53,5 @@ def storage_of(layers: Sequence[PolicyLayer]) -> Storage:
 def _formula(plan: Plan, ordinal: int, layer: PolicyLayer) -> float:
     """Heads that hold different numbers of entries each count with their own."""
     heads = plan.geometry.kv_heads
-    capacities = (size for row in layer.storage.slots.layout.capacity for size in row)
+    capacities = (size for row in layer.storage.capacities for size in row)
     return sum(plan.footprint.layer_bytes(ordinal, size) / heads for size in capacities)

@@ -90,7 +90,7 @@ def _traced(layer: PolicyLayer) -> Traced:
     queries, _ = layer.window.last(range(len(layer.num_tokens)))
     if queries is None:
         raise EvaluationError("a layer that saw no queries has nothing to replay")
-    return Traced(queries, *layer.storage.stored(), layer.scaling)
+    return Traced(queries, *layer.storage.all_states(), layer.scaling)
 
 
 @torch.inference_mode()

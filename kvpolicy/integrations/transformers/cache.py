@@ -10,10 +10,12 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy.cache.integrity import Integrity
+from kvpolicy.cache.layer_state import NewStorage
 from kvpolicy.cache.regions import Regions
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.cache.stats import LayerStats
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.errors import CacheError, shown
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer, require_batch
 from kvpolicy.integrations.transformers.cache_owner import CacheOwner
@@ -35,16 +37,23 @@ class PolicyCache(DynamicCache):
 
     owner: CacheOwner | None = None  # of the attachment that it was made for
 
-    def __init__(self, plan: Plan, config: PretrainedConfig, regions: Regions | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        config: PretrainedConfig,
+        regions: Regions | None = None,
+        new_storage: NewStorage = SegmentedStorage,
+    ) -> None:
+        """`new_storage` makes the place where the entries of a managed layer are held."""
         super().__init__(config=config)
         self.plan = plan
-        self._config = config
+        self._config, self._new_storage = config, new_storage
         self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
         self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all)
         self.spans = RequestSpans(plan.spec.protect, regions)
         for ordinal, layer in enumerate(plan.geometry.managed):
-            self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans)
+            self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans, new_storage)
 
     @property
     def managed(self) -> list[PolicyLayer]:
@@ -232,7 +241,9 @@ class PolicyCache(DynamicCache):
         chosen = list(range(self.rows)) if rows is None else _require_listed(rows)
         require_rows(self.rows, chosen)
         regions = self.spans.regions
-        other = PolicyCache(self.plan, self._config, None if regions is None else regions.select(chosen))
+        other = PolicyCache(
+            self.plan, self._config, None if regions is None else regions.select(chosen), self._new_storage
+        )
         other.spans.go_on_as(self.spans, chosen)
         for layer, fresh in zip(self.managed, other.managed, strict=True):
             layer.take_back_storage()

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from kvpolicy.attention.attend import attend, observe_only
 from kvpolicy.attention.read_request import chosen_by, read_request
-from kvpolicy.cache.compaction.write_back import build_view, drop_pads, write_back
+from kvpolicy.cache.compaction.write_back import build_view, write_back
 from kvpolicy.cache.integrity import Integrity
-from kvpolicy.cache.layer_state import LayerState
+from kvpolicy.cache.layer_state import LayerState, NewStorage
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.cache.recording import RecordedTokens, Recording
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.cache.stats import LayerStats
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.storage.storage_bytes import bytes_of
 from kvpolicy.cache.trigger import entries_allowed
 from kvpolicy.errors import CacheError, UnsupportedCallError, UnsupportedModelError
@@ -24,7 +25,7 @@ from kvpolicy.integrations.transformers.lending import TransferableLayer
 from kvpolicy.integrations.transformers.logical_layer import require_rows
 from kvpolicy.integrations.transformers.torch_modes import exactly, taking_states
 from kvpolicy.plan.compress.step import Compressed
-from kvpolicy.plan.plan import POSITIONS, Plan
+from kvpolicy.plan.plan import Plan
 from kvpolicy.stages import View
 
 _NOWHERE = torch.empty(0, dtype=torch.int32)  # positions, where none is waited for
@@ -45,11 +46,16 @@ class PolicyLayer(TransferableLayer):
         scheduler: CompressionScheduler | None = None,
         integrity: Integrity | None = None,
         spans: RequestSpans | None = None,
+        new_storage: NewStorage = SegmentedStorage,
     ) -> None:
-        """`scheduler`, `integrity` and `spans` are those of the cache; without them the layer is a cache by itself."""
+        """`scheduler`, `integrity` and `spans` are those of the cache; without them the layer is a cache by itself.
+
+        `new_storage` makes the place where entries are held.
+        """
         super().__init__()
         self.plan = plan
         self.ordinal = ordinal
+        self._new_storage = new_storage
         self.scheduler = scheduler or CompressionScheduler(plan, waits=False)
         self.stats = LayerStats(plan.geometry.managed[ordinal])
         self.integrity = integrity or Integrity([self.stats.layer])
@@ -68,7 +74,7 @@ class PolicyLayer(TransferableLayer):
         """Do what `reset` does, as part of a change of the whole cache."""
         self.take_back_storage()
         self.is_initialized = False
-        self.state = LayerState.empty(self.plan, self.ordinal, 0, self.plan.device)
+        self.state = self.new_state(0)
         self._num_new = 0  # tokens appended whose attention has not run yet
         self._places = _NOWHERE  # and their positions, [B, q]
         self.recording = Recording()  # what a rollback may still undo
@@ -82,9 +88,13 @@ class PolicyLayer(TransferableLayer):
         """Make an empty store. Raises UnsupportedModelError when the entries do not have the planned shape."""
         self._require_shape(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
-        empty = LayerState.empty(self.plan, self.ordinal, key_states.shape[0], self.device)
+        empty = self.new_state(key_states.shape[0])
         empty.record_past, empty.expects_prompt = self.record_past, self.expects_prompt
         self.state, self.is_initialized = empty, True
+
+    def new_state(self, rows: int) -> LayerState:
+        """That of a layer like this one, before any token."""
+        return LayerState.empty(self.plan, self.ordinal, rows, self.plan.device, self._new_storage)
 
     def _require_shape(self, key_states: Tensor, value_states: Tensor) -> None:
         geometry, dtype = self.plan.geometry, self.plan.dtype
@@ -121,7 +131,7 @@ class PolicyLayer(TransferableLayer):
         self._places = self.scheduler.positions(self.num_tokens, self._num_new, self.device)
         self.storage.append(key_states, value_states, self._spread(self._places), limit)
         self._new = (key_states, value_states) if self.record_past else None
-        keys, values = (key_states, value_states) if self.compressed else self.storage.stored()
+        keys, values = (key_states, value_states) if self.compressed else self.storage.all_states()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
         return keys, values
@@ -142,7 +152,7 @@ class PolicyLayer(TransferableLayer):
         if new_tokens is not None and new_tokens.padded:
             places = torch.tensor(self.num_tokens, device=self.device)[:, None] + new_tokens.valid.cumsum(1) - 1
             self._places = places.masked_fill(~new_tokens.valid, -1).to(torch.int32)
-            self.storage.slots.overwrite_newest(POSITIONS, self._spread(self._places))
+            self.storage.replace_newest_positions(self._spread(self._places))
             self.padded, counts = True, new_tokens.counts
         self.num_tokens = [num_tokens + count for num_tokens, count in zip(self.num_tokens, counts, strict=True)]
         self._num_new = 0
@@ -180,7 +190,7 @@ class PolicyLayer(TransferableLayer):
     def _note_reading(self, batch: QueryBatch, slots: Tensor | None) -> None:
         if batch.queries.shape[2] == 1:
             chosen = None if slots is None else float((slots >= 0).sum()) / max(1, slots.shape[0] * slots.shape[1])
-            self.stats.read_by_step(self.storage.slots.average if chosen is None else chosen)
+            self.stats.read_by_step(self.storage.average if chosen is None else chosen)
 
     def _spread(self, positions: Tensor) -> Tensor:
         return positions[:, None].expand(-1, self.plan.geometry.kv_heads, -1)
@@ -239,7 +249,7 @@ class PolicyLayer(TransferableLayer):
     def close_gaps(self) -> None:
         """Drop the pads, which leave gaps between entries."""
         if self.padded:
-            drop_pads(self.plan, self.storage, self.limit)
+            self.storage.drop_pads(self.limit)
             self.padded, self.compressed, self.rollback_limit = False, True, self.seq_len
             self._sample()
 
@@ -273,7 +283,7 @@ class PolicyLayer(TransferableLayer):
         # Until the first eviction a row holds all its real tokens, whatever the pads beside them.
         heads = self.plan.geometry.kv_heads
         return (
-            [sum(row) for row in self.storage.slots.lengths]
+            [sum(row) for row in self.storage.lengths]
             if self.compressed
             else [num_tokens * heads for num_tokens in self.num_tokens]
         )
@@ -315,7 +325,7 @@ class PolicyLayer(TransferableLayer):
     def apply(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
         """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
         if not moved:
-            write_back(self.plan, self.storage, rows, result, self.limit, fills=fills)
+            write_back(self.storage, rows, result, self.limit, fills=fills)
         for name, values in result.row_state.items():
             self.row_state[name][list(rows)] = values
         self.in_order, self.compressed, self.rollback_limit = self.in_order and not fills, True, self.seq_len
@@ -336,7 +346,7 @@ class PolicyLayer(TransferableLayer):
         beside = [*index, *self.row_state.values(), *self.recording.tensors]
         if self.ordinal == 0:
             beside += self.spans.tensors  # which are there for all layers
-        average = self.stats.held if self._take_back else self._storage.slots.average
+        average = self.stats.held if self._take_back else self._storage.average
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.sample(self.seq_len, average, self._storage.nbytes, self.window.nbytes, state)
 
@@ -455,7 +465,7 @@ class PolicyLayer(TransferableLayer):
     def restore(self, saved: LayerState) -> None:
         """Go on with such a copy, of this layer or of one like it, which must not be used again."""
         self.state, self.is_initialized = saved, saved.rows > 0
-        self.dtype, self.device = self.plan.dtype, saved.storage.slots.device
+        self.dtype, self.device = self.plan.dtype, saved.storage.device
         self.stats.compressions = saved.compressions
 
     def drop(self, count: int) -> None:
@@ -463,12 +473,12 @@ class PolicyLayer(TransferableLayer):
         if not count:
             return
         for row, num_tokens in enumerate(self.num_tokens):
-            newest = self.storage.slots.segment(POSITIONS, row, 0)[-count:]
+            newest = self.storage.positions(row, 0)[-count:]
             self.num_tokens[row] = num_tokens - int((newest >= 0).sum())
         self.storage.truncate(count)
         self.seq_len -= count
         if self.padded:  # pads stand in all heads of their row
-            first = [self.storage.slots.segment(POSITIONS, row, 0) for row in range(len(self.num_tokens))]
+            first = [self.storage.positions(row, 0) for row in range(len(self.num_tokens))]
             self.padded = any(bool((positions < 0).any()) for positions in first)
 
     def select_rows(self, rows: Sequence[int]) -> None:

@@ -52,7 +52,7 @@ def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterat
         model(tokens.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for layer in cache.managed:
         queries, _ = layer.window.last(range(tokens.shape[0]))
-        keys, values = layer.storage.stored()
+        keys, values = layer.storage.all_states()
         if queries is not None:
             yield Sample(geometry, layer.scaling, rotary, queries, keys, values)
 

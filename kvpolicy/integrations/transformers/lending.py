@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.cache.compaction.write_back import sort_by_position
 from kvpolicy.cache.integrity import Integrity
 from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.recording import Recording
 from kvpolicy.cache.stats import LayerStats
 from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
+from kvpolicy.errors import CacheError
 from kvpolicy.integrations.transformers.stateful import StatefulLayer
 
 
@@ -41,17 +42,32 @@ class TransferableLayer(StatefulLayer):
     @property
     def can_hand_over(self) -> bool:
         """Whether a decode step may be served elsewhere: nothing is pending that would have to be known there."""
-        return self.is_initialized and self.integrity.is_whole and not self.record_past and self.recording.is_empty
+        pending = self.record_past or not self.recording.is_empty
+        return (
+            self.is_initialized
+            and self.integrity.is_whole
+            and not pending
+            and isinstance(self._storage, SegmentedStorage)
+        )
 
-    def hand_over(self, take_back_storage: Callable[[], None]) -> LayerStorage:
+    def hand_over(self, take_back_storage: Callable[[], None]) -> SegmentedStorage:
         """The entries in order, without pads, for decode steps that run elsewhere until they are taken back."""
-        storage = self.storage
+        storage = self.segmented
         self.close_gaps()
         if not self.in_order:
-            sort_by_position(storage)
+            storage.sort_by_position()
             self.in_order = True
         self._take_back = take_back_storage
         return storage
+
+    @property
+    def segmented(self) -> SegmentedStorage:
+        """The entries, where steps of fixed shapes can be served from them. Raises CacheError where they cannot."""
+        if not isinstance(self.storage, SegmentedStorage):
+            raise CacheError(
+                f"layer {self.stats.layer}: steps of fixed shapes need entries in segments of flat tensors"
+            )
+        return self.storage
 
     def take_back_storage(self) -> None:
         """Have the entries back."""

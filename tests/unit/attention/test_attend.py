@@ -7,8 +7,8 @@ import torch
 from kvpolicy.attention.attend import attend, observe_only
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.query_batch import QueryBatch
-from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import Layout
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages import Column, Entries
@@ -45,7 +45,7 @@ def stored(lengths, count, dtype=torch.float32, *, votes=False, pads=0):
     even = len({length for heads in lengths for length in heads}) == 1 or all(len(set(heads)) == 1 for heads in lengths)
     size = longest + count
     layout = Layout.even(rows, HEADS, size) if even else Layout(tuple(tuple(n + count for n in ns) for ns in lengths))
-    held = LayerStorage(plan, 0, rows, torch.device("cpu"))
+    held = SegmentedStorage(plan, 0, rows, torch.device("cpu"))
     kept = (
         torch.arange(longest)
         .expand(rows, HEADS, -1)

@@ -100,7 +100,7 @@ def test_compaction_moves_what_the_policy_chose(scripted, monkeypatch):
 
     assert set(case.samples) == {OURS, AGAIN, GATHER}
     assert case.shape["kept"] == 40
-    assert [one.managed[0].held.slots.average for one in moved] == [64.0] + [40.0] * 6  # the first is the one shown
+    assert [one.managed[0].storage.slots.average for one in moved] == [64.0] + [40.0] * 6  # the first is the one shown
 
 
 def test_attention_is_over_what_is_left_and_compared_with_the_library(scripted, left_out, monkeypatch):

@@ -66,10 +66,10 @@ def test_the_life_was_varied():
 
 PARTS = {
     "a layer": lambda cache: cache.managed[0],
-    "the entries": lambda cache: cache.managed[0].held,
-    "keys": lambda cache: cache.managed[0].held.keys,
-    "a store": lambda cache: cache.managed[0].held.slots,
-    "pages": lambda cache: cache.managed[0].held.pages,
+    "the entries": lambda cache: cache.managed[0].storage,
+    "keys": lambda cache: cache.managed[0].storage.keys,
+    "a store": lambda cache: cache.managed[0].storage.slots,
+    "pages": lambda cache: cache.managed[0].storage.page_summaries,
     "a window": lambda cache: cache.managed[0].window,
     "a stock layer": lambda cache: cache.layers[0],
 }

@@ -119,7 +119,7 @@ def test_peak_counts_the_layer_that_is_being_compressed(tiny, policies):
     fitted = fit(policies[0], model, length=130, share=SHARE)
     given, cache = answer(model, tokenizer, [short("recall", 0)], fitted)
     whole = max(layer.stats.peak_entry_bytes for layer in cache.managed)
-    small = cache.managed[0].held.nbytes
+    small = cache.managed[0].storage.nbytes
 
     assert given.held_bytes == held_bytes(cache) == 2 * small
     assert given.peak_bytes == whole + small

@@ -133,7 +133,7 @@ def test_rejected_candidates_leave_no_query_and_no_attention():
     feed(other, *(tensor[:, :, :2] for tensor in entries))
     other.crop(0)
     for name in (POSITIONS, ATTENTION):
-        assert torch.allclose(padded(one.held, name).float(), padded(other.held, name).float())
+        assert torch.allclose(padded(one.storage, name).float(), padded(other.storage, name).float())
     for found, expected in zip(one.window.last([0]), other.window.last([0]), strict=True):
         assert torch.equal(found, expected)
 

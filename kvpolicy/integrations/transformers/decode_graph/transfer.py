@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import Layout, PerSegment
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.errors import CacheError
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
@@ -44,18 +44,18 @@ def sync_back(static: StaticLayer, layer: PolicyLayer, num_tokens: Sequence[int]
     ring = static.slots.ring
     layer.resume_after_static(num_tokens, None if ring is None else ring.ordered())
     table = _table(static, lengths)
-    for store, tensors in _stores(static, layer.storage):
+    for store, tensors in _stores(static, layer.segmented):
         store.adopt(_flat(tensors), _layout(static), table)
 
 
 def give_back(static: StaticLayer, layer: PolicyLayer) -> None:
     """Give the layer storage of its own, where its stores are still the static one."""
-    for store, tensors in _stores(static, layer.storage):
+    for store, tensors in _stores(static, layer.segmented):
         if any(_is_in(store, name, tensor) for name, tensor in tensors.items()):
             store.adopt({name: tensor.clone() for name, tensor in store.tensors.items()}, store.layout, store.lengths)
 
 
-def _stores(static: StaticLayer, storage: LayerStorage) -> Iterator[tuple[SlotStore, Mapping[str, Tensor]]]:
+def _stores(static: StaticLayer, storage: SegmentedStorage) -> Iterator[tuple[SlotStore, Mapping[str, Tensor]]]:
     """Each store of a layer, and the static tensors of its columns, [B, K, C, ...]."""
     yield storage.keys.residual, {storage.keys.name: static.slots.keys}
     yield storage.values.residual, {storage.values.name: static.slots.values}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from torch import Tensor
 
-from kvpolicy.cache.layer_state import LayerState
 from kvpolicy.cache.regions import Regions
 from kvpolicy.cache.state_contents import Contents, below
 from kvpolicy.errors import CacheError, RegionError, SavedCacheError, shown
@@ -130,7 +129,7 @@ def _restore(cache: "PolicyCache", contents: Contents) -> None:
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PolicyLayer):
             continue
-        state = LayerState.empty(cache.plan, layer.ordinal, parts[index].size("num_tokens"), cache.plan.device)
+        state = layer.new_state(parts[index].size("num_tokens"))
         state.restore(parts[index], cache.plan.geometry)
         layer.restore(state)
         if state.rows:
