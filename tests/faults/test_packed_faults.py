@@ -24,7 +24,7 @@ PLACES = {
     "packing keys": (PerChannel, "encode"),
     "unpacking keys": (PerChannel, "decode"),
     "merging": (KeepKV, "merge"),
-    "following": (MovingAverage, "forward_queries"),
+    "following": (MovingAverage, "updated"),
     "choosing": (Pages, "choose"),
     "making pages": (Bounds, "encode"),
 }

@@ -54,7 +54,7 @@ class Case:
 
     def chosen(self):
         """Slots [B, K, n] that are read."""
-        found = self.reader.choose(self.request())
+        found = self.reader.choose(self.question())
         return torch.arange(self.keys.shape[2]).expand(self.positions.shape) if found is None else found
 
 
@@ -82,14 +82,14 @@ def check_values(v, case):
 
 
 def check_reading(v, case):
-    tight(case.reader.latent_query(case.request()), v["q_latent"])
-    tight(case.reader.scores(case.request()), v["scores"])
+    tight(case.reader.latent_query(case.question()), v["q_latent"])
+    tight(case.reader.scores(case.question()), v["scores"])
     same(case.chosen(), v["selected"][:, None].expand(-1, case.kv_heads, -1))
 
 
 def check_attention(v, case):
     chosen = case.chosen()
-    latents = case.request().packed["latent"]
+    latents = case.question().packed["latent"]
     places = case.positions.gather(2, chosen)
     keys = case.formats.keys.decode({"latent": gather(latents, chosen[:, :1])}, places)
     columns = case.formats.values.encode(v["v"], case.positions)

@@ -25,7 +25,7 @@ class Row:
 
     def copy(self):
         other = Row()
-        other.num_tokens, other.heads, other.recent = self.real, [list(head) for head in self.heads], list(self.recent)
+        other.real, other.heads, other.recent = self.real, [list(head) for head in self.heads], list(self.recent)
         return other
 
     def append(self, keys, values, valid):

@@ -7,7 +7,6 @@ import torch
 from kvpolicy.attention.attend import attend, observe_only
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.query_batch import QueryBatch
-from kvpolicy.cache.storage.layout import Layout
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
@@ -44,8 +43,8 @@ def stored(lengths, count, dtype=torch.float32, *, votes=False, pads=0):
         entries[LOG_VOTES] = torch.rand(keys.shape[:3], generator=generator)
     even = len({length for heads in lengths for length in heads}) == 1 or all(len(set(heads)) == 1 for heads in lengths)
     size = longest + count
-    layout = Layout.even(rows, HEADS, size) if even else Layout(tuple(tuple(n + count for n in ns) for ns in lengths))
     held = SegmentedStorage(plan, 0, rows, torch.device("cpu"))
+    held._ragged = not even
     kept = (
         torch.arange(longest)
         .expand(rows, HEADS, -1)
@@ -53,7 +52,7 @@ def stored(lengths, count, dtype=torch.float32, *, votes=False, pads=0):
     )
     old = {name: tensor[:, :, :longest] for name, tensor in entries.items()}
     old[ATTENTION] = torch.zeros(rows, HEADS, longest, GROUP)
-    held.replace(CompactionPlan(range(rows), kept), Entries(keys[:, :, :longest], values[:, :, :longest]), old, layout)
+    held.replace(CompactionPlan(range(rows), kept), Entries(keys[:, :, :longest], values[:, :, :longest]), old, size)
     positions = torch.arange(PAST, PAST + count).repeat(rows, 1)
     positions[0, :pads] = -1
     new = positions[:, None].expand(-1, HEADS, -1).int()

@@ -55,12 +55,12 @@ def test_the_life_was_varied():
         assert layer.rollback_limit
         assert len({length for row in layer.storage.slots.lengths for length in row}) > 1
         assert layer.storage.keys.packed.longest
-        assert layer.storage.pages.store.longest
+        assert layer.storage.page_summaries.store.longest
         assert layer.row_state
         assert layer.window._filled
         assert len(layer.storage.slots.columns) > 2
         paths = " ".join(found)
-        for part in ("layers[0].cumulative_length", "state.row_state['", "held.pages.store.tensors['", "keys._stuck"):
+        for part in ("layers[0].cumulative_length", "state.row_state['", "storage.page_summaries.store.tensors['", "keys._stuck"):
             assert part in paths
 
 

@@ -158,14 +158,14 @@ def test_pads_stay_while_nothing_is_evicted():
     assert layer.padded
 
 
-def test_it_says_beforehand_whether_it_would_alter():
+def test_it_says_beforehand_whether_it_would_compress():
     layer = new_layer(worth_plan(budget=6, every=3))
     keys, values, _ = random_entries(torch.Generator(), 1, 7)
     layer.update(keys[:, :, :6], values[:, :, :6])
-    assert not layer.would_alter()
+    assert not layer.would_compress()
     layer = new_layer(worth_plan(budget=6, every=3))
     layer.update(keys, values)
-    assert layer.would_alter()
+    assert layer.would_compress()
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])

@@ -27,7 +27,7 @@ def test_a_report_tells_what_each_layer_holds():
         report = attachment.report()
     found = json.loads(json.dumps(report.to_dict()))
     assert found["policy"] == "snapkv"
-    assert [layer["seen"] for layer in found["layers"]] == [63] * 3
+    assert [layer["seq_len"] for layer in found["layers"]] == [63] * 3
     assert [layer["held"] for layer in found["layers"]] == [15.0] * 3
     assert found["bytes_held"] == sum(layer["nbytes"] for layer in found["layers"]) == report.nbytes
     text = str(report)
