@@ -16,7 +16,7 @@ from kvpolicy.bench.cases.overhead import Age, Overhead
 from kvpolicy.bench.protocol.case import OURS, Case
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.model_shapes import ModelShape, attention_shape, model_shape, random_model
 from kvpolicy.bench.protocol.samples import noise
 from kvpolicy.bench.report.verdict import Verdict
@@ -24,7 +24,7 @@ from kvpolicy.errors import InputError
 from kvpolicy.policy import load
 
 _CPU = torch.device("cpu")
-_DRAFT = {"compress": {"prefill": True, "every": 128}}
+_EVERY_128 = {"compress": {"prefill": True, "every": 128}}
 
 
 @attrs.frozen
@@ -94,8 +94,8 @@ def _compaction(scale: Scale, clock: Clock) -> Judged:
 
 
 def _decode(scale: Scale, clock: Clock) -> Judged:
-    policy = load("kvpolicy:snapkv", budget=scale.budget, **_DRAFT)
-    protocol = Protocol(scale.rounds, warm_up=2)
+    policy = load("kvpolicy:snapkv", budget=scale.budget, **_EVERY_128)
+    protocol = Repetitions(scale.rounds, warm_up=2)
     setup = DecodeSetup((policy,), scale.model, (scale.decode,), _CPU, torch.float32, protocol=protocol)
     (case,) = measure_decode(setup, _model(scale.model, scale.decode), scale.decode, clock, Deadline(), _fail)
     claim = f"decode at {scale.decode} tokens cut to {scale.budget}: times faster than"
@@ -115,14 +115,14 @@ def _decode(scale: Scale, clock: Clock) -> Judged:
 
 def _attach(scale: Scale, clock: Clock) -> Judged:
     policy = load("kvpolicy:rkv", budget=scale.short + 100_000)
-    protocol = Protocol(6 * scale.rounds, warm_up=3)
+    protocol = Repetitions(6 * scale.rounds, warm_up=3)
     case = Overhead(policy, scale.short, protocol).measure(_model(scale.model, scale.short), clock)
     claim = "attached with a budget above the length: decode time as a multiple of the plain model's"
     return [Verdict("attach", claim, 1 / case.ratio(DYNAMIC), 1.03, at_most=True, noise=case.noise)], [case]
 
 
 def _age(scale: Scale, clock: Clock) -> Judged:
-    policy = load("kvpolicy:rkv", budget=scale.budget, **_DRAFT)
+    policy = load("kvpolicy:rkv", budget=scale.budget, **_EVERY_128)
     age = Age(policy, 2 * scale.budget, scale.old)
     case = age.measure(_model(scale.small, scale.old), clock)
     between = noise(case.samples["young"], case.samples["young again"])
@@ -149,7 +149,7 @@ def judge(names: tuple[str, ...], scale: Scale, clock: Clock) -> Iterator[tuple[
 
 def _compressed(name: str, length: int, dtype: torch.dtype, scale: Scale, clock: Clock) -> Case:
     policy = load(f"kvpolicy:{name}", budget=scale.budget)
-    setup = CompressSetup((policy,), scale.attention, (length,), _CPU, dtype, protocol=Protocol(scale.rounds))
+    setup = CompressSetup((policy,), scale.attention, (length,), _CPU, dtype, protocol=Repetitions(scale.rounds))
     case = measure_one(setup, policy, length, clock, Deadline(), _fail)
     if NAIVE not in case.samples:
         raise InputError(f"the gate {name} needs the naive form, which was left out")

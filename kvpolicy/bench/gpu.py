@@ -20,7 +20,7 @@ from kvpolicy.bench.protocol.case import OURS, Case
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.correctness import kernel_tests
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.left_out import NO_TIME
 from kvpolicy.bench.protocol.model_shapes import model_shape, random_model
 from kvpolicy.bench.protocol.result import Result
@@ -53,7 +53,7 @@ class GpuSetup:
         """How much `measure` yields, at most."""
         contenders = len(self.generate.policies) + len(self.generate.full) + 1
         compressed = len(self.compress.policies) * len(self.compress.lengths)
-        return 1 + compressed + len(self.attention.held) + len(self.decode.lengths) + contenders
+        return 1 + compressed + len(self.attention.entries) + len(self.decode.lengths) + contenders
 
 
 def setup_for(sizes: Sizes, budget: int, device: torch.device, dtype: torch.dtype, *, graph: bool) -> GpuSetup:
@@ -63,16 +63,15 @@ def setup_for(sizes: Sizes, budget: int, device: torch.device, dtype: torch.dtyp
     decoded = tuple(load(f"kvpolicy:{name}", budget=budget, **sizes.overrides) for name in DECODED)
     tenth = tuple(load(f"kvpolicy:{name}", budget=max(_LEAST, sizes.new // 10), **sizes.overrides) for name in DECODED)
     memory = Budget.parse(sizes.memory)
-    protocol = Protocol(sizes.rounds, warm_up=2)
+    protocol = Repetitions(sizes.rounds, warm_up=2)
     common: dict[str, Any] = {"device": device, "dtype": dtype}
     return GpuSetup(
         compress.CompressSetup(policies, shape, sizes.lengths, protocol=protocol, **common),
-        attention.AttentionSetup(policies[0], shape, sizes.held, sizes.attention_rows, protocol=protocol, **common),
+        attention.AttentionSetup(policies[0], shape, sizes.attended, sizes.attention_rows, protocol=protocol, **common),
         decode.DecodeSetup(
             decoded,
             model_shape(sizes.model),
             sizes.contexts,
-            rows=sizes.rows,
             full=sizes.full,
             graph=graph,
             protocol=protocol,

@@ -20,13 +20,12 @@ class Sizes:
     lengths: tuple[int, ...]  # of compress
     model: str
     contexts: tuple[int, ...]  # of decode
-    rows: int  # of decode
     prompt: int
     new: int
     memory: str
     points: int
     full: tuple[str, ...]
-    held: tuple[int, ...]  # of attention
+    attended: tuple[int, ...]  # of attention
     attention_rows: int
     rounds: int
     every: int = 128  # of what decodes
@@ -43,13 +42,12 @@ CPU = Sizes(
     lengths=(1152, 4096, 8192),
     model="267m",
     contexts=(1024, 4096, 16_384),
-    rows=1,
     prompt=128,
     new=1024,
     memory="256MiB",
     points=0,
     full=(DYNAMIC, PREALLOCATED, STATIC),
-    held=(1024, 4096),
+    attended=(1024, 4096),
     attention_rows=1,
     rounds=7,
 )
@@ -59,13 +57,12 @@ GPU = Sizes(
     lengths=(1152, 4096, 8192, 32_768),
     model="8b",
     contexts=(8192, 32_768),
-    rows=1,
     prompt=128,
     new=16_384,
     memory="120GiB",
     points=3,
     full=(DYNAMIC, PREALLOCATED, STATIC, COMPILED),
-    held=(1024, 8192, 32_768),
+    attended=(1024, 8192, 32_768),
     attention_rows=8,
     rounds=11,
 )
@@ -75,13 +72,12 @@ TINY = Sizes(
     lengths=(128,),
     model="tiny",
     contexts=(160,),
-    rows=1,
     prompt=16,
     new=80,
     memory="400KiB",
     points=2,
     full=(DYNAMIC, STATIC),
-    held=(64,),
+    attended=(64,),
     attention_rows=2,
     rounds=3,
     every=8,

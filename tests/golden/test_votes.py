@@ -11,7 +11,6 @@ import kvpolicy
 from kvpolicy.attention.attend import attend as attend_held
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.query_batch import QueryBatch
-from kvpolicy.cache.storage.layout import Layout
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import compile_policy
@@ -77,9 +76,8 @@ def of_a_layer(queries, keys, values, log_votes, lengths, observers):
     held = SegmentedStorage(compile_policy(spec, geometry, "cpu", torch.float32), 0, rows, torch.device("cpu"))
     places = torch.arange(slots).expand(rows, heads, slots)
     kept = places.where(places < lengths[..., None], -1)
-    layout = Layout(tuple(map(tuple, lengths.tolist())))
     entries = Entries(keys.float(), values.float(), log_votes.float())
-    held.replace(CompactionPlan(range(rows), kept), entries, {"positions": places.int()}, layout)
+    held.replace(CompactionPlan(range(rows), kept), entries, {"positions": places.int()}, slots)
     batch = torch.full((rows, queries.shape[2]), slots)
     return attend_held(
         held, QueryBatch(queries.float(), batch, padded=False, scaling=dim**-0.5), observers=observers, pads=False

@@ -14,7 +14,7 @@ from kvpolicy.bench.cases.floors import COPY, bandwidth_of, copy_of
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Call, Clock
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.bench.protocol.interleave import Protocol, Variant, interleave
+from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
 from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.cache.query_batch import QueryBatch
@@ -32,14 +32,15 @@ class AttentionSetup:
 
     policy: Policy
     shape: ModelShape
-    held: tuple[int, ...]  # entries that remain
+    entries: tuple[int, ...]  # that remain
     rows: int
     device: torch.device
     dtype: torch.dtype
-    protocol: Protocol = Protocol()
+    protocol: Repetitions = Repetitions()
 
     def __attrs_post_init__(self) -> None:
-        if not self.held or any(sum(self.policy.spec.protect.of(held)) >= held for held in self.held) or self.rows < 1:
+        protected = self.policy.spec.protect.of
+        if not self.entries or any(sum(protected(count)) >= count for count in self.entries) or self.rows < 1:
             raise InputError("attention needs more entries than are protected, and at least one row")
 
 
@@ -47,32 +48,31 @@ def measure(
     setup: AttentionSetup, clock: Clock, deadline: Deadline, left_out: LeftOut
 ) -> Iterator[tuple[str, list[Case]]]:
     """Few entries first."""
-    for held in sorted(setup.held):
-        what, cases = f"attention over {held} entries", []
+    for entries in sorted(setup.entries):
+        what, cases = f"attention over {entries} entries", []
         if deadline.expired():
             left_out(what, NO_TIME)
         else:
-            cases = [measure_one(setup, held, clock, deadline)]
+            cases = [measure_one(setup, entries, clock, deadline)]
         yield what, cases
 
 
 @torch.inference_mode()
-def measure_one(setup: AttentionSetup, held: int, clock: Clock, deadline: Deadline) -> Case:
+def measure_one(setup: AttentionSetup, entries: int, clock: Clock, deadline: Deadline) -> Case:
     """Ours twice, the library's attention over as many entries, and a large copy."""
-    spec, shape = attrs.evolve(setup.policy.spec, budget=Budget(tokens=held)), setup.shape
-    plan = plan_at(spec, shape, held + 16, setup.dtype, setup.device)
-    layers = random_layers(plan, shape, setup.rows, held + 16)
+    spec, shape = attrs.evolve(setup.policy.spec, budget=Budget(tokens=entries)), setup.shape
+    plan = plan_at(spec, shape, entries + 16, setup.dtype, setup.device)
+    layers = random_layers(plan, shape, setup.rows, entries + 16)
     cache, finish_forward = due(plan, shape, layers)
     finish_forward()
     ours = _each([_step(layer, tensors) for layer, tensors in zip(cache.managed, layers, strict=True)])
-    library = _each([partial(_library, tensors, held + 1) for tensors in layers])
+    library = _each([partial(_library, tensors, entries + 1) for tensors in layers])
     variants = [Variant.repeated(name, call) for name, call in ((OURS, ours), (AGAIN, ours), (LIBRARY, library))]
     samples = interleave([*variants, copy_of(layers[0].keys)], clock, setup.protocol, expired=deadline.expired)
-    entry = 2 * shape.head_dim * setup.dtype.itemsize
-    read = shape.layers * setup.rows * shape.kv_heads * (held + 1) * entry
+    read = shape.layers * setup.rows * shape.kv_heads * (entries + 1) * 2 * shape.head_dim * setup.dtype.itemsize
     return Case(
         setup.policy.name,
-        held,
+        entries,
         samples={name: seconds for name, seconds in samples.items() if name != COPY},
         floors={"bytes": read / bandwidth_of(samples, layers[0].keys)},
         parts=shape.layers,

@@ -8,7 +8,7 @@ from kvpolicy.bench.baselines.naive.layer_tensors import LayerTensors, gathered
 from kvpolicy.bench.cases.filled_layers import due, random_layers
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Call, Clock
-from kvpolicy.bench.protocol.interleave import Protocol, Variant, interleave
+from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.compress.step import compress_one
@@ -27,7 +27,7 @@ class Compaction:
     length: int
     device: torch.device
     dtype: torch.dtype
-    protocol: Protocol = Protocol(rounds=15, warm_up=2)
+    protocol: Repetitions = Repetitions(rounds=15, warm_up=2)
 
     @torch.inference_mode()
     def measure(self, clock: Clock) -> Case:

@@ -12,7 +12,7 @@ from kvpolicy.bench.cases.floors import COPY, GEMM, Floors
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Call, Clock
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.bench.protocol.interleave import Protocol, Variant, interleave
+from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
 from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
 from kvpolicy.bench.protocol.machine import free_bytes
 from kvpolicy.bench.protocol.model_shapes import ModelShape
@@ -35,7 +35,7 @@ class CompressSetup:
     dtype: torch.dtype
     rows: int = 1
     keys: str = "shared"
-    protocol: Protocol = Protocol()
+    protocol: Repetitions = Repetitions()
 
     def __attrs_post_init__(self) -> None:
         if not self.policies or not self.lengths:

@@ -21,7 +21,7 @@ from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.decode_steps import MOST_ROUND, time_round, time_steps
-from kvpolicy.bench.protocol.interleave import Protocol, Samples
+from kvpolicy.bench.protocol.interleave import Repetitions, Samples
 from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.errors import InputError
@@ -42,7 +42,7 @@ class DecodeSetup:
     rows: int = 1
     full: tuple[str, ...] = (DYNAMIC, PREALLOCATED, STATIC)
     graph: bool = False
-    protocol: Protocol = Protocol(rounds=11, warm_up=3)
+    protocol: Repetitions = Repetitions(rounds=11, warm_up=3)
 
     def __attrs_post_init__(self) -> None:
         if not self.policies or not self.lengths or min(self.lengths) < 1 or self.rows < 1:
@@ -87,8 +87,8 @@ def measure_one(
         rounds = {
             policy.name: {} if deadline.expired() else time_round(decodings[policy.name], clock) for policy in timed
         }
-        held = {name: held_bytes(decoding.cache) for name, decoding in decodings.items()}
-    return [_case(setup, policy, length, samples, rounds[policy.name], held) for policy in timed]
+        cache_bytes = {name: held_bytes(decoding.cache) for name, decoding in decodings.items()}
+    return [_case(setup, policy, length, samples, rounds[policy.name], cache_bytes) for policy in timed]
 
 
 def _begun(
@@ -115,11 +115,11 @@ def _case(
     length: int,
     samples: Samples,
     whole_round: Mapping[str, float],
-    held: Mapping[str, int],
+    cache_bytes: Mapping[str, int],
 ) -> Case:
     names = {OURS: policy.name, AGAIN: _again(policy.name)} | {name: name for name in setup.full if name in samples}
     shape = {"rows": setup.rows, "dtype": str(setup.dtype).removeprefix("torch."), "graph": setup.graph}
-    held = {variant: held[name] for variant, name in names.items()}
+    held = {variant: cache_bytes[name] for variant, name in names.items()}
     return Case(
         policy.name,
         length,

@@ -10,7 +10,7 @@ from kvpolicy.bench.baselines.contenders import DYNAMIC, Contender, FullCache, P
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.decode_steps import time_steps
-from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.evaluate.decoding import Decoding, fill_one_by_one
 from kvpolicy.policy import Policy
 
@@ -21,7 +21,7 @@ class Overhead:
 
     policy: Policy
     length: int
-    protocol: Protocol = Protocol(rounds=41, warm_up=3)
+    protocol: Repetitions = Repetitions(rounds=41, warm_up=3)
 
     def measure(self, model: LlamaForCausalLM, clock: Clock) -> Case:
         """`ratio(DYNAMIC)` is the plain model's time as a multiple of ours: below 1 when attaching costs."""
@@ -44,7 +44,7 @@ class Age:
     policy: Policy
     young: int = 2048
     old: int = 51_200
-    protocol: Protocol = Protocol(rounds=256, warm_up=4)
+    protocol: Repetitions = Repetitions(rounds=256, warm_up=4)
 
     def measure(self, model: LlamaForCausalLM, clock: Clock) -> Case:
         """Ours is the old sequence; `young` and `young again` tell what is noise."""

@@ -11,7 +11,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from kvpolicy.bench.compiled.kernel_table import differences, read_table, table_of
 from kvpolicy.bench.compiled.page import page_of
-from kvpolicy.bench.compiled.work import Outcome, compile_all
+from kvpolicy.bench.compiled.work import CompiledKernels, compile_all
 from kvpolicy.errors import KVPolicyError
 
 _err = Console(stderr=True)
@@ -42,7 +42,7 @@ def compiled(
         raise SystemExit("\n".join(faults))
 
 
-def _compile(jobs: int, names: list[str], mostly: int | None) -> Outcome:
+def _compile(jobs: int, names: list[str], mostly: int | None) -> CompiledKernels:
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=_err, transient=True) as progress:
         bar = progress.add_task("compiling", total=None)
 

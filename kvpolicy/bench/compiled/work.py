@@ -17,7 +17,7 @@ from kvpolicy_kernels.builds import Build
 
 
 @attrs.frozen
-class Outcome:
+class CompiledKernels:
     """Everything that compiled, in the order of the builds, and everything that is wrong."""
 
     compiled: tuple[Compiled, ...]
@@ -26,7 +26,7 @@ class Outcome:
 
 def compile_all(
     jobs: int, progress: Callable[[int, str], None], names: Sequence[str] = (), mostly: int | None = None
-) -> Outcome:
+) -> CompiledKernels:
     """Compile every build, or those whose name starts with one of `names`, for every capability.
 
     With a capability as `mostly`: for the others the first build of each kernel. `progress` is told how many there
@@ -79,7 +79,7 @@ def _builds() -> tuple[Build, ...]:
     return all_builds()
 
 
-def _outcome(builds: Sequence[Build], results: Sequence[tuple[int, Compiled | str]]) -> Outcome:
+def _outcome(builds: Sequence[Build], results: Sequence[tuple[int, Compiled | str]]) -> CompiledKernels:
     compiled, faults = [], []
     for index, result in results:
         if isinstance(result, str):
@@ -87,4 +87,4 @@ def _outcome(builds: Sequence[Build], results: Sequence[tuple[int, Compiled | st
         else:
             compiled.append(result)
             faults.extend(faults_of(builds[index], result))
-    return Outcome(tuple(compiled), tuple(faults))
+    return CompiledKernels(tuple(compiled), tuple(faults))

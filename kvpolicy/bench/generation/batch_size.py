@@ -12,7 +12,7 @@ from kvpolicy.bench.baselines.contenders import (
 )
 from kvpolicy.bench.generation.memory import Memory, tidy
 from kvpolicy.bench.generation.search import largest
-from kvpolicy.bench.generation.setup import Batch, GenerateSetup
+from kvpolicy.bench.generation.setup import GenerateSetup, LargestBatch
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.left_out import LeftOut, leaving_out
 from kvpolicy.evaluate.decoding import Decoding, fill_until_due
@@ -21,7 +21,7 @@ from kvpolicy.evaluate.meter import held_bytes
 _MOST_ROWS = 1024
 
 
-def largest_batch(setup: GenerateSetup, contender: Contender, deadline: Deadline, left_out: LeftOut) -> Batch:
+def largest_batch(setup: GenerateSetup, contender: Contender, deadline: Deadline, left_out: LeftOut) -> LargestBatch:
     """Rows that fit at full length, the step that compresses included; none when not even one does."""
     peaks: dict[int, int] = {}
     if contender.name == COMPILED:  # the same cache; a step compiled anew for every batch would take minutes
@@ -39,9 +39,9 @@ def largest_batch(setup: GenerateSetup, contender: Contender, deadline: Deadline
     with leaving_out(contender.name, left_out):
         rows = largest(fits, _MOST_ROWS, deadline.expired)
         if rows:
-            return Batch(rows, peaks[rows])
+            return LargestBatch(rows, peaks[rows])
         left_out(contender.name, f"one row of {setup.length} tokens does not fit {setup.memory} bytes")
-    return Batch()
+    return LargestBatch()
 
 
 def peak_at(setup: GenerateSetup, contender: Contender, rows: int) -> int:

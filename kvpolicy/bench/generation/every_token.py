@@ -7,7 +7,7 @@ import torch
 
 from kvpolicy.bench.baselines.contenders import Contender
 from kvpolicy.bench.generation.memory import Memory, tidy
-from kvpolicy.bench.generation.setup import Batch, GenerateSetup, Throughput
+from kvpolicy.bench.generation.setup import GenerateSetup, LargestBatch, Throughput
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut
 from kvpolicy.evaluate.decoding import Decoding
@@ -27,7 +27,7 @@ class Generation:
 def generated(
     setup: GenerateSetup,
     contenders: list[Contender],
-    batches: dict[str, Batch],
+    batches: dict[str, LargestBatch],
     deadline: Deadline,
     left_out: LeftOut,
 ) -> dict[str, Throughput]:
@@ -57,7 +57,7 @@ def _generate(setup: GenerateSetup, contender: Contender, rows: int) -> Generati
     return Generation(per_token, meter.prompt_seconds, memory.peak, memory.of_process())
 
 
-def _throughput(batch: Batch, generations: list[Generation]) -> Throughput:
+def _throughput(batch: LargestBatch, generations: list[Generation]) -> Throughput:
     prompts = [generation.prompt_seconds for generation in generations]
     facts = {"prompt_seconds": prompts, **generations[-1].process_memory}
     measured = attrs.evolve(batch, peak_bytes=max(generation.peak for generation in generations))

@@ -3,11 +3,11 @@
 from kvpolicy.bench.baselines.contenders import Contender, PolicyContender
 from kvpolicy.bench.generation.batch_size import at_length
 from kvpolicy.bench.generation.memory import tidy
-from kvpolicy.bench.generation.setup import ROOM, Batch, GenerateSetup, Throughput
+from kvpolicy.bench.generation.setup import ROOM, GenerateSetup, LargestBatch, Throughput
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.decode_steps import time_round, time_steps
-from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
 from kvpolicy.evaluate.decoding import Decoding
 
@@ -17,7 +17,7 @@ _WARM_UP = 2
 def sampled(
     setup: GenerateSetup,
     contenders: list[Contender],
-    batches: dict[str, Batch],
+    batches: dict[str, LargestBatch],
     clock: Clock,
     deadline: Deadline,
     left_out: LeftOut,
@@ -67,7 +67,7 @@ def _of_full(
 
 
 def _steps(setup: GenerateSetup, decoding: Decoding, clock: Clock, warm_up: int) -> list[float]:
-    return list(time_steps({"": decoding}, clock, Protocol(setup.rounds, warm_up))[""])
+    return list(time_steps({"": decoding}, clock, Repetitions(setup.rounds, warm_up))[""])
 
 
 def _trapezoid(values: tuple[float, ...]) -> float:

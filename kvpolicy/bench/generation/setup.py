@@ -45,7 +45,7 @@ class GenerateSetup:
 
 
 @attrs.frozen
-class Batch:
+class LargestBatch:
     """The most rows that fit, and the bytes that they take in their last steps."""
 
     rows: int = 0
@@ -56,6 +56,6 @@ class Batch:
 class Throughput:
     """One contender at its largest batch. `seconds` are per token of a row, divided by the rows: one sample a round."""
 
-    batch: Batch
+    batch: LargestBatch
     seconds: tuple[float, ...]
     facts: dict[str, Any]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 from kvpolicy.bench.protocol.clock import Clock
-from kvpolicy.bench.protocol.interleave import Protocol, Samples, Variant, interleave
+from kvpolicy.bench.protocol.interleave import Repetitions, Samples, Variant, interleave
 from kvpolicy.evaluate.decoding import Decoding
 
 MOST_ROUND = 512  # steps from one compression to the next, up to which a whole round is timed
@@ -13,7 +13,7 @@ MOST_ROUND = 512  # steps from one compression to the next, up to which a whole 
 def time_steps(
     decodings: Mapping[str, Decoding],
     clock: Clock,
-    protocol: Protocol,
+    protocol: Repetitions,
     expired: Callable[[], bool] = lambda: False,
 ) -> Samples:
     """Seconds of a step of every sequence in every round; each call is the next step."""

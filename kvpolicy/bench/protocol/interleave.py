@@ -25,7 +25,7 @@ class Variant:
 
 
 @attrs.frozen
-class Protocol:
+class Repetitions:
     """Rounds, warm-up rounds, and the seed of the order."""
 
     rounds: int = 5
@@ -36,7 +36,7 @@ class Protocol:
 def interleave(
     variants: Sequence[Variant],
     clock: Clock,
-    protocol: Protocol,
+    protocol: Repetitions,
     *,
     expired: Callable[[], bool] = lambda: False,
 ) -> Samples:

@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from kvpolicy.bench.protocol.interleave import Protocol
+    from kvpolicy.bench.protocol.interleave import Repetitions
     from kvpolicy.bench.sizes import Sizes
     from kvpolicy.policy import Policy
 
@@ -81,17 +81,17 @@ def bytes_of(text: str) -> int:
     return parsed.size
 
 
-def protocol_of(rounds: int, seed: int, warm_up: int = 1) -> "Protocol":
+def protocol_of(rounds: int, seed: int, warm_up: int = 1) -> "Repetitions":
     """Raises InputError for too few rounds."""
-    from kvpolicy.bench.protocol.interleave import LEAST_ROUNDS, Protocol
+    from kvpolicy.bench.protocol.interleave import LEAST_ROUNDS, Repetitions
     from kvpolicy.errors import InputError
 
     if rounds < LEAST_ROUNDS:
         raise InputError(f"--rounds must be at least {LEAST_ROUNDS}: {rounds}")
-    return Protocol(rounds, warm_up, seed)
+    return Repetitions(rounds, warm_up, seed)
 
 
-def options_of(dtype: "torch.dtype", device: "torch.device", protocol: "Protocol") -> dict[str, Any]:
+def options_of(dtype: "torch.dtype", device: "torch.device", protocol: "Repetitions") -> dict[str, Any]:
     """Dtype, device and protocol, as they are written to the result."""
     return {
         "dtype": str(dtype).removeprefix("torch."),

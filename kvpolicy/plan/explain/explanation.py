@@ -81,11 +81,11 @@ class Explanation:
         head = f"policy {self.policy} ({self.digest}): one sequence of {self.length} tokens, {where}"
         always = {"entries held, at capacity": self.held_bytes, "queries observed": self.window_bytes}
         some = {"carried beside them": self.state_bytes, "layers with a sliding window": self.stock_bytes}
-        held = always | {name: count for name, count in some.items() if count} | {"held in all": self.total_bytes}
+        sizes = always | {name: count for name, count in some.items() if count} | {"held in all": self.total_bytes}
         layers = [(share.layer, share.budget, share.capacity) for share in self.layers]
         return Group(
             Text(f"{head}\n{self.raised}" if self.raised else head),
-            memory_table(held, self.full_bytes, self.columns, evicts=self.evicts),
+            memory_table(sizes, self.full_bytes, self.columns, evicts=self.evicts),
             budgets_table(layers, *self.protected, competing=self.competing),
             steps_table(self.steps, self.moved_bytes, self.unfused, self.rates),
         )

@@ -9,10 +9,10 @@ from kvpolicy.plan.explain.steps import Step
 from kvpolicy.plan.explain.units import human_bytes
 
 
-def memory_table(held: Mapping[str, int], full: int, columns: Mapping[str, float], *, evicts: bool) -> Table:
+def memory_table(sizes: Mapping[str, int], full: int, columns: Mapping[str, float], *, evicts: bool) -> Table:
     """Bytes by what they are held for, as shares of a full cache, and the bytes of one entry by column."""
     table = Table("", "bytes", "of a full cache", title="Memory")
-    for name, count in {"full cache": full, **held}.items():
+    for name, count in {"full cache": full, **sizes}.items():
         table.add_row(name, human_bytes(count), f"{count / full:.1%}")
     per_column = ", ".join(f"{name} {count:g}" for name, count in columns.items())
     table.caption = f"{sum(columns.values()):g} bytes per entry and KV head:\n{per_column}"

@@ -12,7 +12,7 @@ from kvpolicy.bench.cases.compress import NAIVE, CompressSetup
 from kvpolicy.bench.cases.floors import LARGE
 from kvpolicy.bench.protocol.case import AGAIN, OURS
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.model_shapes import attention_shape
 from kvpolicy.errors import InputError
 
@@ -22,7 +22,7 @@ SHAPE = attention_shape(2, 4, 2, 16)
 
 def setup(*policies, **rest):
     given = policies or (kvpolicy.load("rkv", budget=24),)
-    options = {"lengths": (64,), "protocol": Protocol(3), **rest}
+    options = {"lengths": (64,), "protocol": Repetitions(3), **rest}
     return CompressSetup(given, SHAPE, device=CPU, dtype=torch.float32, **options)
 
 
@@ -94,7 +94,7 @@ def test_compaction_moves_what_the_policy_chose(scripted, monkeypatch):
         return cache, finish_forward
 
     monkeypatch.setattr(compaction, "due", watched)
-    case = Compaction(kvpolicy.load("snapkv", budget=40), SHAPE, 64, CPU, torch.float32, Protocol(3, 0)).measure(
+    case = Compaction(kvpolicy.load("snapkv", budget=40), SHAPE, 64, CPU, torch.float32, Repetitions(3, 0)).measure(
         scripted(1.0)
     )
 
@@ -112,7 +112,7 @@ def test_attention_is_over_what_is_left_and_compared_with_the_library(scripted, 
         return both(variants, clock, protocol, **rest)
 
     monkeypatch.setattr(attention, "interleave", watched)
-    only = AttentionSetup(kvpolicy.load("snapkv", budget=40), SHAPE, (50,), 2, CPU, torch.float32, Protocol(3))
+    only = AttentionSetup(kvpolicy.load("snapkv", budget=40), SHAPE, (50,), 2, CPU, torch.float32, Repetitions(3))
     ((what, (case,)),) = attention.measure(only, scripted(1.0), Deadline(), left_out)
 
     assert what == "attention over 50 entries"

@@ -22,7 +22,7 @@ from kvpolicy.bench.cases.overhead import Age, Overhead
 from kvpolicy.bench.protocol.case import AGAIN, OURS
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.decode_steps import time_round
-from kvpolicy.bench.protocol.interleave import Protocol
+from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.model_shapes import model_shape
 from kvpolicy.errors import InputError
 from kvpolicy.evaluate.decoding import fill, fill_until_due
@@ -36,7 +36,7 @@ def policy(name="rkv", budget=16, **rest):
 
 
 def setup(*policies, **rest):
-    given = {"lengths": (40,), "full": (DYNAMIC, PREALLOCATED, STATIC), "protocol": Protocol(3, 1), **rest}
+    given = {"lengths": (40,), "full": (DYNAMIC, PREALLOCATED, STATIC), "protocol": Repetitions(3, 1), **rest}
     return DecodeSetup(policies or (policy(),), model_shape("tiny"), device=CPU, dtype=torch.float32, **given)
 
 
@@ -197,7 +197,7 @@ def test_no_whole_rounds_of_policies_that_compress_always_or_hardly_ever(tiny, e
 
 
 def test_attaching_without_evicting_is_compared_with_the_plain_model(tiny, scripted):
-    case = Overhead(policy(budget=10_000), 30, Protocol(3, 1)).measure(tiny, scripted(1.0))
+    case = Overhead(policy(budget=10_000), 30, Repetitions(3, 1)).measure(tiny, scripted(1.0))
 
     assert set(case.samples) == {OURS, AGAIN, DYNAMIC}
     assert case.ratio(DYNAMIC) == 1.0
@@ -212,7 +212,7 @@ def test_old_and_young_sequences_hold_as_much_and_compress_together(tiny, monkey
         return decoding
 
     monkeypatch.setattr(Age, "_generated", watched)
-    case = Age(policy(), young=32, old=160, protocol=Protocol(3, 1)).measure(tiny, SameForAll())
+    case = Age(policy(), young=32, old=160, protocol=Repetitions(3, 1)).measure(tiny, SameForAll())
     young, old = seen[32].cache, seen[160].cache
 
     assert (young.get_seq_length(), old.get_seq_length()) == (36, 164)

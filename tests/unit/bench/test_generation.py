@@ -9,7 +9,7 @@ from kvpolicy.bench.baselines.contenders import COMPILED, DYNAMIC, PREALLOCATED,
 from kvpolicy.bench.generation import GenerateSetup, batch_size, measure
 from kvpolicy.bench.generation.batch_size import largest_batch, peak_at
 from kvpolicy.bench.generation.sampled_steps import sampled
-from kvpolicy.bench.generation.setup import ROOM, Batch
+from kvpolicy.bench.generation.setup import ROOM, LargestBatch
 from kvpolicy.bench.protocol.case import OURS
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.model_shapes import model_shape
@@ -53,11 +53,11 @@ def test_a_policy_takes_its_budget_and_its_slack(tiny):
 def test_the_largest_batch_fills_the_memory(tiny, rows, left_out):
     found = largest_batch(setup(memory=rows * 40 * TOKEN), FullCache(STATIC, tiny), Deadline(), left_out)
 
-    assert found == Batch(rows, rows * 40 * TOKEN)
+    assert found == LargestBatch(rows, rows * 40 * TOKEN)
 
 
 def test_what_does_not_fit_at_all_is_left_out(tiny, left_out):
-    assert largest_batch(setup(memory=100), FullCache(DYNAMIC, tiny), Deadline(), left_out) == Batch()
+    assert largest_batch(setup(memory=100), FullCache(DYNAMIC, tiny), Deadline(), left_out) == LargestBatch()
     assert left_out == [(DYNAMIC, "one row of 40 tokens does not fit 100 bytes")]
 
 
@@ -68,7 +68,7 @@ def test_out_of_memory_is_too_large(tiny, left_out, monkeypatch):
         return rows
 
     monkeypatch.setattr(batch_size, "peak_at", peak)
-    assert largest_batch(setup(), FullCache(DYNAMIC, tiny), Deadline(), left_out) == Batch(6, 6)
+    assert largest_batch(setup(), FullCache(DYNAMIC, tiny), Deadline(), left_out) == LargestBatch(6, 6)
 
 
 def test_the_batch_of_compiled_steps_is_that_of_the_same_cache(tiny, left_out, monkeypatch):
@@ -117,7 +117,7 @@ def test_sampled_points_are_joined_by_straight_lines(tiny, left_out):
             return float(call.__self__.cache.get_seq_length())
 
     only = setup(new=ROOM + 20, points=3)
-    found = sampled(only, [FullCache(DYNAMIC, tiny)], {DYNAMIC: Batch(2, 1)}, ByLength(), Deadline(), left_out)
+    found = sampled(only, [FullCache(DYNAMIC, tiny)], {DYNAMIC: LargestBatch(2, 1)}, ByLength(), Deadline(), left_out)
 
     # Points at 10, 20 and 30 tokens; two steps of warm-up, then three that are timed.
     assert found[DYNAMIC].seconds == (23 / 2, 24 / 2, 25 / 2)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvpolicy.bench.protocol.clock import HostClock
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.bench.protocol.interleave import Protocol, Variant, interleave
+from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
 from kvpolicy.bench.protocol.samples import noise, paired_ratio, quantile
 
 NAMES = ("a", "b", "c")
@@ -31,7 +31,7 @@ def variants(names=NAMES):
 
 def test_every_variant_runs_once_a_round_and_the_warm_up_is_not_counted():
     clock = Told()
-    found = interleave(variants(), clock, Protocol(rounds=4, warm_up=2))
+    found = interleave(variants(), clock, Repetitions(rounds=4, warm_up=2))
 
     rounds = [clock.heard[start : start + 3] for start in range(0, 18, 3)]
     assert [sorted(one) for one in rounds] == [list(NAMES)] * 6
@@ -41,7 +41,7 @@ def test_every_variant_runs_once_a_round_and_the_warm_up_is_not_counted():
 
 def test_samples_stand_in_the_order_of_the_rounds():
     clock = Told()
-    found = interleave(variants(), clock, Protocol(rounds=5, warm_up=0))
+    found = interleave(variants(), clock, Repetitions(rounds=5, warm_up=0))
 
     for name, samples in found.items():
         assert [clock.heard[int(sample) - 1] for sample in samples] == [name] * 5
@@ -52,7 +52,7 @@ def test_order_is_drawn_anew_and_follows_the_seed():
     heard = []
     for seed in (1, 1, 2):
         clock = Told()
-        interleave(variants(), clock, Protocol(rounds=12, seed=seed))
+        interleave(variants(), clock, Repetitions(rounds=12, seed=seed))
         heard.append(clock.heard)
 
     assert heard[0] == heard[1] != heard[2]
@@ -60,7 +60,7 @@ def test_order_is_drawn_anew_and_follows_the_seed():
 
 
 def test_after_the_deadline_there_are_three_rounds_and_no_more():
-    found = interleave(variants(), Told(), Protocol(rounds=9, warm_up=1), expired=lambda: True)
+    found = interleave(variants(), Told(), Repetitions(rounds=9, warm_up=1), expired=lambda: True)
 
     assert {len(samples) for samples in found.values()} == {3}
 
@@ -79,7 +79,7 @@ def test_what_is_fresh_is_made_outside_the_time():
         made.append("fresh")
         return lambda: None
 
-    interleave([Variant("a", fresh)], Strict(), Protocol(rounds=3))
+    interleave([Variant("a", fresh)], Strict(), Repetitions(rounds=3))
     assert made == []
 
 

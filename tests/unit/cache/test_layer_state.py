@@ -60,7 +60,12 @@ def test_the_life_was_varied():
         assert layer.window._filled
         assert len(layer.storage.slots.columns) > 2
         paths = " ".join(found)
-        for part in ("layers[0].cumulative_length", "state.row_state['", "storage.page_summaries.store.tensors['", "keys._stuck"):
+        for part in (
+            "layers[0].cumulative_length",
+            "state.row_state['",
+            "storage.page_summaries.store.tensors['",
+            "keys._stuck",
+        ):
             assert part in paths
 
 
