@@ -3,10 +3,10 @@
 This module and those it names import no Triton, so that plans can be explained where there is none.
 """
 
-from kvpolicy_kernels.segments import Column, Segments
-from kvpolicy_kernels.support import UnsupportedInputError, obstacle
-from kvpolicy_kernels.tile import ColumnRequest, Finish, Tile, WindowUse
-from kvpolicy_kernels.traffic import Traffic
+from kvpolicy_kernels.common.segments import Column, Segments
+from kvpolicy_kernels.common.support import UnsupportedInputError, obstacle
+from kvpolicy_kernels.common.traffic import Traffic
+from kvpolicy_kernels.score.tile import ColumnRequest, Finish, Tile, WindowUse
 
 __all__ = [
     "Column",

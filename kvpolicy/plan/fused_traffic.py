@@ -16,7 +16,7 @@ from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy.plan.steps import Shapes, Step
 from kvpolicy.stages.registry import registry
 from kvpolicy_kernels import Column, Segments, Tile, Traffic
-from kvpolicy_kernels.tile import ColumnRequest
+from kvpolicy_kernels.score.tile import ColumnRequest
 
 
 @attrs.frozen(eq=False)
@@ -68,8 +68,8 @@ def _column(imagined: Imagined, term: Term, tile: Tile) -> Step:
 
 
 def _scores(imagined: Imagined, tiles: Sequence[Tile]) -> Traffic:
-    from kvpolicy_kernels.score import traffic
-    from kvpolicy_kernels.window import Window
+    from kvpolicy_kernels.score.score import traffic
+    from kvpolicy_kernels.score.window_queries import Window
 
     plan, window = imagined.plan, None
     if any(tile.window for tile in tiles):
@@ -82,7 +82,7 @@ def _scores(imagined: Imagined, tiles: Sequence[Tile]) -> Traffic:
 
 def finish_step(plan: Plan, shapes: Shapes) -> Step:
     """Pooling, normalisation, weights and the sum."""
-    from kvpolicy_kernels.finish import traffic
+    from kvpolicy_kernels.score.postprocess import traffic
 
     lengths, (sinks, recent) = (shapes.held,) * plan.geometry.kv_heads, shapes.protected
     finishes = [term.finish for term in plan.fusion.terms]
@@ -92,7 +92,7 @@ def finish_step(plan: Plan, shapes: Shapes) -> Step:
 
 def allocate_step(plan: Plan, shapes: Shapes) -> Step:
     """Budgets of heads that compete follow from how many of the best entries each owns."""
-    from kvpolicy_kernels.select import counts_traffic
+    from kvpolicy_kernels.select.select import counts_traffic
 
     name, imagined = registry().reference(type(plan.spec.allocate.divider)), Imagined.of(plan, shapes)
     if not plan.ragged:
@@ -104,7 +104,7 @@ def allocate_step(plan: Plan, shapes: Shapes) -> Step:
 
 def select_step(plan: Plan, shapes: Shapes) -> Step:
     """Keep indices."""
-    from kvpolicy_kernels.select import traffic
+    from kvpolicy_kernels.select.select import traffic
 
     imagined, name = Imagined.of(plan, shapes), registry().reference(type(plan.spec.select))
     moved = traffic(imagined.segments, imagined.lengths, shapes.kept, **_protected(imagined, shapes))
@@ -116,7 +116,7 @@ def compact_step(plan: Plan, shapes: Shapes) -> Step:
 
     Heads of different lengths are laid out anew, in new storage.
     """
-    from kvpolicy_kernels.compact import traffic, traffic_to
+    from kvpolicy_kernels.compact.compact import traffic, traffic_to
 
     imagined, heads = Imagined.of(plan, shapes), plan.geometry.kv_heads
     held, kept, name = shapes.held * heads, shapes.kept * heads, registry().reference(type(plan.spec.merge))

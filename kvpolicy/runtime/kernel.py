@@ -15,8 +15,9 @@ from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.part import Part
 from kvpolicy.runtime.store import Store
 from kvpolicy.stages import Glimpse
-from kvpolicy_kernels import Column, Segments, UnsupportedInputError, held
-from kvpolicy_kernels.segments import addresses_of
+from kvpolicy_kernels import Column, Segments, UnsupportedInputError
+from kvpolicy_kernels.attention import kv_input
+from kvpolicy_kernels.common.segments import addresses_of
 
 
 def attend_in_kernel(
@@ -27,7 +28,7 @@ def attend_in_kernel(
     Raises:
         UnsupportedInputError: the kernel cannot do this; nothing has changed.
     """
-    from kvpolicy_kernels.decode import decode
+    from kvpolicy_kernels.attention.decode import decode
 
     layout = holdings.slots.layout
     count, group = layout.rows * layout.heads, asked.queries.shape[1] // layout.heads
@@ -43,18 +44,18 @@ def attend_in_kernel(
         asked.scaling,
         seen=asked.positions[:, 0].contiguous() if pads else None,
         slots=None if slots is None else slots.flatten(0, 1).contiguous(),
-        export=held.Export(logits, mass),
+        export=kv_input.Export(logits, mass),
     )
     if logits is not None:
         _show(holdings, slots, logits, others)
     return out.view(layout.rows, layout.heads * group, 1, -1)
 
 
-def _held(holdings: Holdings, *, pads: bool) -> held.Held:
+def _held(holdings: Holdings, *, pads: bool) -> kv_input.Held:
     slots = holdings.slots
     starts, lengths = slots.starts, slots.lengths_on_device
     segments = Segments(starts, lengths, 1, slots.layout.rows, slots.layout.heads, slots.longest)
-    return held.Held(
+    return kv_input.Held(
         segments,
         _half(holdings.keys),
         _half(holdings.values),
@@ -64,15 +65,15 @@ def _held(holdings: Holdings, *, pads: bool) -> held.Held:
     )
 
 
-def _half(half: Half) -> held.Half:
+def _half(half: Half) -> kv_input.Half:
     packed = None
     if not half.is_plain:
         how = half.form.unpacking()
         if isinstance(how, str):
             raise UnsupportedInputError(f"{type(half.form).__name__} {how}")
         columns = tuple(_column(half.packed, name) for name in half.form.columns)
-        packed = held.Packed(how, half.packed.starts, half.packed.lengths_on_device, columns)
-    return held.Half(_column(half.tail, half.name), half.tail.starts, packed)
+        packed = kv_input.Packed(how, half.packed.starts, half.packed.lengths_on_device, columns)
+    return kv_input.Half(_column(half.tail, half.name), half.tail.starts, packed)
 
 
 def _column(store: Store, name: str) -> Column:

@@ -68,7 +68,7 @@ def _of_all_rows(held: Holdings, rows: Sequence[int], result: Compressed, *, fil
 
 def _within(layers: Sequence[Holder], moves: Sequence[Move]) -> bool:
     """Move entries within their storages, all layers in one launch; False when kernels cannot."""
-    from kvpolicy_kernels.compact import compact
+    from kvpolicy_kernels.compact.compact import compact
 
     held = [layer.held for layer in layers]
     ordered = not moves[0].fills
@@ -86,7 +86,7 @@ def _within(layers: Sequence[Holder], moves: Sequence[Move]) -> bool:
 
 def _into(layout: Layout, layer: Holder, move: Move) -> bool:
     """Copy the entries of a layer into storages of another size, or of heads of other sizes, in one launch."""
-    from kvpolicy_kernels.compact import compact_to
+    from kvpolicy_kernels.compact.compact import compact_to
 
     held = layer.held
     stores, segments = list(_stores(held)), _segments([held])

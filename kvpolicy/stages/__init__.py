@@ -38,7 +38,7 @@ from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy.stages.view import View
 from kvpolicy_kernels import ColumnRequest, Finish, Tile, Traffic, WindowUse
-from kvpolicy_kernels.held import PackedColumn, Unpacking
+from kvpolicy_kernels.attention.kv_input import PackedColumn, Unpacking
 
 __all__ = [
     "STAGES",

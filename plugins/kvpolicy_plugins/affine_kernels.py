@@ -8,21 +8,21 @@ Packed = tuple[Tensor, Tensor, Tensor]
 
 def quantise_channels(vectors: Tensor, unit: int, bits: int, stored: torch.dtype) -> Packed:
     """As `affine.quantise_channels`."""
-    from kvpolicy_kernels.quantise_channels import quantise_channels as launch
+    from kvpolicy_kernels.quantise.quantise_channels import quantise_channels as launch
 
     return _unflattened(launch(vectors.flatten(0, 1), unit, bits, stored), vectors.shape[:2])
 
 
 def quantise_tokens(vectors: Tensor, group: int, bits: int, stored: torch.dtype) -> Packed:
     """As `affine.quantise_tokens`."""
-    from kvpolicy_kernels.quantise_tokens import quantise_tokens as launch
+    from kvpolicy_kernels.quantise.quantise_tokens import quantise_tokens as launch
 
     return _unflattened(launch(vectors.flatten(0, 1), group, bits, stored), vectors.shape[:2])
 
 
 def dequantise_channels(codes: Tensor, scales: Tensor, minima: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """As `affine.dequantise_channels`."""
-    from kvpolicy_kernels.quantise_channels import dequantise_channels as launch
+    from kvpolicy_kernels.quantise.quantise_channels import dequantise_channels as launch
 
     found = launch(*_flattened(codes, scales, minima), bits, dtype)
     return found.view(*codes.shape[:2], *found.shape[1:])
@@ -30,7 +30,7 @@ def dequantise_channels(codes: Tensor, scales: Tensor, minima: Tensor, bits: int
 
 def dequantise_tokens(codes: Tensor, scales: Tensor, minima: Tensor, dim: int, bits: int, dtype: torch.dtype) -> Tensor:
     """As `affine.dequantise_tokens`."""
-    from kvpolicy_kernels.quantise_tokens import dequantise_tokens as launch
+    from kvpolicy_kernels.quantise.quantise_tokens import dequantise_tokens as launch
 
     found = launch(*_flattened(codes, scales, minima), dim, bits, dtype)
     return found.view(*codes.shape[:2], *found.shape[1:])

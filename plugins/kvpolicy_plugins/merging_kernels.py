@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from kvpolicy_kernels import Column, Segments
-from kvpolicy_kernels.support import require
+from kvpolicy_kernels.common.support import require
 
 
 def nearest(keys: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor]:
     """As `merging.nearest`."""
-    from kvpolicy_kernels.nearest import nearest as launch
+    from kvpolicy_kernels.merge.nearest import nearest as launch
 
     slots = kept.flatten(0, 1).to(torch.int32).contiguous()
     similarity, place = launch(*_layer(keys), slots, evicted.flatten(0, 1).contiguous())
@@ -20,7 +20,7 @@ def nearest(keys: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor
 
 def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) -> Tensor:
     """As `merging.sum_by_target`; what has the weight 0 is left out, even if it is not finite."""
-    from kvpolicy_kernels.group_sums import Groups, sum_rows
+    from kvpolicy_kernels.merge.group_sums import Groups, sum_rows
 
     require(weights.dtype == torch.float32, f"weights of {weights.dtype}")
     groups = Groups.of(target.masked_fill(weights == 0, -1).flatten(0, 1), count)
@@ -30,7 +30,7 @@ def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) 
 
 def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
     """As `merging.count_by_target`."""
-    from kvpolicy_kernels.group_sums import Groups, sum_numbers
+    from kvpolicy_kernels.merge.group_sums import Groups, sum_numbers
 
     require(weights.dtype == torch.float32, f"weights of {weights.dtype}")
     groups = Groups.of(target.masked_fill(weights == 0, -1).flatten(0, 1), count)
@@ -40,7 +40,7 @@ def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
 
 def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
     """As `merging.logsumexp_by_target`."""
-    from kvpolicy_kernels.group_sums import Groups, sum_numbers
+    from kvpolicy_kernels.merge.group_sums import Groups, sum_numbers
 
     require(values.dtype == torch.float32, f"logarithms of {values.dtype}")
     numbers = values.reshape(math.prod(values.shape[:2]), math.prod(values.shape[2:-1]), values.shape[-1])

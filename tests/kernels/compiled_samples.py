@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kvpolicy.bench.compiled import BuildError, compile_build, faults_of
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels.common.compile_spec import Build
 
 
 @triton.jit

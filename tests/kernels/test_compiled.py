@@ -20,7 +20,7 @@ from kvpolicy.bench.compiled.ptx import instructions_of
 from kvpolicy.bench.compiled.record import differences, read_record
 from kvpolicy.bench.compiled.target import CAPABILITIES, Compiled, compile_build
 from kvpolicy.errors import InputError
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels.common.compile_spec import Build
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from kvpolicy.plan.plan import compile_policy
 from kvpolicy.plan.steps import Step
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels import Column, Segments, Traffic
-from kvpolicy_kernels.compact import compact, compact_to
+from kvpolicy_kernels.compact.compact import compact, compact_to
 from tests.compressing import chosen_together
 from tests.kernels.counting import counted
 from tests.policies import small

@@ -13,7 +13,7 @@ from kvpolicy.policy import load
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages.registry import registry
 from kvpolicy_kernels import Finish, Tile
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels.common.compile_spec import Build
 
 _GEOMETRY: dict[str, Any] = {"head_dim": 128, "group": 4}  # Llama 3.1 8B: 32 query heads, 8 KV heads
 _BUDGET = 1024  # entries that a share of the budget is a share of; it matters only whether there are sinks
@@ -53,7 +53,7 @@ def _of_policies() -> Iterator[Build]:
 
 
 def _of_policy(spec: PolicySpec) -> Iterator[Build]:
-    from kvpolicy_kernels import finish, score  # noqa: PLC0415 - they import Triton
+    from kvpolicy_kernels.score import postprocess, score  # noqa: PLC0415 - they import Triton
 
     offered = [weighted.scorer.tile() for weighted in spec.score]
     tiles = [tile for tile in offered if isinstance(tile, Tile)]
@@ -64,4 +64,4 @@ def _of_policy(spec: PolicySpec) -> Iterator[Build]:
     normalised = [
         attrs.evolve(own, normalise=weighted.normalise) for own, weighted in zip(finishes, spec.score, strict=True)
     ]
-    yield from finish.builds_for(spec.name, normalised, sinks=spec.protect.of(_BUDGET)[0])
+    yield from postprocess.builds_for(spec.name, normalised, sinks=spec.protect.of(_BUDGET)[0])

@@ -9,8 +9,8 @@ import attrs
 from kvpolicy.bench.compiled.ptx import instructions_of
 from kvpolicy.bench.compiled.resources import resources_of
 from kvpolicy.errors import InputError, KVPolicyError
-from kvpolicy_kernels.builds import Build
-from kvpolicy_kernels.support import interpreting
+from kvpolicy_kernels.common.compile_spec import Build
+from kvpolicy_kernels.common.support import interpreting
 
 CAPABILITIES = (80, 90, 100)
 _DIVISIBLE = [["tt.divisibility", 16]]

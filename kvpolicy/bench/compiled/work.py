@@ -13,7 +13,7 @@ from kvpolicy.bench.compiled.discover import all_builds
 from kvpolicy.bench.compiled.gates import faults_of
 from kvpolicy.bench.compiled.target import CAPABILITIES, BuildError, Compiled, compile_build, require_compiler
 from kvpolicy.errors import InputError
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels.common.compile_spec import Build
 
 
 @attrs.frozen

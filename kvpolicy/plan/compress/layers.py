@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvpolicy.stages import View
 from kvpolicy_kernels import Column, Segments
-from kvpolicy_kernels.segments import pitch
+from kvpolicy_kernels.common.segments import pitch
 
 if TYPE_CHECKING:
-    from kvpolicy_kernels.window import Window
+    from kvpolicy_kernels.score.window_queries import Window
 
 
 @attrs.frozen(eq=False)
@@ -54,7 +54,7 @@ class Layers:
 
     def window(self) -> "Window":
         """The queries that vote, packed for the kernels."""
-        from kvpolicy_kernels.window import Window
+        from kvpolicy_kernels.score.window_queries import Window
 
         queries = [view.window for view in self.views]
         positions = [view.window_positions for view in self.views]

@@ -7,7 +7,8 @@ from kvpolicy.plan.followers import ATTENTION
 from kvpolicy.plan.plan import Plan
 from kvpolicy.runtime.static.slots import Slots, follow
 from kvpolicy.stages import Glimpse
-from kvpolicy_kernels import Column, Segments, held
+from kvpolicy_kernels import Column, Segments
+from kvpolicy_kernels.attention import kv_input
 
 
 def attend_in_kernel(plan: Plan, slots: Slots, packed: Tensor, scaling: float) -> Tensor:
@@ -16,16 +17,16 @@ def attend_in_kernel(plan: Plan, slots: Slots, packed: Tensor, scaling: float) -
     Raises:
         UnsupportedInputError: the kernel cannot do this; nothing has changed.
     """
-    from kvpolicy_kernels.decode import decode
+    from kvpolicy_kernels.attention.decode import decode
 
     segments = _segments(slots)
     others = [one for one in plan.followers if ATTENTION not in one.columns.values()]
     shape = (*packed.shape[:3], segments.longest)
     logits = packed.new_empty(shape, dtype=torch.float32) if others else None
     mass = Column.of([slots.columns[ATTENTION]]) if len(others) < len(plan.followers) else None
-    keys, values = (held.Half(Column.of([one]), segments.starts) for one in (slots.keys, slots.values))
-    export = held.Export(None if logits is None else logits.flatten(0, 1), mass)
-    out = decode(packed.flatten(0, 1).contiguous(), held.Held(segments, keys, values), scaling, export=export)
+    keys, values = (kv_input.Half(Column.of([one]), segments.starts) for one in (slots.keys, slots.values))
+    export = kv_input.Export(None if logits is None else logits.flatten(0, 1), mass)
+    out = decode(packed.flatten(0, 1).contiguous(), kv_input.Held(segments, keys, values), scaling, export=export)
     if logits is not None:
         follow(slots, Glimpse(logits[..., None, :]), others)
     return out.view(*packed.shape[:3], -1)

@@ -15,7 +15,7 @@ from kvpolicy.stages.conformance.samples import sample_view, scored, with_junk
 from kvpolicy.stages.contracts import Plugin, Scorer
 from kvpolicy.stages.view import View
 from kvpolicy_kernels import Column, ColumnRequest, Segments, Tile, UnsupportedInputError
-from kvpolicy_kernels.support import interpreting
+from kvpolicy_kernels.common.support import interpreting
 
 # How far a score of a kernel may be from that of the reference: a part of how far apart the scores of the candidates
 # are, and a part of the largest magnitude among them. In bfloat16 a reference may round every product.
@@ -73,7 +73,7 @@ def _obstacle() -> str:
         return "" if torch.cuda.is_available() else "no GPU, and TRITON_INTERPRET=1 is not set"
     from triton.runtime.jit import JITFunction
 
-    from kvpolicy_kernels.score_kernel import score
+    from kvpolicy_kernels.score.score_kernel import score
 
     return "TRITON_INTERPRET=1 was set after Triton was imported" if isinstance(score, JITFunction) else ""
 
@@ -122,9 +122,9 @@ def _by_kernels(tile: Tile, view: View) -> tuple[Tensor, int]:
 
     Raises UnsupportedInputError for a tile that kernels cannot run.
     """
-    from kvpolicy_kernels.finish import finish
-    from kvpolicy_kernels.score import scores
-    from kvpolicy_kernels.window import Window
+    from kvpolicy_kernels.score.postprocess import finish
+    from kvpolicy_kernels.score.score import scores
+    from kvpolicy_kernels.score.window_queries import Window
 
     held = {"keys": view.keys, "values": view.values, "positions": view.positions.to(torch.int32)}
     if view.log_votes is not None:

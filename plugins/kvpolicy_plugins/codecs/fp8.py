@@ -43,7 +43,7 @@ class Scaled(Format):
         return narrowed(_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.unpack import scaled_fp8
+        from kvpolicy_kernels.quantise.unpack import scaled_fp8
 
         return Unpacking(scaled_fp8, (PackedColumn(self.dim, torch.uint8), PackedColumn(1, torch.float16)))
 

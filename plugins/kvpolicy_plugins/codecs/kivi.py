@@ -61,7 +61,7 @@ class PerChannel(Format):
         return dequantise_channels(columns["codes"], columns["scale"], columns["minimum"], self.bits, self.dtype)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.unpack import per_channel
+        from kvpolicy_kernels.quantise.unpack import per_channel
 
         codes = PackedColumn(self.unit * packed_size(self.dim, self.bits), torch.uint8)
         each = PackedColumn(self.dim, self.stored, shared=True)
@@ -96,7 +96,7 @@ class PerToken(Format):
         return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, self.dtype)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.unpack import per_token
+        from kvpolicy_kernels.quantise.unpack import per_token
 
         if self.group.bit_count() != 1:
             return f"has groups of {self.group} channels, not a power of two"

@@ -77,7 +77,7 @@ class Centred(Format):
         return narrowed(columns["mean"].to(exact) - differences, self.dtype)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.unpack import centred
+        from kvpolicy_kernels.quantise.unpack import centred
 
         if self.group.bit_count() != 1:
             return f"has groups of {self.group} channels, not a power of two"

@@ -62,8 +62,8 @@ class Attention(Scorer):
         return True
 
     def tile(self) -> Tile | str:
-        from kvpolicy_kernels.tiles.attention import NOWHERE, PROBABILITIES, SCORES, attention_votes
-        from kvpolicy_kernels.tiles.grouping import HOW
+        from kvpolicy_kernels.score.tiles.attention import NOWHERE, PROBABILITIES, SCORES, attention_votes
+        from kvpolicy_kernels.score.tiles.grouping import HOW
 
         commutes = self.pool.kind in ("none", "max" if self.group == "max" else "average")
         if self.group_at == "pooled" and not commutes:

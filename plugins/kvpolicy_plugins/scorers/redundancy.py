@@ -40,7 +40,7 @@ class Redundancy(Scorer):
     )
 
     def tile(self) -> Tile:
-        from kvpolicy_kernels.tiles.redundancy import directions, mean_similarity
+        from kvpolicy_kernels.score.tiles.redundancy import directions, mean_similarity
 
         forgives = self.forgive > 0 or self.empty_row == "slot0"
         column, traffic = (self._column, self._traffic) if forgives else (None, None)
@@ -48,7 +48,7 @@ class Redundancy(Scorer):
         return Tile(mean_similarity, statistic=directions, column=column, column_traffic=traffic, finish=finish)
 
     def _column(self, request: ColumnRequest) -> Tensor:
-        from kvpolicy_kernels.redundancy import forgiven
+        from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven
 
         return forgiven(
             request.segments,
@@ -61,7 +61,7 @@ class Redundancy(Scorer):
 
     def _traffic(self, request: ColumnRequest, lengths: Sequence[int]) -> Traffic:
         """Where no key looks like another the search goes through all pairs of blocks."""
-        from kvpolicy_kernels.redundancy import traffic
+        from kvpolicy_kernels.score.redundancy.forgiven_similarity import traffic
 
         return traffic(request.segments, lengths, request.keys, forgive=self.forgive)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Geometry, View
-from kvpolicy_kernels.window import Window
+from kvpolicy_kernels.score.window_queries import Window
 from tests.kernels.scenes import DEVICE, Scene, scene
 
 

@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 from kvpolicy.errors import PluginContractError
 from kvpolicy.stages import Finish, Needs, Scorer, State, Tile, WindowUse
 from kvpolicy.stages.conformance import check_plugin, conformance_cases
-from kvpolicy_kernels import score_kernel
+from kvpolicy_kernels.score import score_kernel
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from tests.unit.stages import tile_functions as functions
 
