@@ -69,14 +69,14 @@ def _column(imagined: Imagined, term: Term, tile: Tile) -> Step:
 
 def _scores(imagined: Imagined, tiles: Sequence[Tile]) -> Traffic:
     from kvpolicy_kernels.score.score import traffic
-    from kvpolicy_kernels.score.window_queries import Window
+    from kvpolicy_kernels.score.window_queries import WindowQueries
 
     plan, window = imagined.plan, None
     if any(tile.window for tile in tiles):
         size = (1, plan.geometry.query_heads, plan.needs.queries, plan.geometry.head_dim)
         queries = torch.empty(size, dtype=plan.dtype, device="meta")
         positions = torch.empty(1, plan.needs.queries, dtype=torch.int32, device="meta")
-        window = Window.of([queries], [positions], imagined.segments, 1.0)
+        window = WindowQueries.of([queries], [positions], imagined.segments, 1.0)
     return traffic(imagined.segments, imagined.read_columns, window, tiles, imagined.lengths)
 
 
@@ -85,7 +85,7 @@ def finish_step(plan: Plan, shapes: Shapes) -> Step:
     from kvpolicy_kernels.score.postprocess import traffic
 
     lengths, (sinks, recent) = (shapes.held,) * plan.geometry.kv_heads, shapes.protected
-    finishes = [term.finish for term in plan.fusion.terms]
+    finishes = [term.postprocess for term in plan.fusion.terms]
     sizes = {"heads": plan.geometry.kv_heads, "sinks": sinks, "recent": recent}
     return Step.fused("score", "pool, normalise, add", traffic(finishes, lengths, shapes.held, **sizes))
 

@@ -42,20 +42,20 @@ def attend_in_kernel(
         queries,
         _held(holdings, pads=pads),
         asked.scaling,
-        seen=asked.positions[:, 0].contiguous() if pads else None,
+        query_positions=asked.positions[:, 0].contiguous() if pads else None,
         slots=None if slots is None else slots.flatten(0, 1).contiguous(),
-        export=kv_input.Export(logits, mass),
+        extra=kv_input.ExtraOutputs(logits, mass),
     )
     if logits is not None:
         _show(holdings, slots, logits, others)
     return out.view(layout.rows, layout.heads * group, 1, -1)
 
 
-def _held(holdings: Holdings, *, pads: bool) -> kv_input.Held:
+def _held(holdings: Holdings, *, pads: bool) -> kv_input.KVInput:
     slots = holdings.slots
     starts, lengths = slots.starts, slots.lengths_on_device
     segments = Segments(starts, lengths, 1, slots.layout.rows, slots.layout.heads, slots.longest)
-    return kv_input.Held(
+    return kv_input.KVInput(
         segments,
         _half(holdings.keys),
         _half(holdings.values),
@@ -65,15 +65,15 @@ def _held(holdings: Holdings, *, pads: bool) -> kv_input.Held:
     )
 
 
-def _half(half: Half) -> kv_input.Half:
+def _half(half: Half) -> kv_input.KVTensorInput:
     packed = None
     if not half.is_plain:
         how = half.form.unpacking()
         if isinstance(how, str):
             raise UnsupportedInputError(f"{type(half.form).__name__} {how}")
         columns = tuple(_column(half.packed, name) for name in half.form.columns)
-        packed = kv_input.Packed(how, half.packed.starts, half.packed.lengths_on_device, columns)
-    return kv_input.Half(_column(half.tail, half.name), half.tail.starts, packed)
+        packed = kv_input.PackedInput(how, half.packed.starts, half.packed.lengths_on_device, columns)
+    return kv_input.KVTensorInput(_column(half.tail, half.name), half.tail.starts, packed)
 
 
 def _column(store: Store, name: str) -> Column:

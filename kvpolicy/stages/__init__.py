@@ -37,7 +37,7 @@ from kvpolicy.stages.parameters import (
 from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy.stages.view import View
-from kvpolicy_kernels import ColumnRequest, Finish, Tile, Traffic, WindowUse
+from kvpolicy_kernels import ColumnRequest, Postprocess, Tile, Traffic, WindowUse
 from kvpolicy_kernels.attention.kv_input import PackedColumn, Unpacking
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "Column",
     "ColumnRequest",
     "Entries",
-    "Finish",
     "Flag",
     "Format",
     "Formats",
@@ -68,6 +67,7 @@ __all__ = [
     "PackedColumn",
     "Plugged",
     "Plugin",
+    "Postprocess",
     "Question",
     "Reader",
     "Rotary",

@@ -2,9 +2,10 @@
 
 import torch
 
-from kvpolicy_kernels import obstacle
+from kvpolicy_kernels import unavailable_reason
 
 
 def runs_kernels(device: torch.device) -> bool:
     """Whether kernels run on a device: they are launched on the current one, whatever tensors they are given."""
-    return device.type == "cuda" and device.index in (None, torch.cuda.current_device()) and not obstacle(device)
+    current = device.type == "cuda" and device.index in (None, torch.cuda.current_device())
+    return current and not unavailable_reason(device)

@@ -12,7 +12,7 @@ FILES = {
     for file in sorted(Path(kvpolicy_kernels.__file__).parent.rglob("*.py"))
 }
 KERNELS = [kernel for module, source in FILES.items() for kernel in kernels_of(module, source)]
-DISJOINT = {"compact.compact_holes._fill"}  # it reads slots behind the new length and writes slots before it
+DISJOINT = {"compact.compact_holes._fill_holes"}  # it reads slots beyond the new length and writes slots before it
 
 
 def changed(module, old, new, count=1):
@@ -35,10 +35,10 @@ def barriers(kernels):
 def test_kernels_are_found():
     names = {kernel.name for kernel in KERNELS}
     assert {
-        "attention.split.attend",
+        "attention.decode_split.decode_split",
         "score.score_kernel.score",
-        "compact.compact_ordered._walk",
-        "compact.compact_holes._fill",
+        "compact.compact_ordered._move_slice",
+        "compact.compact_holes._fill_holes",
     } <= names
     assert names >= DISJOINT
     assert len(names) > 60
@@ -56,20 +56,20 @@ def test_what_moves_in_place_waits_for_all_threads():
 
 
 OFFSETS = [
-    ("attention.split", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
+    ("attention.decode_split", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
     (
-        "attention.split",
+        "attention.decode_split",
         "    start = tl.load(STARTS + segment)\n",
         "    start = tl.load(STARTS + segment).to(tl.int32)\n",
     ),
-    ("attention.split", "tl.load(STARTS + segment) * D", "tl.load(STARTS + segment).to(tl.int32) * D"),
+    ("attention.decode_split", "tl.load(STARTS + segment) * D", "tl.load(STARTS + segment).to(tl.int32) * D"),
     (
-        "attention.split",
-        "place = segment * tl.num_programs(1) + split",
-        "place = (segment * tl.num_programs(1) + split).to(tl.int32)",
+        "attention.decode_split",
+        "partial = segment * tl.num_programs(1) + split",
+        "partial = (segment * tl.num_programs(1) + split).to(tl.int32)",
     ),
-    ("attention.split", "OUT + segment * (G * DV)", "OUT + segment.to(tl.int32) * (G * DV)"),
-    ("attention.split", "QUERIES + segment * (G * D)", "QUERIES + tl.cast(segment * (G * D), tl.int32)"),
+    ("attention.decode_split", "OUT + segment * (G * DV)", "OUT + segment.to(tl.int32) * (G * DV)"),
+    ("attention.decode_split", "QUERIES + segment * (G * D)", "QUERIES + tl.cast(segment * (G * D), tl.int32)"),
     (
         "score.score_kernel",
         "i * tl.num_programs(0).to(tl.int64) + segment) * T",
@@ -81,11 +81,11 @@ OFFSETS = [
         "(i * tl.num_programs(1) + segment.to(tl.int32)) * T",
     ),
     ("score.score_kernel", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
-    ("attention.combine", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
+    ("attention.combine_splits", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
     (
-        "attention.combine",
-        "place = (segment * splits + split) * G + g",
-        "place = (segment * splits + split).to(tl.int32) * G + g",
+        "attention.combine_splits",
+        "partial_row = (segment * splits + split) * G + g",
+        "partial_row = (segment * splits + split).to(tl.int32) * G + g",
     ),
     ("common.addressing", "tl.program_id(0).to(tl.int64) // blocks", "tl.program_id(0) // blocks"),
     (

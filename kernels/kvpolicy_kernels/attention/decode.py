@@ -1,4 +1,7 @@
-"""Attention of one query per row over what is held: its launcher, its guard, and the bytes that it moves."""
+"""Decode attention, one query per row: the launcher of its two kernels, `decode_split` and `combine_splits`.
+
+Reference: tests/kernels/references/decode.py.
+"""
 
 import functools
 from typing import Any
@@ -8,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.attention.combine import combine
-from kvpolicy_kernels.attention.kv_input import Export, Half, Held, Unpacking, check_attention
-from kvpolicy_kernels.attention.split import attend
-from kvpolicy_kernels.attention.split_plan import MASS_BLOCK, Division
+from kvpolicy_kernels.attention.combine_splits import combine_splits
+from kvpolicy_kernels.attention.decode_split import decode_split
+from kvpolicy_kernels.attention.kv_input import ExtraOutputs, KVInput, KVTensorInput, Unpacking, check_decode_inputs
+from kvpolicy_kernels.attention.split_plan import MASS_BLOCK, SplitPlan
 from kvpolicy_kernels.common.segments import Column
 from kvpolicy_kernels.common.support import interpreting, require
 
@@ -26,99 +29,100 @@ TYPES = {
 
 def decode(
     queries: Tensor,
-    held: Held,
+    kv: KVInput,
     scaling: float,
     *,
-    seen: Tensor | None = None,
+    query_positions: Tensor | None = None,
     slots: Tensor | None = None,
-    export: Export | None = None,
+    extra: ExtraOutputs | None = None,
     out: Tensor | None = None,
-    division: Division | None = None,
+    plan: SplitPlan | None = None,
 ) -> Tensor:
     """Softmax attention of one query per row, grouped by KV head (Flash-Decoding; arXiv:2205.14135 per split).
 
     Args:
-        queries: [P, G, D] float32, bfloat16 or float16, as keys and values are; G up to 64, D up to 256.
-        held: what is attended to; of `positions` those from 0 to `seen`.
-        scaling: factor on q·k, in natural units.
-        seen: [rows] int32 or int64, position of the query of each row; -1 sees nothing. Needed with `held.positions`.
-        slots: [P, n] int32 or int64, attend to these slots of each segment only; -1 = none.
-        export: logits and attention mass to be written in the same pass.
-        out: [P, G, Dv], to be written to.
-        division: how the work is divided; by default so that it fills the GPU.
+        queries: [P, G, D] float32, bfloat16 or float16, the dtype of keys and values; G up to 64, D up to 256.
+        kv: keys, values, positions and votes. With `kv.positions` a query sees positions from 0 to its own.
+        scaling: factor on q·k.
+        query_positions: [rows] int32 or int64, position of the query of each row; -1 sees nothing. Required with
+            `kv.positions`.
+        slots: [P, n] int32 or int64, the slots of each segment to attend to; -1 = none. By default all.
+        extra: logits and attention mass to write in the same pass.
+        out: [P, G, Dv] contiguous, written in place.
+        plan: how the work is split; by default so that it fills the GPU.
 
     Returns:
         [P, G, Dv] in the dtype of the queries; zeros for a query that sees nothing.
 
     Raises:
-        UnsupportedInputError: the kernel cannot do this; nothing was written.
+        UnsupportedInputError: the kernels do not support these inputs; nothing was written.
     """
-    export = export or Export()
-    check_attention(queries, held, seen, slots, export)
+    extra = extra or ExtraOutputs()
+    check_decode_inputs(queries, kv, query_positions, slots, extra)
     count, group, _ = queries.shape
-    width = held.values.column.width
+    width = kv.values.column.width
     out = queries.new_empty(count, group, width) if out is None else out
     require(out.shape == (count, group, width) and out.dtype == queries.dtype, "output has another shape or dtype")
     require(out.is_contiguous() and out.device == queries.device, "output is not contiguous, or elsewhere")
     if not count:
         return out
-    longest = held.segments.longest if slots is None else slots.shape[1]
-    if division is None:
-        division = _divided(queries, held, longest, listed=slots is not None)
-    _launch(queries, held, scaling, seen, slots, export, out, division, longest)
+    longest = kv.segments.longest if slots is None else slots.shape[1]
+    if plan is None:
+        plan = _default_plan(queries, kv, longest, listed=slots is not None)
+    _launch(queries, kv, scaling, query_positions, slots, extra, out, plan, longest)
     return out
 
 
 def _launch(
     queries: Tensor,
-    held: Held,
+    kv: KVInput,
     scaling: float,
-    seen: Tensor | None,
+    query_positions: Tensor | None,
     slots: Tensor | None,
-    export: Export,
+    extra: ExtraOutputs,
     out: Tensor,
-    division: Division,
+    plan: SplitPlan,
     longest: int,
 ) -> None:
-    (count, group, dim), width, splits = queries.shape, out.shape[2], division.splits
-    single, mass = splits == 1, export.mass is not None
-    numbers = functools.partial(torch.empty, dtype=torch.float32, device=queries.device)
-    logits = numbers(count, group, longest) if mass and export.logits is None else export.logits
-    peaks, sums = (None, None) if single and not mass else numbers(2, count, splits, group)
-    partial = None if single else numbers(count, splits, group, width)
+    (count, group, dim), width, splits = queries.shape, out.shape[2], plan.num_splits
+    single, mass = splits == 1, extra.mass is not None
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=queries.device)
+    logits = empty(count, group, longest) if mass and extra.logits is None else extra.logits
+    maxima, sums = (None, None) if single and not mass else empty(2, count, splits, group)
+    partial = None if single else empty(count, splits, group, width)
     listed = 0 if slots is None else slots.shape[1]
-    segments, common = held.segments, _common(queries, held)
-    attend[count, splits](
-        queries, segments.starts, segments.lengths, *_half(held.keys), *_half(held.values),
-        _addresses(held.positions), seen, _addresses(held.votes), slots, logits, peaks, sums, partial, out,
-        scaling, listed, longest, division.item,
-        **common, **format_constants("KEY", _how(held.keys), segments.heads),
-        **format_constants("VALUE", _how(held.values), segments.heads),
-        HEADS=segments.heads, D=dim, DP=_padded(dim), BLOCK=division.block,
-        TRIPS=division.item // division.block if interpreting() else None, num_warps=division.warps, num_stages=3,
+    segments, common = kv.segments, _common_constants(queries, kv)
+    decode_split[count, splits](
+        queries, segments.starts, segments.lengths, *_tensor_arguments(kv.keys), *_tensor_arguments(kv.values),
+        _addresses(kv.positions), query_positions, _addresses(kv.votes), slots, logits, maxima, sums, partial, out,
+        scaling, listed, longest, plan.split_size,
+        **common, **format_constants("KEY", _unpacking(kv.keys), segments.heads),
+        **format_constants("VALUE", _unpacking(kv.values), segments.heads),
+        HEADS=segments.heads, D=dim, DP=_padded(dim), BLOCK=plan.block,
+        TRIPS=plan.split_size // plan.block if interpreting() else None, num_warps=plan.warps, num_stages=3,
     )  # fmt: skip
     if single and not mass:
         return
     blocks = -(-longest // MASS_BLOCK) if mass else 0
-    combine[count, (0 if single else group) + blocks](
-        peaks, sums, partial, out, segments.lengths, segments.starts, slots, logits if mass else None,
-        _addresses(held.votes) if mass else None, _addresses(export.mass), listed, longest, division.item, splits,
+    combine_splits[count, (0 if single else group) + blocks](
+        maxima, sums, partial, out, segments.lengths, segments.starts, slots, logits if mass else None,
+        _addresses(kv.votes) if mass else None, _addresses(extra.mass), listed, longest, plan.split_size, splits,
         **common, SPLITS=triton.next_power_of_2(splits), BLOCK=MASS_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
-def _divided(queries: Tensor, held: Held, longest: int, *, listed: bool) -> Division:
-    row = _padded(max(queries.shape[2], held.values.column.width)) * queries.element_size()
-    entries = queries.shape[0] * longest if listed or held.entries is None else held.entries
-    packed = held.keys.packed is not None or held.values.packed is not None
-    return Division.of(row, longest, entries, _processors(queries.device), packed=packed)
+def _default_plan(queries: Tensor, kv: KVInput, longest: int, *, listed: bool) -> SplitPlan:
+    row_bytes = _padded(max(queries.shape[2], kv.values.column.width)) * queries.element_size()
+    entries = queries.shape[0] * longest if listed or kv.entries is None else kv.entries
+    packed = kv.keys.packed is not None or kv.values.packed is not None
+    return SplitPlan.of(row_bytes, longest, entries, _processors(queries.device), packed=packed)
 
 
-def _common(queries: Tensor, held: Held) -> dict[str, Any]:
-    group, width = queries.shape[1], held.values.column.width
+def _common_constants(queries: Tensor, kv: KVInput) -> dict[str, Any]:
+    group, width = queries.shape[1], kv.values.column.width
     return {
         "DTYPE": TYPES[queries.dtype],
-        "PER_LAYER": held.segments.per_layer,
+        "PER_LAYER": kv.segments.per_layer,
         "G": group,
         "GP": _padded(group),
         "DV": width,
@@ -128,7 +132,7 @@ def _common(queries: Tensor, held: Held) -> dict[str, Any]:
 
 
 def _padded(count: int) -> int:
-    """What a dot product takes: a power of two, 16 at least."""
+    """Next power of two, at least 16: the smallest operand of `tl.dot`."""
     return max(16, 1 << (count - 1).bit_length())
 
 
@@ -136,28 +140,27 @@ def _addresses(column: Column | None) -> Tensor | None:
     return None if column is None else column.addresses
 
 
-def _half(half: Half) -> tuple[Any, ...]:
+def _tensor_arguments(tensor_input: KVTensorInput) -> tuple[Any, ...]:
     """The run-time arguments of the keys or the values."""
-    plain = half.column.addresses, half.starts
-    if half.packed is None:
-        return *plain, None, None
-    packed = half.packed
-    return *plain, tuple(column.addresses for column in packed.columns), (packed.starts, packed.units)
+    residual, packed = (tensor_input.column.addresses, tensor_input.starts), tensor_input.packed
+    if packed is None:
+        return *residual, None, None
+    return *residual, tuple(column.addresses for column in packed.columns), (packed.starts, packed.groups)
 
 
-def _how(half: Half) -> Unpacking | None:
-    return None if half.packed is None else half.packed.unpacking
+def _unpacking(tensor_input: KVTensorInput) -> Unpacking | None:
+    return None if tensor_input.packed is None else tensor_input.packed.unpacking
 
 
-def format_constants(name: str, how: Unpacking | None, heads: int) -> dict[str, Any]:
-    """The constants of the keys or the values ("KEY", "VALUE") of so many KV heads a row."""
-    if how is None:
+def format_constants(name: str, unpacking: Unpacking | None, heads: int) -> dict[str, Any]:
+    """The constants of the keys or the values (`name` is "KEY" or "VALUE"), for `heads` KV heads per row."""
+    if unpacking is None:
         return {f"{name}_FORMAT": ((), (), 1, (), 1), f"{name}_TILE": None}
-    types, widths = zip(*((TYPES[one.dtype], one.width) for one in how.columns), strict=True)
-    options = tuple(map(tl.constexpr, how.options))  # Triton 3.6 hands no plain integers of a tuple on to a function
+    types, widths = zip(*((TYPES[column.dtype], column.width) for column in unpacking.columns), strict=True)
+    options = tuple(map(tl.constexpr, unpacking.options))  # Triton 3.6 passes no plain integers of a nested tuple on
     return {
-        f"{name}_FORMAT": (types, widths, how.unit, options, heads if how.joint else 1),
-        f"{name}_TILE": how.function,
+        f"{name}_FORMAT": (types, widths, unpacking.group_size, options, heads if unpacking.joint else 1),
+        f"{name}_TILE": unpacking.function,
     }
 
 

@@ -1,4 +1,4 @@
-"""One launch of a kernel as data: it can be run, or compiled without a GPU."""
+"""One kernel launch as data: it can be run, or turned into a specification to compile without a GPU."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy_kernels.common.compile_spec import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 from kvpolicy_kernels.common.support import interpreting
 
 _TYPES = {
@@ -21,7 +21,7 @@ _TYPES = {
 
 @attrs.frozen(eq=False)
 class Launch:
-    """A kernel with all its arguments by name; an argument that is None is a constant."""
+    """A kernel, its grid and all its arguments by name. Arguments that are None become compile-time constants."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -31,27 +31,28 @@ class Launch:
     stages: int = 3
 
     def run(self) -> None:
-        """Launch it, or interpret it."""
+        """Launch the kernel, or interpret it."""
         launcher = self.kernel[self.grid]
         launcher(**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
-    def build(self, name: str, *, tensor_cores: bool = False, wide_loads: bool = True) -> Build:
-        """The same to be compiled; tensors may be on the meta device."""
-        types = {key: type_of(given) for key, given in self.arguments.items() if given is not None}
-        constants = {**self.constants, **{key: None for key, given in self.arguments.items() if given is None}}
-        tensors = tuple(key for key, given in self.arguments.items() if isinstance(given, Tensor))
-        return Build(name, self.kernel, types, constants, tensors, self.warps, self.stages, tensor_cores, wide_loads)
+    def compile_spec(self, name: str, *, tensor_cores: bool = False, wide_loads: bool = True) -> CompileSpec:
+        """The specification of this launch; tensors may be on the meta device."""
+        types = {key: type_of(value) for key, value in self.arguments.items() if value is not None}
+        constants = {**self.constants, **{key: None for key, value in self.arguments.items() if value is None}}
+        tensors = tuple(key for key, value in self.arguments.items() if isinstance(value, Tensor))
+        gates = {"tensor_cores": tensor_cores, "wide_loads": wide_loads}
+        return CompileSpec(name, self.kernel, types, constants, tensors, self.warps, self.stages, **gates)
 
 
 def trips_of(count: int) -> int | None:
-    """The constant bound of a loop for the interpreter, which cannot count to a tensor; None where kernels compile."""
+    """A loop bound as a constant for the interpreter, which cannot loop up to a tensor; None when compiling."""
     return count if interpreting() else None
 
 
-def type_of(given: Any) -> Any:
-    """Triton's type of an argument."""
-    if isinstance(given, Tensor):
-        return _TYPES[given.dtype]
-    if isinstance(given, tuple):
-        return tuple(map(type_of, given))
-    return "fp32" if isinstance(given, float) else "i32"
+def type_of(argument: Any) -> Any:
+    """Triton's type of a run-time argument."""
+    if isinstance(argument, Tensor):
+        return _TYPES[argument.dtype]
+    if isinstance(argument, tuple):
+        return tuple(map(type_of, argument))
+    return "fp32" if isinstance(argument, float) else "i32"

@@ -1,4 +1,4 @@
-"""Whether kernels can run at all, and how they say that they cannot."""
+"""Whether kernels can run on a device, and the error with which launchers refuse inputs."""
 
 import importlib.util
 import os
@@ -7,16 +7,16 @@ import torch
 
 
 class UnsupportedInputError(Exception):
-    """A launcher's guard refuses these tensors, before anything was written; the caller runs its reference instead."""
+    """A launcher does not support these inputs. Nothing was written; the caller runs the torch reference instead."""
 
 
 def interpreting() -> bool:
-    """Whether kernels run on NumPy instead of a GPU: for tests. Decided by the environment when Triton is imported."""
+    """Whether Triton's interpreter runs the kernels on NumPy arrays; set in the environment when Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def obstacle(device: torch.device) -> str:
-    """Why no kernel runs on `device`; empty when kernels do. The interpreter is for tests, and asked for by name."""
+def unavailable_reason(device: torch.device) -> str:
+    """Why kernels cannot run on `device`; empty when they can. Does not consider the interpreter, which tests use."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return "" if device.type == "cuda" else f"no Triton on {device.type}"

@@ -1,4 +1,4 @@
-"""The bytes that a launch addresses, per tensor: what `kvpolicy plan` shows, and what a test counts."""
+"""Memory traffic of a launch in bytes per tensor: shown by `kvpolicy plan`, checked by tests."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,7 +7,7 @@ import attrs
 
 @attrs.frozen
 class Traffic:
-    """Bytes of the elements that all programs of a launch load and store, masked-out ones left out, by tensor."""
+    """Bytes that all programs of a launch load and store, by tensor; masked-out elements are not counted."""
 
     read: Mapping[str, int] = attrs.field(factory=dict)
     written: Mapping[str, int] = attrs.field(factory=dict)
@@ -20,8 +20,8 @@ class Traffic:
         written: dict[str, int] = {}
         launches = 0
         for part in parts:
-            for into, counts in ((read, part.read), (written, part.written)):
+            for totals, counts in ((read, part.read), (written, part.written)):
                 for name, count in counts.items():
-                    into[name] = into.get(name, 0) + count
+                    totals[name] = totals.get(name, 0) + count
             launches += part.launches
         return cls(read, written, launches)

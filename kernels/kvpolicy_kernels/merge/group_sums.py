@@ -1,4 +1,4 @@
-"""Sums over what goes to the same kept entry, repeatable: every group is summed in ascending order of slots.
+"""Sums over entries merged into the same kept entry. Deterministic: groups are summed in ascending order of slots.
 
 References: `sum_by_target`, `count_by_target` and `logsumexp_by_target` in `kvpolicy_plugins.merging`.
 """
@@ -14,31 +14,31 @@ from triton import cdiv
 
 from kvpolicy_kernels.common.addressing import (
     TYPES,
-    base_of,
     check_device,
     check_segments,
     check_tensor,
-    place_of,
+    load_rows,
     row_constants,
-    rows_at,
+    segment_and_block,
+    segment_pointer,
 )
-from kvpolicy_kernels.common.compile_spec import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 from kvpolicy_kernels.common.segments import Column, Segments
 from kvpolicy_kernels.common.support import require
 from kvpolicy_kernels.common.traffic import Traffic
 
-_WIDEST = 256
-_AHEAD = 4  # members of a group that are loaded together
-_ROWS = 16  # groups of one program that sums vectors
-_NUMBERS = 64  # groups of one program that sums numbers
+_MAX_WIDTH = 256
+_UNROLL = 4  # members of a group per iteration
+_ROWS = 16  # groups per program that sums vectors
+_NUMBERS = 64  # groups per program that sums numbers
 
 
 @attrs.frozen(eq=False)
 class Groups:
-    """Who goes where: the slots of a segment, sorted by target."""
+    """The slots of P segments grouped by target: a sorted order with group boundaries, as in a CSR matrix."""
 
-    order: Tensor  # [P, T] int64, slots by target; equal ones ascending, those without a target last
-    bounds: Tensor  # [P, N + 1] int32, where each target's slots begin in `order`, and the last one's end
+    order: Tensor  # [P, T] int64, slots sorted by target, ascending within a group; slots without a target last
+    bounds: Tensor  # [P, N + 1] int32, where the group of each target starts in `order`, and the end of the last
 
     @property
     def count(self) -> int:
@@ -47,15 +47,15 @@ class Groups:
 
     @classmethod
     def of(cls, targets: Tensor, count: int) -> "Groups":
-        """Of targets [P, T], from 0 to `count` - 1 or -1 for none."""
+        """From targets [P, T], 0 to `count` - 1 or -1 for none."""
         keys, order = targets.masked_fill(targets < 0, count).to(torch.int32).sort(dim=-1, stable=True)
-        places = torch.arange(count + 1, dtype=torch.int32, device=targets.device).expand(len(targets), -1)
-        return cls(order, torch.searchsorted(keys, places.contiguous(), out_int32=True))
+        starts = torch.arange(count + 1, dtype=torch.int32, device=targets.device).expand(len(targets), -1)
+        return cls(order, torch.searchsorted(keys, starts.contiguous(), out_int32=True))
 
 
 @triton.jit
 def _members(BOUNDS, segment, block, N, TARGETS: tl.constexpr):
-    """The targets of this program, and where their members begin and end in the order; all [TARGETS]."""
+    """The targets of this program and the start and end of their groups in ORDER; all [TARGETS]."""
     target = block * TARGETS + tl.arange(0, TARGETS)
     bounds = BOUNDS + segment * (N + 1) + target
     return target, tl.load(bounds, mask=target < N, other=0), tl.load(bounds + 1, mask=target < N, other=0)
@@ -63,67 +63,67 @@ def _members(BOUNDS, segment, block, N, TARGETS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "PER_LAYER"])
 def _sum_rows(ADDRESSES, STARTS, ORDER, BOUNDS, WEIGHTS, OUT, T, N, PER_LAYER, DTYPE: tl.constexpr, D: tl.constexpr,
-              BLOCK_D: tl.constexpr, TARGETS: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    """OUT [P, N, D] = weighted sums of the entries of each group."""
-    segment, block = place_of(N, TARGETS)
+              BLOCK_D: tl.constexpr, TARGETS: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+    """OUT [P, N, D]: weighted sums of the entries of each group."""
+    segment, block = segment_and_block(N, TARGETS)
     target, first, end = _members(BOUNDS, segment, block, N, TARGETS)
-    base = base_of(ADDRESSES, STARTS, segment, PER_LAYER, DTYPE, D)
+    base = segment_pointer(ADDRESSES, STARTS, segment, PER_LAYER, DTYPE, D)
     total = tl.zeros((TARGETS, BLOCK_D), tl.float32)
     while tl.max(end - first, 0) > 0:
-        for ahead in tl.static_range(AHEAD):
-            there = first + ahead < end
-            slots = tl.load(ORDER + segment * T + first + ahead, mask=there, other=0)
-            weight = tl.load(WEIGHTS + segment * T + slots, mask=there, other=0.0)
-            total += weight[:, None] * rows_at(base, slots, there, D, BLOCK_D).to(tl.float32)
-        first += AHEAD
+        for offset in tl.static_range(UNROLL):
+            valid = first + offset < end
+            slots = tl.load(ORDER + segment * T + first + offset, mask=valid, other=0)
+            weight = tl.load(WEIGHTS + segment * T + slots, mask=valid, other=0.0)
+            total += weight[:, None] * load_rows(base, slots.to(tl.int64), valid, D, BLOCK_D).to(tl.float32)
+        first += UNROLL
     dims = tl.arange(0, BLOCK_D)
-    places = OUT + (segment * N + target)[:, None] * D + dims[None, :]
-    tl.store(places, total, mask=(target < N)[:, None] & (dims < D)[None, :])
+    pointers = OUT + (segment * N + target)[:, None] * D + dims[None, :]
+    tl.store(pointers, total, mask=(target < N)[:, None] & (dims < D)[None, :])
 
 
 @triton.jit
-def _sum_members(values, order, first, end, ground, LOGARITHMS: tl.constexpr, AHEAD: tl.constexpr):
-    """Sums [TARGETS] of the values of each group, or of e^(value - ground)."""
+def _sum_members(values, order, first, end, shift, LOGARITHMS: tl.constexpr, UNROLL: tl.constexpr):
+    """Sums [TARGETS] of the values of each group, or of e^(value - shift) if LOGARITHMS."""
     total = tl.zeros(first.shape, tl.float32)
     while tl.max(end - first, 0) > 0:
-        for ahead in tl.static_range(AHEAD):
-            there = first + ahead < end
-            slots = tl.load(order + first + ahead, mask=there, other=0)
-            value = tl.load(values + slots, mask=there, other=float("-inf") if LOGARITHMS else 0.0)
-            total += tl.exp2((value - ground) * 1.4426950408889634) if LOGARITHMS else value
-        first += AHEAD
+        for offset in tl.static_range(UNROLL):
+            valid = first + offset < end
+            slots = tl.load(order + first + offset, mask=valid, other=0)
+            value = tl.load(values + slots, mask=valid, other=float("-inf") if LOGARITHMS else 0.0)
+            total += tl.exp2((value - shift) * 1.4426950408889634) if LOGARITHMS else value
+        first += UNROLL
     return total
 
 
 @triton.jit
-def _largest(values, order, first, end, AHEAD: tl.constexpr):
-    """The largest value of each group [TARGETS]; -inf where there is none, and anything where one is NaN."""
-    largest = tl.full(first.shape, float("-inf"), tl.float32)
+def _group_maximum(values, order, first, end, UNROLL: tl.constexpr):
+    """Maximum of each group [TARGETS]; -inf for empty groups, unspecified with NaN."""
+    maximum = tl.full(first.shape, float("-inf"), tl.float32)
     while tl.max(end - first, 0) > 0:
-        for ahead in tl.static_range(AHEAD):
-            there = first + ahead < end
-            slots = tl.load(order + first + ahead, mask=there, other=0)
-            value = tl.load(values + slots, mask=there, other=float("-inf"))
-            largest = tl.where(value > largest, value, largest)
-        first += AHEAD
-    return largest
+        for offset in tl.static_range(UNROLL):
+            valid = first + offset < end
+            slots = tl.load(order + first + offset, mask=valid, other=0)
+            value = tl.load(values + slots, mask=valid, other=float("-inf"))
+            maximum = tl.where(value > maximum, value, maximum)
+        first += UNROLL
+    return maximum
 
 
 @triton.jit(do_not_specialize=["T", "N", "M"])
 def _sum_numbers(ORDER, BOUNDS, VALUES, OUT, T, N, M, LOGARITHMS: tl.constexpr, TARGETS: tl.constexpr,
-                 AHEAD: tl.constexpr):  # fmt: skip
-    """OUT [P, M, N] = sums of the values [P, M, T] of each group, or the logarithm of the sum of e^value."""
-    row, block = place_of(N, TARGETS)
+                 UNROLL: tl.constexpr):  # fmt: skip
+    """OUT [P, M, N]: sums of VALUES [P, M, T] over each group, or log-sum-exps if LOGARITHMS."""
+    row, block = segment_and_block(N, TARGETS)
     segment = row // M
     target, first, end = _members(BOUNDS, segment, block, N, TARGETS)
     values, order = VALUES + row * T, ORDER + segment * T
     if LOGARITHMS:
-        largest = _largest(values, order, first, end, AHEAD)
-        ground = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-        total = _sum_members(values, order, first, end, ground, LOGARITHMS, AHEAD)
-        total = tl.where(total == 0.0, float("-inf"), tl.log(tl.where(total == 0.0, 1.0, total)) + ground)
+        maximum = _group_maximum(values, order, first, end, UNROLL)
+        shift = tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+        total = _sum_members(values, order, first, end, shift, LOGARITHMS, UNROLL)
+        total = tl.where(total == 0.0, float("-inf"), tl.log(tl.where(total == 0.0, 1.0, total)) + shift)
     else:
-        total = _sum_members(values, order, first, end, 0.0, LOGARITHMS, AHEAD)
+        total = _sum_members(values, order, first, end, 0.0, LOGARITHMS, UNROLL)
     tl.store(OUT + row * N + target, total, mask=target < N)
 
 
@@ -133,22 +133,22 @@ def sum_rows(
     """Weighted sums of the entries of each group.
 
     Args:
-        segments: P segments, in which every slot that has a target holds an entry.
+        segments: P segments; every slot with a target holds an entry.
         column: bfloat16, float16 or float32 vectors of up to 256 numbers.
         weights: [P, T] float32, T = `segments.longest`.
         groups: of N targets.
-        out: what is returned, contiguous.
+        out: the result, contiguous, written in place.
 
     Returns:
-        [P, N, D] float32; 0 for targets of nobody.
+        [P, N, D] float32; 0 for empty groups.
 
     Raises:
-        UnsupportedInputError: nothing was written.
+        UnsupportedInputError: the kernel does not support these inputs; nothing was written.
     """
     device, shape = column.addresses.device, (segments.count, groups.count, column.width)
     check_device(device)
     require(column.dtype in TYPES, f"vectors of {column.dtype}")
-    require(1 <= column.width <= _WIDEST, f"vectors of {column.width} numbers, not 1 to {_WIDEST}")
+    require(1 <= column.width <= _MAX_WIDTH, f"vectors of {column.width} numbers, not 1 to {_MAX_WIDTH}")
     check_segments(segments, device)
     check_tensor("addresses", column.addresses, torch.int64, (segments.layers,), device)
     check_tensor("weights", weights, torch.float32, (segments.count, segments.longest), device)
@@ -159,25 +159,25 @@ def sum_rows(
         _sum_rows[(segments.count * cdiv(groups.count, _ROWS),)](
             *(column.addresses, segments.starts, groups.order, groups.bounds, weights, out),
             *(segments.longest, groups.count, segments.per_layer),
-            **row_constants(column, TARGETS=_ROWS, AHEAD=_AHEAD),
+            **row_constants(column, TARGETS=_ROWS, UNROLL=_UNROLL),
         )
     return out
 
 
 def sum_numbers(values: Tensor, groups: Groups, *, logarithms: bool, out: Tensor | None = None) -> Tensor:
-    """Sums of the numbers of each group, or the logarithm of the sum of e^number.
+    """Sums, or log-sum-exps, of the numbers of each group.
 
     Args:
         values: [P, M, T] float32; the M numbers of a slot go to the same group.
         groups: of N targets.
-        logarithms: whether numbers are logarithms of what is to be summed.
-        out: what is returned, contiguous.
+        logarithms: whether to return log-sum-exps.
+        out: the result, contiguous, written in place.
 
     Returns:
-        [P, M, N] float32; 0, or -inf for logarithms, for targets of nobody. A logarithm of inf gives inf.
+        [P, M, N] float32; 0, or -inf for log-sum-exps, for empty groups. A logarithm of inf gives inf.
 
     Raises:
-        UnsupportedInputError: nothing was written.
+        UnsupportedInputError: the kernel does not support these inputs; nothing was written.
     """
     device, shape = values.device, (*values.shape[:2], groups.count)
     check_device(device)
@@ -200,11 +200,11 @@ def _check_groups(groups: Groups, segments: int, longest: int, device: torch.dev
 
 
 def _number_constants(*, logarithms: bool) -> dict[str, object]:
-    return {"LOGARITHMS": logarithms, "TARGETS": _NUMBERS, "AHEAD": _AHEAD}
+    return {"LOGARITHMS": logarithms, "TARGETS": _NUMBERS, "UNROLL": _UNROLL}
 
 
 def rows_traffic(column: Column, segments: int, count: int, members: int) -> Traffic:
-    """Bytes of `sum_rows` into `count` targets of each of P segments, to which `members` slots go altogether."""
+    """Bytes that `sum_rows` moves for `count` targets in each of P segments, with `members` slots in all groups."""
     read = {
         "vectors": members * column.width * column.dtype.itemsize,
         "weights": 4 * members,
@@ -215,7 +215,7 @@ def rows_traffic(column: Column, segments: int, count: int, members: int) -> Tra
 
 
 def numbers_traffic(segments: int, rows: int, count: int, members: int, *, logarithms: bool) -> Traffic:
-    """Bytes of `sum_numbers` of M = `rows` numbers a slot; the others as for `rows_traffic`."""
+    """Bytes that `sum_numbers` moves for M = `rows` numbers per slot; other arguments as for `rows_traffic`."""
     passes = 2 if logarithms else 1
     read = {
         "values": 4 * passes * rows * members,
@@ -225,18 +225,18 @@ def numbers_traffic(segments: int, rows: int, count: int, members: int, *, logar
     return Traffic(read, {"out": 4 * segments * rows * count})
 
 
-def builds() -> Iterator[Build]:
-    """The launches for bfloat16 vectors of the usual head dims, and for numbers of both kinds."""
+def compile_specs() -> Iterator[CompileSpec]:
+    """The launches for bfloat16 vectors of usual head dims, for sums and for log-sum-exps of numbers."""
     for dim in (128, 64):
         tables = {"ADDRESSES": "*i64", "STARTS": "*i64", "ORDER": "*i64", "BOUNDS": "*i32"}
         tables |= {"WEIGHTS": "*fp32", "OUT": "*fp32"}
         constants = row_constants(
-            Column(torch.empty(0, dtype=torch.float32), torch.bfloat16, dim, ()), TARGETS=_ROWS, AHEAD=_AHEAD
+            Column(torch.empty(0, dtype=torch.float32), torch.bfloat16, dim, ()), TARGETS=_ROWS, UNROLL=_UNROLL
         )
         sizes = {"T": "i32", "N": "i32", "PER_LAYER": "i32"}
-        yield Build(f"group_sums.rows bfloat16 D={dim}", _sum_rows, {**tables, **sizes}, constants, tuple(tables))
+        yield CompileSpec(f"group_sums.rows bfloat16 D={dim}", _sum_rows, {**tables, **sizes}, constants, tuple(tables))
     for logarithms in (True, False):
         tables = {"ORDER": "*i64", "BOUNDS": "*i32", "VALUES": "*fp32", "OUT": "*fp32"}
         name = "group_sums.logarithms" if logarithms else "group_sums.numbers"
         types, constants = {**tables, "T": "i32", "N": "i32", "M": "i32"}, _number_constants(logarithms=logarithms)
-        yield Build(name, _sum_numbers, types, constants, tuple(tables), wide_loads=False)
+        yield CompileSpec(name, _sum_numbers, types, constants, tuple(tables), wide_loads=False)

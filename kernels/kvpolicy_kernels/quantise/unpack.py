@@ -5,10 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """Float32 to the nearest number of `DTYPE`, no further than its largest; float32 still, if `UPCAST`.
+def round_to(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Float32 rounded to DTYPE, half to even; float16 is clamped to its range. The result stays float32 if UPCAST.
 
-    The interpreter cuts bfloat16 off instead of rounding it: there the lower half is rounded away beforehand.
+    UPCAST is for the interpreter, which truncates float32 to bfloat16 instead of rounding: it is rounded here.
     """
     if tl.float16 == DTYPE:
         x = tl.where(x < -65504.0, -65504.0, tl.where(x > 65504.0, 65504.0, x))
@@ -25,19 +25,19 @@ def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def codes_of(CODES, slots, held, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Codes [BLOCK, DP] as float32, from ceil(D · BITS / 8) bytes a row, lowest bits first; BITS 2, 4 or 8."""
+def load_codes(CODES, slots, mask, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """Load codes [BLOCK, DP] as float32 from rows of ceil(D · BITS / 8) bytes, lowest bits first; BITS 2, 4 or 8."""
     WIDTH: tl.constexpr = (D * BITS + 7) // 8
     byte = tl.arange(0, DP * BITS // 8)
-    held = held[:, None] & (byte < WIDTH)[None, :]
-    found = tl.load(CODES + slots[:, None] * WIDTH + byte[None, :], mask=held, other=0)
+    byte_mask = mask[:, None] & (byte < WIDTH)[None, :]
+    packed = tl.load(CODES + slots[:, None] * WIDTH + byte[None, :], mask=byte_mask, other=0)
     if BITS == 8:
-        codes = found
+        codes = packed
     elif BITS == 4:
-        codes = tl.interleave(found & 15, found >> 4)
+        codes = tl.interleave(packed & 15, packed >> 4)
     else:
-        even = tl.interleave(found & 3, (found >> 4) & 3)
-        codes = tl.interleave(even, tl.interleave((found >> 2) & 3, found >> 6))
+        even = tl.interleave(packed & 3, (packed >> 4) & 3)
+        codes = tl.interleave(even, tl.interleave((packed >> 2) & 3, packed >> 6))
     return codes.to(tl.float32)
 
 
@@ -45,81 +45,84 @@ def codes_of(CODES, slots, held, D: tl.constexpr, DP: tl.constexpr, BITS: tl.con
 def per_channel(
     COLUMNS,
     slots,
-    held,
+    mask,
     head,
     D: tl.constexpr,
     DP: tl.constexpr,
     RUN: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Code · scale + minimum; scale and minimum [D] a unit. Columns codes, scale, minimum; options (bits, unit)."""
-    UNIT: tl.constexpr = OPTIONS[1]
-    codes = codes_of(COLUMNS[0], slots, held, D, DP, OPTIONS[0])
+    """Code · scale + minimum, with scales and minima [D] per group of tokens.
+
+    Columns: codes, scale, minimum. Options: bits, group size.
+    """
+    GROUP_SIZE: tl.constexpr = OPTIONS[1]
+    codes = load_codes(COLUMNS[0], slots, mask, D, DP, OPTIONS[0])
     d = tl.arange(0, DP)
     if RUN:
-        COUNT: tl.constexpr = slots.shape[0] // UNIT
-        units = tl.min(tl.reshape(slots, (COUNT, UNIT)), 1) // UNIT
-        there = tl.max(tl.reshape(held.to(tl.int32), (COUNT, UNIT)), 1) > 0
+        COUNT: tl.constexpr = slots.shape[0] // GROUP_SIZE
+        groups = tl.min(tl.reshape(slots, (COUNT, GROUP_SIZE)), 1) // GROUP_SIZE
+        group_mask = tl.max(tl.reshape(mask.to(tl.int32), (COUNT, GROUP_SIZE)), 1) > 0
     else:
-        units, there = slots // UNIT, held
-    place = units[:, None] * D + d[None, :]
-    there = there[:, None] & (d < D)[None, :]
-    scale = tl.load(COLUMNS[1] + place, mask=there, other=0.0).to(tl.float32)
-    minimum = tl.load(COLUMNS[2] + place, mask=there, other=0.0).to(tl.float32)
+        groups, group_mask = slots // GROUP_SIZE, mask
+    offsets = groups[:, None] * D + d[None, :]
+    element_mask = group_mask[:, None] & (d < D)[None, :]
+    scale = tl.load(COLUMNS[1] + offsets, mask=element_mask, other=0.0).to(tl.float32)
+    minimum = tl.load(COLUMNS[2] + offsets, mask=element_mask, other=0.0).to(tl.float32)
     if RUN:
-        codes = tl.reshape(codes, (COUNT, UNIT, DP))
-        vectors = tl.reshape(codes * scale[:, None, :] + minimum[:, None, :], (COUNT * UNIT, DP))
+        codes = tl.reshape(codes, (COUNT, GROUP_SIZE, DP))
+        vectors = tl.reshape(codes * scale[:, None, :] + minimum[:, None, :], (COUNT * GROUP_SIZE, DP))
     else:
         vectors = codes * scale + minimum
     return vectors
 
 
 @triton.jit
-def _in_groups(CODES, SCALE, MINIMUM, rows, held, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+def _in_groups(CODES, SCALE, MINIMUM, rows, mask, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
                GROUP: tl.constexpr):  # fmt: skip
-    """Code · scale + minimum [BLOCK, DP]; a scale and a minimum for GROUP channels of a row."""
+    """Code · scale + minimum [BLOCK, DP], with a scale and a minimum per GROUP channels of a row."""
     GROUPS: tl.constexpr = DP // GROUP
     COUNT: tl.constexpr = rows.shape[0]
-    codes = tl.reshape(codes_of(CODES, rows, held, D, DP, BITS), (COUNT, GROUPS, GROUP))
+    codes = tl.reshape(load_codes(CODES, rows, mask, D, DP, BITS), (COUNT, GROUPS, GROUP))
     group = tl.arange(0, GROUPS)
-    place = rows[:, None] * (D // GROUP) + group[None, :]
-    there = held[:, None] & (group < D // GROUP)[None, :]
-    scale = tl.load(SCALE + place, mask=there, other=0.0).to(tl.float32)
-    minimum = tl.load(MINIMUM + place, mask=there, other=0.0).to(tl.float32)
+    offsets = rows[:, None] * (D // GROUP) + group[None, :]
+    element_mask = mask[:, None] & (group < D // GROUP)[None, :]
+    scale = tl.load(SCALE + offsets, mask=element_mask, other=0.0).to(tl.float32)
+    minimum = tl.load(MINIMUM + offsets, mask=element_mask, other=0.0).to(tl.float32)
     return tl.reshape(codes * scale[:, :, None] + minimum[:, :, None], (COUNT, DP))
 
 
 @triton.jit
-def per_token(COLUMNS, slots, held, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
-    """Code · scale + minimum; scale and minimum for `group` channels. Columns as above; options (bits, group).
+def per_token(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+    """Code · scale + minimum, with a scale and a minimum per `group` channels of a token.
 
-    `group` is a power of two that divides D.
+    Columns: codes, scale, minimum. Options: bits, group; `group` is a power of two that divides D.
     """
-    return _in_groups(COLUMNS[0], COLUMNS[1], COLUMNS[2], slots, held, D, DP, OPTIONS[0], OPTIONS[1])
+    return _in_groups(COLUMNS[0], COLUMNS[1], COLUMNS[2], slots, mask, D, DP, OPTIONS[0], OPTIONS[1])
 
 
 @triton.jit
-def centred(COLUMNS, slots, held, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
-    """The mean over the heads less (code · scale + minimum); scale and minimum for `group` channels of a head.
+def centred(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+    """Mean over the heads minus (code · scale + minimum), with a scale and a minimum per `group` channels of a head.
 
-    Columns mean [D], and codes, scale and minimum of all heads; options (bits, group, heads). `group` as above.
+    Columns: mean [D], then codes, scale and minimum of all heads. Options: bits, group (see `per_token`), heads.
     """
     d = tl.arange(0, DP)
-    there = held[:, None] & (d < D)[None, :]
-    mean = tl.load(COLUMNS[0] + slots[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
+    element_mask = mask[:, None] & (d < D)[None, :]
+    mean = tl.load(COLUMNS[0] + slots[:, None] * D + d[None, :], mask=element_mask, other=0.0).to(tl.float32)
     rows = slots * OPTIONS[2] + head
-    return mean - _in_groups(COLUMNS[1], COLUMNS[2], COLUMNS[3], rows, held, D, DP, OPTIONS[0], OPTIONS[1])
+    return mean - _in_groups(COLUMNS[1], COLUMNS[2], COLUMNS[3], rows, mask, D, DP, OPTIONS[0], OPTIONS[1])
 
 
 @triton.jit
-def scaled_fp8(COLUMNS, slots, held, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
-    """Float8 (e4m3) times the largest magnitude of the vector over 448. Columns codes, as bytes, and peak.
+def scaled_fp8(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+    """Float8 (e4m3) · largest magnitude of the vector / 448. Columns: codes as bytes, largest magnitude.
 
-    Sign to sign, exponent and mantissa below the top exponent bit of a float16: the number over 256, exactly.
+    With exponent and mantissa shifted to where a float16 has them, the bits of an e4m3 number are the number / 256.
     """
     d = tl.arange(0, DP)
-    there = held[:, None] & (d < D)[None, :]
-    codes = tl.load(COLUMNS[0] + slots[:, None] * D + d[None, :], mask=there, other=0).to(tl.uint16)
+    element_mask = mask[:, None] & (d < D)[None, :]
+    codes = tl.load(COLUMNS[0] + slots[:, None] * D + d[None, :], mask=element_mask, other=0).to(tl.uint16)
     over_256 = (((codes & 0x80) << 8) | ((codes & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    peak = tl.load(COLUMNS[1] + slots, mask=held, other=0.0).to(tl.float32)
-    return over_256.to(tl.float32) * (peak * (256 / 448))[:, None]
+    magnitude = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
+    return over_256.to(tl.float32) * (magnitude * (256 / 448))[:, None]

@@ -1,63 +1,45 @@
-"""What the passes over the keys share: loading entries, and the logits of the window's queries against them."""
+"""Device functions for the logits of the window's queries, used by the statistics and score kernels."""
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
-from kvpolicy_kernels.score.tiles.grouping import largest
+from kvpolicy_kernels.score.tiles.grouping import nan_max
 
 LOG2E = tl.constexpr(math.log2(math.e))
-FLOOR = tl.constexpr(-1e30)  # a maximum over nothing: finite, so that differences are never -inf - -inf
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+FLOOR = tl.constexpr(-1e30)  # an empty maximum: finite, so that no difference is -inf - -inf
 
 
 @triton.jit
-def storage(ADDRESSES, layer, DTYPE: tl.constexpr):
-    """The first element of a column of one layer; launchers have checked that it is aligned."""
-    return tl.multiple_of(tl.load(ADDRESSES + layer).to(tl.pointer_type(DTYPE)), 16)
-
-
-@triton.jit
-def entries(base, start, slots, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """[BLOCK, PADDED] elements of the slots, zeros behind `WIDTH` and where not `inside`."""
-    place = tl.arange(0, PADDED)
-    mask = inside[:, None]
-    if PADDED != WIDTH:
-        mask = mask & (place < WIDTH)[None, :]
-    return tl.load(base + (start + slots)[:, None] * WIDTH + place[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def packed_queries(QUERIES, segment, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """[DP, N], N = GP·WP: all queries of a segment. Transposed here, they go to shared memory before any loop."""
-    row, place = tl.arange(0, N), tl.arange(0, DP)
+def load_queries(QUERIES, segment, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """All N = GP·WP queries of a segment, [DP, N]; transposed here, into shared memory before the loop."""
+    row, dim = tl.arange(0, N), tl.arange(0, DP)
     rows = QUERIES + segment * (N * D) + row[:, None] * D
-    mask = (row >= 0)[:, None] & (place < D)[None, :]
-    return tl.trans(tl.load(rows + place[None, :], mask=mask, other=0.0))
+    mask = (row >= 0)[:, None] & (dim < D)[None, :]
+    return tl.trans(tl.load(rows + dim[None, :], mask=mask, other=0.0))
 
 
 @triton.jit
-def products(keys, queries, factor, UPCAST: tl.constexpr):
-    """[BLOCK, N] logits to base 2. The keys are the rows: every query head of the group reads them once."""
+def window_logits(keys, queries, factor, UPCAST: tl.constexpr):
+    """Logits to base 2, [BLOCK, N]. `factor` is scaling · log2(e); one product serves all query heads of the group."""
     if UPCAST:
-        found = tl.dot(keys.to(tl.float32), queries.to(tl.float32), input_precision="ieee")
+        logits = tl.dot(keys.to(tl.float32), queries.to(tl.float32), input_precision="ieee")
     else:
-        found = tl.dot(keys, queries, input_precision="ieee")
-    return found * factor
+        logits = tl.dot(keys, queries, input_precision="ieee")
+    return logits * factor
 
 
 @triton.jit
-def grouped(logits, GROUP: tl.constexpr, HOW: tl.constexpr):
-    """[BLOCK, GP, WP] with the G query heads reduced to one, [BLOCK, 1, WP], or as they are."""
+def reduce_heads(logits, GROUP: tl.constexpr, HOW: tl.constexpr):
+    """Logits [BLOCK, GP, WP] reduced over the G query heads to [BLOCK, 1, WP]; unchanged if HOW is 0 ("none")."""
     reduced = logits
     if HOW != 0:
-        real = (tl.arange(0, logits.shape[1]) < GROUP)[None, :, None]
+        head = (tl.arange(0, logits.shape[1]) < GROUP)[None, :, None]
         if HOW == 2:
-            reduced = largest(tl.where(real, logits, -float("inf")), 1)[:, None, :]
+            reduced = nan_max(tl.where(head, logits, -float("inf")), 1)[:, None, :]
         else:
-            reduced = tl.sum(tl.where(real, logits, 0.0), 1)[:, None, :]
+            reduced = tl.sum(tl.where(head, logits, 0.0), 1)[:, None, :]
         if HOW == 1:
             reduced = reduced / GROUP
     return reduced
@@ -65,30 +47,31 @@ def grouped(logits, GROUP: tl.constexpr, HOW: tl.constexpr):
 
 @triton.jit
 def use_logits(logits, votes, GP: tl.constexpr, WP: tl.constexpr, GROUP: tl.constexpr, USE: tl.constexpr):
-    """[BLOCK, GP or 1, WP] logits of one use of the window, votes included."""
-    whole = tl.reshape(logits, (logits.shape[0], GP, WP))
+    """Logits of one use of the window with log-votes added, [BLOCK, GP or 1, WP]."""
+    shaped = tl.reshape(logits, (logits.shape[0], GP, WP))
     if votes is not None:
-        whole = whole + (votes * LOG2E)[:, None, None]
-    return grouped(whole, GROUP, USE[3])
+        shaped = shaped + (votes * LOG2E)[:, None, None]
+    return reduce_heads(shaped, GROUP, USE[3])
 
 
 @triton.jit
-def use_sees(positions, inside, candidate, asked, GROUP: tl.constexpr, GP: tl.constexpr, USE: tl.constexpr):
-    """[BLOCK, GP or 1, WP] bool: whether a query of this use sees an entry. `asked` [WP] are its positions."""
-    voting = (asked >= 0) & (tl.arange(0, asked.shape[0]) >= asked.shape[0] - USE[0])
+def use_mask(positions, inside, candidate, query_positions, GROUP: tl.constexpr, GP: tl.constexpr, USE: tl.constexpr):
+    """Which queries of this use see which entries, bool [BLOCK, GP or 1, WP]."""
+    width: tl.constexpr = query_positions.shape[0]
+    exists = (query_positions >= 0) & (tl.arange(0, width) >= width - USE[0])
     region = inside
     if USE[1]:
         region = candidate
-    sees = region[:, None] & voting[None, :]
+    mask = region[:, None] & exists[None, :]
     if USE[2]:
-        sees = sees & (positions[:, None] <= asked[None, :])
-    sees = sees[:, None, :]
+        mask = mask & (positions[:, None] <= query_positions[None, :])
+    mask = mask[:, None, :]
     if USE[3] == 0 and GROUP != GP:
-        sees = sees & (tl.arange(0, GP) < GROUP)[None, :, None]
-    return sees
+        mask = mask & (tl.arange(0, GP) < GROUP)[None, :, None]
+    return mask
 
 
 @triton.jit
 def is_candidate(positions, slots, length, sinks, recent):
-    """Which slots may be evicted: they are held, and neither sinks nor recent."""
+    """Which slots may be evicted: those with an entry that is neither a sink nor recent."""
     return (slots < length - recent) & (slots < length) & (positions >= sinks)

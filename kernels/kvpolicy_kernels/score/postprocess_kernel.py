@@ -1,70 +1,74 @@
-"""The kernels of `finish`: sums for softmaxes, sums for normalisations, and the result; parallel over entries."""
+"""Kernels of `postprocess`: softmax sums, normalisation sums, and the result; parallel over entries.
+
+SETTING is one term's postprocessing as integers: the fields of `postprocess._Encoded`, in order.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from kvpolicy_kernels.score.logits import LOG2E, storage
+from kvpolicy_kernels.common.addressing import column_pointer
+from kvpolicy_kernels.score.logits import LOG2E
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
 def _candidates(POSITIONS, start, length, sinks, recent, SINKS: tl.constexpr):
-    """The first candidate of a head and what is behind its last: positions ascend, so that sinks come first."""
+    """The range of a head's candidates, first and end slot: positions ascend, so sinks come first."""
     first = 0
     if SINKS > 0:
         slots = tl.arange(0, SINKS)
-        looked = (slots < sinks) & (slots < length)
-        positions = tl.load(POSITIONS + start + slots, mask=looked, other=0)
-        first = tl.sum((looked & (positions < sinks)).to(tl.int32), 0)
+        mask = (slots < sinks) & (slots < length)
+        positions = tl.load(POSITIONS + start + slots, mask=mask, other=0)
+        first = tl.sum((mask & (positions < sinks)).to(tl.int32), 0)
     return first, length - recent
 
 
 @triton.jit
 def _softmax_sums(PARTS, SP: tl.constexpr, parts):
-    """Maximum and sum of exponentials of a head, out of those of its parts [parts, 2]."""
+    """Maximum and sum of exponentials of a head, combined from those of its parts [parts, 2]."""
     part = tl.arange(0, SP)
-    tops = tl.load(PARTS + part * 2, mask=part < parts, other=-float("inf"))
+    maxima = tl.load(PARTS + part * 2, mask=part < parts, other=-float("inf"))
     totals = tl.load(PARTS + part * 2 + 1, mask=part < parts, other=0.0)
-    top = tl.max(tops, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(totals * tl.exp2((tops - top) * LOG2E), 0)
-    return top, tl.where(total == 0.0, 1.0, total)  # nothing is held
+    maximum = tl.max(maxima, 0)
+    maximum = tl.where(maximum == -float("inf"), 0.0, maximum)
+    total = tl.sum(totals * tl.exp2((maxima - maximum) * LOG2E), 0)
+    return maximum, tl.where(total == 0.0, 1.0, total)  # an empty head
 
 
 @triton.jit
-def _plain(ROW, slots, inside, top, total, SOFTMAX: tl.constexpr):
-    """Scores of the slots before pooling, 0 where not `inside`."""
+def _unpooled(ROW, slots, inside, maximum, total, SOFTMAX: tl.constexpr):
+    """Scores before pooling, after the softmax if SOFTMAX; 0 where not `inside`."""
     scores = tl.load(ROW + slots, mask=inside, other=0.0)
     if SOFTMAX:
-        scores = tl.where(inside, tl.exp2((scores - top) * LOG2E) / total, 0.0)
+        scores = tl.where(inside, tl.exp2((scores - maximum) * LOG2E) / total, 0.0)
     return scores
 
 
 @triton.jit
-def _pooled(ROW, slots, length, first, last, top, total, STEP: tl.constexpr):
-    """Scores of the slots after pooling over candidates; a maximum with NaN is NaN."""
-    if STEP[1] == 0:
-        pooled = _plain(ROW, slots, slots < length, top, total, STEP[0] >= 0)
+def _pooled(ROW, slots, length, first, end, maximum, total, SETTING: tl.constexpr):
+    """Scores after pooling over candidates; a maximum over NaN is NaN."""
+    if SETTING[1] == 0:
+        pooled = _unpooled(ROW, slots, slots < length, maximum, total, SETTING[0] >= 0)
     else:
-        pooled = tl.full(slots.shape, -float("inf") if STEP[1] == 1 else 0.0, tl.float32)
-        for place in tl.range(0, STEP[2]):
-            near = slots + (place - STEP[2] // 2)
-            inside = (near >= first) & (near < last)
-            scores = _plain(ROW, near, inside, top, total, STEP[0] >= 0)
-            if STEP[1] == 1:
+        pooled = tl.full(slots.shape, -float("inf") if SETTING[1] == 1 else 0.0, tl.float32)
+        for offset in tl.range(0, SETTING[2]):
+            neighbour = slots + (offset - SETTING[2] // 2)
+            inside = (neighbour >= first) & (neighbour < end)
+            scores = _unpooled(ROW, neighbour, inside, maximum, total, SETTING[0] >= 0)
+            if SETTING[1] == 1:
                 larger = inside & ((scores > pooled) | (scores != scores))  # noqa: PLR0124 only NaN differs from itself
                 pooled = tl.where(larger, scores, pooled)
             else:
                 pooled += scores
-        if STEP[1] == 2:
-            pooled = pooled / STEP[2]
+        if SETTING[1] == 2:
+            pooled = pooled / SETTING[2]
     return pooled
 
 
 @triton.jit
-def _of_head(
+def _head_scores(
     TERM,
     POSITIONS,
     STARTS,
@@ -78,17 +82,17 @@ def _of_head(
     parts,
     SP: tl.constexpr,
     SINKS: tl.constexpr,
-    STEP: tl.constexpr,
+    SETTING: tl.constexpr,
 ):
-    """Pooled scores of one head at the slots."""
+    """Pooled scores of one head."""
     length = tl.load(LENGTHS + head)
-    top, total, first, last = 0.0, 1.0, 0, length
-    if STEP[0] >= 0:
-        sums = SOFTMAX + (STEP[0] * tl.num_programs(0).to(tl.int64) + head) * parts * 2
-        top, total = _softmax_sums(sums, SP, parts)
-    if STEP[1] > 0:
-        first, last = _candidates(POSITIONS, tl.load(STARTS + head), length, sinks, recent, SINKS)
-    return _pooled(TERM + head * T, slots, length, first, last, top, total, STEP)
+    maximum, total, first, end = 0.0, 1.0, 0, length
+    if SETTING[0] >= 0:
+        sums = SOFTMAX + (SETTING[0] * tl.num_programs(0).to(tl.int64) + head) * parts * 2
+        maximum, total = _softmax_sums(sums, SP, parts)
+    if SETTING[1] > 0:
+        first, end = _candidates(POSITIONS, tl.load(STARTS + head), length, sinks, recent, SINKS)
+    return _pooled(TERM + head * T, slots, length, first, end, maximum, total, SETTING)
 
 
 @triton.jit
@@ -107,57 +111,57 @@ def _scores(
     HEADS: tl.constexpr,
     SP: tl.constexpr,
     SINKS: tl.constexpr,
-    STEP: tl.constexpr,
+    SETTING: tl.constexpr,
 ):
-    """Scores of one term at the slots, before normalisation."""
-    if STEP[3]:
+    """Scores of one term before normalisation."""
+    if SETTING[3]:
         summed = tl.zeros(slots.shape, tl.float32)
         for head in tl.range(0, HEADS):
             row = segment // HEADS * HEADS + head
-            summed += _of_head(
-                TERM, POSITIONS, STARTS, LENGTHS, SOFTMAX, row, slots, T, sinks, recent, parts, SP, SINKS, STEP
+            summed += _head_scores(
+                TERM, POSITIONS, STARTS, LENGTHS, SOFTMAX, row, slots, T, sinks, recent, parts, SP, SINKS, SETTING
             )
         scores = summed / HEADS
     else:
-        scores = _of_head(
-            TERM, POSITIONS, STARTS, LENGTHS, SOFTMAX, segment, slots, T, sinks, recent, parts, SP, SINKS, STEP
+        scores = _head_scores(
+            TERM, POSITIONS, STARTS, LENGTHS, SOFTMAX, segment, slots, T, sinks, recent, parts, SP, SINKS, SETTING
         )
     return scores
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
-def softmax_parts(TERMS, LENGTHS, SOFTMAX, T, parts, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """Of every term with a softmax: maximum and sum of exponentials of BLOCK entries, [softmaxes, P, parts, 2]."""
+def softmax_parts(TERMS, LENGTHS, SOFTMAX, T, parts, BLOCK: tl.constexpr, SETTINGS: tl.constexpr):
+    """SOFTMAX [softmaxes, P, parts, 2]: maximum and sum of exponentials of BLOCK entries, per term with a softmax."""
     segment, count = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = slots < tl.load(LENGTHS + segment)
-    for i in tl.static_range(len(STEPS)):
-        if STEPS[i][0] >= 0:
+    for i in tl.static_range(len(SETTINGS)):
+        if SETTINGS[i][0] >= 0:
             scores = tl.load(TERMS + (i * count + segment) * T + slots, mask=inside, other=-float("inf"))
-            top = tl.max(scores, 0)
-            held = tl.where(top == -float("inf"), 0.0, top)
-            out = SOFTMAX + ((STEPS[i][0] * count + segment) * parts + tl.program_id(1)) * 2
-            tl.store(out, top)
-            tl.store(out + 1, tl.sum(tl.exp2((scores - held) * LOG2E), 0))
+            maximum = tl.max(scores, 0)
+            safe = tl.where(maximum == -float("inf"), 0.0, maximum)
+            out = SOFTMAX + ((SETTINGS[i][0] * count + segment) * parts + tl.program_id(1)) * 2
+            tl.store(out, maximum)
+            tl.store(out + 1, tl.sum(tl.exp2((scores - safe) * LOG2E), 0))
 
 
 @triton.jit
 def _normal_part(scores, inside, NORMALISE: tl.constexpr):
-    """What one part says of its candidates: the largest finite magnitude, or their sum and their spread about it."""
+    """Statistics of one part's candidates: largest finite magnitude (twice), or sum and squared deviations."""
     if NORMALISE == 1:
         sizes = tl.abs(scores)
-        one = tl.max(tl.where(inside & (sizes < float("inf")), sizes, 0.0), 0)
-        two = one
+        first = tl.max(tl.where(inside & (sizes < float("inf")), sizes, 0.0), 0)
+        second = first
     else:
-        one = tl.sum(tl.where(inside, scores, 0.0), 0)
-        mean = one / tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0)
-        off = tl.where(inside, scores - mean, 0.0)
-        two = tl.sum(off * off, 0)
-    return one, two
+        first = tl.sum(tl.where(inside, scores, 0.0), 0)
+        mean = first / tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0)
+        deviation = tl.where(inside, scores - mean, 0.0)
+        second = tl.sum(deviation * deviation, 0)
+    return first, second
 
 
 @triton.jit(do_not_specialize=["T", "sinks", "recent", "parts"])
-def normal_parts(
+def normalisation_parts(
     TERMS,
     POSITIONS,
     STARTS,
@@ -173,15 +177,16 @@ def normal_parts(
     SP: tl.constexpr,
     SINKS: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
+    SETTINGS: tl.constexpr,
 ):
+    """NORMAL: statistics of the candidates among BLOCK entries, per normalised term. Grid (P, parts)."""
     segment, count = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    positions = storage(POSITIONS, segment // PER_LAYER, tl.int32)
-    first, last = _candidates(positions, tl.load(STARTS + segment), tl.load(LENGTHS + segment), sinks, recent, SINKS)
-    inside = (slots >= first) & (slots < last)
-    for i in tl.static_range(len(STEPS)):
-        if STEPS[i][5] >= 0:
+    positions = column_pointer(POSITIONS, segment // PER_LAYER, tl.int32)
+    first, end = _candidates(positions, tl.load(STARTS + segment), tl.load(LENGTHS + segment), sinks, recent, SINKS)
+    inside = (slots >= first) & (slots < end)
+    for i in tl.static_range(len(SETTINGS)):
+        if SETTINGS[i][5] >= 0:
             scores = _scores(
                 TERMS + i * count * T,
                 positions,
@@ -197,36 +202,36 @@ def normal_parts(
                 HEADS,
                 SP,
                 SINKS,
-                tl.constexpr(STEPS[i]),
+                tl.constexpr(SETTINGS[i]),
             )
-            one, two = _normal_part(scores, inside, tl.constexpr(STEPS[i][4]))
-            out = NORMAL + ((STEPS[i][5] * count + segment) * parts + tl.program_id(1)) * 2
-            tl.store(out, one)
-            tl.store(out + 1, two)
+            first_sum, second_sum = _normal_part(scores, inside, tl.constexpr(SETTINGS[i][4]))
+            out = NORMAL + ((SETTINGS[i][5] * count + segment) * parts + tl.program_id(1)) * 2
+            tl.store(out, first_sum)
+            tl.store(out + 1, second_sum)
 
 
 @triton.jit
-def _normalised(scores, PARTS, first, last, parts, SP: tl.constexpr, BLOCK: tl.constexpr, NORMALISE: tl.constexpr):
-    """Scores over the largest magnitude, or as distances from the mean in standard deviations."""
+def _normalised(scores, PARTS, first, end, parts, SP: tl.constexpr, BLOCK: tl.constexpr, NORMALISE: tl.constexpr):
+    """Scores divided by the largest magnitude, or standardised: minus the mean, over the standard deviation."""
     part = tl.arange(0, SP)
-    ones = tl.load(PARTS + part * 2, mask=part < parts, other=0.0)
-    twos = tl.load(PARTS + part * 2 + 1, mask=part < parts, other=0.0)
+    firsts = tl.load(PARTS + part * 2, mask=part < parts, other=0.0)
+    seconds = tl.load(PARTS + part * 2 + 1, mask=part < parts, other=0.0)
     if NORMALISE == 1:
-        largest = tl.max(ones, 0)
-        found = scores / tl.where(largest < _TINY, _TINY, largest)
+        largest = tl.max(firsts, 0)
+        normalised = scores / tl.where(largest < _TINY, _TINY, largest)
     else:
-        counts = tl.minimum(last, (part + 1) * BLOCK) - tl.maximum(first, part * BLOCK)
+        counts = tl.minimum(end, (part + 1) * BLOCK) - tl.maximum(first, part * BLOCK)
         counts = tl.maximum(counts, 0).to(tl.float32)
-        count = tl.maximum((last - first).to(tl.float32), 1.0)
-        mean = tl.sum(ones, 0) / count
-        off = ones / tl.maximum(counts, 1.0) - mean
-        spread = tl.sqrt(tl.sum(twos + counts * off * off, 0) / count)
-        found = (scores - mean) / tl.where(spread < _TINY, _TINY, spread)
-    return found
+        count = tl.maximum((end - first).to(tl.float32), 1.0)
+        mean = tl.sum(firsts, 0) / count
+        deviation = firsts / tl.maximum(counts, 1.0) - mean
+        standard_deviation = tl.sqrt(tl.sum(seconds + counts * deviation * deviation, 0) / count)
+        normalised = (scores - mean) / tl.where(standard_deviation < _TINY, _TINY, standard_deviation)
+    return normalised
 
 
 @triton.jit(do_not_specialize=["T", "sinks", "recent", "parts"])
-def finish_terms(
+def postprocess_terms(
     TERMS,  # [terms, P, T]
     POSITIONS,
     STARTS,
@@ -245,15 +250,16 @@ def finish_terms(
     SP: tl.constexpr,
     SINKS: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
+    SETTINGS: tl.constexpr,
 ):
+    """OUT and NAN of BLOCK entries. Grid (P, parts)."""
     segment, count = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    positions = storage(POSITIONS, segment // PER_LAYER, tl.int32)
-    first, last = _candidates(positions, tl.load(STARTS + segment), tl.load(LENGTHS + segment), sinks, recent, SINKS)
-    inside = (slots >= first) & (slots < last)
+    positions = column_pointer(POSITIONS, segment // PER_LAYER, tl.int32)
+    first, end = _candidates(positions, tl.load(STARTS + segment), tl.load(LENGTHS + segment), sinks, recent, SINKS)
+    inside = (slots >= first) & (slots < end)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(len(STEPS)):
+    for i in tl.static_range(len(SETTINGS)):
         scores = _scores(
             TERMS + i * count * T,
             positions,
@@ -269,14 +275,14 @@ def finish_terms(
             HEADS,
             SP,
             SINKS,
-            tl.constexpr(STEPS[i]),
+            tl.constexpr(SETTINGS[i]),
         )
-        if STEPS[i][5] >= 0:
-            normal = NORMAL + (STEPS[i][5] * count + segment) * parts * 2
+        if SETTINGS[i][5] >= 0:
+            part_sums = NORMAL + (SETTINGS[i][5] * count + segment) * parts * 2
             scores = _normalised(
-                tl.where(inside, scores, 0.0), normal, first, last, parts, SP, BLOCK, tl.constexpr(STEPS[i][4])
+                tl.where(inside, scores, 0.0), part_sums, first, end, parts, SP, BLOCK, tl.constexpr(SETTINGS[i][4])
             )
         total += WEIGHTS[i] * scores
-    wrong = inside & (total != total)  # noqa: PLR0124 only NaN differs from itself
-    tl.store(OUT + segment * T + slots, tl.where(inside & (wrong == 0), total, -float("inf")), mask=slots < T)
-    tl.store(NAN + segment * parts + tl.program_id(1), tl.sum(wrong.to(tl.int32), 0))
+    is_nan = inside & (total != total)  # noqa: PLR0124 only NaN differs from itself
+    tl.store(OUT + segment * T + slots, tl.where(inside & (is_nan == 0), total, -float("inf")), mask=slots < T)
+    tl.store(NAN + segment * parts + tl.program_id(1), tl.sum(is_nan.to(tl.int32), 0))

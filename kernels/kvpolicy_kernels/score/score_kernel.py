@@ -1,17 +1,18 @@
-"""The score kernel: one pass over keys and values that calls the tile function of every scorer."""
+"""The fused score kernel: one pass over keys and values that calls the tile function of every scorer."""
 
-# Tuples grow while the compiler unrolls loops over them.
+# Tuples grow while the compiler unrolls loops.
 # mypy: disable-error-code="assignment,var-annotated"
 
 import triton
 import triton.language as tl
 
-from kvpolicy_kernels.score.logits import entries, is_candidate, packed_queries, products, storage, use_logits, use_sees
+from kvpolicy_kernels.common.addressing import column_pointer, load_rows
+from kvpolicy_kernels.score.logits import is_candidate, load_queries, use_logits, use_mask, window_logits
 
 
 @triton.jit
 def _newest(POSITIONS, STARTS, LENGTHS, segment, HEADS: tl.constexpr, HP: tl.constexpr):
-    """The largest position that any head of the segment's row holds, -1 without any: the last one of each head."""
+    """The largest position in the segment's row, -1 if it is empty; entries are in ascending order of position."""
     head = tl.arange(0, HP)
     first = segment // HEADS * HEADS
     lengths = tl.load(LENGTHS + first + head, mask=head < HEADS, other=0)
@@ -20,15 +21,15 @@ def _newest(POSITIONS, STARTS, LENGTHS, segment, HEADS: tl.constexpr, HP: tl.con
 
 
 @triton.jit
-def _row(ROW, D: tl.constexpr, DP: tl.constexpr):
-    """[DP], zeros behind D."""
-    place = tl.arange(0, DP)
-    return tl.load(ROW + place, mask=place < D, other=0.0)
+def _load_vector(ROW, D: tl.constexpr, DP: tl.constexpr):
+    """One vector, padded with zeros to [DP]."""
+    dim = tl.arange(0, DP)
+    return tl.load(ROW + dim, mask=dim < D, other=0.0)
 
 
 @triton.jit
-def _log_sums(LSE, WP: tl.constexpr, ROWS: tl.constexpr):
-    """[1, GP or 1, WP], 0 for a query that sees nothing: its probabilities are masked."""
+def _load_lse(LSE, WP: tl.constexpr, ROWS: tl.constexpr):
+    """Log-sum-exps [1, GP or 1, WP]; 0 for queries that see nothing, whose probabilities are masked out."""
     lse = tl.load(LSE + tl.arange(0, ROWS))
     return tl.reshape(tl.where(lse == -float("inf"), 0.0, lse), (1, ROWS // WP, WP))
 
@@ -40,25 +41,25 @@ def _probabilities(
     positions,
     inside,
     candidate,
-    asked,
+    query_positions,
     lse,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
     WP: tl.constexpr,
     USE: tl.constexpr,
 ):
-    """[BLOCK, GP or 1, WP], 0 where a query does not see an entry; how many queries exist; query heads per KV head."""
-    seen = use_sees(positions, inside, candidate, asked, GROUP, GP, USE)
-    found = tl.exp2(use_logits(logits, votes, GP, WP, GROUP, USE) - lse)
-    last = tl.arange(0, asked.shape[0]) >= asked.shape[0] - USE[0]
-    voters = tl.sum(((asked >= 0) & last).to(tl.float32), 0)
+    """Probabilities [BLOCK, GP or 1, WP], 0 where masked; number of queries; G, or 1 if reduced."""
+    mask = use_mask(positions, inside, candidate, query_positions, GROUP, GP, USE)
+    probabilities = tl.exp2(use_logits(logits, votes, GP, WP, GROUP, USE) - lse)
+    last = tl.arange(0, query_positions.shape[0]) >= query_positions.shape[0] - USE[0]
+    voters = tl.sum(((query_positions >= 0) & last).to(tl.float32), 0)
     group = tl.full((), 1.0 if USE[3] else GROUP, tl.float32)
-    return tl.where(seen, found, 0.0), voters, group
+    return tl.where(mask, probabilities, 0.0), voters, group
 
 
 @triton.jit(do_not_specialize=["T", "sinks", "recent", "span"])
 def score(
-    KEYS,  # or None, as all that no tile reads
+    KEYS,  # None if no tile reads it; likewise the next ones
     VALUES,
     POSITIONS,
     VOTES,
@@ -66,7 +67,7 @@ def score(
     STARTS,
     LENGTHS,
     QUERIES,  # [P, GP, WP, D]
-    ASKED,  # [L·B, WP]
+    QUERY_POSITIONS,  # [L·B, WP]
     LSE,  # [P, uses, GP·WP]
     SUMS,  # [P, statistics, D]
     EXTRA,  # columns [P, T] of tiles that read one
@@ -87,7 +88,7 @@ def score(
     DP: tl.constexpr,
     DV: tl.constexpr,
     DVP: tl.constexpr,
-    DM: tl.constexpr,  # query heads of ATTENTION
+    DM: tl.constexpr,  # width of ATTENTION: G
     DMP: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -97,29 +98,30 @@ def score(
     STATISTICS: tl.constexpr,  # how many
     FUNCTIONS: tl.constexpr,
     OPTIONS: tl.constexpr,
-    READS: tl.constexpr,  # of every tile: keys, values, newest, attention; its use, statistic and column, or -1
-    KEY: tl.constexpr,  # noqa: ARG001 makes the sources of FUNCTIONS part of what the compiled kernel is known by
-    TRIPS: tl.constexpr,  # of a loop, for the interpreter, which cannot count to a tensor; else None
+    READS: tl.constexpr,  # per tile: reads keys, values, newest, attention; index of use, statistic, column or -1
+    KEY: tl.constexpr,  # noqa: ARG001 puts the sources of FUNCTIONS into the key of the compile cache
+    TRIPS: tl.constexpr,  # loop bound for the interpreter, which cannot loop up to a tensor; else None
     UPCAST: tl.constexpr,
 ):
+    """OUT of all tiles for one split of a segment. Grid (P, splits)."""
     segment = tl.program_id(0).to(tl.int64)
     row = segment // HEADS
     layer = segment // PER_LAYER
     start = tl.load(STARTS + segment)
     length = tl.load(LENGTHS + segment)
-    position_storage = storage(POSITIONS, layer, tl.int32)
-    newest, queries, asked = None, None, None
+    position_storage = column_pointer(POSITIONS, layer, tl.int32)
+    newest, queries, query_positions = None, None, None
     for i in tl.static_range(len(FUNCTIONS)):
         if READS[i][2]:
             newest = _newest(position_storage, STARTS, LENGTHS, segment, HEADS, HP)
     if len(USES) > 0:
-        queries = packed_queries(QUERIES, segment, GP * WP, D, DP)
-        asked = tl.load(ASKED + row * WP + tl.arange(0, WP))
+        queries = load_queries(QUERIES, segment, GP * WP, D, DP)
+        query_positions = tl.load(QUERY_POSITIONS + row * WP + tl.arange(0, WP))
     lses, sums = (), ()
     for i in tl.static_range(len(USES)):
-        lses = lses + (_log_sums(LSE + (segment * len(USES) + i) * (GP * WP), WP, tl.constexpr(USES[i][4])),)
+        lses = lses + (_load_lse(LSE + (segment * len(USES) + i) * (GP * WP), WP, tl.constexpr(USES[i][4])),)
     for i in tl.static_range(STATISTICS):
-        sums = sums + (_row(SUMS + (segment * STATISTICS + i) * D, D, DP),)
+        sums = sums + (_load_vector(SUMS + (segment * STATISTICS + i) * D, D, DP),)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, T)
     filled = tl.maximum(begin, tl.minimum(end, tl.cdiv(length, BLOCK) * BLOCK))
@@ -127,18 +129,18 @@ def score(
         slots = begin + trip * BLOCK + tl.arange(0, BLOCK)
         inside = slots < length
         positions = tl.load(position_storage + start + slots, mask=inside, other=-1)
-        keys, whole_keys, values, mass, logits, votes = None, None, None, None, None, None
+        keys, float_keys, values, mass, logits, votes = None, None, None, None, None, None
         if KEYS is not None:
-            keys = entries(storage(KEYS, layer, TYPE), start, slots, inside, D, DP)
-            whole_keys = keys.to(tl.float32)
+            keys = load_rows(column_pointer(KEYS, layer, TYPE), start + slots, inside, D, DP)
+            float_keys = keys.to(tl.float32)
         if VALUES is not None:
-            values = entries(storage(VALUES, layer, VTYPE), start, slots, inside, DV, DVP).to(tl.float32)
+            values = load_rows(column_pointer(VALUES, layer, VTYPE), start + slots, inside, DV, DVP).to(tl.float32)
         if ATTENTION is not None:
-            mass = entries(storage(ATTENTION, layer, MTYPE), start, slots, inside, DM, DMP).to(tl.float32)
+            mass = load_rows(column_pointer(ATTENTION, layer, MTYPE), start + slots, inside, DM, DMP).to(tl.float32)
         if len(USES) > 0:
-            logits = products(keys, queries, factor, UPCAST)
+            logits = window_logits(keys, queries, factor, UPCAST)
             if VOTES is not None:
-                votes = tl.load(storage(VOTES, layer, tl.float32) + start + slots, mask=inside, other=0.0)
+                votes = tl.load(column_pointer(VOTES, layer, tl.float32) + start + slots, mask=inside, other=0.0)
         candidate = is_candidate(positions, slots, length, sinks, recent)
         for i in tl.static_range(len(FUNCTIONS)):
             probabilities, voters, group = None, None, tl.full((), GROUP, tl.float32)
@@ -150,7 +152,7 @@ def score(
                     positions,
                     inside,
                     candidate,
-                    asked,
+                    query_positions,
                     lses[READS[i][4]],
                     GROUP,
                     GP,
@@ -162,7 +164,7 @@ def score(
             if READS[i][6] >= 0:
                 column = tl.load(EXTRA[READS[i][6]] + segment * T + slots, mask=inside, other=0.0)
             scores = FUNCTIONS[i](
-                whole_keys if READS[i][0] else None,
+                float_keys if READS[i][0] else None,
                 values if READS[i][1] else None,
                 positions,
                 newest if READS[i][2] else None,

@@ -1,4 +1,4 @@
-"""How a scorer's score is computed on a GPU: a tile function, and what happens to its numbers afterwards."""
+"""How a scorer takes part in the fused score kernel: its tile function, and the postprocessing of its scores."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ class WindowUse:
     """How the logits of the observation window become the probabilities that a tile function is given.
 
     1. logits = scaling · q·k + log-votes of the last `queries` queries, [G, W, T];
-    2. `group` reduces them over the query heads of a KV head, or does not; reduced, G is 1;
-    3. softmax over the entries of `region` that are not later than the query, if `causal`. An entry outside, and every
-       entry for a query that does not exist or sees nothing, has probability 0.
+    2. `group` reduces them over the query heads of a KV head ("none": it does not); reduced, G is 1;
+    3. softmax over the entries of `region`, only those not later than the query if `causal`. Entries outside have
+       probability 0, and so have all entries for a query that does not exist or sees nothing.
     """
 
     queries: int
@@ -27,13 +27,18 @@ class WindowUse:
 
 
 @attrs.frozen
-class Finish:
-    """What follows a tile function, in this order; needs all entries of a head at once.
+class Postprocess:
+    """What is done to the scores of a tile function, in the order of the fields; it needs all entries of a head.
 
-    `pool` is a window of odd `size` over neighbouring candidates: `max` sees -inf and `average` sees zeros, which its
-    divisor counts, where there is no candidate. `softmax` is over the held entries of a head (0 elsewhere), `shared`
-    the mean over the KV heads of a row. `normalise`: `max` divides by the largest finite magnitude among candidates,
-    `standard` subtracts their mean and divides by their standard deviation. `weight` comes last.
+    Attributes:
+        softmax: over the held entries of a head; 0 elsewhere.
+        pool: "max" or "average" over a window of neighbouring candidates. Slots that are no candidates count as -inf
+            for the maximum, and as zeros in both sum and divisor of the average.
+        size: odd number of slots in that window.
+        shared: replace scores by their mean over the KV heads of a row.
+        normalise: "max" divides by the largest finite magnitude among candidates; "standard" subtracts the mean of the
+            candidates and divides by their standard deviation.
+        weight: factor, applied last.
     """
 
     softmax: bool = False
@@ -46,7 +51,7 @@ class Finish:
 
 @attrs.frozen(eq=False)
 class ColumnRequest:
-    """What a scorer's own kernel may read: all segments of the layers that are compressed together."""
+    """What a scorer's own kernel may read: the segments of all layers that are compressed in one launch."""
 
     segments: Segments
     keys: Column
@@ -56,31 +61,31 @@ class ColumnRequest:
 
 @attrs.frozen
 class Tile:
-    """A scorer as the score kernel sees it.
+    """A scorer as the score kernel calls it.
 
     `function` is a `@triton.jit` function of tiles of BLOCK entries, float32 in and out, without loads, stores or
-    program ids, whose module imports `triton.language as tl`; it returns [BLOCK] scores (anything, for slots that hold
-    nothing). What it does not use is given as None:
+    program ids, whose module imports `triton.language as tl`; it returns [BLOCK] scores (any value for empty slots).
+    Arguments that it does not ask for are None:
 
-        function(keys,           # [BLOCK, D], zeros behind the head dim and in slots that hold nothing, if `keys`
+        function(keys,           # [BLOCK, D], zeros beyond the head dim and in empty slots, if `keys`
                  values,         # [BLOCK, Dv] likewise, if `values`
                  positions,      # [BLOCK] int32
-                 newest,         # int32 scalar, if `newest`: the largest position that any head of the row holds
-                 probabilities,  # [BLOCK, G, W], if `window`; G and W rounded up to powers of two, zeros there
+                 newest,         # int32 scalar, if `newest`: the largest position of the row's entries
+                 probabilities,  # [BLOCK, G, W], if `window`; G and W rounded up to powers of two, zeros in the padding
                  voters,         # float32 scalar, if `window`: how many of the last W queries exist; they come last
-                 group,          # float32 scalar: query heads per KV head, or 1 if `window.group` reduced them; if
-                                 # `window` or `attention`
-                 attention,      # [BLOCK, G], if `attention`: mass received, G rounded up, zeros there
-                 statistic,      # [D], if `statistic`: its sum over the held entries
+                 group,          # float32 scalar, if `window` or `attention`: query heads per KV head, or 1 if
+                                 # `window.group` reduced them
+                 attention,      # [BLOCK, G], if `attention`: attention mass, G rounded up, zeros in the padding
+                 statistic,      # [D], if `statistic`: its sum over the entries of the head
                  column,         # [BLOCK], if `column`
-                 length,         # float32 scalar: entries that the head holds
+                 length,         # float32 scalar: number of entries of the head
                  arguments,      # tuple of float32 scalars
                  OPTIONS: tl.constexpr)  # tuple of ints
 
-    `statistic` is a `@triton.jit` function from keys [BLOCK, D] to [BLOCK, D], summed over all held entries of a head
-    before any score is computed. `column` is called on the host before the score kernel, with the tensors of
-    `ColumnRequest`, and returns [P, T] float32: for what needs a kernel of its own. `column_traffic` says the most
-    bytes that it moves for heads that hold so many entries each, for `kvpolicy plan`; tensors are on the meta device.
+    `statistic` is a `@triton.jit` function from keys [BLOCK, D] to [BLOCK, D], summed over all entries of a head before
+    any score is computed. `column` is called on the host before the score kernel and returns [P, T] float32: for
+    terms that need a kernel of their own. `column_traffic(request, lengths)` gives an upper bound of the bytes that
+    `column` moves for heads of these lengths, for `kvpolicy plan`; the request's tensors are on the meta device.
     """
 
     function: Any
@@ -94,4 +99,4 @@ class Tile:
     statistic: Any = None
     column: Callable[[ColumnRequest], Tensor] | None = None
     column_traffic: Callable[[ColumnRequest, Sequence[int]], Traffic] | None = None
-    finish: Finish = Finish()
+    postprocess: Postprocess = Postprocess()

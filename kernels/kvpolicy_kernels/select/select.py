@@ -1,4 +1,7 @@
-"""The best entries of each head, and how many of a row's best each head owns."""
+"""Selection of the entries with the highest scores, per head or in competition between the heads of a row.
+
+Reference: tests/kernels/references/select.py.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,28 +12,29 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from kvpolicy_kernels.common.addressing import check_tensor
-from kvpolicy_kernels.common.compile_spec import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 from kvpolicy_kernels.common.segments import Column, Segments
 from kvpolicy_kernels.common.support import require
 from kvpolicy_kernels.common.traffic import Traffic
 from kvpolicy_kernels.select.radix import (
     DIGITS,
-    NUMBERS,
-    TABLES,
-    Job,
+    NUMBER_TYPES,
+    TABLE_TYPES,
+    SelectInputs,
     Splits,
-    count,
-    entries_of,
-    keys_of,
-    narrowed,
-    passes_builds,
-    passes_traffic,
+    find_thresholds,
+    find_thresholds_compile_specs,
+    find_thresholds_traffic,
+    histogram,
+    load_keys,
+    score_pointers,
     warps_of,
 )
-from kvpolicy_kernels.select.sort_keys import narrow
+from kvpolicy_kernels.select.sort_keys import next_digit
 
-_MOST_HEADS = 256
-_WRITING = {"CHUNK": 1024}  # of `_write`, which keeps more for every entry than the passes do; divides their chunks
+_MAX_HEADS = 256
+# `_write` needs more registers per entry than the passes. Divides their chunks.
+_WRITE_OPTIONS = {"CHUNK": 1024}
 
 
 def select(
@@ -44,27 +48,39 @@ def select(
     recent: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The slots that stay, ascending, -1 behind: [P, `width`] int32.
+    """Keep indices: the protected entries of each head and its candidates with the highest scores.
 
-    Kept are the protected entries of a head, those with a position below `sinks` and the last `recent`, and the best
-    `counts` [P] (int32 or int64) of its others by float32 `scores` [P, T]: higher first, NaN last, -0.0 equal to 0.0,
-    ties to the lower slot. `width` is at least the largest number that any head keeps; what is kept beyond it is lost.
+    Order of scores: higher first, NaN last, -0.0 equal to 0.0, ties to the lower slot.
 
-    Raises UnsupportedInputError, before anything is written, for what the kernels cannot do.
+    Args:
+        scores: [P, T] float32.
+        segments: P segments.
+        counts: [P] int32 or int64, how many candidates each head keeps.
+        width: N, at least the largest number of entries that a head keeps; entries beyond it are dropped.
+        positions: int32 or int64, one per slot; required with `sinks`.
+        sinks: entries at positions below are protected.
+        recent: the newest entries of a head that are protected.
+        out: [P, N] int32 contiguous, written in place.
+
+    Returns:
+        [P, N] int32: slots in ascending order, padded with -1.
+
+    Raises:
+        UnsupportedInputError: the kernels do not support these inputs; nothing was written.
     """
-    job = Job.of(scores, segments, positions, sinks, recent)
+    inputs = SelectInputs.of(scores, segments, positions, sinks, recent)
     require(width >= 0, f"width {width}")
     _check_counts("counts", counts, segments.count, scores.device)
     out = torch.empty((segments.count, width), dtype=torch.int32, device=scores.device) if out is None else out
     check_tensor("out", out, torch.int32, (segments.count, width), scores.device)
-    if out.numel() and job.splits.alone:
-        _select[(segments.count,)](*job.tensors, counts, out, *job.numbers, width, **job.options)
+    if out.numel() and inputs.splits.single_program:
+        _select[(segments.count,)](*inputs.tensors, counts, out, *inputs.numbers, width, **inputs.options)
     elif out.numel():
-        state, splits = narrowed(job, counts, heads=1), job.splits
+        state, splits = find_thresholds(inputs, counts, heads=1), inputs.splits
         _write[(segments.count * splits.count,)](
-            *(*job.tensors, state.prefixes, state.needs, state.better, state.equal, state.protected, out),
-            *(*job.numbers, width, splits.count, splits.length),
-            **{**job.options, **_WRITING, "ALL": next_power_of_2(splits.count), "num_warps": 8},
+            *(*inputs.tensors, state.prefixes, state.needs, state.better, state.equal, state.protected, out),
+            *(*inputs.numbers, width, splits.count, splits.length),
+            **{**inputs.options, **_WRITE_OPTIONS, "ALL": next_power_of_2(splits.count), "num_warps": 8},
         )
     return out
 
@@ -79,158 +95,183 @@ def counts_of_best(
     recent: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """How many of the best `totals` [L·B] (int32 or int64) candidates of a row each of its heads owns: [P] int32.
+    """How many of a row's best candidates each of its heads holds (Ada-KV, arXiv:2407.11550, algorithm 1).
 
-    The heads of a layer and row compete (Ada-KV, arXiv:2407.11550, algorithm 1); what `select` protects takes no part.
-    The order is that of `select`; ties go to the lower head, then to the lower slot.
+    The heads of a row of a layer compete. Protected entries are not candidates. Scores are ordered as in `select`; ties
+    go to the lower head, then to the lower slot.
 
-    Raises UnsupportedInputError, before anything is written, for what the kernels cannot do.
+    Args:
+        scores: [P, T] float32.
+        segments: P segments.
+        totals: [L·B] int32 or int64, how many candidates all heads of a row keep together.
+        positions: as in `select`.
+        sinks: as in `select`.
+        recent: as in `select`.
+        out: [P] int32 contiguous, written in place.
+
+    Returns:
+        [P] int32.
+
+    Raises:
+        UnsupportedInputError: the kernels do not support these inputs; nothing was written.
     """
-    job, groups = Job.of(scores, segments, positions, sinks, recent), segments.layers * segments.rows
+    inputs, groups = SelectInputs.of(scores, segments, positions, sinks, recent), segments.layers * segments.rows
     _check_counts("totals", totals, groups, scores.device)
-    require(segments.heads <= _MOST_HEADS, f"{segments.heads} KV heads")
+    require(segments.heads <= _MAX_HEADS, f"{segments.heads} KV heads")
     out = torch.empty(segments.count, dtype=torch.int32, device=scores.device) if out is None else out
     check_tensor("out", out, torch.int32, (segments.count,), scores.device)
     if out.numel():
-        state, splits = narrowed(job, totals, segments.heads), job.splits
+        state, splits = find_thresholds(inputs, totals, segments.heads), inputs.splits
         shape = {"HEADS": next_power_of_2(segments.heads), "ALL": next_power_of_2(splits.count)}
-        _share[(groups,)](state.needs, state.better, state.equal, out, segments.heads, splits.count, **shape)
+        _head_counts[(groups,)](state.needs, state.better, state.equal, out, segments.heads, splits.count, **shape)
     return out
 
 
 def traffic(
     segments: Segments, lengths: Sequence[int], width: int, *, recent: int = 0, positions: Column | None = None
 ) -> Traffic:
-    """Bytes that `select` addresses in segments of these `lengths`, small tables left out.
+    """Bytes that `select` moves in segments of these `lengths`, without small tables.
 
-    `positions` is None where there are no sinks.
+    `positions` is None without sinks.
     """
     splits, candidates = Splits.of(segments), sum(max(0, length - recent) for length in lengths)
-    each = positions.dtype.itemsize if positions else 0
-    last, kept = {"scores": candidates * 4, "positions": candidates * each}, {"kept": segments.count * width * 4}
-    if splits.alone:
-        return Traffic({name: (DIGITS + 1) * size for name, size in last.items()}, kept)
-    return Traffic.total((passes_traffic(splits, segments, candidates, each), Traffic(last, kept)))
+    position_bytes = positions.dtype.itemsize if positions else 0
+    final_read, final_written = (
+        {"scores": candidates * 4, "positions": candidates * position_bytes},
+        {"kept": segments.count * width * 4},
+    )
+    if splits.single_program:
+        return Traffic({name: (DIGITS + 1) * size for name, size in final_read.items()}, final_written)
+    return Traffic.total(
+        (find_thresholds_traffic(splits, segments, candidates, position_bytes), Traffic(final_read, final_written))
+    )
 
 
 def counts_traffic(
     segments: Segments, lengths: Sequence[int], *, recent: int = 0, positions: Column | None = None
 ) -> Traffic:
-    """Bytes that `counts_of_best` addresses, as `traffic`."""
+    """Bytes that `counts_of_best` moves; arguments as for `traffic`."""
     splits, candidates = Splits.of(segments), sum(max(0, length - recent) for length in lengths)
-    passes = passes_traffic(splits, segments, candidates, positions.dtype.itemsize if positions else 0)
+    passes = find_thresholds_traffic(splits, segments, candidates, positions.dtype.itemsize if positions else 0)
     return Traffic.total((passes, Traffic({}, {"counts": segments.count * 4})))
 
 
-@triton.jit(do_not_specialize=["T", "PER_LAYER", "FIRST", "RECENT", "WIDTH"])
-def _select(SCORES, ADDRESSES, STARTS, LENGTHS, COUNTS, OUT, T, PER_LAYER, FIRST, RECENT, WIDTH, DTYPE: tl.constexpr,
-            SINKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """OUT [P, WIDTH] of one segment: all passes."""
+@triton.jit(do_not_specialize=["T", "PER_LAYER", "NUM_SINKS", "NUM_RECENT", "WIDTH"])
+def _select(SCORES, ADDRESSES, STARTS, LENGTHS, COUNTS, OUT, T, PER_LAYER, NUM_SINKS, NUM_RECENT, WIDTH,
+            DTYPE: tl.constexpr, HAS_SINKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """OUT [P, WIDTH]: one program runs all passes of a segment."""
     segment = tl.program_id(0).to(tl.int64)
     length = tl.load(LENGTHS + segment)
-    scores, positions = entries_of(SCORES, ADDRESSES, STARTS, segment, T, PER_LAYER, DTYPE)
+    scores, positions = score_pointers(SCORES, ADDRESSES, STARTS, segment, T, PER_LAYER, DTYPE)
     need = tl.maximum(tl.minimum(tl.load(COUNTS + segment), T), 0).to(tl.int32)
     prefix = tl.full((), 0, tl.uint32)
-    zero = tl.full((), 0, tl.int32)  # where loops start: a plain 0 would be a constant
+    zero = tl.full((), 0, tl.int32)  # a tensor: loops may not start from a constant
     for digit in range(4):
-        counts = count(scores, positions, zero, length, length, FIRST, RECENT, prefix, digit, SINKS, CHUNK)
-        need = tl.minimum(need, tl.sum(counts))  # there may be fewer candidates
-        prefix, _, need = narrow(counts, need, prefix, digit)
+        counts = histogram(
+            scores, positions, zero, length, length, NUM_SINKS, NUM_RECENT, prefix, digit, HAS_SINKS, CHUNK
+        )
+        need = tl.minimum(need, tl.sum(counts))  # if there are fewer candidates
+        prefix, _, need = next_digit(counts, need, prefix, digit)
     out = OUT + segment * WIDTH
-    kept = _store(scores, positions, out, zero, length, length, FIRST, RECENT, prefix, need, zero, zero, WIDTH, SINKS,
-                  CHUNK)  # fmt: skip
-    _fill(out, kept, WIDTH, CHUNK, CHUNK)
+    kept = _store_kept(scores, positions, out, zero, length, length, NUM_SINKS, NUM_RECENT, prefix, need, zero, zero,
+                       WIDTH, HAS_SINKS, CHUNK)  # fmt: skip
+    _store_padding(out, kept, WIDTH, CHUNK, CHUNK)
 
 
-@triton.jit(do_not_specialize=["T", "PER_LAYER", "FIRST", "RECENT", "WIDTH", "SPLITS", "LENGTH"])
-def _write(SCORES, ADDRESSES, STARTS, LENGTHS, PREFIXES, NEEDS, BETTER, EQUAL, PROTECTED, OUT, T, PER_LAYER, FIRST,
-           RECENT, WIDTH, SPLITS, LENGTH, DTYPE: tl.constexpr, SINKS: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "PER_LAYER", "NUM_SINKS", "NUM_RECENT", "WIDTH", "SPLITS", "LENGTH"])
+def _write(SCORES, ADDRESSES, STARTS, LENGTHS, PREFIXES, NEEDS, BETTER, EQUAL, PROTECTED, OUT, T, PER_LAYER, NUM_SINKS,
+           NUM_RECENT, WIDTH, SPLITS, LENGTH, DTYPE: tl.constexpr, HAS_SINKS: tl.constexpr, CHUNK: tl.constexpr,
            ALL: tl.constexpr):  # fmt: skip
-    """OUT [P, WIDTH], what one split keeps, behind what the splits before it keep."""
+    """OUT [P, WIDTH]: one split writes its kept slots after those of the splits before it."""
     segment = tl.program_id(0).to(tl.int64) // SPLITS
     split = tl.program_id(0) % SPLITS
     length = tl.load(LENGTHS + segment)
-    last = tl.minimum(length, (split + 1) * LENGTH)
-    scores, positions = entries_of(SCORES, ADDRESSES, STARTS, segment, T, PER_LAYER, DTYPE)
+    end = tl.minimum(length, (split + 1) * LENGTH)
+    scores, positions = score_pointers(SCORES, ADDRESSES, STARTS, segment, T, PER_LAYER, DTYPE)
     prefix = tl.load(PREFIXES + segment).to(tl.uint32, bitcast=True)
     need = tl.load(NEEDS + segment)
     splits = tl.arange(0, ALL)
-    places = segment * SPLITS + splits
-    equal = tl.load(EQUAL + places, mask=splits < SPLITS, other=0)
+    indices = segment * SPLITS + splits
+    equal = tl.load(EQUAL + indices, mask=splits < SPLITS, other=0)
     left = need - (tl.cumsum(equal, 0) - equal)
     kept = tl.minimum(tl.maximum(left, 0), equal)
-    kept += tl.load(BETTER + places, mask=splits < SPLITS, other=0)
-    kept += tl.load(PROTECTED + places, mask=splits < SPLITS, other=0)
+    kept += tl.load(BETTER + indices, mask=splits < SPLITS, other=0)
+    kept += tl.load(PROTECTED + indices, mask=splits < SPLITS, other=0)
     before = tl.sum(tl.where(splits < split, kept, 0))
     equals = tl.sum(tl.where(splits < split, equal, 0))
     out = OUT + segment * WIDTH
-    _fill(out, tl.sum(kept) + split * CHUNK, WIDTH, SPLITS * CHUNK, CHUNK)
+    _store_padding(out, tl.sum(kept) + split * CHUNK, WIDTH, SPLITS * CHUNK, CHUNK)
     first = split * LENGTH
-    _store(scores, positions, out, first, last, length, FIRST, RECENT, prefix, need, before, equals, WIDTH, SINKS,
-           CHUNK)  # fmt: skip
+    _store_kept(scores, positions, out, first, end, length, NUM_SINKS, NUM_RECENT, prefix, need, before, equals, WIDTH,
+                HAS_SINKS, CHUNK)  # fmt: skip
 
 
 @triton.jit
-def _store(scores, positions, out, first, last, length, FIRST, RECENT, prefix, need, place, equals, WIDTH,
-           SINKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Store the slots from `first` to `last` that stay at `out` + `place`; `equals` were met before. The next place."""
-    while first < last:
+def _store_kept(scores, positions, out, first, end, length, NUM_SINKS, NUM_RECENT, prefix, need, index, equals, WIDTH,
+                HAS_SINKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Store the kept slots among `first` to `end`, from `out` + `index` on; the index after the last one.
+
+    `equals` counts the keys equal to `prefix` before `first`.
+    """
+    while first < end:
         slots = first + tl.arange(0, CHUNK)
-        keys, candidates, protected = keys_of(scores, positions, slots, length, FIRST, RECENT, SINKS)
+        keys, candidates, protected = load_keys(scores, positions, slots, length, NUM_SINKS, NUM_RECENT, HAS_SINKS)
         equal = candidates & (keys == prefix)
         taken = equal & (equals + tl.cumsum(equal.to(tl.int32), 0) <= need)
         keep = protected | taken | (candidates & (keys > prefix))
-        places = place + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(out + places, slots, mask=keep & (places < WIDTH))
+        indices = index + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(out + indices, slots, mask=keep & (indices < WIDTH))
         equals += tl.sum(equal.to(tl.int32))
-        place += tl.sum(keep.to(tl.int32))
+        index += tl.sum(keep.to(tl.int32))
         first += CHUNK
-    return place
+    return index
 
 
 @triton.jit
-def _fill(out, first, WIDTH, step, CHUNK: tl.constexpr):
-    """Store -1 in chunks of places from `first` on, `step` apart, up to WIDTH."""
+def _store_padding(out, first, WIDTH, step, CHUNK: tl.constexpr):
+    """Store -1 from index `first` up to WIDTH: every `step` a chunk."""
     while first < WIDTH:
-        places = first + tl.arange(0, CHUNK)
-        tl.store(out + places, -1, mask=places < WIDTH)
+        indices = first + tl.arange(0, CHUNK)
+        tl.store(out + indices, -1, mask=indices < WIDTH)
         first += step
 
 
 @triton.jit(do_not_specialize=["K", "SPLITS"])
-def _share(NEEDS, BETTER, EQUAL, OUT, K, SPLITS, HEADS: tl.constexpr, ALL: tl.constexpr):
-    """OUT [P]: what each of the K heads of a group owns; lower heads are first to have their equals taken."""
+def _head_counts(NEEDS, BETTER, EQUAL, OUT, K, SPLITS, HEADS: tl.constexpr, ALL: tl.constexpr):
+    """OUT [P]: how many candidates each of the K heads of a group keeps; lower heads take equal keys first."""
     group = tl.program_id(0).to(tl.int64)
     heads = tl.arange(0, HEADS)
     splits = tl.arange(0, ALL)
-    places = (group * K + heads)[:, None] * SPLITS + splits[None, :]
-    held = (heads < K)[:, None] & (splits < SPLITS)[None, :]
-    better = tl.sum(tl.load(BETTER + places, mask=held, other=0), 1)
-    equal = tl.sum(tl.load(EQUAL + places, mask=held, other=0), 1)
+    indices = (group * K + heads)[:, None] * SPLITS + splits[None, :]
+    mask = (heads < K)[:, None] & (splits < SPLITS)[None, :]
+    better = tl.sum(tl.load(BETTER + indices, mask=mask, other=0), 1)
+    equal = tl.sum(tl.load(EQUAL + indices, mask=mask, other=0), 1)
     left = tl.load(NEEDS + group) - (tl.cumsum(equal, 0) - equal)
     tl.store(OUT + group * K + heads, better + tl.minimum(tl.maximum(left, 0), equal), mask=heads < K)
 
 
-def builds() -> Iterator[Build]:
+def compile_specs() -> Iterator[CompileSpec]:
     """All launches of `select` and `counts_of_best`."""
-    yield from passes_builds()
+    yield from find_thresholds_compile_specs()
     for chunk, sinks in ((2048, False), (4096, False), (4096, True)):
-        constants = {"DTYPE": tl.int32, "SINKS": sinks, "CHUNK": chunk}
-        tables = {**TABLES, "COUNTS": "*i64", "OUT": "*i32"}
+        constants = {"DTYPE": tl.int32, "HAS_SINKS": sinks, "CHUNK": chunk}
+        tables = {**TABLE_TYPES, "COUNTS": "*i64", "OUT": "*i32"}
         name = f"chunk={chunk}" + " sinks" * sinks
-        types = {**tables, **NUMBERS, "WIDTH": "i32"}
-        yield Build(
+        types = {**tables, **NUMBER_TYPES, "WIDTH": "i32"}
+        yield CompileSpec(
             f"select._select {name}", _select, types, constants, tuple(tables), warps_of(chunk), wide_loads=False
         )
     state = dict.fromkeys(("PREFIXES", "NEEDS", "BETTER", "EQUAL", "PROTECTED", "OUT"), "*i32")
-    types = {**TABLES, **state, **NUMBERS, "WIDTH": "i32", "SPLITS": "i32", "LENGTH": "i32"}
+    types = {**TABLE_TYPES, **state, **NUMBER_TYPES, "WIDTH": "i32", "SPLITS": "i32", "LENGTH": "i32"}
     for sinks in (False, True):
-        constants = {"DTYPE": tl.int32, "SINKS": sinks, **_WRITING, "ALL": 64}
+        constants = {"DTYPE": tl.int32, "HAS_SINKS": sinks, **_WRITE_OPTIONS, "ALL": 64}
         name = "select._write" + " sinks" * sinks
-        yield Build(name, _write, types, constants, (*TABLES, *state), 8, wide_loads=False)
+        yield CompileSpec(name, _write, types, constants, (*TABLE_TYPES, *state), 8, wide_loads=False)
     tables = dict.fromkeys(("NEEDS", "BETTER", "EQUAL", "OUT"), "*i32")
     types = {**tables, "K": "i32", "SPLITS": "i32"}
-    yield Build("select._share", _share, types, {"HEADS": 8, "ALL": 64}, tuple(tables), wide_loads=False)
+    yield CompileSpec(
+        "select._head_counts", _head_counts, types, {"HEADS": 8, "ALL": 64}, tuple(tables), wide_loads=False
+    )
 
 
 def _check_counts(name: str, counts: Tensor, count: int, device: torch.device) -> None:

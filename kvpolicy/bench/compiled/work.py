@@ -13,7 +13,7 @@ from kvpolicy.bench.compiled.discover import all_builds
 from kvpolicy.bench.compiled.gates import faults_of
 from kvpolicy.bench.compiled.target import CAPABILITIES, BuildError, Compiled, compile_build, require_compiler
 from kvpolicy.errors import InputError
-from kvpolicy_kernels.common.compile_spec import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 
 
 @attrs.frozen
@@ -49,7 +49,7 @@ def compile_all(
     return _outcome(builds, [(place, found[place, capability]) for place, capability in tasks])
 
 
-def _tasks(builds: Sequence[Build], names: Sequence[str], mostly: int | None) -> list[tuple[int, int]]:
+def _tasks(builds: Sequence[CompileSpec], names: Sequence[str], mostly: int | None) -> list[tuple[int, int]]:
     """Places among the builds, and capabilities."""
     if mostly not in (None, *CAPABILITIES):
         raise InputError(f"there is no target {mostly}: {', '.join(map(str, CAPABILITIES))}")
@@ -75,11 +75,11 @@ def _compile(place: int, capability: int) -> Compiled | str:
 
 
 @functools.cache
-def _builds() -> tuple[Build, ...]:
+def _builds() -> tuple[CompileSpec, ...]:
     return all_builds()
 
 
-def _outcome(builds: Sequence[Build], found: Sequence[tuple[int, Compiled | str]]) -> Outcome:
+def _outcome(builds: Sequence[CompileSpec], found: Sequence[tuple[int, Compiled | str]]) -> Outcome:
     compiled, faults = [], []
     for place, one in found:
         if isinstance(one, str):

@@ -29,7 +29,7 @@ class FusedLayers(ScoredLayers):
         super().__init__(spec, views)
 
     def score(self) -> None:
-        from kvpolicy_kernels.score.postprocess import finish
+        from kvpolicy_kernels.score.postprocess import postprocess
 
         layers, fusion = self.layers, self.fusion
         tiled = [term for term in fusion.terms if term.tile is not None]
@@ -38,9 +38,9 @@ class FusedLayers(ScoredLayers):
         _run_tiles([term.tile for term in tiled if term.tile is not None], layers, terms[: len(tiled)])
         for out, (place, term) in zip(terms[len(tiled) :], others, strict=True):
             self._run_reference(term, state_name(place, ""), out)
-        finishes = [term.finish for term in tiled + [term for _, term in others]]
+        finishes = [term.postprocess for term in tiled + [term for _, term in others]]
         positions = layers.columns["positions"]
-        self.total, nan = finish(layers.segments, positions, terms, finishes, **layers.protect)
+        self.total, nan = postprocess(layers.segments, positions, terms, finishes, **layers.protect)
         self.scores = layers.per_view(self.total)
         self.nan = layers.counted(nan).sum(-1)
         self.room, self.protected = layers.counted(layers.room), layers.counted(layers.protected)

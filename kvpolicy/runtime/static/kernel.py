@@ -24,9 +24,9 @@ def attend_in_kernel(plan: Plan, slots: Slots, packed: Tensor, scaling: float) -
     shape = (*packed.shape[:3], segments.longest)
     logits = packed.new_empty(shape, dtype=torch.float32) if others else None
     mass = Column.of([slots.columns[ATTENTION]]) if len(others) < len(plan.followers) else None
-    keys, values = (kv_input.Half(Column.of([one]), segments.starts) for one in (slots.keys, slots.values))
-    export = kv_input.Export(None if logits is None else logits.flatten(0, 1), mass)
-    out = decode(packed.flatten(0, 1).contiguous(), kv_input.Held(segments, keys, values), scaling, export=export)
+    keys, values = (kv_input.KVTensorInput(Column.of([one]), segments.starts) for one in (slots.keys, slots.values))
+    export = kv_input.ExtraOutputs(None if logits is None else logits.flatten(0, 1), mass)
+    out = decode(packed.flatten(0, 1).contiguous(), kv_input.KVInput(segments, keys, values), scaling, extra=export)
     if logits is not None:
         follow(slots, Glimpse(logits[..., None, :]), others)
     return out.view(*packed.shape[:3], -1)

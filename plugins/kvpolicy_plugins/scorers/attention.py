@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kvpolicy.stages import (
     Choice,
-    Finish,
     Flag,
     Needs,
     Nested,
     Number,
+    Postprocess,
     Scorer,
     Tile,
     View,
@@ -71,8 +71,8 @@ class Attention(Scorer):
         grouped = {"logits": NOWHERE, "probabilities": PROBABILITIES}.get(self.group_at, SCORES)
         use = WindowUse(self.queries, self.softmax, self.causal, self.group if grouped == NOWHERE else "none")
         options = (grouped, HOW[self.group], int(self.reduce == "sum"), int(self.deviation > 0))
-        finish = Finish(pool=self.pool.kind, size=self.pool.size, shared=self.shared)
-        return Tile(attention_votes, options, (self.deviation,), window=use, keys=False, finish=finish)
+        postprocess = Postprocess(pool=self.pool.kind, size=self.pool.size, shared=self.shared)
+        return Tile(attention_votes, options, (self.deviation,), window=use, keys=False, postprocess=postprocess)
 
     def score(self, view: View) -> Tensor:
         voters = self._voters(view)

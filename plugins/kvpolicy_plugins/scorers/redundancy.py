@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvpolicy.stages import Choice, ColumnRequest, Finish, Integer, Number, Scorer, Tile, Traffic, View, parameter
+from kvpolicy.stages import Choice, ColumnRequest, Integer, Number, Postprocess, Scorer, Tile, Traffic, View, parameter
 from kvpolicy_plugins.lookalikes import forgiven
 
 
@@ -44,13 +44,13 @@ class Redundancy(Scorer):
 
         forgives = self.forgive > 0 or self.empty_row == "slot0"
         column, traffic = (self._column, self._traffic) if forgives else (None, None)
-        finish = Finish(softmax=True)
-        return Tile(mean_similarity, statistic=directions, column=column, column_traffic=traffic, finish=finish)
+        softmax = Postprocess(softmax=True)
+        return Tile(mean_similarity, statistic=directions, column=column, column_traffic=traffic, postprocess=softmax)
 
     def _column(self, request: ColumnRequest) -> Tensor:
-        from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven
+        from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven_similarity
 
-        return forgiven(
+        return forgiven_similarity(
             request.segments,
             request.keys,
             threshold=self.threshold,

@@ -6,15 +6,22 @@ from torch import Tensor
 
 from kvpolicy_kernels import Column
 from kvpolicy_kernels.attention.decode import decode
-from kvpolicy_kernels.attention.kv_input import Export, Half, Held, Packed, PackedColumn, Unpacking
-from kvpolicy_kernels.attention.split_plan import Division
+from kvpolicy_kernels.attention.kv_input import (
+    ExtraOutputs,
+    KVInput,
+    KVTensorInput,
+    PackedColumn,
+    PackedInput,
+    Unpacking,
+)
+from kvpolicy_kernels.attention.split_plan import SplitPlan
 from kvpolicy_kernels.quantise.unpack import centred, per_channel, per_token, scaled_fp8
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.outputs import Guarded
 from tests.kernels.references import decode as reference
 from tests.kernels.scenes import DEVICE, Scene, scene
 
-SMALL = Division(16, 32, 3)  # of segments of up to 96 entries
+SMALL = SplitPlan(16, 32, 3)  # of segments of up to 96 entries
 MIXED = torch.tensor([[[37, 0], [1, 66]]])  # [L, B, K]
 ALIKE = torch.tensor([[[37, 37], [0, 0], [66, 66]], [[5, 5], [1, 1], [2, 2]]])
 LAYERS = torch.tensor([[[5], [20]], [[33], [2]]])
@@ -25,12 +32,12 @@ class Call:
     """A scene, the entries of each segment as vectors, and the arguments of the kernel."""
 
     found: Scene
-    held: Held
+    kv: KVInput
     keys: list[Tensor]  # [n, D] a segment
     values: list[Tensor]
     queries: Tensor  # [P, G, D]
     scaling: float
-    seen: Tensor | None
+    query_positions: Tensor | None
     slots: Tensor | None
 
 
@@ -40,23 +47,23 @@ def call(lengths=MIXED, dim=64, dtype=torch.float32, group=4, *, capacity=None, 
     random = torch.Generator().manual_seed(seed)
     extra = {"votes": ((), torch.float32)} if votes else {}
     found = scene(lengths, dim, dtype, capacity=capacity, extra=extra, seed=seed)
-    halves, vectors = {}, {}
+    tensors, vectors = {}, {}
     for name, how in (("keys", keys), ("values", values)):
-        halves[name], vectors[name] = plain(found, name) if how is None else packed(found, name, how, random)
-    held = Held(
+        tensors[name], vectors[name] = plain(found, name) if how is None else packed(found, name, how, random)
+    kv = KVInput(
         found.segments,
-        **halves,
+        **tensors,
         positions=found.columns["positions"] if positions else None,
         votes=found.columns.get("votes"),
     )
     queries = torch.randn(found.segments.count, group, dim, generator=random).to(dtype).to(DEVICE)
-    seen = torch.randint(0, 40, (found.segments.rows,), generator=random).to(DEVICE) if positions else None
+    query_positions = torch.randint(0, 40, (found.segments.rows,), generator=random).to(DEVICE) if positions else None
     slots = chosen(found.segments.lengths.tolist(), listed, random) if listed else None
-    return Call(found, held, vectors["keys"], vectors["values"], queries, dim**-0.5, seen, slots)
+    return Call(found, kv, vectors["keys"], vectors["values"], queries, dim**-0.5, query_positions, slots)
 
 
 def plain(found: Scene, name: str):
-    return Half(found.columns[name], found.segments.starts), found.lists(name)
+    return KVTensorInput(found.columns[name], found.segments.starts), found.lists(name)
 
 
 def packed(found: Scene, name: str, how: Unpacking, random: torch.Generator):
@@ -64,7 +71,8 @@ def packed(found: Scene, name: str, how: Unpacking, random: torch.Generator):
     share = found.segments.heads if how.joint else 1  # segments whose entries are in the same units
     layers, owners, lengths = found.segments.layers, found.segments.per_layer // share, found.segments.lengths.tolist()
     own_lengths = enumerate(lengths[::share])
-    units = [length // how.unit - (place % 3 == 2 and length >= 2 * how.unit) for place, length in own_lengths]
+    size = how.group_size
+    units = [length // size - (place % 3 == 2 and length >= 2 * size) for place, length in own_lengths]
     per_layer = [units[layer * owners :][:owners] for layer in range(layers)]
     starts = torch.cat([torch.tensor(one).cumsum(0) - torch.tensor(one) for one in per_layer]).to(DEVICE)
     stores = [[numbers(column, sum(one) + 2, random) for one in per_layer] for column in how.columns]
@@ -76,8 +84,8 @@ def packed(found: Scene, name: str, how: Unpacking, random: torch.Generator):
         oldest = unpacked(how, own, place % share, tail.shape[1], tail.dtype)
         vectors.append(torch.cat([oldest, tail[: lengths[place] - len(oldest)]]))
     counts = torch.tensor(units, dtype=torch.int32, device=DEVICE)
-    half = Half(found.columns[name], found.segments.starts, Packed(how, starts, counts, columns))
-    return half, vectors
+    tensor_input = KVTensorInput(found.columns[name], found.segments.starts, PackedInput(how, starts, counts, columns))
+    return tensor_input, vectors
 
 
 def numbers(column: PackedColumn, count: int, random: torch.Generator) -> Tensor:
@@ -137,41 +145,41 @@ def visible(one: Call) -> list[Tensor]:
     masks = []
     for place, keys in enumerate(one.keys):
         mask = torch.ones(len(keys), dtype=torch.bool, device=DEVICE)
-        if one.seen is not None:
+        if one.query_positions is not None:
             positions = one.found.lists("positions")[place]
             row = place % one.found.segments.per_layer // one.found.segments.heads
-            mask &= (positions >= 0) & (positions <= one.seen[row])
+            mask &= (positions >= 0) & (positions <= one.query_positions[row])
         if one.slots is not None:
             mask &= torch.isin(torch.arange(len(keys), device=DEVICE), one.slots[place])
         masks.append(mask)
     return masks
 
 
-def run(one: Call, division=None, *, logits=False, mass=False):
+def run(one: Call, plan=None, *, logits=False, mass=False):
     """Output [P, G, Dv], logits [P, G, T] or None, mass per segment or None; each in a guarded tensor."""
     count, group, _ = one.queries.shape
     width = one.found.segments.longest if one.slots is None else one.slots.shape[1]
-    out = Guarded((count, group, one.held.values.column.width), one.queries.dtype, DEVICE)
+    out = Guarded((count, group, one.kv.values.column.width), one.queries.dtype, DEVICE)
     shown = Guarded((count, group, width), torch.float32, DEVICE) if logits else None
     received = [
         torch.full((len(one.found.columns["keys"].storages[layer]), group), 0.5, device=DEVICE)
         for layer in range(one.found.segments.layers)
     ]
-    export = Export(None if shown is None else shown.tensor, column_of(received, group) if mass else None)
-    decode(one.queries, one.held, one.scaling, seen=one.seen, slots=one.slots, export=export, out=out.tensor,
-           division=division)  # fmt: skip
+    outputs = ExtraOutputs(None if shown is None else shown.tensor, column_of(received, group) if mass else None)
+    where = {"query_positions": one.query_positions, "slots": one.slots}
+    decode(one.queries, one.kv, one.scaling, **where, extra=outputs, out=out.tensor, plan=plan)
     out.check()
     if shown is not None:
         shown.check()
     return out.tensor, None if shown is None else shown.tensor, received if mass else None
 
 
-def assert_right(one: Call, division=None, *, logits=False, mass=False) -> None:
+def assert_right(one: Call, plan=None, *, logits=False, mass=False) -> None:
     """What the kernel gives is as good as torch in its dtype, of everything that was asked for."""
-    out, shown, received = run(one, division, logits=logits, mass=mass)
+    out, shown, received = run(one, plan, logits=logits, mass=mass)
     exact, same = [], []
     for place, seen in enumerate(visible(one)):
-        votes = one.found.lists("votes")[place] if one.held.votes is not None else torch.zeros(len(seen), device=DEVICE)
+        votes = one.found.lists("votes")[place] if one.kv.votes is not None else torch.zeros(len(seen), device=DEVICE)
         given = (one.queries[place], one.keys[place], one.values[place], one.scaling, votes, seen)
         exact.append(reference.attention(*given))
         same.append(reference.in_own_dtype(*given))

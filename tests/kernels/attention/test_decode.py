@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy_kernels.attention.split_plan import Division
+from kvpolicy_kernels.attention.split_plan import SplitPlan
 from tests.kernels.attention.decoding import LAYERS, MIXED, SMALL, assert_right, call, channels, fp8, run, tokens
 from tests.kernels.scenes import DEVICE, DTYPES
 
@@ -23,19 +23,19 @@ def test_lengths(length, capacity, dtype):
 @pytest.mark.parametrize("dim", [59, 64, 80, 128])
 def test_head_dims_and_groups(dim, group):
     dtype = DTYPES[(dim + group) % 3]
-    assert_right(call(LAYERS, dim, dtype, group, seed=dim + group), Division(16, 32, 2))
+    assert_right(call(LAYERS, dim, dtype, group, seed=dim + group), SplitPlan(16, 32, 2))
 
 
-@pytest.mark.parametrize("division", [None, SMALL], ids=["default", "split"])
+@pytest.mark.parametrize("plan", [None, SMALL], ids=["default", "split"])
 @pytest.mark.parametrize("listed", [0, 40], ids=["", "listed"])
 @pytest.mark.parametrize("positions", [False, True], ids=["all", "positions"])
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
 @pytest.mark.parametrize("logits", [False, True], ids=["", "logits"])
 @pytest.mark.parametrize("mass", [False, True], ids=["", "mass"])
-def test_everything_that_can_be_added(logits, mass, votes, positions, listed, division):
+def test_everything_that_can_be_added(logits, mass, votes, positions, listed, plan):
     seed = 8 * logits + 4 * mass + 2 * votes + positions + 100 * listed
     one = call(MIXED, 32, torch.float32, votes=votes, positions=positions, listed=listed, seed=seed)
-    assert_right(one, division, logits=logits, mass=mass)
+    assert_right(one, plan, logits=logits, mass=mass)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,8 +47,8 @@ def test_any_call(dtype, data):
     count = layers * rows * heads
     lengths = draw(st.lists(st.integers(0, 50), min_size=count, max_size=count))
     dim = draw(st.sampled_from([8, 20, 32]))
-    half = st.sampled_from(["plain", "fp8", "quantised"])
-    keys, values = (draw(half) for _ in range(2))
+    tensor_input = st.sampled_from(["plain", "fp8", "quantised"])
+    keys, values = (draw(tensor_input) for _ in range(2))
     bits = draw(st.sampled_from([2, 4, 8]))
     one = call(
         torch.tensor(lengths).view(layers, rows, heads),
@@ -66,8 +66,8 @@ def test_any_call(dtype, data):
     block = draw(st.sampled_from([16, 32]))
     item = block * draw(st.integers(1, 3))
     longest = one.found.segments.longest if one.slots is None else one.slots.shape[1]
-    division = Division(block, item, -(-longest // item))
-    assert_right(one, division, logits=draw(st.booleans()), mass=draw(st.booleans()))
+    plan = SplitPlan(block, item, -(-longest // item))
+    assert_right(one, plan, logits=draw(st.booleans()), mass=draw(st.booleans()))
 
 
 def test_equal_logits_share_equally():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kvpolicy_kernels import UnsupportedInputError
-from kvpolicy_kernels.attention.split_plan import Division
+from kvpolicy_kernels.attention.split_plan import SplitPlan
 from tests.kernels.attention.decoding import ALIKE, MIXED, SMALL, assert_right, call, channels, fp8, means, run, tokens
 from tests.kernels.scenes import DTYPES
 
@@ -18,7 +18,7 @@ def test_quantised_entries_with_tails(bits, dim, which, listed, dtype):
     keys = channels(bits, dim) if which != "values" else None
     values = tokens(bits, dim) if which != "keys" else None
     one = call(MIXED, dim, dtype, keys=keys, values=values, listed=listed, seed=bits + dim + listed)
-    assert_right(one, Division(32, 64, 2))
+    assert_right(one, SplitPlan(32, 64, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -26,7 +26,7 @@ def test_quantised_entries_with_tails(bits, dim, which, listed, dtype):
 def test_units_that_do_not_fit_into_a_block(unit, dim, dtype):
     stored = {8: torch.float16, 24: torch.float32, 64: dtype}[unit]
     keys, values = channels(4, dim, unit, stored), tokens(4, dim, 1 if dim == 59 else 32, stored)
-    assert_right(call(MIXED, dim, dtype, keys=keys, values=values, seed=unit), Division(16, 48, 2))
+    assert_right(call(MIXED, dim, dtype, keys=keys, values=values, seed=unit), SplitPlan(16, 48, 2))
 
 
 @pytest.mark.parametrize("listed", [0, 20], ids=["", "listed"])
@@ -44,17 +44,17 @@ def test_entries_of_all_heads_in_one_unit(bits, dim, which, listed, dtype):
     how = means(bits, dim, group=16 if bits == 4 else dim & -dim, stored=dtype if bits == 8 else torch.float16)
     keys, values = how if which != "values" else None, how if which != "keys" else None
     one = call(ALIKE, dim, dtype, keys=keys, values=values, listed=listed, seed=bits + dim + listed)
-    assert_right(one, Division(32, 64, 2))
+    assert_right(one, SplitPlan(32, 64, 2))
 
 
 def test_units_of_other_segments_are_refused():
     one = call(ALIKE, 64, keys=means(4, 64))
-    packed = one.held.keys.packed
-    for names in (("starts",), ("units",), ("starts", "units")):
+    packed = one.kv.keys.packed
+    for names in (("starts",), ("groups",), ("starts", "groups")):
         other = attrs.evolve(packed, **{name: getattr(packed, name).repeat(2) for name in names})
-        held = attrs.evolve(one.held, keys=attrs.evolve(one.held.keys, packed=other))
-        with pytest.raises(UnsupportedInputError, match="packed units of other segments"):
-            run(attrs.evolve(one, held=held))
+        kv = attrs.evolve(one.kv, keys=attrs.evolve(one.kv.keys, packed=other))
+        with pytest.raises(UnsupportedInputError, match="packed groups of other segments"):
+            run(attrs.evolve(one, kv=kv))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

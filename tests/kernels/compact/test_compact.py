@@ -20,11 +20,11 @@ def chunks(request, monkeypatch):
     """As shipped, a short segment is one chunk and there are many programs; or many chunks and few programs."""
     if request.param == "many chunks":
         monkeypatch.setattr(compact_ordered, "_IN_FLIGHT", 1024)
-        monkeypatch.setattr(compact_ordered, "_MOST_ROWS", 32)
+        monkeypatch.setattr(compact_ordered, "_MAX_ROWS", 32)
         monkeypatch.setattr(compact_ordered, "_BUSY", 0)
         monkeypatch.setattr(compact_holes, "_ROWS", 16)
         monkeypatch.setattr(compact_holes, "_POSITIONS", 32)
-        monkeypatch.setattr(compact_holes, "_MOST_PARTS", 2)
+        monkeypatch.setattr(compact_holes, "_MAX_PARTS", 2)
     return request.param
 
 

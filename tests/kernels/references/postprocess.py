@@ -1,45 +1,45 @@
-"""`tile.Finish` head by head in float64: loops over slots, nothing shared."""
+"""`tile.Postprocess` head by head in float64: loops over slots, nothing shared."""
 
 import torch
 from torch import Tensor
 
-from kvpolicy_kernels import Finish
+from kvpolicy_kernels import Postprocess
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def finished(
-    terms: Tensor, lengths: Tensor, candidates: Tensor, finishes: list[Finish], heads: int
+    terms: Tensor, lengths: Tensor, candidates: Tensor, settings: list[Postprocess], heads: int
 ) -> tuple[Tensor, Tensor]:
     """[n, P, T] terms to the sum [P, T], -inf outside `candidates` [P, T], and the number of NaN [P]."""
     total = torch.zeros_like(terms[0])
-    for term, finish in zip(terms, finishes, strict=True):
-        total = total + finish.weight * _finished(term, lengths, candidates, finish, heads)
+    for term, setting in zip(terms, settings, strict=True):
+        total = total + setting.weight * _finished(term, lengths, candidates, setting, heads)
     wrong = total.isnan() & candidates
     return total.masked_fill(wrong | ~candidates, -torch.inf), wrong.sum(1)
 
 
-def _finished(term: Tensor, lengths: Tensor, candidates: Tensor, finish: Finish, heads: int) -> Tensor:
+def _finished(term: Tensor, lengths: Tensor, candidates: Tensor, setting: Postprocess, heads: int) -> Tensor:
     held = torch.arange(term.shape[1]) < lengths[:, None]
     scores = term.masked_fill(~held, 0.0)
-    if finish.softmax:
+    if setting.softmax:
         scores = scores.masked_fill(~held, -torch.inf).softmax(-1).masked_fill(~held, 0.0)
-    if finish.pool != "none":
-        scores = torch.stack([_pooled(row, own, finish) for row, own in zip(scores, candidates, strict=True)])
-    if finish.shared:
+    if setting.pool != "none":
+        scores = torch.stack([_pooled(row, own, setting) for row, own in zip(scores, candidates, strict=True)])
+    if setting.shared:
         rows = scores.view(-1, heads, scores.shape[1])
         scores = rows.mean(1, keepdim=True).expand_as(rows).reshape(scores.shape)
-    if finish.normalise == "none":
+    if setting.normalise == "none":
         return scores
-    return torch.stack([_scaled(row, own, finish.normalise) for row, own in zip(scores, candidates, strict=True)])
+    return torch.stack([_scaled(row, own, setting.normalise) for row, own in zip(scores, candidates, strict=True)])
 
 
-def _pooled(row: Tensor, candidates: Tensor, finish: Finish) -> Tensor:
-    outside = -torch.inf if finish.pool == "max" else 0.0
-    inside, reach, pooled = row.masked_fill(~candidates, outside), finish.size // 2, torch.empty_like(row)
+def _pooled(row: Tensor, candidates: Tensor, setting: Postprocess) -> Tensor:
+    outside = -torch.inf if setting.pool == "max" else 0.0
+    inside, reach, pooled = row.masked_fill(~candidates, outside), setting.size // 2, torch.empty_like(row)
     for slot in range(len(row)):
         near = inside[max(0, slot - reach) : slot + reach + 1]
-        pooled[slot] = near.amax() if finish.pool == "max" else near.sum() / finish.size
+        pooled[slot] = near.amax() if setting.pool == "max" else near.sum() / setting.size
     return pooled
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from kvpolicy_kernels import Column, Segments
-from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven
+from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven_similarity
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.outputs import Guarded
 from tests.kernels.references import redundancy as reference
@@ -39,8 +39,8 @@ def expected(found: Scene, threshold: float, forgive: int, end: str, empty_row: 
     for row, keys in enumerate(found.lists("keys")):
         pairs = reference.similarities(keys.cpu().double())
         chosen = reference.targets(pairs, threshold, forgive, end)
-        exact[row, : len(keys)] = reference.forgiven(pairs, chosen, empty_row)
-        same[row, : len(keys)] = reference.forgiven(reference.similarities(keys.cpu()), chosen, empty_row)
+        exact[row, : len(keys)] = reference.forgiven_similarity(pairs, chosen, empty_row)
+        same[row, : len(keys)] = reference.forgiven_similarity(reference.similarities(keys.cpu()), chosen, empty_row)
     return exact, same
 
 
@@ -54,7 +54,7 @@ def check(found: Scene, *, near=0.5, forgive=1, end="last", empty_row="slot0") -
     exact, same = expected(found, threshold, forgive, end, empty_row)
     segments, keys = place(found)
     out = Guarded((segments.count, segments.longest), torch.float32, DEVICE)
-    given_back = forgiven(
+    given_back = forgiven_similarity(
         segments, keys, threshold=threshold, forgive=forgive, end=end, empty_row=empty_row, out=out.tensor
     )
     out.check()

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy_kernels import Column, Segments
-from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven, traffic
-from kvpolicy_kernels.score.redundancy.similar_keys import search
+from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven_similarity, traffic
+from kvpolicy_kernels.score.redundancy.similar_keys import find_similar
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from tests.golden.families import FOLDER, Vectors
 from tests.kernels.counting import counted
@@ -83,7 +83,7 @@ def test_published_similarities(name, forgive, mode):
     vectors = Vectors(FOLDER / f"rkv_similarity_{name}.npz")
     keys = vectors["k"].to(DEVICE)
     segments = Segments.of([keys], torch.full(keys.shape[:2], keys.shape[2], device=DEVICE)[None])
-    sums = forgiven(segments, Column.of([keys]), threshold=vectors.parameter("threshold"), forgive=forgive)
+    sums = forgiven_similarity(segments, Column.of([keys]), threshold=vectors.parameter("threshold"), forgive=forgive)
     directions = keys[0].double() / (keys[0].double().norm(dim=-1, keepdim=True) + 1e-8)
     everyone = directions @ directions.transpose(-1, -2) - torch.eye(keys.shape[2], device=DEVICE)
     scores = ((everyone.sum(1) - sums) / keys.shape[2]).softmax(-1)
@@ -99,7 +99,9 @@ def test_as_the_plugin(seed, forgive, end):
     keys = torch.stack(found.lists("keys"))[None].cpu()
     threshold = threshold_for(found)
     plugin = Redundancy(threshold, forgive=forgive, forgive_end=end)
-    sums = forgiven(found.segments, found.columns["keys"], threshold=threshold, forgive=forgive, end=end).cpu()
+    sums = forgiven_similarity(
+        found.segments, found.columns["keys"], threshold=threshold, forgive=forgive, end=end
+    ).cpu()
     pairs = torch.stack([reference.similarities(one.double()) for one in keys[0]])
     mean = (pairs.sum(1) - sums) / 90
     torch.testing.assert_close(mean.softmax(-1).float(), plugin.score(view_of(keys))[0], atol=1e-8, rtol=1e-6)
@@ -109,9 +111,9 @@ def test_as_the_plugin(seed, forgive, end):
 def test_every_run_gives_the_same_bits(dtype, forgive):
     found = keys_of("duplicates", torch.tensor([[[70]]]), 16, dtype, 6)
     threshold = threshold_for(found)
-    first = forgiven(*place(found), threshold=threshold, forgive=forgive)
+    first = forgiven_similarity(*place(found), threshold=threshold, forgive=forgive)
     for _ in range(19):
-        assert torch.equal(forgiven(*place(found), threshold=threshold, forgive=forgive), first)
+        assert torch.equal(forgiven_similarity(*place(found), threshold=threshold, forgive=forgive), first)
 
 
 def test_order_of_segments_and_dirt_behind_them_do_not_matter():
@@ -119,8 +121,8 @@ def test_order_of_segments_and_dirt_behind_them_do_not_matter():
     segments = found.segments
     turned = Segments(segments.starts.flip(0), segments.lengths.flip(0), 1, 1, 3, segments.longest)
     options = {"threshold": 0.5, "forgive": 1}
-    sums = forgiven(segments, found.columns["keys"], **options)
-    assert torch.equal(forgiven(turned, found.columns["keys"], **options), sums.flip(0))
+    sums = forgiven_similarity(segments, found.columns["keys"], **options)
+    assert torch.equal(forgiven_similarity(turned, found.columns["keys"], **options), sums.flip(0))
 
 
 def pairs_of(targets, lengths, empty_row):
@@ -141,9 +143,9 @@ if DEVICE == "cpu":  # bytes are counted by the interpreter
         found = keys_of(kind, torch.tensor([[[70, 0]], [[130, 2]]]), 20, dtype, 1)
         (segments, keys), lengths = place(found), found.segments.lengths.tolist()
         out = torch.empty(segments.count, segments.longest)
-        result = search(segments, keys, threshold=near, forgive=forgive)
+        result = find_similar(segments, keys, threshold=near, limit=forgive)
         with counted({"keys": keys.storages, "out": out}) as counts:
-            forgiven(segments, keys, threshold=near, forgive=forgive, empty_row=empty_row, out=out)
+            forgiven_similarity(segments, keys, threshold=near, forgive=forgive, empty_row=empty_row, out=out)
         pairs = pairs_of(result.targets, lengths, empty_row)
         planned = traffic(segments, lengths, keys, forgive=forgive, compared=int(result.compared.sum()), pairs=pairs)
         assert counts.read["keys"] == planned.read["keys"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpolicy_kernels import Column, Segments, UnsupportedInputError
-from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven
+from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven_similarity
 from tests.kernels.outputs import Guarded
 from tests.kernels.references import redundancy as reference
 from tests.kernels.scenes import DEVICE, DTYPES, LOUD
@@ -20,12 +20,12 @@ def test_a_key_that_is_not_finite_spoils_the_first_slot_of_its_segment_only(slot
     clean, dirty = (keys_of("clustered", lengths, 16, dtype, seed=8) for _ in range(2))
     dirty.lists("keys")[0][slot, 5] = wrong
     options = {"threshold": threshold_for(clean), "forgive": 1}
-    before = forgiven(clean.segments, clean.columns["keys"], **options)
-    after = forgiven(dirty.segments, dirty.columns["keys"], **options)
+    before = forgiven_similarity(clean.segments, clean.columns["keys"], **options)
+    after = forgiven_similarity(dirty.segments, dirty.columns["keys"], **options)
     assert torch.equal(after[1], before[1])
     assert after[0, 0].isnan() == (slot > 0)  # the first forgives itself nothing
     assert after[0, 1:].isfinite().all()
-    assert not forgiven(dirty.segments, dirty.columns["keys"], **options, empty_row="none").isnan().any()
+    assert not forgiven_similarity(dirty.segments, dirty.columns["keys"], **options, empty_row="none").isnan().any()
 
 
 @LOUD
@@ -37,11 +37,11 @@ def test_norms_far_from_one(scale, dtype):
     column = found.columns["keys"]
     keys = (column.storages[0] * scale).to(dtype)
     scaled = Column(torch.tensor([keys.data_ptr()], device=DEVICE), dtype, 16, (keys,))
-    sums = forgiven(found.segments, scaled, threshold=0.5, forgive=1).cpu()[0]
+    sums = forgiven_similarity(found.segments, scaled, threshold=0.5, forgive=1).cpu()[0]
     held = keys[:80].cpu().float()
     directions = held / (held.square().sum(-1, keepdim=True).sqrt() + 1e-8)
     pairs = (directions.double() @ directions.double().T).fill_diagonal_(0)
-    exact = reference.forgiven(pairs, reference.targets(pairs, 0.5, 1, "last"), "slot0")
+    exact = reference.forgiven_similarity(pairs, reference.targets(pairs, 0.5, 1, "last"), "slot0")
     torch.testing.assert_close(sums.double(), exact, atol=1e-4, rtol=1e-5)
     assert bool(sums[1:].any()) == (scale == 1e15)
 
@@ -72,7 +72,7 @@ def test_what_the_kernels_cannot_do_is_refused_before_anything_is_written():
     ):
         options = {"segments": segments, "keys": keys, **usual, **changed}
         with pytest.raises(UnsupportedInputError):
-            forgiven(options.pop("segments"), options.pop("keys"), **options)
+            forgiven_similarity(options.pop("segments"), options.pop("keys"), **options)
     assert out.tensor.isnan().all()
 
 
@@ -80,7 +80,7 @@ def test_nothing_at_all():
     empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
     segments = Segments(empty, empty.int(), 1, 0, 2, 5)
     keys = Column(torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.float32, 8, ())
-    assert forgiven(segments, keys, threshold=0.5, forgive=1).shape == (0, 5)
+    assert forgiven_similarity(segments, keys, threshold=0.5, forgive=1).shape == (0, 5)
 
 
 if torch.cuda.is_available():
@@ -96,4 +96,6 @@ if torch.cuda.is_available():
         columns = [
             Column(torch.tensor([one.data_ptr()], device=DEVICE), one.dtype, 128, (one,)) for one in (storage, keys)
         ]
-        assert torch.equal(forgiven(far, columns[0], **options), forgiven(near, columns[1], **options))
+        assert torch.equal(
+            forgiven_similarity(far, columns[0], **options), forgiven_similarity(near, columns[1], **options)
+        )

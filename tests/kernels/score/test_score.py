@@ -130,7 +130,9 @@ def _votes_of(head):
 
 @pytest.mark.parametrize(("capacity", "busy"), [(None, 528), (700, 528), (700, 10), (None, 2)])
 def test_heads_of_several_blocks(capacity, busy, monkeypatch):
-    monkeypatch.setattr(launch_config, "_BUSY", busy)  # a program takes one block of a head, some, or all
+    monkeypatch.setattr(
+        launch_config, "_CONCURRENT_PROGRAMS", busy
+    )  # a program takes one block of a head, some, or all
     given = situation([[[700, 130], [0, 65]]], capacity=capacity, votes=True)
     found = found_in(given, [VOTES, Tile(recency, keys=False, newest=True)])
 
@@ -198,7 +200,7 @@ def test_repeats_are_bitwise_equal(repeat):
 )
 @pytest.mark.parametrize("busy", [2, 528])
 def test_bytes_are_what_traffic_says(tiles, busy, monkeypatch):
-    monkeypatch.setattr(launch_config, "_BUSY", busy)
+    monkeypatch.setattr(launch_config, "_CONCURRENT_PROGRAMS", busy)
     lengths = [[[200, 70], [0, 65]], [[1, 64], [128, 129]]]
     given = situation(lengths, votes=True)
     segments, columns, window = given.scene.segments, given.scene.columns, given.window

@@ -76,7 +76,7 @@ def test_any_uses_of_ragged_heads(uses, functions, lengths, dim, dtype, seed):
 @pytest.mark.parametrize("busy", [2, 10, 528])
 @pytest.mark.parametrize("use", [WindowUse(4), WindowUse(4, "candidates", False, "max")])
 def test_parts_of_a_head_are_joined(use, busy, monkeypatch):
-    monkeypatch.setattr(launch_config, "_BUSY", busy)  # a program takes up to all blocks of a head
+    monkeypatch.setattr(launch_config, "_CONCURRENT_PROGRAMS", busy)  # a program takes up to all blocks of a head
     check(situation([[[700, 130], [0, 65]]], capacity=700, votes=True), [use], [directions])
 
 
@@ -84,7 +84,7 @@ def test_parts_of_a_head_are_joined(use, busy, monkeypatch):
 @pytest.mark.parametrize("scale", [1e-3, 40.0, 3e3])
 def test_far_maxima(scale, busy, monkeypatch):
     """Logits rise by more than 2^64 from block to block, of one program and of several."""
-    monkeypatch.setattr(launch_config, "_BUSY", busy)
+    monkeypatch.setattr(launch_config, "_CONCURRENT_PROGRAMS", busy)
     given = situation([[[200, 70]]], seed=5)
     for storage in given.scene.columns["keys"].storages:
         storage.mul_(scale * torch.linspace(0, 1, len(storage))[:, None])

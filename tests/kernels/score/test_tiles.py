@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy_kernels import Finish, Tile
-from kvpolicy_kernels.score.postprocess import finish
+from kvpolicy_kernels import Postprocess, Tile
+from kvpolicy_kernels.score.postprocess import postprocess
 from kvpolicy_kernels.score.score import scores
 from kvpolicy_kernels.score.tile import ColumnRequest
 from kvpolicy_plugins.pooling import Pool
@@ -71,9 +71,9 @@ def fused(scorer, given, normalise, weight):
         column = tile.column(ColumnRequest(segments, columns["keys"], columns["values"], columns["positions"]))
     window = given.window if tile.window is not None else None
     terms = scores(segments, columns, window, [tile], [column], **given.protect)
-    last = Finish(**{name: getattr(tile.finish, name) for name in ("softmax", "pool", "size", "shared")})
-    last = Finish(last.softmax, last.pool, last.size, last.shared, normalise, weight)
-    total, _ = finish(segments, columns["positions"], terms, [last], **given.protect)
+    last = Postprocess(**{name: getattr(tile.postprocess, name) for name in ("softmax", "pool", "size", "shared")})
+    last = Postprocess(last.softmax, last.pool, last.size, last.shared, normalise, weight)
+    total, _ = postprocess(segments, columns["positions"], terms, [last], **given.protect)
     return total.cpu()
 
 
@@ -85,7 +85,7 @@ def by_plugin(scorer, given, normalise, weight, dtype):
     with mock.patch.object(torch.Tensor, "float", convert), as_it_is:
         raw = torch.cat([scorer.score(view).flatten(0, 1) for view in views]).to(dtype)
     candidates = torch.cat([view.candidates.flatten(0, 1) for view in views])
-    last = Finish(normalise=normalise, weight=weight)
+    last = Postprocess(normalise=normalise, weight=weight)
     lengths = given.scene.segments.lengths.cpu()
     everywhere = torch.full_like(lengths, raw.shape[1])  # what a scorer says of empty slots is void, but not 0
     total, _ = finished(raw[None], everywhere, candidates, [last], given.scene.segments.heads)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpolicy_kernels import UnsupportedInputError
-from kvpolicy_kernels.score.window_queries import Window
+from kvpolicy_kernels.score.window_queries import WindowQueries
 from tests.kernels.scenes import DEVICE, scene
 
 
@@ -15,7 +15,7 @@ def segments(layers=2, rows=2, heads=2):
 def window(group, width, dim=8, layers=2, rows=2, heads=2, dtype=torch.float32):
     queries = [torch.randn(rows, heads * group, width, dim, device=DEVICE).to(dtype) for _ in range(layers)]
     positions = [torch.randint(0, 99, (rows, width), device=DEVICE) for _ in range(layers)]
-    return queries, positions, Window.of(queries, positions, segments(layers, rows, heads), 0.5)
+    return queries, positions, WindowQueries.of(queries, positions, segments(layers, rows, heads), 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -66,4 +66,4 @@ def test_windows_that_do_not_fit_are_refused(change, message):
     queries, positions, _ = window(2, 4)
 
     with pytest.raises(UnsupportedInputError, match=message):
-        Window.of(*change(queries, positions), segments(), 0.5)
+        WindowQueries.of(*change(queries, positions), segments(), 0.5)

@@ -1,4 +1,4 @@
-"""Radix select at its limits: narrow outputs, wide positions, nothing at all, very much, and what is refused."""
+"""Radix select at its limits: next_digit outputs, wide positions, nothing at all, very much, and what is refused."""
 
 import pytest
 import torch

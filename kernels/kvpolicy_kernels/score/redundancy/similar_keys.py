@@ -1,4 +1,7 @@
-"""Which keys look alike: R-KV's search (arXiv:2505.24133, section 3.3) without a matrix of T by T."""
+"""Search for similar keys within each head (R-KV, arXiv:2505.24133, section 3.3), without a T x T matrix.
+
+Reference: tests/kernels/references/redundancy.py.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,59 +14,67 @@ from triton import cdiv
 
 from kvpolicy_kernels.common.addressing import (
     TYPES,
-    base_of,
     check_device,
     check_segments,
     check_tensor,
     grid_of,
-    place_of,
+    load_rows,
     row_constants,
-    rows_at,
+    segment_and_block,
+    segment_pointer,
 )
-from kvpolicy_kernels.common.compile_spec import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 from kvpolicy_kernels.common.segments import Column, Segments
 from kvpolicy_kernels.common.support import interpreting, require
 from kvpolicy_kernels.common.traffic import Traffic
 
-_MOST_FORGIVEN = 16
-_WIDEST = 256
-_ENTRIES = 32  # of one program that reads every key once
-CASES = ((torch.bfloat16, 128, 1), (torch.bfloat16, 64, 1), (torch.bfloat16, 128, 2), (torch.float32, 128, 1))
+_MAX_LIMIT = 16
+_MAX_WIDTH = 256
+_ENTRIES = 32  # per program that reads every key once
+COMPILED_CASES = ((torch.bfloat16, 128, 1), (torch.bfloat16, 64, 1), (torch.bfloat16, 128, 2), (torch.float32, 128, 1))
 
 
 @attrs.frozen(eq=False)
-class Search:
-    """What `search` found."""
+class SimilarKeys:
+    """Results of `find_similar`."""
 
-    targets: Tensor  # [P, T, forgive] int32, the slots that an entry forgives in the order of the search; -1 behind
-    compared: Tensor  # [P, row blocks] int32, columns that the entries of a block were compared with
-    inverses: Tensor  # [P, T] float32, 1 / (|key| + 1e-8), NaN for a key that is not finite
+    targets: Tensor  # [P, T, limit] int32, similar slots in the order of the search, padded with -1
+    compared: Tensor  # [P, row blocks] int32, how many columns each block of rows was compared with
+    inverse_norms: Tensor  # [P, T] float32, 1 / (|key| + 1e-8), NaN for a key with a NaN or infinity
 
 
-def search(segments: Segments, keys: Column, *, threshold: float, forgive: int, end: str = "last") -> Search:
-    """The `forgive` newest (`end` "last") or oldest ("first") look-alikes of every entry.
+def find_similar(segments: Segments, keys: Column, *, threshold: float, limit: int, end: str = "last") -> SimilarKeys:
+    """For every entry, the `limit` newest or oldest other entries with similar keys.
 
-    Two entries look alike when the cosine similarity of their keys is above `threshold`. A block of entries is compared
-    with blocks of columns until all of them have met theirs; memory grows with T only.
+    A block of entries (rows) is compared with blocks of entries (columns) until all rows have found `limit` of them.
+    Memory is linear in T.
 
-    Raises UnsupportedInputError, before anything is written, for dtypes, sizes and devices that the kernels cannot do.
+    Args:
+        segments: P segments.
+        keys: float32, bfloat16 or float16, up to 256 wide.
+        threshold: keys with a larger cosine similarity are similar; not negative.
+        limit: how many to find, up to 16.
+        end: "last" to search from the newest entry backwards, "first" from the oldest one forwards.
+
+    Raises:
+        UnsupportedInputError: the kernels do not support these inputs; nothing was written.
     """
-    check(segments, keys, threshold, forgive, end)
-    tiling = _Tiling.of(keys.dtype, forgive)
+    check_inputs(segments, keys, threshold, limit, end)
+    tiling = _Tiling.of(keys.dtype, limit)
     device, shape = keys.addresses.device, (segments.count, segments.longest)
-    found = Search(
-        torch.empty((*shape, forgive), dtype=torch.int32, device=device),
+    found = SimilarKeys(
+        torch.empty((*shape, limit), dtype=torch.int32, device=device),
         torch.empty((segments.count, cdiv(segments.longest, tiling.rows)), dtype=torch.int32, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
     )
-    if not found.inverses.numel():
+    if not found.inverse_norms.numel():
         return found
-    place = (keys.addresses, segments.starts, segments.lengths, found.inverses)
+    tables = (keys.addresses, segments.starts, segments.lengths, found.inverse_norms)
     sizes = (segments.longest, segments.per_layer)
-    _invert[grid_of(segments, _ENTRIES)](*place, *sizes, **row_constants(keys, ENTRIES=_ENTRIES))
-    _search[grid_of(segments, tiling.rows)](
-        *(*place, found.targets, found.compared, *sizes, float(threshold)),
-        **row_constants(keys, **tiling.constants, FORGIVE=forgive, NEWEST_FIRST=end == "last"),
+    _inverse_norms[grid_of(segments, _ENTRIES)](*tables, *sizes, **row_constants(keys, ENTRIES=_ENTRIES))
+    _find_similar[grid_of(segments, tiling.rows)](
+        *(*tables, found.targets, found.compared, *sizes, float(threshold)),
+        **row_constants(keys, **tiling.constants, LIMIT=limit, NEWEST_FIRST=end == "last"),
         UPCAST=interpreting(),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
@@ -71,13 +82,13 @@ def search(segments: Segments, keys: Column, *, threshold: float, forgive: int, 
     return found
 
 
-def check(segments: Segments, keys: Column, threshold: float, forgive: int, end: str) -> None:
-    """Raise UnsupportedInputError for what the kernels cannot do."""
+def check_inputs(segments: Segments, keys: Column, threshold: float, limit: int, end: str) -> None:
+    """Raise UnsupportedInputError for inputs that the kernels do not support."""
     device = keys.addresses.device
     check_device(device)
     require(keys.dtype in TYPES, f"keys of {keys.dtype}")
-    require(1 <= keys.width <= _WIDEST, f"head dim {keys.width}, not 1 to {_WIDEST}")
-    require(0 <= forgive <= _MOST_FORGIVEN, f"forgive {forgive}, not 0 to {_MOST_FORGIVEN}")
+    require(1 <= keys.width <= _MAX_WIDTH, f"head dim {keys.width}, not 1 to {_MAX_WIDTH}")
+    require(0 <= limit <= _MAX_LIMIT, f"limit {limit}, not 0 to {_MAX_LIMIT}")
     require(threshold >= 0, f"threshold {threshold}: empty slots would look alike")
     require(end in ("last", "first"), f"end {end!r}")
     require(segments.longest < 1 << 30, f"{segments.longest} entries in a segment")
@@ -85,120 +96,124 @@ def check(segments: Segments, keys: Column, threshold: float, forgive: int, end:
     check_tensor("addresses", keys.addresses, torch.int64, (segments.layers,), device)
 
 
-def search_traffic(
-    segments: Segments, lengths: Sequence[int], keys: Column, forgive: int, compared: int | None = None
+def find_similar_traffic(
+    segments: Segments, lengths: Sequence[int], keys: Column, limit: int, compared: int | None = None
 ) -> Traffic:
-    """Bytes that `search` addresses in segments of these `lengths`.
+    """Bytes that `find_similar` moves in segments of these `lengths`.
 
-    How many columns are `compared` (the sum of `Search.compared`) is known only afterwards; by default it is the most
-    that can be.
+    `compared` is the sum of `SimilarKeys.compared`, which is known only afterwards; by default its upper bound.
     """
-    rows, entries = _Tiling.of(keys.dtype, forgive).rows, sum(lengths)
+    rows, entries = _Tiling.of(keys.dtype, limit).rows, sum(lengths)
     compared = sum(cdiv(length, rows) * length for length in lengths) if compared is None else compared
-    read = {"keys": (2 * entries + compared) * keys.width * keys.dtype.itemsize, "inverses": (entries + compared) * 4}
-    written = {"inverses": entries * 4, "targets": entries * forgive * 4, "compared": grid_of(segments, rows)[0] * 4}
+    read = {
+        "keys": (2 * entries + compared) * keys.width * keys.dtype.itemsize,
+        "inverse_norms": (entries + compared) * 4,
+    }
+    written = {"inverse_norms": entries * 4, "targets": entries * limit * 4, "compared": grid_of(segments, rows)[0] * 4}
     return Traffic(read, written, launches=2)
 
 
 @triton.jit(do_not_specialize=["T", "PER_LAYER"])
-def _invert(ADDRESSES, STARTS, LENGTHS, INVERSES, T, PER_LAYER, DTYPE: tl.constexpr, D: tl.constexpr,
+def _inverse_norms(ADDRESSES, STARTS, LENGTHS, INVERSE_NORMS, T, PER_LAYER, DTYPE: tl.constexpr, D: tl.constexpr,
             BLOCK_D: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
-    """INVERSES [P, T] = 1 / (|key| + 1e-8); NaN for keys that are not finite."""
-    segment, block = place_of(T, ENTRIES)
+    """INVERSE_NORMS [P, T] = 1 / (|key| + 1e-8); NaN for keys with a NaN or infinity."""
+    segment, block = segment_and_block(T, ENTRIES)
     length = tl.load(LENGTHS + segment)
     slots = block * ENTRIES + tl.arange(0, ENTRIES)
     if block * ENTRIES < length:
-        base = base_of(ADDRESSES, STARTS, segment, PER_LAYER, DTYPE, D)
-        keys = rows_at(base, slots, slots < length, D, BLOCK_D).to(tl.float32)  # [ENTRIES, BLOCK_D]
+        base = segment_pointer(ADDRESSES, STARTS, segment, PER_LAYER, DTYPE, D)
+        keys = load_rows(base, slots.to(tl.int64), slots < length, D, BLOCK_D).to(tl.float32)  # [ENTRIES, BLOCK_D]
         finite = tl.min((tl.abs(keys) < float("inf")).to(tl.int32), 1)
-        inverses = tl.where(finite > 0, 1.0 / (tl.sqrt(tl.sum(keys * keys, 1)) + 1e-8), float("nan"))
-        tl.store(INVERSES + segment * T + slots, inverses, mask=slots < length)
+        inverse_norms = tl.where(finite > 0, 1.0 / (tl.sqrt(tl.sum(keys * keys, 1)) + 1e-8), float("nan"))
+        tl.store(INVERSE_NORMS + segment * T + slots, inverse_norms, mask=slots < length)
 
 
 @triton.jit(do_not_specialize=["T", "PER_LAYER"])
-def _search(ADDRESSES, STARTS, LENGTHS, INVERSES, TARGETS, COMPARED, T, PER_LAYER, THRESHOLD, DTYPE: tl.constexpr,
-            D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-            FORGIVE: tl.constexpr, NEWEST_FIRST: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """TARGETS [P, T, FORGIVE] of ROWS entries, and how many columns these were COMPARED with."""
-    segment, block = place_of(T, ROWS)
+def _find_similar(ADDRESSES, STARTS, LENGTHS, INVERSE_NORMS, TARGETS, COMPARED, T, PER_LAYER, THRESHOLD,
+                  DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+                  COLUMNS: tl.constexpr, CHUNK: tl.constexpr, LIMIT: tl.constexpr, NEWEST_FIRST: tl.constexpr,
+                  UPCAST: tl.constexpr):  # fmt: skip
+    """TARGETS [P, T, LIMIT] and COMPARED of a block of ROWS entries."""
+    segment, block = segment_and_block(T, ROWS)
     length = tl.load(LENGTHS + segment)
     if block * ROWS < length:
         rows = block * ROWS + tl.arange(0, ROWS)
-        base = base_of(ADDRESSES, STARTS, segment, PER_LAYER, DTYPE, D)
-        ours = rows_at(base, rows, rows < length, D, BLOCK_D)  # [ROWS, BLOCK_D]
-        inverses = INVERSES + segment * T
-        scale = tl.load(inverses + rows, mask=rows < length, other=0.0)  # [ROWS]
-        # For products scaled on one side only. A norm that is not finite looks like nobody: 0 or NaN is not above 0.
+        base = segment_pointer(ADDRESSES, STARTS, segment, PER_LAYER, DTYPE, D)
+        row_keys = load_rows(base, rows.to(tl.int64), rows < length, D, BLOCK_D)  # [ROWS, BLOCK_D]
+        inverse_norms = INVERSE_NORMS + segment * T
+        scale = tl.load(inverse_norms + rows, mask=rows < length, other=0.0)  # [ROWS]
+        # Products are scaled by the column's norm only. A row without a finite norm finds nothing: its limit is inf.
         limits = tl.where(scale > 0.0, THRESHOLD / tl.where(scale > 0.0, scale, 1.0), float("inf"))
-        targets = TARGETS + (segment * T + rows) * FORGIVE
-        met = tl.where(rows < length, 0, FORGIVE)
+        targets = TARGETS + (segment * T + rows) * LIMIT
+        found = tl.where(rows < length, 0, LIMIT)
         chunks = tl.cdiv(length, CHUNK * COLUMNS)
         done = 0
-        while (done < chunks) & (tl.min(met) < FORGIVE):
+        while (done < chunks) & (tl.min(found) < LIMIT):
             first = length - (done + 1) * (CHUNK * COLUMNS) if NEWEST_FIRST else done * (CHUNK * COLUMNS)
-            order = _alike(base, inverses, ours, rows, limits, first, length, D, BLOCK_D, COLUMNS, CHUNK, NEWEST_FIRST,
-                           UPCAST)  # fmt: skip
-            met = _take(order, met, targets, FORGIVE, NEWEST_FIRST)
+            order = _first_similar(base, inverse_norms, row_keys, rows, limits, first, length, D, BLOCK_D, COLUMNS,
+                                   CHUNK, NEWEST_FIRST, UPCAST)  # fmt: skip
+            found = _store_first(order, found, targets, LIMIT, NEWEST_FIRST)
             done += 1
-        for place in range(FORGIVE):
-            tl.store(targets + place, -1, mask=(rows < length) & (place >= met))
+        for rank in range(LIMIT):
+            tl.store(targets + rank, -1, mask=(rows < length) & (rank >= found))
         tl.store(COMPARED + tl.program_id(0), tl.minimum(length, done * (CHUNK * COLUMNS)))
     else:
         tl.store(COMPARED + tl.program_id(0), 0)
 
 
 @triton.jit
-def _alike(base, inverses, ours, rows, limits, first, length, D: tl.constexpr, BLOCK_D: tl.constexpr,
-           COLUMNS: tl.constexpr, CHUNK: tl.constexpr, NEWEST_FIRST: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Who of CHUNK blocks looks alike and comes first in a lane: [ROWS, COLUMNS] int32, more = earlier, -1 = none."""
-    order = tl.full((ours.shape[0], COLUMNS), -1, tl.int32)
+def _first_similar(base, inverse_norms, row_keys, rows, limits, first, length, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, NEWEST_FIRST: tl.constexpr,
+                   UPCAST: tl.constexpr):  # fmt: skip
+    """Search rank of the first similar column per lane, int32 [ROWS, COLUMNS]; larger = earlier, -1 = none."""
+    order = tl.full((row_keys.shape[0], COLUMNS), -1, tl.int32)
     for block in range(CHUNK):
         columns = first + block * COLUMNS + tl.arange(0, COLUMNS)
-        held = (columns >= 0) & (columns < length)
-        theirs = rows_at(base, columns, held, D, BLOCK_D)
-        scale = tl.load(inverses + columns, mask=held, other=0.0)
+        valid = (columns >= 0) & (columns < length)
+        column_keys = load_rows(base, columns.to(tl.int64), valid, D, BLOCK_D)
+        scale = tl.load(inverse_norms + columns, mask=valid, other=0.0)
         if UPCAST:
-            products = tl.dot(ours.to(tl.float32), tl.trans(theirs.to(tl.float32)), input_precision="ieee")
+            products = tl.dot(row_keys.to(tl.float32), tl.trans(column_keys.to(tl.float32)), input_precision="ieee")
         else:
-            products = tl.dot(ours, tl.trans(theirs), input_precision="ieee")
-        alike = (products * scale[None, :] > limits[:, None]) & (columns[None, :] != rows[:, None])
-        order = tl.maximum(order, tl.where(alike, _rank(columns, NEWEST_FIRST)[None, :], -1))
+            products = tl.dot(row_keys, tl.trans(column_keys), input_precision="ieee")
+        similar = (products * scale[None, :] > limits[:, None]) & (columns[None, :] != rows[:, None])
+        order = tl.maximum(order, tl.where(similar, _rank(columns, NEWEST_FIRST)[None, :], -1))
     return order
 
 
 @triton.jit
-def _take(order, met, targets, FORGIVE: tl.constexpr, NEWEST_FIRST: tl.constexpr):
-    """Store the first look-alikes of `order` [ROWS, COLUMNS] behind the `met` [ROWS] ones; the new `met`."""
-    for _ in range(FORGIVE):
+def _store_first(order, found, targets, LIMIT: tl.constexpr, NEWEST_FIRST: tl.constexpr):
+    """Append the first similar columns in `order` [ROWS, COLUMNS] to TARGETS; the updated `found` [ROWS]."""
+    for _ in range(LIMIT):
         best = tl.max(order, 1)
-        wanted = (best >= 0) & (met < FORGIVE)
-        tl.store(targets + met, _rank(best, NEWEST_FIRST), mask=wanted)
-        met += wanted.to(tl.int32)
+        taken = (best >= 0) & (found < LIMIT)
+        tl.store(targets + found, _rank(best, NEWEST_FIRST), mask=taken)
+        found += taken.to(tl.int32)
         order = tl.where(order == best[:, None], -1, order)
-    return met
+    return found
 
 
 @triton.jit
 def _rank(slots, NEWEST_FIRST: tl.constexpr):
-    """Larger for slots that a search meets earlier, never negative; its own inverse."""
+    """A number that is larger for slots that the search visits earlier, never negative; its own inverse."""
     return slots if NEWEST_FIRST else (1 << 30) - slots
 
 
 @attrs.frozen
 class _Tiling:
-    """Shape of the search: a block of rows against chunks of blocks of columns."""
+    """Block sizes: a block of rows is compared with chunks of blocks of columns."""
 
     rows: int
     columns: int
-    chunk: int  # blocks between two looks at whether all rows are done
+    chunk: int  # blocks between two checks whether all rows are done
     stages: int
     warps: int = 4
 
     @classmethod
-    def of(cls, dtype: torch.dtype, forgive: int) -> "_Tiling":
-        # A lane of a chunk remembers one look-alike, so whoever wants several looks after every block.
-        chunk = 4 if forgive == 1 else 1
-        if dtype == torch.float32:  # without tensor cores the operands live in registers
+    def of(cls, dtype: torch.dtype, limit: int) -> "_Tiling":
+        # A lane keeps one similar column per chunk, so with a larger limit a chunk is one block.
+        chunk = 4 if limit == 1 else 1
+        if dtype == torch.float32:  # without tensor cores the operands are in registers
             return cls(32, 32, chunk, stages=2)
         return cls(64, 64, chunk, stages=3)
 
@@ -207,21 +222,23 @@ class _Tiling:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "CHUNK": self.chunk}
 
 
-def search_builds() -> Iterator[Build]:
-    """The launches for bfloat16 keys of the usual head dims, for float32 ones, and for two look-alikes."""
-    for dtype, width, forgive in CASES:
-        tiling, keys = _Tiling.of(dtype, forgive), Column(torch.empty(0, dtype=torch.float32), dtype, width, ())
+def find_similar_compile_specs() -> Iterator[CompileSpec]:
+    """The launches for bfloat16 keys of usual head dims, for float32, and for a limit of two."""
+    for dtype, width, limit in COMPILED_CASES:
+        tiling, keys = _Tiling.of(dtype, limit), Column(torch.empty(0, dtype=torch.float32), dtype, width, ())
         name = f"{str(dtype).removeprefix('torch.')} D={width}"
-        place = {"ADDRESSES": "*i64", "STARTS": "*i64", "LENGTHS": "*i32", "INVERSES": "*fp32"}
+        inputs = {"ADDRESSES": "*i64", "STARTS": "*i64", "LENGTHS": "*i32", "INVERSE_NORMS": "*fp32"}
         sizes = {"T": "i32", "PER_LAYER": "i32"}
-        if forgive == 1:
+        if limit == 1:
             constants = row_constants(keys, ENTRIES=_ENTRIES)
-            yield Build(f"lookalikes._invert {name}", _invert, {**place, **sizes}, constants, tuple(place))
-        constants = row_constants(keys, **tiling.constants, FORGIVE=forgive, NEWEST_FIRST=True, UPCAST=False)
-        tables = {**place, "TARGETS": "*i32", "COMPARED": "*i32"}
-        yield Build(
-            f"lookalikes._search {name} forgive={forgive}",
-            *(_search, {**tables, **sizes, "THRESHOLD": "fp32"}, constants, tuple(tables)),
+            yield CompileSpec(
+                f"similar_keys._inverse_norms {name}", _inverse_norms, {**inputs, **sizes}, constants, tuple(inputs)
+            )
+        constants = row_constants(keys, **tiling.constants, LIMIT=limit, NEWEST_FIRST=True, UPCAST=False)
+        tables = {**inputs, "TARGETS": "*i32", "COMPARED": "*i32"}
+        yield CompileSpec(
+            f"similar_keys._find_similar {name} limit={limit}",
+            *(_find_similar, {**tables, **sizes, "THRESHOLD": "fp32"}, constants, tuple(tables)),
             *(tiling.warps, tiling.stages),
             tensor_cores=dtype != torch.float32,
         )

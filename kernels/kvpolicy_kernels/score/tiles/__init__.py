@@ -1,1 +1,1 @@
-"""Tile functions of the built-in scorers. Each needs Triton: import them where they are used."""
+"""Tile functions of the built-in scorers. They import Triton, so plugins import them where they are used."""

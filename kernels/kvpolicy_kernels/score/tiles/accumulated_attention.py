@@ -1,9 +1,9 @@
-"""What an entry has been attended to: the tile function of `accumulated_attention`."""
+"""Tile function of the scorer `accumulated_attention`: attention mass, reduced over query heads."""
 
 import triton
 import triton.language as tl
 
-from kvpolicy_kernels.score.tiles.grouping import over_group
+from kvpolicy_kernels.score.tiles.grouping import reduce_group
 
 
 @triton.jit
@@ -22,5 +22,5 @@ def accumulated_attention(
     arguments,
     OPTIONS: tl.constexpr,
 ):
-    """[BLOCK]; OPTIONS[0] says how query heads are reduced."""
-    return over_group(attention, group, 1, OPTIONS[0])
+    """[BLOCK]. OPTIONS: reduction over query heads (`grouping.HOW`)."""
+    return reduce_group(attention, group, 1, OPTIONS[0])

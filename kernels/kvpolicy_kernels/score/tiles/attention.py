@@ -1,26 +1,26 @@
-"""What the last queries attend to: the tile function of `attention`."""
+"""Tile function of the scorer `attention`: attention probabilities of the window's queries."""
 
 import triton
 import triton.language as tl
 
-from kvpolicy_kernels.score.tiles.grouping import over_group
+from kvpolicy_kernels.score.tiles.grouping import reduce_group
 
-NOWHERE, PROBABILITIES, SCORES = 0, 1, 2  # what OPTIONS[0] reduces over the query heads
+NOWHERE, PROBABILITIES, SCORES = 0, 1, 2  # OPTIONS[0]: what is reduced over the query heads
 
 
 @triton.jit
 def _over_queries(probabilities, voters, deviation, REDUCE: tl.constexpr, DEVIATION: tl.constexpr):
-    """[BLOCK, G, W] to [BLOCK, G]: mean or sum over the queries, plus `deviation` standard deviations."""
-    counted = tl.maximum(voters, 1.0)
+    """[BLOCK, G, W] to [BLOCK, G]: mean (REDUCE 0) or sum over the queries, plus `deviation` standard deviations."""
+    count = tl.maximum(voters, 1.0)
     total = tl.sum(probabilities, 2)
     scores = total
     if REDUCE == 0:
-        scores = total / counted
+        scores = total / count
     if DEVIATION:
         width: tl.constexpr = probabilities.shape[2]
-        voting = (tl.arange(0, width) + voters >= width)[None, None, :]
-        spread = tl.where(voting, probabilities - (total / counted)[:, :, None], 0.0)
-        variance = tl.sum(spread * spread, 2) / tl.maximum(voters - 1.0, 1.0)
+        exists = (tl.arange(0, width) + voters >= width)[None, None, :]
+        deviations = tl.where(exists, probabilities - (total / count)[:, :, None], 0.0)
+        variance = tl.sum(deviations * deviations, 2) / tl.maximum(voters - 1.0, 1.0)
         scores += deviation * tl.sqrt(variance)
     return scores
 
@@ -41,8 +41,8 @@ def attention_votes(
     arguments,
     OPTIONS: tl.constexpr,
 ):
-    """[BLOCK], before pooling. OPTIONS: what is grouped, how; whether queries are summed; whether they deviate."""
+    """[BLOCK]. OPTIONS: what is reduced over heads, how; whether queries are summed; whether deviations are added."""
     if OPTIONS[0] == 1:
-        probabilities = over_group(probabilities, group, 1, OPTIONS[1])[:, None, :]
+        probabilities = reduce_group(probabilities, group, 1, OPTIONS[1])[:, None, :]
     scores = _over_queries(probabilities, voters, arguments[0], OPTIONS[2], OPTIONS[3])
-    return over_group(scores, group, 1, OPTIONS[1]) if OPTIONS[0] == 2 else tl.sum(scores, 1)
+    return reduce_group(scores, group, 1, OPTIONS[1]) if OPTIONS[0] == 2 else tl.sum(scores, 1)

@@ -1,4 +1,4 @@
-"""Small keys first: the tile function of `key_norm`."""
+"""Tile function of the scorer `key_norm`: keys with a small norm first."""
 
 import triton
 import triton.language as tl
@@ -20,5 +20,5 @@ def key_norm(
     arguments,
     OPTIONS: tl.constexpr,
 ):
-    """[BLOCK], the negative L2 norm."""
+    """[BLOCK]: the negative L2 norm of the keys."""
     return -tl.sqrt(tl.sum(keys * keys, 1))

@@ -1,4 +1,4 @@
-"""Newest first: the tile function of `recency`."""
+"""Tile function of the scorer `recency`: newest first."""
 
 import triton
 import triton.language as tl
@@ -20,5 +20,5 @@ def recency(
     arguments,
     OPTIONS: tl.constexpr,
 ):
-    """[BLOCK], positions counted back from the newest of the row: float32 holds no integer beyond 2^24 exactly."""
+    """[BLOCK]: positions relative to the newest of the row, since float32 holds integers exactly only up to 2^24."""
     return (positions - newest).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Entries that say what newer ones say again: statistic and tile function of `redundancy`."""
+"""Statistic and tile function of the scorer `redundancy`: mean cosine similarity to the other entries of the head."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def directions(keys):
-    """[BLOCK, D], keys of length 1; zeros for a key of zeros."""
+    """[BLOCK, D]: keys normalised to length 1; zeros for zero keys."""
     norms = tl.sqrt(tl.sum(keys * keys, 1))
     return keys / (norms + 1e-8)[:, None]
 
@@ -27,7 +27,7 @@ def mean_similarity(
     arguments,
     OPTIONS: tl.constexpr,
 ):
-    """[BLOCK], over the other entries; `statistic` is the sum of all directions, `column` what is forgiven, or None."""
+    """[BLOCK]: mean similarity. `statistic` is the sum of `directions`, `column` the forgiven similarity, or None."""
     own = directions(keys)
     similarity = tl.sum(own * (statistic[None, :] - own), 1)
     if column is not None:
