@@ -17,9 +17,9 @@ from kvpolicy.runtime.holdings import Holdings
 from kvpolicy.runtime.layout import Layout
 from kvpolicy.stages import Entries, Geometry, Glimpse
 from kvpolicy.stages.formats import ALL
-from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
-from kvpolicy_plugins.merging import evicted_of, groups_of, nearest
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, groups_of, nearest
+from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.views import fresh_state, view_of
 

@@ -1,6 +1,7 @@
 """Sums over entries merged into the same kept entry. Deterministic: groups are summed in ascending order of slots.
 
-References: `sum_by_target`, `count_by_target` and `logsumexp_by_target` in `kvpolicy_plugins.merging`.
+References: `sum_by_target`, `count_by_target` and `logsumexp_by_target` in
+`kvpolicy_plugins.mergers.shared.merge_groups`.
 """
 
 from collections.abc import Iterator

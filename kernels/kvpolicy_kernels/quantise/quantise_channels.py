@@ -1,6 +1,6 @@
 """Per-channel quantisation of groups of consecutive tokens (keys of KIVI, arXiv:2402.02750), packed.
 
-References: `quantise` and `dequantise` in `kvpolicy_plugins.affine`, `pack` and `unpack` in `kvpolicy_plugins.packing`.
+References in `kvpolicy_plugins.codecs.shared`: `affine.quantise` and `dequantise`, `packing.pack` and `unpack`.
 """
 
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ from kvpolicy.stages import (
     Unpacking,
     parameter,
 )
-from kvpolicy_plugins.affine import (
+from kvpolicy_plugins.codecs.shared.affine import (
     BITS,
     SCALES,
     check_divides,
@@ -30,8 +30,8 @@ from kvpolicy_plugins.affine import (
     quantise_tokens,
     scale_dtype,
 )
-from kvpolicy_plugins.limits import MOST_CHANNELS
-from kvpolicy_plugins.packing import packed_size
+from kvpolicy_plugins.codecs.shared.packing import packed_size
+from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 
 @attrs.frozen(eq=False)

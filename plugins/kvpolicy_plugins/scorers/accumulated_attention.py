@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 
 from kvpolicy.stages import Needs, Scorer, Tile, View, parameter
-from kvpolicy_plugins.grouping import GROUP, reduce_group
+from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
 
 
 @attrs.frozen

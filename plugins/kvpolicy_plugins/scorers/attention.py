@@ -19,9 +19,9 @@ from kvpolicy.stages import (
     WindowUse,
     parameter,
 )
-from kvpolicy_plugins.grouping import GROUP, reduce_group
-from kvpolicy_plugins.limits import QUERIES
-from kvpolicy_plugins.pooling import Pool
+from kvpolicy_plugins.scorers.shared.pooling import Pool
+from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
+from kvpolicy_plugins.shared.limits import QUERIES
 
 
 @attrs.frozen

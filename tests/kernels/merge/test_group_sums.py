@@ -6,7 +6,7 @@ import torch
 
 from kvpolicy_kernels.merge import group_sums
 from kvpolicy_kernels.merge.group_sums import Groups, sum_numbers, sum_rows
-from kvpolicy_plugins import merging
+from kvpolicy_plugins.mergers.shared import merge_groups
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.counting import counted
 from tests.kernels.outputs import Guarded
@@ -51,7 +51,7 @@ def test_sums_of_numbers(length, count, rows, logarithms):
     sum_numbers(values.to(DEVICE), Groups.of(targets, count), logarithms=logarithms, out=out.tensor)
     out.check()
     reference = logarithms_of_sums if logarithms else number_sums
-    by_torch = merging.logsumexp_by_target if logarithms else merging.count_by_target
+    by_torch = merge_groups.logsumexp_by_target if logarithms else merge_groups.count_by_target
     for segment in range(2):
         to = targets[segment].cpu()
         for row in range(rows):

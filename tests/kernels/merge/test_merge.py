@@ -8,11 +8,11 @@ from kvpolicy.stages.slots import indices_of
 from kvpolicy_kernels import Column, UnsupportedInputError
 from kvpolicy_kernels.merge import nearest
 from kvpolicy_kernels.merge.group_sums import Groups, sum_numbers, sum_rows
-from kvpolicy_plugins import merging, merging_kernels
 from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.kvmerger import KVMerger
 from kvpolicy_plugins.mergers.pivot import Pivot
+from kvpolicy_plugins.mergers.shared import merge_groups, merge_groups_kernels
 from kvpolicy_plugins.mergers.tome import ToMe
 from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.window_fit import WindowFit
@@ -26,7 +26,7 @@ def launched(monkeypatch):
     names = []
 
     def noting(name):
-        function = getattr(merging_kernels, name)
+        function = getattr(merge_groups_kernels, name)
 
         def call(*given):
             result = function(*given)
@@ -36,8 +36,8 @@ def launched(monkeypatch):
         return call
 
     for name in ("nearest", "sum_by_target", "count_by_target", "logsumexp_by_target"):
-        monkeypatch.setattr(merging_kernels, name, noting(name))
-    monkeypatch.setattr(merging, "runs_kernels", lambda _device: True)
+        monkeypatch.setattr(merge_groups_kernels, name, noting(name))
+    monkeypatch.setattr(merge_groups, "runs_kernels", lambda _device: True)
     return names
 
 
@@ -56,19 +56,19 @@ def random_view(dtype, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_functions_of_merging_give_the_same_by_kernels(dtype, launched, monkeypatch):
     view, kept = random_view(dtype)
-    evicted = merging.evicted_of(view, kept)
+    evicted = merge_groups.evicted_of(view, kept)
     weights = torch.rand(evicted.shape, device=DEVICE).masked_fill(~evicted, 0.0)
     values = torch.randn(2, 2, 3, 4, 50, device=DEVICE).masked_fill(~evicted[:, :, None, None], -torch.inf)
     target = torch.randint(0, kept.shape[-1], evicted.shape, device=DEVICE)
     calls = [
-        lambda: merging.nearest(view.keys, kept, evicted),
-        lambda: (merging.sum_by_target(weights, view.keys, target, kept.shape[-1]),),
-        lambda: (merging.count_by_target(weights, target, kept.shape[-1]),),
-        lambda: (merging.logsumexp_by_target(values, target, kept.shape[-1]),),
+        lambda: merge_groups.nearest(view.keys, kept, evicted),
+        lambda: (merge_groups.sum_by_target(weights, view.keys, target, kept.shape[-1]),),
+        lambda: (merge_groups.count_by_target(weights, target, kept.shape[-1]),),
+        lambda: (merge_groups.logsumexp_by_target(values, target, kept.shape[-1]),),
     ]
     by_kernels = [call() for call in calls]
     assert launched == ["nearest", "sum_by_target", "count_by_target", "logsumexp_by_target"]
-    monkeypatch.setattr(merging, "runs_kernels", lambda _device: False)
+    monkeypatch.setattr(merge_groups, "runs_kernels", lambda _device: False)
     for found, call in zip(by_kernels, calls, strict=True):
         torch.testing.assert_close(found, call(), atol=2e-6, rtol=2e-6)
 
@@ -87,7 +87,7 @@ def test_mergers_give_the_same_by_kernels(merger, launched, monkeypatch):
     )
     found = merger.merge(view, kept)
     assert launched
-    monkeypatch.setattr(merging, "runs_kernels", lambda _device: False)
+    monkeypatch.setattr(merge_groups, "runs_kernels", lambda _device: False)
     exact = merger.merge(view, kept)
     assert found.changed.any()
     assert torch.equal(found.changed, exact.changed)
@@ -131,13 +131,13 @@ def test_what_kernels_cannot_do_is_refused():
 
 def test_what_kernels_cannot_do_torch_does(launched):
     view, kept = random_view(torch.float64)
-    evicted = merging.evicted_of(view, kept)
-    similarity, _ = merging.nearest(view.keys, kept, evicted)
+    evicted = merge_groups.evicted_of(view, kept)
+    similarity, _ = merge_groups.nearest(view.keys, kept, evicted)
     assert similarity.dtype == torch.float64
     weights = evicted.double()
-    assert merging.count_by_target(weights, kept.new_zeros(evicted.shape), 3).dtype == torch.float64
-    assert merging.sum_by_target(weights, view.keys, kept.new_zeros(evicted.shape), 3).dtype == torch.float64
-    assert merging.logsumexp_by_target(weights, kept.new_zeros(evicted.shape), 3).dtype == torch.float64
+    assert merge_groups.count_by_target(weights, kept.new_zeros(evicted.shape), 3).dtype == torch.float64
+    assert merge_groups.sum_by_target(weights, view.keys, kept.new_zeros(evicted.shape), 3).dtype == torch.float64
+    assert merge_groups.logsumexp_by_target(weights, kept.new_zeros(evicted.shape), 3).dtype == torch.float64
     assert not launched
 
 
@@ -151,13 +151,16 @@ def test_nobody_and_nowhere_to_go(slots, count, launched, monkeypatch):
     )
 
     def run():
-        sums = merging.sum_by_target(weights, vectors, target, count), merging.count_by_target(weights, target, count)
-        logarithms = merging.logsumexp_by_target(weights[:, :, None], target, count)
-        return *sums, logarithms, *merging.nearest(vectors, kept, nobody)
+        sums = (
+            merge_groups.sum_by_target(weights, vectors, target, count),
+            merge_groups.count_by_target(weights, target, count),
+        )
+        logarithms = merge_groups.logsumexp_by_target(weights[:, :, None], target, count)
+        return *sums, logarithms, *merge_groups.nearest(vectors, kept, nobody)
 
     found = run()
     assert len(launched) == 4
-    monkeypatch.setattr(merging, "runs_kernels", lambda _device: False)
+    monkeypatch.setattr(merge_groups, "runs_kernels", lambda _device: False)
     for one, other in zip(found, run(), strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)

@@ -3,7 +3,7 @@
 import torch
 
 from kvpolicy_kernels.quantise import quantise_channels, quantise_tokens
-from kvpolicy_plugins import affine
+from kvpolicy_plugins.codecs.shared import affine
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.outputs import Guarded
 from tests.kernels.scenes import DEVICE

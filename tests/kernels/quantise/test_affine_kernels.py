@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvpolicy_plugins import affine, affine_kernels
-from kvpolicy_plugins.gpu import runs_kernels
+from kvpolicy_plugins.codecs.shared import affine, affine_kernels
+from kvpolicy_plugins.shared.kernel_device import runs_kernels
 from tests.kernels.quantise.quantising import DTYPES, vectors_of
 from tests.kernels.scenes import DEVICE
 

@@ -12,13 +12,13 @@ from kvpolicy_kernels import Postprocess, Tile
 from kvpolicy_kernels.score.postprocess import postprocess
 from kvpolicy_kernels.score.score import scores
 from kvpolicy_kernels.score.tile import ColumnRequest
-from kvpolicy_plugins.pooling import Pool
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
+from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.references.postprocess import finished

@@ -1,4 +1,4 @@
-"""The best few of many scores, without putting all of them in order."""
+"""Top-k slots with a defined order of ties, without a full sort."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from kvpolicy.stages.ordering import sort_keys
 _LAST = torch.iinfo(torch.int32).max
 
 
-def leading(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
+def top_slots(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
     """The first `count` slots of `best_first`, or all if there are fewer: int64 [..., count].
 
-    A slot is part of what is compared, so that no two are equal: a device may choose any of equal ones otherwise.
+    The slot is part of the compared key, so that no two keys are equal: `topk` may return any of equal ones.
     """
     slots = torch.arange(scores.shape[-1], device=scores.device)
     compared = (sort_keys(scores, candidates).long() << 32) | (_LAST - slots)

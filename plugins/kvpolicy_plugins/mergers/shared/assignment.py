@@ -1,4 +1,4 @@
-"""Which evicted entries are merged into which kept ones, and the averages that come of it."""
+"""Weighted averages of kept entries and the evicted entries that are merged into them."""
 
 from functools import cached_property
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpolicy.stages import Entries, View
 from kvpolicy.stages.slots import gather
-from kvpolicy_plugins.merging import count_by_target, kept_index, statistics_of, sum_by_target
+from kvpolicy_plugins.mergers.shared.merge_groups import count_by_target, kept_index, sum_by_target, to_float
 
 
 @attrs.frozen(eq=False)
@@ -17,15 +17,15 @@ class Assignment:
 
     kept: Tensor  # [B, K, N] int64, -1 behind a head's last one
     merged: Tensor  # [B, K, T] bool; none in a head that keeps nothing
-    target: Tensor  # [B, K, T] int64, place in `kept`
+    target: Tensor  # [B, K, T] int64, index in `kept`
 
     @cached_property
     def arrivals(self) -> Tensor:
-        """[B, K, N] float32: how many entries each kept one takes in."""
+        """[B, K, N] float32: how many entries are merged into each kept one."""
         return self.total(self.merged.float())
 
     def total(self, weights: Tensor) -> Tensor:
-        """[B, K, N]: sum of the weights [B, K, T] of what each kept entry takes in."""
+        """[B, K, N]: sum of the weights [B, K, T] of the entries merged into each kept one."""
         if self.kept.shape[-1] == 0:
             return weights.new_zeros(self.kept.shape)
         return count_by_target(weights.masked_fill(~self.merged, 0.0), self.target, self.kept.shape[-1])
@@ -33,7 +33,7 @@ class Assignment:
     def blend(
         self, entries: Tensor, weights: Tensor, own: float | Tensor = 1.0, divisor: Tensor | None = None
     ) -> Tensor:
-        """Weighted means, (own·x_j + Σ w_i·x_i) / divisor_j; bit for bit x_j where nothing is taken in.
+        """Weighted means, (own·x_j + Σ w_i·x_i) / divisor_j; bit for bit x_j where nothing is merged.
 
         Args:
             entries: [B, K, T, D], keys or values.
@@ -55,17 +55,17 @@ class Assignment:
         return torch.where(self.arrivals[..., None] > 0, mean.to(entries.dtype), before)
 
 
-def following(view: View, kept: Tensor) -> Tensor:
-    """[B, K, T] int64: the place in `kept` [B, K, N] of the first kept slot behind each slot; N' if none is left.
+def next_kept(view: View, kept: Tensor) -> Tensor:
+    """[B, K, T] int64: index in `kept` [B, K, N] of the first kept slot after each slot.
 
-    N' is how many slots the head keeps.
+    For slots after the last kept one it is the number of kept slots of the head.
     """
     is_kept = kept_index(kept, view.positions.shape[-1]) >= 0
     return is_kept.cumsum(-1)
 
 
-def entries_of(view: View, kept: Tensor, *, keys: Tensor | None = None, values: Tensor | None = None) -> Entries:
-    """The kept entries with new keys and values [B, K, N, D]; None = as they are. Says which of them differ."""
+def kept_entries(view: View, kept: Tensor, *, keys: Tensor | None = None, values: Tensor | None = None) -> Entries:
+    """The kept entries with new keys and values [B, K, N, D] (None = unchanged), and which of them changed."""
     old_keys, old_values = gather(view.keys, kept), gather(view.values, kept)
     keys, values = old_keys if keys is None else keys, old_values if values is None else values
     changed = (keys != old_keys).any(-1) | (values != old_values).any(-1)
@@ -74,5 +74,5 @@ def entries_of(view: View, kept: Tensor, *, keys: Tensor | None = None, values: 
 
 def norms_of(vectors: Tensor) -> Tensor:
     """L2 norms of [..., D], float32 or float64."""
-    norms: Tensor = torch.linalg.vector_norm(statistics_of(vectors), dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(to_float(vectors), dim=-1)
     return norms

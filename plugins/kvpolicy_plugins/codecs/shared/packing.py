@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits, side by side in bytes."""
+"""Bit packing of codes of 1 to 8 bits."""
 
 import math
 
@@ -9,14 +9,14 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` take."""
+    """Bytes of `count` packed codes of `bits`."""
     return -(-count * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Uint8 codes [..., n], each below 2^bits, to uint8 [..., ceil(n · bits / 8)].
 
-    Code i occupies the bits from i · bits on, lowest first; what is left of the last byte is 0. With bits of 1, 2, 4
+    Code i occupies the bits from i · bits on, lowest first; the rest of the last byte is 0. With bits of 1, 2, 4
     or 8 and n · bits divisible by 32, the bytes viewed as int32 are the words of KIVI (arXiv:2402.02750).
     """
     wide = _codes_a_word(bits)

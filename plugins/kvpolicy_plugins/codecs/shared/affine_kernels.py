@@ -1,4 +1,4 @@
-"""Functions of `affine` as Triton kernels compute them; UnsupportedInputError is for torch to take over."""
+"""Functions of `affine` in Triton kernels. They raise UnsupportedInputError where torch must run instead."""
 
 import torch
 from torch import Tensor

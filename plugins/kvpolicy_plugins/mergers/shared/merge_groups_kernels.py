@@ -1,4 +1,4 @@
-"""Functions of `merging` as Triton kernels compute them; UnsupportedInputError is for torch to take over."""
+"""Functions of `merge_groups` in Triton kernels. They raise UnsupportedInputError where torch must run instead."""
 
 import math
 
@@ -10,7 +10,7 @@ from kvpolicy_kernels.common.support import require
 
 
 def nearest(keys: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor]:
-    """As `merging.nearest`."""
+    """As `merge_groups.nearest`."""
     from kvpolicy_kernels.merge.nearest import nearest as launch
 
     slots = kept.flatten(0, 1).to(torch.int32).contiguous()
@@ -19,7 +19,7 @@ def nearest(keys: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor
 
 
 def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) -> Tensor:
-    """As `merging.sum_by_target`; what has the weight 0 is left out, even if it is not finite."""
+    """As `merge_groups.sum_by_target`; vectors of weight 0 are skipped, even if not finite."""
     from kvpolicy_kernels.merge.group_sums import Groups, sum_rows
 
     require(weights.dtype == torch.float32, f"weights of {weights.dtype}")
@@ -29,7 +29,7 @@ def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) 
 
 
 def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
-    """As `merging.count_by_target`."""
+    """As `merge_groups.count_by_target`."""
     from kvpolicy_kernels.merge.group_sums import Groups, sum_numbers
 
     require(weights.dtype == torch.float32, f"weights of {weights.dtype}")
@@ -39,7 +39,7 @@ def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
 
 
 def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
-    """As `merging.logsumexp_by_target`."""
+    """As `merge_groups.logsumexp_by_target`."""
     from kvpolicy_kernels.merge.group_sums import Groups, sum_numbers
 
     require(values.dtype == torch.float32, f"logarithms of {values.dtype}")

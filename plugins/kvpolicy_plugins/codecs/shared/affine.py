@@ -1,4 +1,4 @@
-"""Asymmetric affine quantisation: a group of numbers as codes on an even grid between its minimum and its maximum."""
+"""Asymmetric affine quantisation: groups of numbers as codes between their minimum and maximum."""
 
 from contextlib import suppress
 
@@ -8,26 +8,26 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice
 from kvpolicy_kernels import UnsupportedInputError
-from kvpolicy_plugins import affine_kernels
-from kvpolicy_plugins.gpu import runs_kernels
-from kvpolicy_plugins.packing import pack, unpack
+from kvpolicy_plugins.codecs.shared import affine_kernels
+from kvpolicy_plugins.codecs.shared.packing import pack, unpack
+from kvpolicy_plugins.shared.kernel_device import runs_kernels
 
 BITS = Choice((2, 4, 8))
 SCALES = Choice(("half", "full"))
 
 
 def scale_dtype(scales: str, dtype: torch.dtype) -> torch.dtype:
-    """Which dtype scales and minima have: float16 for `half`, the model's own `dtype` for `full`."""
+    """Dtype of scales and minima: float16 for `half`, the model's `dtype` for `full`."""
     return torch.float16 if scales == "half" else dtype
 
 
-def working(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in for vectors of `dtype`: half precision cannot tell 256 codes apart."""
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype to quantise in: float32, or float64 for float64. Half precision cannot represent 256 codes exactly."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def narrowed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers in `dtype`; what float16 cannot hold becomes the largest that it can, not infinity."""
+def cast_clamped(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers cast to `dtype`; values beyond the range of float16 are clamped to it instead of becoming infinite."""
     if dtype == torch.float16 != numbers.dtype:
         limit = torch.finfo(dtype).max
         numbers = numbers.clamp(-limit, limit)
@@ -35,7 +35,7 @@ def narrowed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_divides(name: str, size: int, head_dim: int) -> None:
-    """Refuses groups that do not divide the vectors of a model.
+    """Check that groups divide the vectors of a model.
 
     Raises:
         ParameterError: `size` does not divide `head_dim`.
@@ -48,31 +48,31 @@ def quantise(groups: Tensor, dim: int, bits: int, stored: torch.dtype) -> tuple[
     """Codes, scales and minima of groups that lie along `dim`; computed in the dtype of `groups`.
 
     scale = (max - min) / (2^bits - 1), code = round(clamp((x - min) / scale)), half to even, in this order, as KIVI
-    does (arXiv:2402.02750, published code). A constant group has scale 0 and codes 0: it is decoded exactly. Codes
-    are made with scales and minima as they are `stored`, so that rounding these costs next to nothing.
+    does (arXiv:2402.02750, published code). A constant group has scale 0 and codes 0, and is decoded exactly. Codes are
+    computed from the rounded scales and minima, so that their rounding adds almost no error.
 
     Returns:
         Codes, uint8 and shaped as `groups`; scales and minima, `stored`, with size 1 along `dim`.
     """
     levels = 2**bits - 1
-    minima = narrowed(groups.amin(dim, keepdim=True), stored)
+    minima = cast_clamped(groups.amin(dim, keepdim=True), stored)
     low = minima.to(groups.dtype)
-    # The difference of finite numbers may be infinite; half of the largest leaves room to decode.
+    # The difference of finite numbers may be infinite; half of the largest keeps decoding finite.
     spread = (groups.amax(dim, keepdim=True) - low).clamp(0, torch.finfo(groups.dtype).max / 2)
-    scales = narrowed(spread / levels, stored)
+    scales = cast_clamped(spread / levels, stored)
     step = scales.to(groups.dtype)
     codes = (groups - low).div_(step.masked_fill(step == 0, torch.inf)).clamp_(0, levels).round_()
     return codes.to(torch.uint8), scales, minima
 
 
 def dequantise(codes: Tensor, scales: Tensor, minima: Tensor, dtype: torch.dtype) -> Tensor:
-    """Code · scale + minimum; computed in the working dtype of `dtype`, and rounded to `dtype`."""
-    exact = working(dtype)
-    return narrowed(codes.to(exact).mul_(scales.to(exact)).add_(minima.to(exact)), dtype)
+    """Code · scale + minimum, computed in `compute_dtype(dtype)` and rounded to `dtype`."""
+    exact = compute_dtype(dtype)
+    return cast_clamped(codes.to(exact).mul_(scales.to(exact)).add_(minima.to(exact)), dtype)
 
 
 def quantise_channels(vectors: Tensor, unit: int, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantises each channel of `unit` consecutive tokens of [B, K, n, D].
+    """Quantise each channel of every `unit` consecutive tokens of [B, K, n, D].
 
     Returns:
         Packed codes, uint8 [B, K, n / unit, unit, bytes]; scales and minima, `stored` [B, K, n / unit, D].
@@ -80,13 +80,13 @@ def quantise_channels(vectors: Tensor, unit: int, bits: int, stored: torch.dtype
     if runs_kernels(vectors.device):
         with suppress(UnsupportedInputError):
             return affine_kernels.quantise_channels(vectors, unit, bits, stored)
-    groups = vectors.to(working(vectors.dtype)).unflatten(2, (vectors.shape[2] // unit, unit))
+    groups = vectors.to(compute_dtype(vectors.dtype)).unflatten(2, (vectors.shape[2] // unit, unit))
     codes, scales, minima = quantise(groups, -2, bits, stored)
     return pack(codes, bits), scales.squeeze(-2), minima.squeeze(-2)
 
 
 def quantise_tokens(vectors: Tensor, group: int, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantises each `group` of neighbouring channels of the tokens of [B, K, n, D].
+    """Quantise every `group` consecutive channels of each token of [B, K, n, D].
 
     Returns:
         Packed codes, uint8 [B, K, n, bytes]; scales and minima, `stored` [B, K, n, D / group].
@@ -94,7 +94,7 @@ def quantise_tokens(vectors: Tensor, group: int, bits: int, stored: torch.dtype)
     if runs_kernels(vectors.device):
         with suppress(UnsupportedInputError):
             return affine_kernels.quantise_tokens(vectors, group, bits, stored)
-    groups = vectors.to(working(vectors.dtype)).unflatten(-1, (vectors.shape[-1] // group, group))
+    groups = vectors.to(compute_dtype(vectors.dtype)).unflatten(-1, (vectors.shape[-1] // group, group))
     codes, scales, minima = quantise(groups, -1, bits, stored)
     return pack(codes.flatten(-2), bits), scales.squeeze(-1), minima.squeeze(-1)
 

@@ -1,6 +1,6 @@
-"""What the entries' scores s = e^(raw logit) are expected to be, carried in slot state as logarithms.
+"""Estimates of the entries' future scores s = e^(raw logit) (KeepKV), stored in slot state as logarithms.
 
-Scores of several query heads are averaged: an entry has one estimate. All tensors are float32, or float64 throughout.
+Scores are averaged over query heads, so an entry has one estimate. All tensors are float32, or all float64.
 """
 
 import abc
@@ -13,23 +13,23 @@ from torch import Tensor
 
 from kvpolicy.stages import Glimpse, State
 from kvpolicy.stages.slots import gather
-from kvpolicy_plugins.merging import Groups, logsumexp_by_target
+from kvpolicy_plugins.mergers.shared.merge_groups import Groups, logsumexp_by_target
 
 _NONE_YET = -torch.inf
 
 
 class Estimate(abc.ABC):
-    """How scores that were seen make one that is expected."""
+    """How observed scores are combined to an expected score."""
 
-    window: int  # how many of the newest queries of a forward are followed
+    window: int  # how many of the newest queries of a forward are used
 
     @abc.abstractmethod
     def states(self) -> tuple[State, ...]:
-        """What is carried per slot."""
+        """The slot state of the estimate."""
 
     @abc.abstractmethod
     def followed(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state [B, K, T] after queries whose logits are [B, K, w, T], oldest first; -inf = not seen."""
+        """The state [B, K, T] after queries with logits [B, K, w, T], oldest first; -inf = masked."""
 
     @abc.abstractmethod
     def log_scores(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -47,14 +47,14 @@ class Estimate(abc.ABC):
 
 @attrs.frozen(eq=False)
 class ScoreFold:
-    """Scores of groups: mass is kept, p_r·s_r = Σ p_i·s_i."""
+    """Scores of merged groups: attention mass is preserved, p_r·s_r = Σ p_i·s_i."""
 
     groups: Groups
     log_votes: Tensor  # [B, K, T] before
     merged_votes: Tensor  # [B, K, N] after
 
     def __call__(self, log_scores: Tensor) -> Tensor:
-        """Ln s [B, K, T] of the entries to ln s [B, K, N] of the groups."""
+        """From ln s of the entries [B, K, T] to ln s of the groups [B, K, N]."""
         mass = (self.log_votes + log_scores).masked_fill(~self.groups.member, -torch.inf)
         total = logsumexp_by_target(mass, self.groups.target, self.merged_votes.shape[-1])
         return total - self.merged_votes

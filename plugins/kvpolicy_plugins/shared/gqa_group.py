@@ -8,7 +8,7 @@ GROUP = Choice(("mean", "max", "sum"))
 
 
 def reduce_group(grouped: Tensor, how: str) -> Tensor:
-    """[B, K, G, ...] to [B, K, 1, ...]; reducing twice does no harm."""
+    """[B, K, G, ...] to [B, K, 1, ...]; applying it twice changes nothing."""
     if how == "max":
         return grouped.amax(2, keepdim=True)
     return grouped.mean(2, keepdim=True) if how == "mean" else grouped.sum(2, keepdim=True)
