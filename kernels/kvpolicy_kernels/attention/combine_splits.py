@@ -13,7 +13,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 def combine_splits(
     MAXIMA,  # [P, splits, G] in log2 units
     SUMS,  # [P, splits, G]
-    PARTIAL,  # [P, splits, G, DV], or None: the output is valid already
+    PARTIAL,  # [P, splits, G, DV], or None: the output is complete already
     OUT,  # [P, G, DV]
     LENGTHS,  # [P]
     STARTS,  # [P], of votes and mass
@@ -35,9 +35,9 @@ def combine_splits(
     BLOCK: tl.constexpr,  # slots per program that adds mass
     UPCAST: tl.constexpr,
 ):
-    """Grid (P, G + blocks of slots): a program for each query head's output, and one for each block of slots.
+    """Grid (P, G + blocks of slots): one program per query head for the output, one per block of slots for the mass.
 
-    Without PARTIAL valid are none of the first kind, without MASS none of the second.
+    Without PARTIAL the former are left out, without MASS the latter.
     """
     segment = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)

@@ -43,7 +43,7 @@ _OPTIONAL = {
 
 
 def compile_specs() -> Iterator[CompileSpec]:
-    """Plain entries in argument piece and split, what can be added to them, and packed ones."""
+    """Unpacked entries with one split and several, each optional input and output, and packed formats."""
     for dim in (64, 128):
         yield _split_spec(f"decode D={dim}", dim)
         yield _split_spec(f"decode D={dim} split", dim, *_SPLIT)

@@ -1,6 +1,6 @@
 """For every evicted entry, the kept entry with the most similar key, without an evicted x kept matrix.
 
-Reference: `kvpolicy_plugins.merging.nearest`.
+Reference: `kvpolicy_plugins.mergers.shared.merge_groups.nearest`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,18 +55,18 @@ def _prepare(ADDRESSES, STARTS, KEPT, EVICTED, LIST, COUNTS, INVERSE_NORMS, SIMI
 @triton.jit
 def _list_evicted(evicted, listed, count, similarity, index, T, LISTED: tl.constexpr):
     """List the evicted slots in ascending order, and fill both results with their values for other slots."""
-    found = 0
+    total = 0
     first = 0
     while first < T:
         slots = first + tl.arange(0, LISTED)
         mask = tl.load(evicted + slots, mask=slots < T, other=0).to(tl.int32)
-        rank = found + tl.cumsum(mask, 0) - 1
+        rank = total + tl.cumsum(mask, 0) - 1
         tl.store(listed + rank, slots, mask=mask > 0)
         tl.store(similarity + slots, tl.full((LISTED,), float("-inf"), tl.float32), mask=slots < T)
         tl.store(index + slots, tl.zeros((LISTED,), tl.int64), mask=slots < T)
-        found += tl.sum(mask, 0)
+        total += tl.sum(mask, 0)
         first += LISTED
-    tl.store(count, found)
+    tl.store(count, total)
 
 
 @triton.jit

@@ -53,18 +53,18 @@ class _Inputs:
         cls, segments: Segments, columns: Mapping[str, Column], window: WindowQueries | None, tiles: Sequence[Tile]
     ) -> "_Inputs":
         """Raises UnsupportedInputError for columns that are missing or that the kernels do not support."""
-        uses, found = window_uses_of(tiles), dict[str, Column]()
-        found["positions"] = check_column(columns, "positions", segments, (torch.int32,), 1)
+        uses, checked = window_uses_of(tiles), dict[str, Column]()
+        checked["positions"] = check_column(columns, "positions", segments, (torch.int32,), 1)
         if uses or any(tile.keys or tile.statistic for tile in tiles):
-            found["keys"] = check_vectors(columns, "keys", segments)
+            checked["keys"] = check_vectors(columns, "keys", segments)
         if any(tile.values for tile in tiles):
-            found["values"] = check_vectors(columns, "values", segments)
+            checked["values"] = check_vectors(columns, "values", segments)
         if any(tile.attention for tile in tiles):
-            found["attention"] = check_vectors(columns, "attention", segments)
+            checked["attention"] = check_vectors(columns, "attention", segments)
         if uses and "log_votes" in columns:
-            found["votes"] = check_column(columns, "log_votes", segments, (torch.float32,), 1)
-        used = check_window(window, found["keys"], segments, uses) if uses else None
-        return cls(found.pop("positions"), **{name: found.get(name) for name in _OPTIONAL}, window=used)
+            checked["votes"] = check_column(columns, "log_votes", segments, (torch.float32,), 1)
+        checked_window = check_window(window, checked["keys"], segments, uses) if uses else None
+        return cls(checked.pop("positions"), **{name: checked.get(name) for name in _OPTIONAL}, window=checked_window)
 
 
 def scores(

@@ -62,24 +62,24 @@ def find_similar(segments: Segments, keys: Column, *, threshold: float, limit: i
     check_inputs(segments, keys, threshold, limit, end)
     tiling = _Tiling.of(keys.dtype, limit)
     device, shape = keys.addresses.device, (segments.count, segments.longest)
-    found = SimilarKeys(
+    result = SimilarKeys(
         torch.empty((*shape, limit), dtype=torch.int32, device=device),
         torch.empty((segments.count, cdiv(segments.longest, tiling.rows)), dtype=torch.int32, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
     )
-    if not found.inverse_norms.numel():
-        return found
-    tables = (keys.addresses, segments.starts, segments.lengths, found.inverse_norms)
+    if not result.inverse_norms.numel():
+        return result
+    tables = (keys.addresses, segments.starts, segments.lengths, result.inverse_norms)
     sizes = (segments.longest, segments.per_layer)
     _inverse_norms[grid_of(segments, _ENTRIES)](*tables, *sizes, **row_constants(keys, ENTRIES=_ENTRIES))
     _find_similar[grid_of(segments, tiling.rows)](
-        *(*tables, found.targets, found.compared, *sizes, float(threshold)),
+        *(*tables, result.targets, result.compared, *sizes, float(threshold)),
         **row_constants(keys, **tiling.constants, LIMIT=limit, NEWEST_FIRST=end == "last"),
         UPCAST=interpreting(),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    return found
+    return result
 
 
 def check_inputs(segments: Segments, keys: Column, threshold: float, limit: int, end: str) -> None:
