@@ -139,7 +139,7 @@ def test_traffic_of_the_search(length, dtype):
     kept, evicted = division(lengths.flatten(), length, torch.Generator().manual_seed(length))
     out = torch.empty(2, length, device=DEVICE), torch.empty(2, length, dtype=torch.int64, device=DEVICE)
     keys = found.columns["keys"]
-    named = {"keys": keys.storages, "kept": kept, "evicted": evicted, "similarity": out[0], "place": out[1]}
+    named = {"keys": keys.storages, "kept": kept, "evicted": evicted, "similarity": out[0], "index": out[1]}
     with counted({name: one for name, one in named.items() if not hasattr(one, "numel") or one.numel()}) as seen:
         nearest.nearest(found.segments, keys, kept, evicted, out=out)
     counts = (kept >= 0).sum(-1).tolist(), evicted.sum(-1).tolist()
