@@ -1,21 +1,21 @@
-"""Fused stages for a GPU: one Triton kernel a file, with its launcher and its guard. Knows nothing of kvpolicy.
+"""Triton kernels for the stages of a policy, one per file with its launcher and input checks. Imports no kvpolicy.
 
-This module and those it names import no Triton, so that plans can be explained where there is none.
+This module and those that it imports do not import Triton, so that plans can be explained without it.
 """
 
-from kvpolicy_kernels.segments import Column, Segments
-from kvpolicy_kernels.support import UnsupportedInputError, obstacle
-from kvpolicy_kernels.tile import ColumnRequest, Finish, Tile, WindowUse
-from kvpolicy_kernels.traffic import Traffic
+from kvpolicy_kernels.common.segments import Column, Segments
+from kvpolicy_kernels.common.support import UnsupportedInputError, unavailable_reason
+from kvpolicy_kernels.common.traffic import Traffic
+from kvpolicy_kernels.score.tile import ColumnRequest, Postprocess, Tile, WindowUse
 
 __all__ = [
     "Column",
     "ColumnRequest",
-    "Finish",
+    "Postprocess",
     "Segments",
     "Tile",
     "Traffic",
     "UnsupportedInputError",
     "WindowUse",
-    "obstacle",
+    "unavailable_reason",
 ]

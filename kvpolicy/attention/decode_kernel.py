@@ -15,8 +15,9 @@ from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages import QueryLogits
-from kvpolicy_kernels import Column, Segments, UnsupportedInputError, held
-from kvpolicy_kernels.segments import addresses_of
+from kvpolicy_kernels import Column, Segments, UnsupportedInputError
+from kvpolicy_kernels.attention import kv_input
+from kvpolicy_kernels.common.segments import addresses_of
 
 
 def attend_in_kernel(
@@ -32,7 +33,7 @@ def attend_in_kernel(
     Raises:
         UnsupportedInputError: the kernel cannot do this; nothing has changed.
     """
-    from kvpolicy_kernels.decode import decode
+    from kvpolicy_kernels.attention.decode import decode
 
     layout = storage.slots.layout
     count, group = layout.rows * layout.heads, batch.queries.shape[1] // layout.heads
@@ -46,20 +47,20 @@ def attend_in_kernel(
         queries,
         _held(storage, pads=pads),
         batch.scaling,
-        seen=batch.positions[:, 0].contiguous() if pads else None,
+        query_positions=batch.positions[:, 0].contiguous() if pads else None,
         slots=None if slots is None else slots.flatten(0, 1).contiguous(),
-        export=held.Export(logits, mass),
+        extra=kv_input.ExtraOutputs(logits, mass),
     )
     if logits is not None:
         _show(storage, slots, logits, others)
     return out.view(layout.rows, layout.heads * group, 1, -1)
 
 
-def _held(storage: SegmentedStorage, *, pads: bool) -> held.Held:
+def _held(storage: SegmentedStorage, *, pads: bool) -> kv_input.KVInput:
     slots = storage.slots
     starts, lengths = slots.starts, slots.lengths_on_device
     segments = Segments(starts, lengths, 1, slots.layout.rows, slots.layout.heads, slots.longest)
-    return held.Held(
+    return kv_input.KVInput(
         segments,
         _half(storage.keys),
         _half(storage.values),
@@ -69,15 +70,15 @@ def _held(storage: SegmentedStorage, *, pads: bool) -> held.Held:
     )
 
 
-def _half(half: KVTensor) -> held.Half:
+def _half(half: KVTensor) -> kv_input.KVTensorInput:
     packed = None
     if not half.is_plain:
         how = half.form.unpacking()
         if isinstance(how, str):
             raise UnsupportedInputError(f"{type(half.form).__name__} {how}")
         columns = tuple(_column(half.packed, name) for name in half.form.columns)
-        packed = held.Packed(how, half.packed.starts, half.packed.lengths_on_device, columns)
-    return held.Half(_column(half.residual, half.name), half.residual.starts, packed)
+        packed = kv_input.PackedInput(how, half.packed.starts, half.packed.lengths_on_device, columns)
+    return kv_input.KVTensorInput(_column(half.residual, half.name), half.residual.starts, packed)
 
 
 def _column(store: SlotStore, name: str) -> Column:

@@ -26,7 +26,7 @@ from kvpolicy.stages.declared import (
     slot_state_of,
 )
 from kvpolicy.stages.registry.plugins import registry
-from kvpolicy_kernels import obstacle
+from kvpolicy_kernels import unavailable_reason
 
 POSITIONS = "positions"
 LOG_VOTES = "log_votes"
@@ -193,7 +193,7 @@ def _check_declared(spec: PolicySpec) -> None:
 def _fusion(
     spec: PolicySpec, geometry: Geometry, device: torch.device, dtype: torch.dtype, kernels: bool | None
 ) -> Fusion:
-    off = obstacle(device) if kernels is None else "" if kernels else "kernels are switched off"
+    off = unavailable_reason(device) if kernels is None else "" if kernels else "kernels are switched off"
     fusion = fusion_of(spec, off)
     if spec.protect.by_place and not off:
         return attrs.evolve(fusion, off="kernels know protected entries at both ends only, not of a prompt or region")

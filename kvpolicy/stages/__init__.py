@@ -37,8 +37,8 @@ from kvpolicy.stages.registry.hooks import hookimpl
 from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy.stages.view import View
-from kvpolicy_kernels import ColumnRequest, Finish, Tile, Traffic, WindowUse
-from kvpolicy_kernels.held import PackedColumn, Unpacking
+from kvpolicy_kernels import ColumnRequest, Postprocess, Tile, Traffic, WindowUse
+from kvpolicy_kernels.attention.kv_input import PackedColumn, Unpacking
 
 __all__ = [
     "STAGES",
@@ -50,7 +50,6 @@ __all__ = [
     "Column",
     "ColumnRequest",
     "Entries",
-    "Finish",
     "Flag",
     "Format",
     "Formats",
@@ -67,6 +66,7 @@ __all__ = [
     "PackedColumn",
     "Plugged",
     "Plugin",
+    "Postprocess",
     "QueryLogits",
     "ReadRequest",
     "Reader",

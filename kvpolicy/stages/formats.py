@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.rotary import Rotary
-from kvpolicy_kernels.held import Unpacking
+from kvpolicy_kernels.attention.kv_input import Unpacking
 
 ALL = sys.maxsize
 

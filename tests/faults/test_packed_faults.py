@@ -8,8 +8,8 @@ import torch
 import kvpolicy
 from kvpolicy.errors import CacheError
 from kvpolicy_plugins.codecs.kivi import PerChannel, PerToken
-from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.keepkv import KeepKV
+from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage
 from kvpolicy_plugins.readers.pages import Bounds, Pages
 from tests.faults.test_memory_runs_out import RunsOut
 from tests.faults.test_stages_raise import ERRORS, Failing, steps

@@ -6,7 +6,7 @@ import torch
 from kvpolicy.stages import Geometry, ReadRequest, Rotary, Sample, Site
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.codecs.latent import Latent, joint_spectrum
-from kvpolicy_plugins.packing import unpack
+from kvpolicy_plugins.codecs.shared.packing import unpack
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from tests.golden.families import Vectors, cases, close, same
 

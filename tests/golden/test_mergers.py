@@ -9,10 +9,10 @@ import torch
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.mergers.pivot import Pivot
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, nearest
 from kvpolicy_plugins.mergers.tome import ToMe
 from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.weightedkv import handed_on
-from kvpolicy_plugins.merging import evicted_of, nearest
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.views import keep, view_of
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from kvpolicy.stages import Geometry, Site
-from kvpolicy_plugins.affine import dequantise, quantise
-from kvpolicy_plugins.codebook import codebook, edges_between
 from kvpolicy_plugins.codecs.kivi import Kivi
 from kvpolicy_plugins.codecs.rotation import Rotated, Rotation
+from kvpolicy_plugins.codecs.shared.affine import dequantise, quantise
+from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
+from kvpolicy_plugins.codecs.shared.packing import pack, unpack
 from kvpolicy_plugins.codecs.tada import Tada
-from kvpolicy_plugins.packing import pack, unpack
 from tests.golden.families import Vectors, cases, close, family_of, same
 
 KIVI = {"k": (2, -2), "v": (3, -1)}  # dimension that is cut into groups, and where its group then lies

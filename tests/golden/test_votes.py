@@ -16,9 +16,9 @@ from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Entries, Geometry, QueryLogits
 from kvpolicy.stages.formats import ALL
-from kvpolicy_plugins.estimates import MovingAverage
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
-from kvpolicy_plugins.merging import evicted_of, groups_of, nearest
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, groups_of, nearest
+from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.views import fresh_state, view_of
 

@@ -75,7 +75,9 @@ def test_the_same_entries_stand_in_the_same_slots(problem):
 
 
 @pytest.mark.parametrize("left", [6, 4], ids=["storage stays", "storage shrinks"])
-@pytest.mark.parametrize("name", ["kvpolicy_kernels.compact.check_moves", "kvpolicy_kernels.segments.addresses_of"])
+@pytest.mark.parametrize(
+    "name", ["kvpolicy_kernels.compact.compact.check_moves", "kvpolicy_kernels.common.segments.addresses_of"]
+)
 def test_what_kernels_refuse_is_left_to_the_references(monkeypatch, name, left):
     """Entries that they cannot move, or storages that they cannot address: nothing has moved then."""
     plan = worth_plan(6, 3)

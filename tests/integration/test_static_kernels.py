@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kvpolicy_kernels.compact
+import kvpolicy_kernels.compact.compact
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.integrations.transformers.decode_graph import evict
 from kvpolicy.integrations.transformers.decode_graph.runners import Mode
@@ -104,7 +104,7 @@ def test_a_launch_that_is_refused_is_said_once(what, monkeypatch, caplog, rounds
     if what == "scores":
         monkeypatch.setattr(evict, "choose_on_device", refuse_kernels)
     else:
-        monkeypatch.setattr(kvpolicy_kernels.compact, "compact", refuse)
+        monkeypatch.setattr(kvpolicy_kernels.compact.compact, "compact", refuse)
     found, *layers = run("gkv", kernels=True)
 
     assert torch.equal(found.sequences, expected.sequences)

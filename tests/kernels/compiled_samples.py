@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kvpolicy.bench.compiled import BuildError, compile_build, faults_of
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 
 
 @triton.jit
@@ -37,14 +37,14 @@ def interpreter_only(TARGET, N: tl.constexpr):
         tl.store(TARGET + step, shift)
 
 
-_COPY = Build(
+_COPY = CompileSpec(
     "copy",
     copy_rows,
     {"SOURCE": "*bf16", "TARGET": "*bf16", "N": "i32"},
     {"D": 128, "BLOCK": 64},
     aligned=("SOURCE", "TARGET"),
 )
-_PRODUCT = Build(
+_PRODUCT = CompileSpec(
     "product",
     product,
     {"A": "*bf16", "B": "*bf16", "C": "*fp32", "K": "i32"},
@@ -59,7 +59,7 @@ SAMPLES = {
     "product": _PRODUCT,
     "spilt": attrs.evolve(_PRODUCT, name="spilt", warps=1),
     "deep": attrs.evolve(_PRODUCT, name="deep", stages=9),
-    "refused": Build("refused", interpreter_only, {"TARGET": "*i32"}, {"N": 2}),
+    "refused": CompileSpec("refused", interpreter_only, {"TARGET": "*i32"}, {"N": 2}),
     "misnamed": attrs.evolve(_COPY, name="misnamed", constants={"D": 128, "BLOCKS": 64}),
     "incomplete": attrs.evolve(_COPY, name="incomplete", constants={"D": 128}),
 }

@@ -4,7 +4,7 @@ from types import FunctionType
 
 import pytest
 
-from kvpolicy_kernels.support import interpreting
+from kvpolicy_kernels.common.support import interpreting
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

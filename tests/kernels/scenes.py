@@ -1,11 +1,14 @@
 """Entries laid out as the runtime lays them out: several layers, ragged or dense, with dirt behind every segment."""
 
 import attrs
+import pytest
 import torch
 from torch import Tensor
 
 from kvpolicy_kernels import Column, Segments
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOUD = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy reports overflows that a GPU does not
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -20,7 +20,7 @@ from kvpolicy.bench.compiled.page import page_of
 from kvpolicy.bench.compiled.ptx import instructions_of
 from kvpolicy.bench.compiled.target import CAPABILITIES, Compiled, compile_build
 from kvpolicy.errors import InputError
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_every_kernel_is_compiled_for_every_target(outcome):
         assert [own for own in kernels.values() if not own & names] == []
 
 
-@pytest.mark.parametrize("kernel", ["score", "finish"])
+@pytest.mark.parametrize("kernel", ["score", "postprocess"])
 def test_every_shipped_policy_is_among_them(outcome, kernel):
     names = [one["name"].removeprefix(f"{kernel} ") for one in read_table(outcome[1])["compiled"]]
     policies = {file.stem for file in (ROOT / "policies" / "kvpolicy_policies").glob("*.yaml")}
@@ -236,14 +236,14 @@ def builds_are(monkeypatch, *found):
 
 
 def test_a_build_that_is_passed_on_is_compiled_once(monkeypatch):
-    one = Build("copy", "kernel", {"N": "i32"}, {"D": 64})
+    one = CompileSpec("copy", "kernel", {"N": "i32"}, {"D": 64})
     builds_are(monkeypatch, one, attrs.evolve(one), attrs.evolve(one, name="other"))
 
     assert [build.name for build in discover.all_builds()] == ["copy", "other"]
 
 
 def test_builds_that_share_a_name_are_refused(monkeypatch):
-    one = Build("copy", "kernel", {"N": "i32"}, {"D": 64})
+    one = CompileSpec("copy", "kernel", {"N": "i32"}, {"D": 64})
     builds_are(monkeypatch, one, attrs.evolve(one, constants={"D": 128}))
 
     with pytest.raises(InputError, match="two builds have one name: copy"):

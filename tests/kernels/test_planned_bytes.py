@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from kvpolicy.plan.steps import Step
 
 from kvpolicy.plan.explain import explain
-from kvpolicy.plan.explain.steps import Step
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels import Column, Segments, Traffic
-from kvpolicy_kernels.compact import compact, compact_to
+from kvpolicy_kernels.compact.compact import compact, compact_to
 from tests.kernels.counting import counted
 from tests.support.compressing import chosen_together
 from tests.support.policies import small

@@ -12,7 +12,7 @@ FILES = {
     for file in sorted(Path(kvpolicy_kernels.__file__).parent.rglob("*.py"))
 }
 KERNELS = [kernel for module, source in FILES.items() for kernel in kernels_of(module, source)]
-DISJOINT = {"compact_holes._fill"}  # it reads slots behind the new length and writes slots before it
+DISJOINT = {"compact.compact_holes._fill_holes"}  # it reads slots beyond the new length and writes slots before it
 
 
 def changed(module, old, new, count=1):
@@ -34,7 +34,12 @@ def barriers(kernels):
 
 def test_kernels_are_found():
     names = {kernel.name for kernel in KERNELS}
-    assert {"split.attend", "score_kernel.score", "compact_ordered._walk", "compact_holes._fill"} <= names
+    assert {
+        "attention.decode_split.decode_split",
+        "score.score_kernel.score",
+        "compact.compact_ordered._move_slice",
+        "compact.compact_holes._fill_holes",
+    } <= names
     assert names >= DISJOINT
     assert len(names) > 60
 
@@ -51,32 +56,40 @@ def test_what_moves_in_place_waits_for_all_threads():
 
 
 OFFSETS = [
-    ("split", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
-    ("split", "    start = tl.load(STARTS + segment)\n", "    start = tl.load(STARTS + segment).to(tl.int32)\n"),
-    ("split", "tl.load(STARTS + segment) * D", "tl.load(STARTS + segment).to(tl.int32) * D"),
+    ("attention.decode_split", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
     (
-        "split",
-        "place = segment * tl.num_programs(1) + split",
-        "place = (segment * tl.num_programs(1) + split).to(tl.int32)",
+        "attention.decode_split",
+        "    start = tl.load(STARTS + segment)\n",
+        "    start = tl.load(STARTS + segment).to(tl.int32)\n",
     ),
-    ("split", "OUT + segment * (G * DV)", "OUT + segment.to(tl.int32) * (G * DV)"),
-    ("split", "QUERIES + segment * (G * D)", "QUERIES + tl.cast(segment * (G * D), tl.int32)"),
-    ("score_kernel", "i * tl.num_programs(0).to(tl.int64) + segment) * T", "i * tl.num_programs(0) + segment) * T"),
+    ("attention.decode_split", "tl.load(STARTS + segment) * D", "tl.load(STARTS + segment).to(tl.int32) * D"),
     (
-        "score_kernel",
+        "attention.decode_split",
+        "partial = segment * tl.num_programs(1) + split",
+        "partial = (segment * tl.num_programs(1) + split).to(tl.int32)",
+    ),
+    ("attention.decode_split", "OUT + segment * (G * DV)", "OUT + segment.to(tl.int32) * (G * DV)"),
+    ("attention.decode_split", "QUERIES + segment * (G * D)", "QUERIES + tl.cast(segment * (G * D), tl.int32)"),
+    (
+        "score.score_kernel",
+        "i * tl.num_programs(0).to(tl.int64) + segment) * T",
+        "i * tl.num_programs(0) + segment) * T",
+    ),
+    (
+        "score.score_kernel",
         "(i * tl.num_programs(0).to(tl.int64) + segment) * T",
         "(i * tl.num_programs(1) + segment.to(tl.int32)) * T",
     ),
-    ("score_kernel", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
-    ("combine", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
+    ("score.score_kernel", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
+    ("attention.combine_splits", "segment = tl.program_id(0).to(tl.int64)", "segment = tl.program_id(0)"),
     (
-        "combine",
-        "place = (segment * splits + split) * G + g",
-        "place = (segment * splits + split).to(tl.int32) * G + g",
+        "attention.combine_splits",
+        "partial_row = (segment * splits + split) * G + g",
+        "partial_row = (segment * splits + split).to(tl.int32) * G + g",
     ),
-    ("addressing", "tl.program_id(0).to(tl.int64) // blocks", "tl.program_id(0) // blocks"),
+    ("common.addressing", "tl.program_id(0).to(tl.int64) // blocks", "tl.program_id(0) // blocks"),
     (
-        "compact_to",
+        "compact.compact_to",
         "target = tl.load(TARGET_STARTS + segment)",
         "target = tl.load(TARGET_STARTS + segment).to(tl.int32)",
     ),
@@ -89,19 +102,19 @@ def test_an_offset_of_32_bits_is_found(module, old, new):
 
 
 def test_a_table_of_32_bits_is_found():
-    source, _ = changed("moving", '"STARTS": "*i64"', '"STARTS": "*i32"')
-    assert list(narrow_tables("moving", source))
+    source, _ = changed("compact.raw_entries", '"STARTS": "*i64"', '"STARTS": "*i32"')
+    assert list(narrow_tables("compact.raw_entries", source))
 
 
 BARRIERS = [
-    ("compact_ordered", "        tl.debug_barrier()\n", ""),
+    ("compact.compact_ordered", "        tl.debug_barrier()\n", ""),
     (
-        "compact_ordered",
+        "compact.compact_ordered",
         "    while first < count:\n        tl.debug_barrier()\n",
         "    tl.debug_barrier()\n    while first < count:\n",
     ),
-    ("compact_ordered", "        rows = ahead\n", "        rows = ahead\n        tl.debug_barrier()\n"),
-    ("moving", "    tl.debug_barrier()\n", ""),
+    ("compact.compact_ordered", "        rows = ahead\n", "        rows = ahead\n        tl.debug_barrier()\n"),
+    ("compact.raw_entries", "    tl.debug_barrier()\n", ""),
 ]
 
 

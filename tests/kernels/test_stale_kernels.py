@@ -28,9 +28,9 @@ import hashlib, json
 from functions_of_a_plugin import directions, favour
 from kvpolicy.bench.compiled.target import assemble
 from kvpolicy_kernels import Tile
-from kvpolicy_kernels.score import builds_for
+from kvpolicy_kernels.score.score import compile_specs_for
 tile = Tile(favour, statistic=directions)
-builds = builds_for("favour", [tile], head_dim=64, group=1, window=0)
+builds = compile_specs_for("favour", [tile], head_dim=64, group=1, window=0)
 code = {build.name: assemble(build, 90).asm["ptx"] for build in builds}
 print(json.dumps({name: hashlib.sha256(text.encode()).hexdigest() for name, text in code.items()}))
 """

@@ -22,7 +22,7 @@ def test_what_compilers_and_drivers_say_of_the_machine_fails_nothing(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["kvpolicy.policy", "kvpolicy_kernels.score", "tests.support.models", "torch.nn", "tritonlike"]
+    "module", ["kvpolicy.policy", "kvpolicy_kernels.score.score", "tests.support.models", "torch.nn", "tritonlike"]
 )
 @pytest.mark.parametrize("category", [RuntimeWarning, DeprecationWarning, UserWarning])
 def test_all_other_warnings_fail(module, category):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kvpolicy_plugins.affine import dequantise, quantise
+from kvpolicy_plugins.codecs.shared.affine import dequantise, quantise
 from tests.property.formats import affine, halves, through
 from tests.property.layers import generators
 

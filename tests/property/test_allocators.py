@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
 from kvpolicy_plugins.allocators.pyramid import Pyramid
+from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
-from kvpolicy_plugins.apportion import apportion, fill_evenly
 from tests.property.layers import scored
 from tests.support.allocating import counts_of, joint_counts, shares_of
 
@@ -153,7 +153,7 @@ def kept_mass(scores, candidates, counts):
 def test_even_shares_fill_the_small_and_level_the_others(room, total):
     rooms = torch.tensor(room)
     spent = torch.tensor(min(total, sum(room)))
-    shares = fill_evenly(rooms, spent)
+    shares = water_fill(rooms, spent)
     assert float(shares.sum()) == pytest.approx(float(spent))
     level = shares.max()
     assert torch.allclose(shares, rooms.double().clamp(max=float(level)))

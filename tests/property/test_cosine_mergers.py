@@ -11,10 +11,10 @@ from kvpolicy_plugins.mergers.cam import CaM
 from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.mergers.kvmerger import KVMerger
 from kvpolicy_plugins.mergers.pivot import Pivot
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of
 from kvpolicy_plugins.mergers.tome import ToMe
 from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.weightedkv import WeightedKV
-from kvpolicy_plugins.merging import evicted_of
 from tests.property.layers import generators, layers, row_alone
 from tests.property.merger_loops import PLAIN, d2o_mean, head_of, plain_d2o
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy_plugins.packing import pack, packed_size, unpack
+from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
 from tests.property.layers import generators
 
 

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from kvpolicy.stages import ReadRequest, Site
 from kvpolicy.stages.ordering import best_first
-from kvpolicy_plugins.leading import leading
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
+from kvpolicy_plugins.readers.shared.top_slots import top_slots
 from tests.property.layers import generators, layers, scored
 from tests.support.decisions import Decisions
 from tests.support.latents import formats_of, only_rows, read_request, samples
@@ -209,4 +209,4 @@ def test_pages_that_are_not_full_are_never_judged(view, reader, junk):
 @given(scored(), st.integers(0, 90))
 def test_the_leading_ones_are_the_first_of_the_order(compared, count):
     scores, candidates = compared
-    assert torch.equal(leading(scores, candidates, count), best_first(scores, candidates)[..., :count])
+    assert torch.equal(top_slots(scores, candidates, count), best_first(scores, candidates)[..., :count])

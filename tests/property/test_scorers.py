@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kvpolicy.stages.conformance.samples import shuffled
-from kvpolicy_plugins.pooling import Pool
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
+from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from tests.property.layers import layers, row_alone
 from tests.support import references

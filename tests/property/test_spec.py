@@ -30,7 +30,7 @@ from kvpolicy.stages.parameters import (
     rule_of,
 )
 from kvpolicy.stages.registry.plugins import registry
-from kvpolicy_plugins.pooling import Pool
+from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 BUDGETS = st.one_of(
     st.integers(1, LARGEST),

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from kvpolicy.stages import QueryLogits
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.mergers.keepkv import KeepKV
-from kvpolicy_plugins.mergers.window_fit import WindowFit
-from kvpolicy_plugins.merging import (
+from kvpolicy_plugins.mergers.shared.merge_groups import (
     evicted_of,
     groups_of,
     nearest,
-    statistics_of,
+    to_float,
 )
+from kvpolicy_plugins.mergers.window_fit import WindowFit
 from tests.property.layers import layers
 from tests.support.views import fresh_state
 
@@ -68,7 +68,7 @@ def raw_logits(view, queries):
 
 def followed(merger, view, queries):
     """The view after a forward of `queries` [B, K, G, W, D] that see everything."""
-    logits = statistics_of(raw_logits(view, queries))
+    logits = to_float(raw_logits(view, queries))
     state = {name: one.to(logits.dtype) for name, one in fresh_state(merger, view).items()}
     return attrs.evolve(view, slot_state={**state, **merger.observe_forward(QueryLogits(logits), state)})
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import View
-from kvpolicy_plugins.pooling import Pool
 from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 
 def causal_attention(queries: Tensor, keys: Tensor, scaling: float | None = None) -> Tensor:

@@ -12,37 +12,37 @@ from kvpolicy.errors import InputError
 from kvpolicy.policy import load
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages.registry.plugins import registry
-from kvpolicy_kernels import Finish, Tile
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels import Postprocess, Tile
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 
 _GEOMETRY: dict[str, Any] = {"head_dim": 128, "group": 4}  # Llama 3.1 8B: 32 query heads, 8 KV heads
 _BUDGET = 1024  # entries that a share of the budget is a share of; it matters only whether there are sinks
 
 
-def all_builds() -> tuple[Build, ...]:
+def all_builds() -> tuple[CompileSpec, ...]:
     """Every build, each under a name of its own. Raises InputError when two that differ have one name."""
-    builds: dict[str, Build] = {}
+    builds: dict[str, CompileSpec] = {}
     for build in (*_of_kernels(), *_of_policies()):
         if _essence(builds.setdefault(build.name, build)) != _essence(build):
             raise InputError(f"two builds have one name: {build.name}")
     return tuple(builds.values())
 
 
-def _essence(build: Build) -> Hashable:
+def _essence(build: CompileSpec) -> Hashable:
     """What is compiled: modules may pass on the builds of others, and policies may score alike."""
     return repr(sorted(build.types.items())), repr(sorted(build.constants.items())), build.kernel, build.warps
 
 
-def _of_kernels() -> Iterator[Build]:
+def _of_kernels() -> Iterator[CompileSpec]:
     for about in pkgutil.walk_packages(kvpolicy_kernels.__path__, "kvpolicy_kernels."):
         module = importlib.import_module(about.name)
-        if hasattr(module, "builds"):
-            yield from module.builds()
+        if hasattr(module, "compile_specs"):
+            yield from module.compile_specs()
 
 
-def _of_policies() -> Iterator[Build]:
+def _of_policies() -> Iterator[CompileSpec]:
     """The fused score kernels of every installed policy; those that are compiled alike bear the names of all."""
-    alike: dict[Hashable, list[Build]] = {}
+    alike: dict[Hashable, list[CompileSpec]] = {}
     for name in registry().policies():
         for build in _of_policy(load(name).spec):
             alike.setdefault(_essence(build), []).append(build)
@@ -52,16 +52,16 @@ def _of_policies() -> Iterator[Build]:
         yield attrs.evolve(same[0], name=name)
 
 
-def _of_policy(spec: PolicySpec) -> Iterator[Build]:
-    from kvpolicy_kernels import finish, score  # noqa: PLC0415 - they import Triton
+def _of_policy(spec: PolicySpec) -> Iterator[CompileSpec]:
+    from kvpolicy_kernels.score import postprocess, score  # noqa: PLC0415 - they import Triton
 
     offered = [weighted.scorer.tile() for weighted in spec.score]
     tiles = [tile for tile in offered if isinstance(tile, Tile)]
     queries = max(weighted.scorer.needs().queries for weighted in spec.score)
     if tiles:
-        yield from score.builds_for(spec.name, tiles, **_GEOMETRY, window=queries, votes=spec.merge.votes)
-    finishes = [tile.finish if isinstance(tile, Tile) else Finish() for tile in offered]
+        yield from score.compile_specs_for(spec.name, tiles, **_GEOMETRY, window=queries, votes=spec.merge.votes)
+    finishes = [tile.postprocess if isinstance(tile, Tile) else Postprocess() for tile in offered]
     normalised = [
         attrs.evolve(own, normalise=weighted.normalise) for own, weighted in zip(finishes, spec.score, strict=True)
     ]
-    yield from finish.builds_for(spec.name, normalised, sinks=spec.protect.of(_BUDGET)[0])
+    yield from postprocess.compile_specs_for(spec.name, normalised, sinks=spec.protect.of(_BUDGET)[0])

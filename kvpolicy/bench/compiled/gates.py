@@ -1,12 +1,12 @@
 """What every compiled kernel must keep to."""
 
 from kvpolicy.bench.compiled.target import Compiled
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 
 _SHARED = {80: 163, 90: 227, 100: 227}  # KiB that one program may have: CUDA C++ Programming Guide, table of features
 
 
-def faults_of(build: Build, compiled: Compiled) -> list[str]:
+def faults_of(build: CompileSpec, compiled: Compiled) -> list[str]:
     """What is wrong with a compiled build; empty when it passes."""
     faults = []
     if compiled.stack:

@@ -9,8 +9,8 @@ import attrs
 from kvpolicy.bench.compiled.ptx import instructions_of
 from kvpolicy.bench.compiled.resources import resources_of
 from kvpolicy.errors import InputError, KVPolicyError
-from kvpolicy_kernels.builds import Build
-from kvpolicy_kernels.support import interpreting
+from kvpolicy_kernels.common.compile_spec import CompileSpec
+from kvpolicy_kernels.common.support import interpreting
 
 CAPABILITIES = (80, 90, 100)
 _DIVISIBLE = [["tt.divisibility", 16]]
@@ -49,7 +49,7 @@ def compiler_version() -> str:
     return importlib.metadata.version("triton")
 
 
-def compile_build(build: Build, capability: int) -> Compiled:
+def compile_build(build: CompileSpec, capability: int) -> Compiled:
     """Compile for sm_`capability`; needs no GPU.
 
     Raises:
@@ -67,7 +67,7 @@ def compile_build(build: Build, capability: int) -> Compiled:
     return Compiled(build.name, capability, build.warps, shared=made.metadata.shared, **counts)
 
 
-def assemble(build: Build, capability: int) -> Any:
+def assemble(build: CompileSpec, capability: int) -> Any:
     """Triton's own result: `asm` by language, `metadata`. Raises whatever the compiler raises."""
     import triton  # noqa: PLC0415 - kvpolicy works without Triton
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
@@ -84,7 +84,7 @@ def assemble(build: Build, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def _signature(build: Build) -> dict[str, Any]:
+def _signature(build: CompileSpec) -> dict[str, Any]:
     """Types in the order of the kernel's parameters, each of which must be named exactly once."""
     given = {**build.types, **dict.fromkeys(build.constants, "constexpr")}
     names = list(build.kernel.arg_names)

@@ -13,7 +13,7 @@ from kvpolicy.bench.compiled.discover import all_builds
 from kvpolicy.bench.compiled.gates import faults_of
 from kvpolicy.bench.compiled.target import CAPABILITIES, BuildError, Compiled, compile_build, require_compiler
 from kvpolicy.errors import InputError
-from kvpolicy_kernels.builds import Build
+from kvpolicy_kernels.common.compile_spec import CompileSpec
 
 
 @attrs.frozen
@@ -49,7 +49,7 @@ def compile_all(
     return _outcome(builds, [(index, results[index, capability]) for index, capability in tasks])
 
 
-def _tasks(builds: Sequence[Build], names: Sequence[str], mostly: int | None) -> list[tuple[int, int]]:
+def _tasks(builds: Sequence[CompileSpec], names: Sequence[str], mostly: int | None) -> list[tuple[int, int]]:
     """Indices of builds, and capabilities."""
     if mostly not in (None, *CAPABILITIES):
         raise InputError(f"there is no target {mostly}: {', '.join(map(str, CAPABILITIES))}")
@@ -75,11 +75,11 @@ def _compile(index: int, capability: int) -> Compiled | str:
 
 
 @functools.cache
-def _builds() -> tuple[Build, ...]:
+def _builds() -> tuple[CompileSpec, ...]:
     return all_builds()
 
 
-def _outcome(builds: Sequence[Build], results: Sequence[tuple[int, Compiled | str]]) -> CompiledKernels:
+def _outcome(builds: Sequence[CompileSpec], results: Sequence[tuple[int, Compiled | str]]) -> CompiledKernels:
     compiled, faults = [], []
     for index, result in results:
         if isinstance(result, str):

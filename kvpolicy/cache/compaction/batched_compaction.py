@@ -64,7 +64,7 @@ def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compres
 
 def _compact_in_place(storages: Sequence[SegmentedStorage], compactions: Sequence[CompactionPlan]) -> bool:
     """Move entries within their storages, all layers in one launch; False when kernels cannot."""
-    from kvpolicy_kernels.compact import compact
+    from kvpolicy_kernels.compact.compact import compact
 
     try:
         columns = _columns(storages)
@@ -81,7 +81,7 @@ def _compact_in_place(storages: Sequence[SegmentedStorage], compactions: Sequenc
 
 def _compact_into(layout: Layout, storage: SegmentedStorage, compaction: CompactionPlan) -> bool:
     """Copy the entries of a layer into tensors of another size, or of heads of other sizes, in one launch."""
-    from kvpolicy_kernels.compact import compact_to
+    from kvpolicy_kernels.compact.compact import compact_to
 
     stores, segments = storage.plain_stores, _segments([storage])
     fresh = [store.allocate(layout) for store in stores]

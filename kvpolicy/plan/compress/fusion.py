@@ -8,7 +8,7 @@ from kvpolicy.errors import described, one_line, shown
 from kvpolicy.spec.policy import PolicySpec, Weighted
 from kvpolicy.stages import Allocator, JointAllocator, Scorer
 from kvpolicy.stages.declared import flag_of
-from kvpolicy_kernels import Finish, Tile
+from kvpolicy_kernels import Postprocess, Tile
 
 
 @attrs.frozen(eq=False)
@@ -24,9 +24,9 @@ class Term:
         return _again, (self.weighted, self.tile is not None, self.reason)
 
     @property
-    def finish(self) -> Finish:
+    def postprocess(self) -> Postprocess:
         """What follows the tile function; the scores of a reference are finished but for scale and weight."""
-        own = self.tile.finish if self.tile is not None else Finish()
+        own = self.tile.postprocess if self.tile is not None else Postprocess()
         return attrs.evolve(own, normalise=self.weighted.normalise, weight=self.weighted.weight)
 
 

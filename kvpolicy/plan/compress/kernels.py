@@ -15,7 +15,7 @@ from kvpolicy.plan.compress.scored import ScoredLayers, Selection
 from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import View
-from kvpolicy_kernels.tile import ColumnRequest, Tile
+from kvpolicy_kernels.score.tile import ColumnRequest, Tile
 
 
 class FusedLayers(ScoredLayers):
@@ -29,7 +29,7 @@ class FusedLayers(ScoredLayers):
         super().__init__(spec, views)
 
     def score(self) -> None:
-        from kvpolicy_kernels.finish import finish
+        from kvpolicy_kernels.score.postprocess import postprocess
 
         layers, fusion = self.layers, self.fusion
         tiled = [term for term in fusion.terms if term.tile is not None]
@@ -38,9 +38,9 @@ class FusedLayers(ScoredLayers):
         _run_tiles([term.tile for term in tiled if term.tile is not None], layers, terms[: len(tiled)])
         for out, (place, term) in zip(terms[len(tiled) :], others, strict=True):
             self._run_reference(term, state_name(place, ""), out)
-        finishes = [term.finish for term in tiled + [term for _, term in others]]
+        finishes = [term.postprocess for term in tiled + [term for _, term in others]]
         positions = layers.columns["positions"]
-        self.total, nan = finish(layers.segments, positions, terms, finishes, **layers.protect)
+        self.total, nan = postprocess(layers.segments, positions, terms, finishes, **layers.protect)
         self.scores = layers.per_view(self.total)
         self.nan = layers.counted(nan).sum(-1)
         self.room, self.protected = layers.counted(layers.room), layers.counted(layers.protected)
@@ -53,7 +53,7 @@ class FusedLayers(ScoredLayers):
             noted.update(fresh)
 
     def won(self, best: Tensor) -> Tensor:
-        from kvpolicy_kernels.select import counts_of_best
+        from kvpolicy_kernels.select.select import counts_of_best
 
         layers = self.layers
         positions = layers.columns["positions"]
@@ -82,7 +82,7 @@ class Best:
         return self.counts + self.group.protected
 
     def indices(self, widths: Sequence[int]) -> list[Tensor]:
-        from kvpolicy_kernels.select import select
+        from kvpolicy_kernels.select.select import select
 
         layers = self.group.layers
         positions, counts, most = layers.columns["positions"], self.counts.flatten(), max(widths)
@@ -91,7 +91,7 @@ class Best:
 
 
 def _run_tiles(tiles: Sequence[Tile], layers: Layers, out: Tensor) -> None:
-    from kvpolicy_kernels.score import scores
+    from kvpolicy_kernels.score.score import scores
 
     if not tiles:
         return

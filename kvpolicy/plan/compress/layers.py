@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvpolicy.stages import View
 from kvpolicy_kernels import Column, Segments
-from kvpolicy_kernels.segments import pitch
+from kvpolicy_kernels.common.segments import pitch
 
 if TYPE_CHECKING:
-    from kvpolicy_kernels.window import Window
+    from kvpolicy_kernels.score.window_queries import WindowQueries
 
 
 @attrs.frozen(eq=False)
@@ -52,13 +52,13 @@ class Layers:
         """Candidates of each head, int64 [L·B, K]."""
         return self.segments.lengths.view(-1, self.segments.heads).long() - self.protected
 
-    def window(self) -> "Window":
+    def window(self) -> "WindowQueries":
         """The queries that vote, packed for the kernels."""
-        from kvpolicy_kernels.window import Window
+        from kvpolicy_kernels.score.window_queries import WindowQueries
 
         queries = [view.window for view in self.views]
         positions = [view.window_positions for view in self.views]
-        return Window.of(queries, positions, self.segments, self.views[0].scaling)
+        return WindowQueries.of(queries, positions, self.segments, self.views[0].scaling)
 
     def empty(self, count: int) -> Tensor:
         """[count, P, T] float32, not filled."""

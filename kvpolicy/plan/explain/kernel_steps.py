@@ -15,7 +15,7 @@ from kvpolicy.plan.explain.steps import Shapes, Step, name_of
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
 from kvpolicy_kernels import Column, Segments, Tile, Traffic
-from kvpolicy_kernels.tile import ColumnRequest
+from kvpolicy_kernels.score.tile import ColumnRequest
 
 _READ_BY_SCORES = ("keys", "values", POSITIONS, ATTENTION, LOG_VOTES)
 
@@ -68,30 +68,30 @@ class KernelSteps:
         return Step.fused("score", name, traffic, "at most")
 
     def _scores(self, tiles: Sequence[Tile]) -> Traffic:
-        from kvpolicy_kernels.score import traffic
-        from kvpolicy_kernels.window import Window
+        from kvpolicy_kernels.score.score import traffic
+        from kvpolicy_kernels.score.window_queries import WindowQueries
 
         plan, window = self.plan, None
         if any(tile.window for tile in tiles):
             size = (1, plan.geometry.query_heads, plan.needs.queries, plan.geometry.head_dim)
             queries = torch.empty(size, dtype=plan.dtype, device="meta")
             positions = torch.empty(1, plan.needs.queries, dtype=torch.int32, device="meta")
-            window = Window.of([queries], [positions], self.segments, 1.0)
+            window = WindowQueries.of([queries], [positions], self.segments, 1.0)
         columns = {name: self.columns[name] for name in _READ_BY_SCORES if name in self.columns}
         return traffic(self.segments, columns, window, tiles, self._lengths)
 
     def finish(self) -> Step:
         """Pooling, normalisation, weights and the sum."""
-        from kvpolicy_kernels.finish import traffic
+        from kvpolicy_kernels.score.postprocess import traffic
 
         sinks, recent = self.shapes.protected
-        finishes = [term.finish for term in self.plan.fusion.terms]
+        finishes = [term.postprocess for term in self.plan.fusion.terms]
         sizes = {"heads": self.plan.geometry.kv_heads, "sinks": sinks, "recent": recent}
         return Step.fused("score", "pool, normalise, add", traffic(finishes, self._lengths, self.shapes.held, **sizes))
 
     def allocate(self) -> Step:
         """Budgets of heads that compete follow from how many of the best entries each owns."""
-        from kvpolicy_kernels.select import counts_traffic
+        from kvpolicy_kernels.select.select import counts_traffic
 
         name = name_of(self.plan.spec.allocate.divider)
         if not self.plan.ragged:
@@ -100,7 +100,7 @@ class KernelSteps:
 
     def select(self) -> Step:
         """Keep indices."""
-        from kvpolicy_kernels.select import traffic
+        from kvpolicy_kernels.select.select import traffic
 
         moved = traffic(self.segments, self._lengths, self.shapes.kept, **self._protected)
         return Step.fused("select", name_of(self.plan.spec.select), moved)
@@ -110,7 +110,7 @@ class KernelSteps:
 
         Heads of different lengths are laid out anew, in new storage.
         """
-        from kvpolicy_kernels.compact import traffic, traffic_to
+        from kvpolicy_kernels.compact.compact import traffic, traffic_to
 
         heads, name = self.plan.geometry.kv_heads, name_of(self.plan.spec.merge)
         width, kept, held = self.shapes.kept, self.shapes.kept * heads, self.shapes.held * heads

@@ -15,7 +15,7 @@ from kvpolicy.stages.conformance.samples import sample_view, scored, with_junk
 from kvpolicy.stages.contracts import Plugin, Scorer
 from kvpolicy.stages.view import View
 from kvpolicy_kernels import Column, ColumnRequest, Segments, Tile, UnsupportedInputError
-from kvpolicy_kernels.support import interpreting
+from kvpolicy_kernels.common.support import interpreting
 
 # How far a score of a kernel may be from that of the reference: a part of how far apart the scores of the candidates
 # are, and a part of the largest magnitude among them. In bfloat16 a reference may round every product.
@@ -73,7 +73,7 @@ def _obstacle() -> str:
         return "" if torch.cuda.is_available() else "no GPU, and TRITON_INTERPRET=1 is not set"
     from triton.runtime.jit import JITFunction
 
-    from kvpolicy_kernels.score_kernel import score
+    from kvpolicy_kernels.score.score_kernel import score
 
     return "TRITON_INTERPRET=1 was set after Triton was imported" if isinstance(score, JITFunction) else ""
 
@@ -122,9 +122,9 @@ def _by_kernels(tile: Tile, view: View) -> tuple[Tensor, int]:
 
     Raises UnsupportedInputError for a tile that kernels cannot run.
     """
-    from kvpolicy_kernels.finish import finish
-    from kvpolicy_kernels.score import scores
-    from kvpolicy_kernels.window import Window
+    from kvpolicy_kernels.score.postprocess import postprocess
+    from kvpolicy_kernels.score.score import scores
+    from kvpolicy_kernels.score.window_queries import WindowQueries
 
     held = {"keys": view.keys, "values": view.values, "positions": view.positions.to(torch.int32)}
     if view.log_votes is not None:
@@ -134,16 +134,16 @@ def _by_kernels(tile: Tile, view: View) -> tuple[Tensor, int]:
     columns = {name: Column.of([one.contiguous()]) for name, one in held.items()}
     segments = Segments.of([view.keys.contiguous()], view.lengths[None])
     request = ColumnRequest(segments, columns["keys"], columns["values"], columns["positions"])
-    last = attrs.evolve(tile.finish, normalise="none", weight=1.0)  # a policy says these two
+    last = attrs.evolve(tile.postprocess, normalise="none", weight=1.0)  # a policy says these two
     with warnings.catch_warnings():
         if interpreting():  # NumPy reports overflows in slots that are masked
             warnings.simplefilter("ignore", RuntimeWarning)
         extra = None if tile.column is None else tile.column(request)
         window = None
         if tile.window is not None:
-            window = Window.of([view.window], [view.window_positions], segments, view.scaling)
+            window = WindowQueries.of([view.window], [view.window_positions], segments, view.scaling)
         raw = scores(segments, columns, window, [tile], [extra], sinks=view.sinks, recent=view.recent)
-        total, nan = finish(segments, columns["positions"], raw, [last], sinks=view.sinks, recent=view.recent)
+        total, nan = postprocess(segments, columns["positions"], raw, [last], sinks=view.sinks, recent=view.recent)
     return total.view(view.positions.shape), int(nan.sum())
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpolicy.stages import AllocationRequest, Choice, HeadAllocator, Number, parameter
 from kvpolicy.stages.ordering import best_first, highest
-from kvpolicy_plugins.apportion import apportion, fill_evenly
+from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 
 
 @attrs.frozen
@@ -36,7 +36,7 @@ class Adaptive(HeadAllocator):
 
     def allocate(self, request: AllocationRequest) -> Tensor:
         room, total = request.room, request.total
-        equal = fill_evenly(room, total)
+        equal = water_fill(room, total)
         owned = (self._mass_wins(request, equal) if self.reads_scores else request.won(total)).double()
         if self.rounding == "official":
             guaranteed = (equal.floor() * self.floor).floor()

@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 
 from kvpolicy.stages import AllocationRequest, JointAllocator, Number, parameter
-from kvpolicy_plugins.apportion import apportion, fill_evenly
+from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 
 
 @attrs.frozen
@@ -29,7 +29,7 @@ class GlobalRanking(JointAllocator):
         owned = request.won(total).double()
         if not self.floor:
             return owned.long()
-        equal = fill_evenly(_in_one(room), total)
+        equal = water_fill(_in_one(room), total)
         shares = (1 - self.floor) * _in_one(owned) + self.floor * equal
         counts: Tensor = apportion(shares, total).unflatten(1, (room.shape[0], -1))
         return counts.transpose(0, 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import AllocationRequest, Choice, LayerAllocator, Number, parameter
-from kvpolicy_plugins.apportion import apportion
+from kvpolicy_plugins.allocators.shared.apportion import apportion
 
 
 @attrs.frozen

@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 
 from kvpolicy.stages import AllocationRequest, HeadAllocator
-from kvpolicy_plugins.apportion import apportion, fill_evenly
+from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 
 
 @attrs.frozen
@@ -17,4 +17,4 @@ class UniformHeads(HeadAllocator):
     ragged: ClassVar[bool] = False
 
     def allocate(self, request: AllocationRequest) -> Tensor:
-        return apportion(fill_evenly(request.room, request.total), request.total)
+        return apportion(water_fill(request.room, request.total), request.total)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Codec, Column, Format, Formats, Integer, PackedColumn, Site, Unpacking, parameter
-from kvpolicy_plugins.affine import narrowed, working
+from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max
@@ -30,20 +30,20 @@ class Scaled(Format):
         return {"codes": Column((self.dim,), torch.uint8), "peak": Column((), torch.float16)}
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
-        exact = vectors.to(working(vectors.dtype))
-        peak = narrowed(exact.abs().amax(-1), torch.float16)
+        exact = vectors.to(compute_dtype(vectors.dtype))
+        peak = cast_clamped(exact.abs().amax(-1), torch.float16)
         scale = (peak.to(exact.dtype) / _LARGEST)[..., None]
         # What rounding the peak puts above the largest code becomes NaN with some versions of torch.
         codes = (exact / scale.masked_fill(scale == 0, torch.inf)).clamp_(-_LARGEST, _LARGEST)
         return {"codes": codes.to(_E4M3).view(torch.uint8), "peak": peak}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        exact = working(self.dtype)
+        exact = compute_dtype(self.dtype)
         scale = columns["peak"].to(exact) * (256 / _LARGEST)
-        return narrowed(_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
+        return cast_clamped(_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.unpack import scaled_fp8
+        from kvpolicy_kernels.quantise.unpack import scaled_fp8
 
         return Unpacking(scaled_fp8, (PackedColumn(self.dim, torch.uint8), PackedColumn(1, torch.float16)))
 

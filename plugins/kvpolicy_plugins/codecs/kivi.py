@@ -20,7 +20,7 @@ from kvpolicy.stages import (
     Unpacking,
     parameter,
 )
-from kvpolicy_plugins.affine import (
+from kvpolicy_plugins.codecs.shared.affine import (
     BITS,
     SCALES,
     check_divides,
@@ -30,8 +30,8 @@ from kvpolicy_plugins.affine import (
     quantise_tokens,
     scale_dtype,
 )
-from kvpolicy_plugins.limits import MOST_CHANNELS
-from kvpolicy_plugins.packing import packed_size
+from kvpolicy_plugins.codecs.shared.packing import packed_size
+from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 
 @attrs.frozen(eq=False)
@@ -61,7 +61,7 @@ class PerChannel(Format):
         return dequantise_channels(columns["codes"], columns["scale"], columns["minimum"], self.bits, self.dtype)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.unpack import per_channel
+        from kvpolicy_kernels.quantise.unpack import per_channel
 
         codes = PackedColumn(self.group_size * packed_size(self.dim, self.bits), torch.uint8)
         each = PackedColumn(self.dim, self.stored, shared=True)
@@ -96,7 +96,7 @@ class PerToken(Format):
         return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, self.dtype)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.unpack import per_token
+        from kvpolicy_kernels.quantise.unpack import per_token
 
         if self.group.bit_count() != 1:
             return f"has groups of {self.group} channels, not a power of two"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Number, Rotary, Sample, Site, parameter
-from kvpolicy_plugins.affine import BITS, SCALES, check_divides, narrowed, scale_dtype
 from kvpolicy_plugins.codecs.kivi import PerToken
-from kvpolicy_plugins.limits import MOST_CHANNELS
+from kvpolicy_plugins.codecs.shared.affine import BITS, SCALES, cast_clamped, check_divides, scale_dtype
+from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 _SIGNS = 8
 _TOLERANCE = 1e-3  # float32 rounds the numbers of a basis, a thousand of them are summed
@@ -154,12 +154,12 @@ class LatentKeys(Format):
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
         plain = self.unrotate(vectors, positions).masked_fill(positions[..., None] < 0, 0.0)
-        return {"latent": narrowed(self.project(plain.transpose(1, 2).flatten(2))[:, None], self.dtype)}
+        return {"latent": cast_clamped(self.project(plain.transpose(1, 2).flatten(2))[:, None], self.dtype)}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         plain = columns["latent"][:, 0].to(self.basis.dtype) @ self._basis_on(positions.device).T
         per_head = plain.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return narrowed(self.rotary.rotate(per_head, _common(positions)), self.dtype)
+        return cast_clamped(self.rotary.rotate(per_head, _common(positions)), self.dtype)
 
     def unrotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """Keys or queries [..., D] at positions [...] as they were before rotation, in the dtype of the basis."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Site, parameter
-from kvpolicy_plugins.affine import SCALES, narrowed, scale_dtype, working
-from kvpolicy_plugins.codebook import codebook, edges_between
-from kvpolicy_plugins.limits import SEED
-from kvpolicy_plugins.packing import pack, packed_size, unpack
+from kvpolicy_plugins.codecs.shared.affine import SCALES, cast_clamped, compute_dtype, scale_dtype
+from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
+from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
+from kvpolicy_plugins.shared.limits import SEED
 
 _BLOCK = 32  # up to here a matrix product is faster than halving on
 
@@ -35,22 +35,22 @@ class Rotated(Format):
         return {"codes": codes, "norm": Column((), self.stored)}
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
-        exact = vectors.to(working(vectors.dtype))
+        exact = vectors.to(compute_dtype(vectors.dtype))
         norm = exact.norm(dim=-1).clamp(max=torch.finfo(exact.dtype).max / 4)  # leaves room to decode
         directions = exact / norm.masked_fill(norm == 0, 1)[..., None]
         rotated = hadamard(directions * _tensor(self.signs, exact.dtype, exact.device))
         codes = torch.zeros(rotated.shape, dtype=torch.uint8, device=rotated.device)
         for edge in edges_between(codebook(self.bits)):  # many times faster than a search for each number
             codes += rotated > edge
-        return {"codes": pack(codes, self.bits), "norm": narrowed(norm, self.stored)}
+        return {"codes": pack(codes, self.bits), "norm": cast_clamped(norm, self.stored)}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        dim, exact, device = len(self.signs), working(self.dtype), columns["codes"].device
+        dim, exact, device = len(self.signs), compute_dtype(self.dtype), columns["codes"].device
         pairs = unpack(columns["codes"], 2 * self.bits, -(-dim // 2))
         found = _pairs(self.bits, exact, device).index_select(0, pairs.flatten().int())
         rotated = torch.view_as_real(found).view(*pairs.shape, 2).flatten(-2)[..., :dim]
         norm = columns["norm"].to(exact)[..., None] / dim
-        return narrowed(hadamard(rotated).mul_(_tensor(self.signs, exact, device)).mul_(norm), self.dtype)
+        return cast_clamped(hadamard(rotated).mul_(_tensor(self.signs, exact, device)).mul_(norm), self.dtype)
 
 
 @attrs.frozen

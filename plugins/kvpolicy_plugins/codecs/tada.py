@@ -22,19 +22,19 @@ from kvpolicy.stages import (
     Unpacking,
     parameter,
 )
-from kvpolicy_plugins.affine import (
+from kvpolicy_plugins.codecs.shared.affine import (
     BITS,
     SCALES,
+    cast_clamped,
     check_divides,
+    compute_dtype,
     dequantise_tokens,
-    narrowed,
     quantise_tokens,
     scale_dtype,
-    working,
 )
-from kvpolicy_plugins.bit_widths import least_error
-from kvpolicy_plugins.limits import MOST_CHANNELS
-from kvpolicy_plugins.packing import packed_size
+from kvpolicy_plugins.codecs.shared.bit_allocation import allocate_bits
+from kvpolicy_plugins.codecs.shared.packing import packed_size
+from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 _WIDTHS = (2, 4, 8)
 
@@ -61,8 +61,8 @@ class Centred(Format):
         return {"mean": Column((self.dim,), self.stored), "codes": codes, "scale": each, "minimum": each}
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
-        exact = vectors.to(working(vectors.dtype)).movedim(1, 2)
-        mean = narrowed(exact.mean(2), self.stored)
+        exact = vectors.to(compute_dtype(vectors.dtype)).movedim(1, 2)
+        mean = cast_clamped(exact.mean(2), self.stored)
         # From the mean as it is held, so that rounding it costs nothing.
         differences = mean.to(exact.dtype)[:, :, None] - exact
         codes, scale, minimum = quantise_tokens(differences, self.group, self.bits, self.stored)
@@ -72,12 +72,12 @@ class Centred(Format):
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
         names = ("codes", "scale", "minimum")
         codes, scale, minimum = (columns[name][:, 0].movedim(2, 1).contiguous() for name in names)
-        exact = working(self.dtype)
+        exact = compute_dtype(self.dtype)
         differences = dequantise_tokens(codes, scale, minimum, self.dim, self.bits, exact)
-        return narrowed(columns["mean"].to(exact) - differences, self.dtype)
+        return cast_clamped(columns["mean"].to(exact) - differences, self.dtype)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.unpack import centred
+        from kvpolicy_kernels.quantise.unpack import centred
 
         if self.group.bit_count() != 1:
             return f"has groups of {self.group} channels, not a power of two"
@@ -128,7 +128,7 @@ class Tada(Codec):
             return [{} for _ in samples]
         capacity = int(len(samples) * self.mean_bits + 1e-6)
         errors = [[self._error(sample, bits) for bits in _WIDTHS] for sample in samples]
-        chosen = least_error(errors, _WIDTHS, capacity)
+        chosen = allocate_bits(errors, _WIDTHS, capacity)
         return [{"bits": torch.tensor(_WIDTHS[width])} for width in chosen]
 
     def check_calibration(self, site: Site) -> None:
@@ -165,7 +165,7 @@ class Tada(Codec):
 
 def _attention(sample: Sample, keys: Tensor, values: Tensor) -> Tensor:
     """Output [S, H, T, D] of causal attention, in the working dtype."""
-    exact = working(keys.dtype)
+    exact = compute_dtype(keys.dtype)
     queries, keys, values = sample.queries.to(exact), keys.to(exact), values.to(exact)
     return torch.nn.functional.scaled_dot_product_attention(
         queries, keys, values, is_causal=True, scale=sample.scaling, enable_gqa=True

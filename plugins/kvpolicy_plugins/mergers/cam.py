@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kvpolicy.stages import Choice, Entries, Integer, Merger, Needs, View, parameter
 from kvpolicy.stages.slots import gather
-from kvpolicy_plugins.assignment import entries_of, following
-from kvpolicy_plugins.limits import QUERIES_OR_ALL, SEED
-from kvpolicy_plugins.merging import count_by_target, evicted_of, statistics_of, sum_by_target
+from kvpolicy_plugins.mergers.shared.assignment import kept_entries, next_kept
+from kvpolicy_plugins.mergers.shared.merge_groups import count_by_target, evicted_of, sum_by_target, to_float
 from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL, SEED
 
 
 @attrs.frozen
@@ -51,14 +51,14 @@ class CaM(Merger):
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         if kept.shape[-1] == 0:
-            return entries_of(view, kept)
-        start = following(view, kept)
+            return kept_entries(view, kept)
+        start = next_kept(view, kept)
         left = (kept >= 0).sum(-1, keepdim=True) - start  # kept entries after each slot
         evicted = evicted_of(view, kept) & (left > 0)
         merged = self._probability(view, kept, start, left).masked_fill(~evicted, 0.0)
         if self.mode == "bernoulli":
             merged = (self._draws(view) < merged).to(merged.dtype)
-        return entries_of(view, kept, values=self._spread(view, kept, merged / left.clamp(1, self.window), start))
+        return kept_entries(view, kept, values=self._spread(view, kept, merged / left.clamp(1, self.window), start))
 
     def _probability(self, view: View, kept: Tensor, start: Tensor, left: Tensor) -> Tensor:
         """Pi of every slot that is followed by a kept one, [B, K, T] float32."""
@@ -86,7 +86,7 @@ class CaM(Merger):
         """Values [B, K, N, Dv] with what is added to them."""
         before, count = gather(view.values, kept), kept.shape[-1]
         target = start.clamp(max=count - 1)
-        weights = weights.to(statistics_of(view.values[..., :0]).dtype)
+        weights = weights.to(to_float(view.values[..., :0]).dtype)
         # what starts at the same kept entry goes the same way, so it is summed first
         added = _windowed(sum_by_target(weights, view.values, target, count), self.window)
         arrivals = _windowed(count_by_target((weights > 0).double(), target, count)[..., None], self.window)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Choice, Entries, Merger, Number, State, View, parameter
-from kvpolicy_plugins.assignment import Assignment, entries_of
-from kvpolicy_plugins.merging import evicted_of, nearest
+from kvpolicy_plugins.mergers.shared.assignment import Assignment, kept_entries
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, nearest
 
 _STATE = "threshold"
 _NONE_YET = -torch.inf
@@ -76,7 +76,7 @@ class D2O(Merger):
         else:
             weights, divisor = similarity, 1 + joined.arrivals.to(similarity.dtype)
         keys = joined.blend(view.keys, weights, divisor=divisor)
-        return entries_of(view, joined.kept, keys=keys, values=joined.blend(view.values, weights, divisor=divisor))
+        return kept_entries(view, joined.kept, keys=keys, values=joined.blend(view.values, weights, divisor=divisor))
 
 
 def _mean_over_heads(similarity: Tensor, comparable: Tensor, pairs: Tensor, count: int) -> Tensor:

@@ -10,18 +10,18 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice, Entries, Merger, Needs, Number, QueryLogits, State, View, parameter
 from kvpolicy.stages.slots import gather
-from kvpolicy_plugins.estimates import Estimate, MovingAverage, ScoreFold, WindowMean
-from kvpolicy_plugins.limits import QUERIES
-from kvpolicy_plugins.merging import (
+from kvpolicy_plugins.mergers.shared.merge_groups import (
     Groups,
     count_by_target,
     evicted_of,
     groups_of,
     logsumexp_by_target,
     nearest,
-    statistics_of,
     sum_by_target,
+    to_float,
 )
+from kvpolicy_plugins.mergers.shared.score_estimates import Estimate, MovingAverage, ScoreFold, WindowMean
+from kvpolicy_plugins.shared.limits import QUERIES
 
 LOSSLESS = ("additive", "bias")
 _RCOND = 1e-4  # singular values below this part of the largest are taken for nought
@@ -181,7 +181,7 @@ class KeepKV(Merger):
 
     def _merged(self, view: View, groups: Groups, log_votes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and log-votes of the groups; any number for groups of one."""
-        precise = statistics_of(view.keys).dtype
+        precise = to_float(view.keys).dtype
         scores = self._estimate.log_scores(view.slot_state).to(precise)
         folded = fold(view.keys, view.values, scores, log_votes.to(precise), groups)
         if self.key != "scale":
@@ -216,5 +216,5 @@ class KeepKV(Merger):
 
 def newest_queries(view: View) -> Tensor:
     """The newest query of each query head, [B, K, G, D]; zeros in rows that have had none."""
-    newest: Tensor = statistics_of(view.window[:, :, -1]).unflatten(1, (view.keys.shape[1], -1))
+    newest: Tensor = to_float(view.window[:, :, -1]).unflatten(1, (view.keys.shape[1], -1))
     return newest.masked_fill((view.window_positions[:, -1] < 0)[:, None, None, None], 0.0)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Entries, Merger, Number, View, parameter
-from kvpolicy_plugins.assignment import Assignment, entries_of, norms_of
-from kvpolicy_plugins.merging import evicted_of, kept_index, statistics_of
+from kvpolicy_plugins.mergers.shared.assignment import Assignment, kept_entries, norms_of
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, kept_index, to_float
 
 _EPS = 1e-6
 
@@ -45,11 +45,11 @@ class KVMerger(Merger):
         joined = Assignment(kept, evicted & (pivot >= 0), place.clamp(min=0))
         weights = _kernel(view.keys, pivot.clamp(min=0), joined)
         keys = joined.blend(view.keys, weights)
-        return entries_of(view, kept, keys=keys, values=joined.blend(view.values, weights))
+        return kept_entries(view, kept, keys=keys, values=joined.blend(view.values, weights))
 
     def _runs(self, view: View) -> Tensor:
         """[B, K, T] int64: entries with the same number are in one run."""
-        keys = statistics_of(view.keys)
+        keys = to_float(view.keys)
         directions = keys / norms_of(keys)[..., None].clamp(min=_EPS)
         cosine = (directions[:, :, 1:] * directions[:, :, :-1]).sum(-1)
         linked = view.candidates[..., 1:] & view.candidates[..., :-1] & (cosine > self.similarity)
@@ -77,7 +77,7 @@ def _same_run(runs: Tensor, slots: Tensor) -> Tensor:
 
 def _kernel(keys: Tensor, pivot: Tensor, joined: Assignment) -> Tensor:
     """Weights of what joins, [B, K, T]; 1 for an equal key."""
-    keys = statistics_of(keys)
+    keys = to_float(keys)
     distance = norms_of(keys - keys.gather(2, pivot[..., None].expand_as(keys)))
     width = joined.total(distance) / joined.arrivals.clamp(min=1).to(distance.dtype)
     if width.shape[-1] == 0:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Entries, Flag, Merger, View, parameter
-from kvpolicy_plugins.assignment import Assignment, entries_of
-from kvpolicy_plugins.merging import evicted_of, nearest
+from kvpolicy_plugins.mergers.shared.assignment import Assignment, kept_entries
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, nearest
 
 
 @attrs.frozen
@@ -30,4 +30,4 @@ class Pivot(Merger):
         half = torch.full_like(similarity, 0.5)
         own = 1 + joined.arrivals.to(half.dtype) / 2
         keys = joined.blend(view.keys, half, own) if self.merge_keys else None
-        return entries_of(view, kept, keys=keys, values=joined.blend(view.values, half, own))
+        return kept_entries(view, kept, keys=keys, values=joined.blend(view.values, half, own))

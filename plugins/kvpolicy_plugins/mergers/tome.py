@@ -1,4 +1,4 @@
-"""Values folded into the most similar entry."""
+"""Merger `tome`: merges evicted values into the kept entry with the most similar key."""
 
 from typing import ClassVar
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Entries, Merger, Number, View, parameter
-from kvpolicy_plugins.assignment import Assignment, entries_of, norms_of
-from kvpolicy_plugins.merging import evicted_of, nearest
+from kvpolicy_plugins.mergers.shared.assignment import Assignment, kept_entries, norms_of
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, nearest
 
 _EPS = 1e-6
 
@@ -36,7 +36,7 @@ class ToMe(Merger):
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         if kept.shape[-1] == 0:
-            return entries_of(view, kept)
+            return kept_entries(view, kept)
         evicted = evicted_of(view, kept)
         similarity, target = nearest(view.keys, kept, evicted)
         passed = similarity >= self.threshold
@@ -45,7 +45,7 @@ class ToMe(Merger):
             passed = passed & (similarity >= _quantile(ranked, evicted, 1 - self.fraction))
         weights = similarity * _share(norms_of(view.values), kept, target)
         folded = Assignment(kept, passed & (weights > 0), target)
-        return entries_of(view, kept, values=folded.blend(view.values, weights))
+        return kept_entries(view, kept, values=folded.blend(view.values, weights))
 
 
 def _share(norms: Tensor, kept: Tensor, target: Tensor) -> Tensor:

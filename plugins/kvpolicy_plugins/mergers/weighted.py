@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Entries, Flag, Merger, View, parameter
-from kvpolicy_plugins.assignment import Assignment, entries_of
-from kvpolicy_plugins.merging import evicted_of, nearest
+from kvpolicy_plugins.mergers.shared.assignment import Assignment, kept_entries
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, nearest
 
 _LEAST = 1e-6
 
@@ -35,4 +35,4 @@ class Weighted(Merger):
         joined = Assignment(kept, similarity > -torch.inf, target)
         weights = ((similarity + 1) / 2).clamp(min=_LEAST)
         keys = joined.blend(view.keys, weights) if self.merge_keys else None
-        return entries_of(view, kept, keys=keys, values=joined.blend(view.values, weights))
+        return kept_entries(view, kept, keys=keys, values=joined.blend(view.values, weights))

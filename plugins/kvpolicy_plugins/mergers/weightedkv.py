@@ -1,4 +1,4 @@
-"""Values handed on to the next entry."""
+"""Merger `weightedkv`: averages evicted values into the next kept entry, weighted by attention."""
 
 from typing import ClassVar
 
@@ -6,8 +6,8 @@ import attrs
 from torch import Tensor
 
 from kvpolicy.stages import Entries, Merger, Needs, View
-from kvpolicy_plugins.assignment import Assignment, entries_of, following
-from kvpolicy_plugins.merging import evicted_of
+from kvpolicy_plugins.mergers.shared.assignment import Assignment, kept_entries, next_kept
+from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of
 
 
 @attrs.frozen
@@ -28,7 +28,7 @@ class WeightedKV(Merger):
         return Needs(attention=True)
 
     def merge(self, view: View, kept: Tensor) -> Entries:
-        return entries_of(view, kept, values=handed_on(view, kept, average_attention(view)))
+        return kept_entries(view, kept, values=handed_on(view, kept, average_attention(view)))
 
 
 def average_attention(view: View) -> Tensor:
@@ -43,7 +43,7 @@ def average_attention(view: View) -> Tensor:
 def handed_on(view: View, kept: Tensor, attention: Tensor) -> Tensor:
     """Values [B, K, N, Dv] of the kept slots, merged by the average attention [B, K, T] (float32 or float64)."""
     count = (kept >= 0).sum(-1, keepdim=True)
-    target = following(view, kept).minimum(count - 1).clamp(min=0)
+    target = next_kept(view, kept).minimum(count - 1).clamp(min=0)
     merged = evicted_of(view, kept) & (count > 0) & (attention > 0)
     own = attention.gather(-1, kept.clamp(min=0))
     return Assignment(kept, merged, target).blend(view.values, attention, own)

@@ -9,17 +9,17 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice, Entries, Merger, Needs, Number, View, parameter
 from kvpolicy.stages.slots import gather
-from kvpolicy_plugins.limits import QUERIES_OR_ALL
-from kvpolicy_plugins.merging import (
+from kvpolicy_plugins.mergers.shared.merge_groups import (
     Groups,
     evicted_of,
     groups_of,
     logsumexp_by_target,
     nearest,
     nearest_by,
-    statistics_of,
     sum_by_target,
+    to_float,
 )
+from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL
 
 _SLACK = 1e-4  # equal attention is not told apart by rounding
 
@@ -54,7 +54,7 @@ class Fitted:
 
 def window_of(view: View, count: int = 0) -> ObservationWindow:
     """The last `count` queries of a view, or all of them for 0."""
-    precise, asked = statistics_of(view.keys).dtype, view.window_positions[:, -count:]
+    precise, asked = to_float(view.keys).dtype, view.window_positions[:, -count:]
     real = (asked >= 0)[:, None, None, :, None]
     visible = real & (view.positions[:, :, None, None] <= asked[:, None, None, :, None])
     queries = view.window[:, :, -count:].to(precise).unflatten(1, (view.keys.shape[1], -1)) * view.scaling

@@ -1,4 +1,4 @@
-"""Every held entry is read."""
+"""Reader `all`: attends to all held entries."""
 
 from typing import ClassVar
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.stages import Integer, Number, Reader, ReadRequest, parameter
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.codecs.latent import LatentKeys
-from kvpolicy_plugins.leading import leading
+from kvpolicy_plugins.readers.shared.top_slots import top_slots
 
 
 @attrs.frozen
@@ -74,5 +74,5 @@ class LatentTopK(Reader):
     def _best(self, scores: Tensor, between: Tensor) -> Tensor:
         """[B, T] bool: the `critical` highest scores of each row; if it has fewer, slots that are read anyway, too."""
         missing = between.shape[1] - scores.shape[1]
-        best = leading(torch.nn.functional.pad(scores, (0, missing)), between, self.critical)
+        best = top_slots(torch.nn.functional.pad(scores, (0, missing)), between, self.critical)
         return torch.zeros_like(between).scatter_(-1, best, value=True)

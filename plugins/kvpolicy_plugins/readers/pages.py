@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Column, Format, Integer, Reader, ReadRequest, Site, parameter
-from kvpolicy_plugins.grouping import GROUP, reduce_group
-from kvpolicy_plugins.leading import leading
+from kvpolicy_plugins.readers.shared.top_slots import top_slots
+from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
 
 
 @attrs.frozen
@@ -58,7 +58,7 @@ class Pages(Reader):
     def _best(self, bounds: Tensor, newest: Tensor, wanted: Tensor) -> Tensor:
         """Pages [B, K, n] before the newest, the best `wanted` of each head; -1 behind them."""
         earlier = torch.arange(bounds.shape[-1], device=bounds.device) < newest
-        best = leading(bounds, earlier, self.budget // self.page)
+        best = top_slots(bounds, earlier, self.budget // self.page)
         rank = torch.arange(best.shape[-1], device=best.device)
         return best.masked_fill(rank >= torch.minimum(wanted, newest), -1)
 

@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 
 from kvpolicy.stages import Needs, Scorer, Tile, View, parameter
-from kvpolicy_plugins.grouping import GROUP, reduce_group
+from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
 
 
 @attrs.frozen
@@ -29,8 +29,8 @@ class AccumulatedAttention(Scorer):
         return True
 
     def tile(self) -> Tile:
-        from kvpolicy_kernels.tiles.accumulated_attention import accumulated_attention
-        from kvpolicy_kernels.tiles.grouping import HOW
+        from kvpolicy_kernels.score.tiles.accumulated_attention import accumulated_attention
+        from kvpolicy_kernels.score.tiles.grouping import HOW
 
         return Tile(accumulated_attention, (HOW[self.group],), keys=False, attention=True)
 

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from kvpolicy.stages import (
     Choice,
-    Finish,
     Flag,
     Needs,
     Nested,
     Number,
+    Postprocess,
     Scorer,
     Tile,
     View,
     WindowUse,
     parameter,
 )
-from kvpolicy_plugins.grouping import GROUP, reduce_group
-from kvpolicy_plugins.limits import QUERIES
-from kvpolicy_plugins.pooling import Pool
+from kvpolicy_plugins.scorers.shared.pooling import Pool
+from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
+from kvpolicy_plugins.shared.limits import QUERIES
 
 
 @attrs.frozen
@@ -62,8 +62,8 @@ class Attention(Scorer):
         return True
 
     def tile(self) -> Tile | str:
-        from kvpolicy_kernels.tiles.attention import NOWHERE, PROBABILITIES, SCORES, attention_votes
-        from kvpolicy_kernels.tiles.grouping import HOW
+        from kvpolicy_kernels.score.tiles.attention import NOWHERE, PROBABILITIES, SCORES, attention_votes
+        from kvpolicy_kernels.score.tiles.grouping import HOW
 
         commutes = self.pool.kind in ("none", "max" if self.group == "max" else "average")
         if self.group_at == "pooled" and not commutes:
@@ -71,8 +71,8 @@ class Attention(Scorer):
         grouped = {"logits": NOWHERE, "probabilities": PROBABILITIES}.get(self.group_at, SCORES)
         use = WindowUse(self.queries, self.softmax, self.causal, self.group if grouped == NOWHERE else "none")
         options = (grouped, HOW[self.group], int(self.reduce == "sum"), int(self.deviation > 0))
-        finish = Finish(pool=self.pool.kind, size=self.pool.size, shared=self.shared)
-        return Tile(attention_votes, options, (self.deviation,), window=use, keys=False, finish=finish)
+        postprocess = Postprocess(pool=self.pool.kind, size=self.pool.size, shared=self.shared)
+        return Tile(attention_votes, options, (self.deviation,), window=use, keys=False, postprocess=postprocess)
 
     def score(self, view: View) -> Tensor:
         voters = self._voters(view)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice, Needs, Nested, Number, Plugged, Scorer, State, View, parameter
-from kvpolicy_plugins.pooling import Pool
+from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 _STATE = "history"
 _NONE_YET = -torch.inf

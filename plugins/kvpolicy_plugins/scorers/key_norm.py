@@ -23,7 +23,7 @@ class KeyNorm(Scorer):
         return True
 
     def tile(self) -> Tile:
-        from kvpolicy_kernels.tiles.key_norm import key_norm
+        from kvpolicy_kernels.score.tiles.key_norm import key_norm
 
         return Tile(key_norm)
 

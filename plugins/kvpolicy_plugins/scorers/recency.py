@@ -22,7 +22,7 @@ class Recency(Scorer):
         return True
 
     def tile(self) -> Tile:
-        from kvpolicy_kernels.tiles.recency import recency
+        from kvpolicy_kernels.score.tiles.recency import recency
 
         return Tile(recency, keys=False, newest=True)
 

@@ -1,4 +1,4 @@
-"""Entries that say what newer ones say again."""
+"""Scorer `redundancy`: how similar an entry's key is to the other keys of its head."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kvpolicy.stages import Choice, ColumnRequest, Finish, Integer, Number, Scorer, Tile, Traffic, View, parameter
-from kvpolicy_plugins.lookalikes import forgiven
+from kvpolicy.stages import Choice, ColumnRequest, Integer, Number, Postprocess, Scorer, Tile, Traffic, View, parameter
+from kvpolicy_plugins.scorers.shared.similar_keys import forgiven_similarity
 
 
 @attrs.frozen
 class Redundancy(Scorer):
-    """How much the other keys of a head resemble an entry's key, R-KV (section 3.3). Weigh it negatively.
+    """Mean similarity of an entry's key to the other keys of its head, R-KV (section 3.3). Use a negative weight.
 
     1. S = cosine similarity of all pairs of keys, diagonal 0;
-    2. every row forgives its newest look-alikes (S > `threshold`): those pairs count 0, so that the newest
-       of a cluster looks unlike the rest and survives;
+    2. every row forgives its newest similar entries (S > `threshold`): those pairs count 0, so that the newest entry
+       of a cluster has a low score and is kept;
     3. scores = softmax over the entries of the mean over rows.
 
-    S is never held: its column sums are products with the sum of all directions, and step 2 is a search by
-    blocks that ends when every row has found its look-alikes. Memory grows with T, not with T squared.
+    S is not stored: its column sums are products with the sum of all unit keys, and step 2 is a search by blocks that
+    ends when every row has found its similar entries. Memory is linear in T.
     """
 
     name: ClassVar[str] = "redundancy"
@@ -40,17 +40,17 @@ class Redundancy(Scorer):
     )
 
     def tile(self) -> Tile:
-        from kvpolicy_kernels.tiles.redundancy import directions, mean_similarity
+        from kvpolicy_kernels.score.tiles.redundancy import directions, mean_similarity
 
         forgives = self.forgive > 0 or self.empty_row == "slot0"
         column, traffic = (self._column, self._traffic) if forgives else (None, None)
-        finish = Finish(softmax=True)
-        return Tile(mean_similarity, statistic=directions, column=column, column_traffic=traffic, finish=finish)
+        softmax = Postprocess(softmax=True)
+        return Tile(mean_similarity, statistic=directions, column=column, column_traffic=traffic, postprocess=softmax)
 
     def _column(self, request: ColumnRequest) -> Tensor:
-        from kvpolicy_kernels.redundancy import forgiven
+        from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven_similarity
 
-        return forgiven(
+        return forgiven_similarity(
             request.segments,
             request.keys,
             threshold=self.threshold,
@@ -60,8 +60,8 @@ class Redundancy(Scorer):
         )
 
     def _traffic(self, request: ColumnRequest, lengths: Sequence[int]) -> Traffic:
-        """Where no key looks like another the search goes through all pairs of blocks."""
-        from kvpolicy_kernels.redundancy import traffic
+        """Upper bound: without similar keys the search visits all pairs of blocks."""
+        from kvpolicy_kernels.score.redundancy.forgiven_similarity import traffic
 
         return traffic(request.segments, lengths, request.keys, forgive=self.forgive)
 
@@ -73,7 +73,7 @@ class Redundancy(Scorer):
         return mean.masked_fill(~view.valid, -torch.inf).softmax(-1).masked_fill(~view.valid, 0.0)
 
     def _similarity(self, keys: Tensor, valid: Tensor) -> Tensor:
-        """Keys [S, T, D] to [S, T]: similarities to all others, less those that others forgive."""
+        """Keys [S, T, D] to [S, T]: sum of similarities to the others, without the forgiven ones."""
         keys = keys.float().masked_fill(~valid[..., None], 0.0)
         norms: Tensor = vector_norm(keys, dim=-1, keepdim=True)
         directions = keys.div_(norms + 1e-8)
@@ -82,10 +82,11 @@ class Redundancy(Scorer):
         return (directions @ total - own).squeeze(-1) - self._forgiven(directions, valid)
 
     def _forgiven(self, directions: Tensor, valid: Tensor) -> Tensor:
-        """[S, T]: per column, the similarities of the rows that forgive it."""
-        sums, met = forgiven(directions, valid, self.threshold, self.forgive, last=self.forgive_end == "last")
+        """[S, T]: per column, the sum of the similarities of the rows that forgive it."""
+        last = self.forgive_end == "last"
+        sums, found = forgiven_similarity(directions, valid, self.threshold, self.forgive, last=last)
         if self.empty_row == "slot0":
-            alone = (~met).to(directions.dtype)
-            alone[:, 0] = 0  # the diagonal is 0: the first slot has nothing to forgive itself
-            sums[:, 0] += (alone[:, None] @ (directions @ directions[:, :1].transpose(1, 2))).flatten()
+            none_found = (~found).to(directions.dtype)
+            none_found[:, 0] = 0  # the first slot does not forgive itself: the diagonal of S is 0
+            sums[:, 0] += (none_found[:, None] @ (directions @ directions[:, :1].transpose(1, 2))).flatten()
         return sums

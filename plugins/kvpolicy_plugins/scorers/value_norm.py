@@ -22,7 +22,7 @@ class ValueNorm(Scorer):
         return True
 
     def tile(self) -> Tile:
-        from kvpolicy_kernels.tiles.value_norm import value_norm
+        from kvpolicy_kernels.score.tiles.value_norm import value_norm
 
         known = int(self.order) if self.order in (1, 2) else 0
         return Tile(value_norm, (known,), (self.order,), keys=False, values=True)

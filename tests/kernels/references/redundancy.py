@@ -20,7 +20,7 @@ def targets(pairs: Tensor, threshold: float, forgive: int, end: str) -> list[lis
     return found
 
 
-def forgiven(pairs: Tensor, chosen: list[list[int]], empty_row: str) -> Tensor:
+def forgiven_similarity(pairs: Tensor, chosen: list[list[int]], empty_row: str) -> Tensor:
     """[n]: per column, the sum of the similarities of the rows that have `chosen` it."""
     sums = torch.zeros(len(chosen), dtype=pairs.dtype)
     for row, columns in enumerate(chosen):

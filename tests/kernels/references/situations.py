@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Geometry, View
-from kvpolicy_kernels.window import Window
+from kvpolicy_kernels.score.window_queries import WindowQueries
 from tests.kernels.scenes import DEVICE, Scene, scene
 
 
@@ -21,9 +21,9 @@ class Situation:
     protect: dict[str, int]  # sinks, recent
 
     @property
-    def window(self) -> Window:
+    def window(self) -> WindowQueries:
         """The queries as kernels are given them."""
-        return Window.of(self.queries, self.query_positions, self.scene.segments, self.scaling)
+        return WindowQueries.of(self.queries, self.query_positions, self.scene.segments, self.scaling)
 
     def padded(self, name: str) -> Tensor:
         """A column as [L, B, K, T, ...]; zeros (positions: -1) in slots that hold nothing."""

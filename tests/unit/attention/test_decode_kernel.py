@@ -50,7 +50,7 @@ def test_it_is_what_torch_gives(lengths, pads, votes, dtype, launches):
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
 @pytest.mark.parametrize("pads", [0, 1], ids=["full", "padded"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_followers_see_the_same(lengths, pads, votes, launches):
+def test_observers_see_the_same(lengths, pads, votes, launches):
     glimpses = []
     other = ForwardObserver(1, {"mine": ATTENTION + "2"}, lambda query_logits, _: glimpses.append(query_logits) or {})
     outputs, masses = [], []

@@ -12,7 +12,7 @@ from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.policy import Allocate, Compress, PolicySpec, Protect, Weighted
 from kvpolicy.stages.parameters import LARGEST, Integer, Nested, Number, rule_of
 from kvpolicy.stages.registry.plugins import registry
-from kvpolicy_plugins.pooling import Pool
+from kvpolicy_plugins.scorers.shared.pooling import Pool
 from tests.support.models import generate, model, prompt
 
 ATTENTION = {"use": "attention", "queries": 4}

@@ -12,10 +12,10 @@ from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
-from kvpolicy_plugins.pooling import Pool
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.redundancy import Redundancy
+from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 VARIANTS = (
     *(kind() for kind in PLUGINS if kind is not History),

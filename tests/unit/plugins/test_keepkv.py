@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Needs, QueryLogits
-from kvpolicy_plugins.estimates import MovingAverage, WindowMean
 from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
-from kvpolicy_plugins.merging import groups_of
+from kvpolicy_plugins.mergers.shared.merge_groups import groups_of
+from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage, WindowMean
 from tests.support.views import fresh_state, view_of
 
 FIRST_STAYS = torch.tensor([[[0]]])

@@ -7,7 +7,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
 from kvpolicy_plugins.codecs.kivi import Kivi
-from kvpolicy_plugins.packing import unpack
+from kvpolicy_plugins.codecs.shared.packing import unpack
 
 VARIANTS = (Kivi(), Kivi(2, 8, 64, 64, "full"), Kivi(8, 2, group=16, residual=16))
 CASES = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvpolicy_plugins.merging import (
+from kvpolicy_plugins.mergers.shared.merge_groups import (
     count_by_target,
     evicted_of,
     groups_of,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvpolicy_plugins.packing import pack, packed_size, unpack
+from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
 
 
 def bytes_of(numbers):

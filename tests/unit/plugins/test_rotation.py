@@ -8,10 +8,10 @@ import torch
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
-from kvpolicy_plugins.codebook import codebook, edges_between
 from kvpolicy_plugins.codecs import rotation
 from kvpolicy_plugins.codecs.rotation import Rotation, hadamard
-from kvpolicy_plugins.packing import unpack
+from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
+from kvpolicy_plugins.codecs.shared.packing import unpack
 
 CASES = [
     pytest.param(check, id=f"{codec.bits} bits: {name}")

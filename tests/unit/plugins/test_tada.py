@@ -8,9 +8,9 @@ import torch
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Sample, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
-from kvpolicy_plugins.bit_widths import least_error
+from kvpolicy_plugins.codecs.shared.bit_allocation import allocate_bits
+from kvpolicy_plugins.codecs.shared.packing import unpack
 from kvpolicy_plugins.codecs.tada import Tada
-from kvpolicy_plugins.packing import unpack
 
 HEADS, GROUP, DIM = 2, 2, 16
 GEOMETRY = Geometry((0, 1, 2), HEADS * GROUP, HEADS, DIM)
@@ -151,9 +151,9 @@ def test_least_error_is_the_best_of_all_choices():
         room = int(2 * layers * capacity)
         choices = [one for one in itertools.product(range(3), repeat=layers) if sum(costs[w] for w in one) <= room]
         best = min(choices, key=lambda one: sum(error[w] for error, w in zip(errors, one, strict=True)))
-        assert least_error(errors, costs, room) == best
+        assert allocate_bits(errors, costs, room) == best
 
 
 def test_least_error_breaks_ties_by_cost_and_then_by_layer():
-    assert least_error([[1.0, 1.0, 1.0]] * 3, (2, 4, 8), 24) == (0, 0, 0)
-    assert least_error([[2.0, 1.0], [2.0, 1.0]], (2, 4), 6) == (0, 1)
+    assert allocate_bits([[1.0, 1.0, 1.0]] * 3, (2, 4, 8), 24) == (0, 0, 0)
+    assert allocate_bits([[2.0, 1.0], [2.0, 1.0]], (2, 4), 6) == (0, 1)

@@ -9,9 +9,9 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from kvpolicy.errors import PluginContractError
-from kvpolicy.stages import Finish, Needs, Scorer, State, Tile, WindowUse
+from kvpolicy.stages import Needs, Postprocess, Scorer, State, Tile, WindowUse
 from kvpolicy.stages.conformance import check_plugin, conformance_cases
-from kvpolicy_kernels import score_kernel
+from kvpolicy_kernels.score import score_kernel
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from tests.unit.stages import tile_functions as functions
 
@@ -79,7 +79,7 @@ RIGHT = {
     "window": scorer(own_votes, Tile(functions.of_votes, window=WindowUse(4), keys=False), Needs(queries=4)),
     "softmax": scorer(
         lambda view: (norms(view) / 100).masked_fill(~view.valid, -torch.inf).softmax(-1).nan_to_num(),
-        Tile(functions.squared, arguments=(0.03,), finish=Finish(softmax=True)),
+        Tile(functions.squared, arguments=(0.03,), postprocess=Postprocess(softmax=True)),
     ),
 }
 
@@ -120,7 +120,7 @@ WRONG = {
             lambda view: (
                 norms(view) / norms(view).masked_fill(~view.candidates, 0.0).amax(-1, keepdim=True).clamp(min=1)
             ),
-            Tile(functions.squared, arguments=(3.0,), finish=Finish(normalise="max")),
+            Tile(functions.squared, arguments=(3.0,), postprocess=Postprocess(normalise="max")),
         ),
         "by its tile",
     ),
@@ -137,7 +137,7 @@ WRONG = {
         "for more entries than a tile",
     ),
     "what kernels refuse": (
-        scorer(norms, Tile(functions.squared, arguments=(3.0,), finish=Finish(pool="max", size=2))),
+        scorer(norms, Tile(functions.squared, arguments=(3.0,), postprocess=Postprocess(pool="max", size=2))),
         "offered a tile that kernels refuse: a pool of 2",
     ),
 }

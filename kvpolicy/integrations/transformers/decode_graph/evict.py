@@ -93,7 +93,7 @@ def _choose(
 
 def _compact_in_kernels(plan: Plan, held: Sequence[StaticSlots], kept: Sequence[Tensor]) -> bool:
     """What `_compact` does to all layers, in one launch; False, and nothing done, where kernels cannot."""
-    from kvpolicy_kernels.compact import compact
+    from kvpolicy_kernels.compact.compact import compact
 
     try:
         segments = _segments(held)

@@ -3,7 +3,7 @@
 import torch
 
 from kvpolicy_plugins.allocators.adaptive import Adaptive
-from kvpolicy_plugins.apportion import apportion, fill_evenly
+from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 from tests.support.allocating import counts_of
 
 
@@ -32,4 +32,4 @@ def test_negative_scores_have_a_mass_too():
 def test_shares_of_large_budgets_stay_exact():
     total = torch.tensor([10_000_001])
     room = torch.full((1, 3), 2**24)
-    assert apportion(fill_evenly(room, total), total).tolist() == [[3_333_334, 3_333_334, 3_333_333]]
+    assert apportion(water_fill(room, total), total).tolist() == [[3_333_334, 3_333_334, 3_333_333]]

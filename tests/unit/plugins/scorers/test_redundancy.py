@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvpolicy_plugins import lookalikes
 from kvpolicy_plugins.scorers.redundancy import Redundancy
+from kvpolicy_plugins.scorers.shared import similar_keys
 from tests.support import references
 from tests.support.views import view_of
 
@@ -30,16 +30,16 @@ def test_several_blocks(end, forgive, empty_row):
 @pytest.mark.parametrize("forgive", [1, 2, 5])
 @pytest.mark.parametrize("native", [True, False])
 def test_every_way_of_searching_finds_the_same(native, forgive, last, monkeypatch):
-    monkeypatch.setattr(lookalikes, "multiplies_bfloat16", lambda device: native)
-    monkeypatch.setattr(lookalikes, "_ROWS", 100)
-    monkeypatch.setattr(lookalikes, "_COLUMNS", (32, 128))
+    monkeypatch.setattr(similar_keys, "multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr(similar_keys, "_ROWS", 100)
+    monkeypatch.setattr(similar_keys, "_COLUMNS", (32, 128))
     keys = torch.stack([clustered(700, 40)[0, 0], clustered(700, 4)[0, 0].flip(0)])
     directions = torch.nn.functional.normalize(keys, dim=-1)
     valid = torch.ones(2, 700, dtype=torch.bool)
     valid[1, 600:] = False
     directions[1, 600:] = 0
-    expected = lookalikes.by_blocks(directions, 0.5, forgive, last=last)
-    found = lookalikes.forgiven(directions, valid, 0.5, forgive, last=last)
+    expected = similar_keys.by_blocks(directions, 0.5, forgive, last=last)
+    found = similar_keys.forgiven_similarity(directions, valid, 0.5, forgive, last=last)
     assert_close(found[0], expected[0], atol=1e-4, rtol=1e-5)
     assert torch.equal(found[1], expected[1])
     assert 0 < found[1].sum() <= 1300
@@ -52,7 +52,7 @@ def test_a_product_in_bfloat16_rules_out_no_look_alike(width, seed):
     one = torch.nn.functional.normalize(torch.randn(300, width, generator=random), dim=-1)
     exact = one.double() @ one.double().T
     coarse = (one.bfloat16() @ one.bfloat16().T).double()
-    assert (coarse > exact - lookalikes._MARGIN).all()
+    assert (coarse > exact - similar_keys._MARGIN).all()
 
 
 def test_nothing_grows_with_the_square_of_the_length(monkeypatch):

@@ -1,0 +1,30 @@
+"""Division of a number of entries into shares: water-filling and largest-remainder rounding."""
+
+import torch
+from torch import Tensor
+
+_FUZZ = 9  # decimals that float64 arithmetic on counts keeps; smaller differences are rounding errors
+
+
+def water_fill(room: Tensor, total: Tensor) -> Tensor:
+    """Water-filling: equal shares of `total` [...] along `room` [..., n], each at most its room; float64.
+
+    Each share is min(room, level), with one level for all, such that the shares sum to `total`.
+    """
+    ascending = room.double().sort(-1).values
+    below = ascending.cumsum(-1) - ascending
+    sharers = torch.arange(room.shape[-1], 0, -1, device=room.device)
+    levels = (total.double()[..., None] - below) / sharers  # if exactly the smaller rooms are full
+    return torch.minimum(room.double(), levels.amax(-1, keepdim=True))
+
+
+def apportion(quotas: Tensor, total: Tensor) -> Tensor:
+    """Largest-remainder rounding of float64 `quotas` [..., n] with sum `total` [...] to int64 with exactly that sum.
+
+    Each quota is rounded down or up. Ties in the remainder go to the lower index.
+    """
+    whole = (quotas + 10.0**-_FUZZ).floor()
+    remainders = (quotas - whole).round(decimals=_FUZZ)
+    order = remainders.argsort(dim=-1, descending=True, stable=True)
+    missing = total - whole.sum(-1).long()
+    return whole.long() + (order.argsort(-1) < missing[..., None])

@@ -1,0 +1,64 @@
+"""Bit packing of codes of 1 to 8 bits."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of `count` packed codes of `bits`."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Uint8 codes [..., n], each below 2^bits, to uint8 [..., ceil(n · bits / 8)].
+
+    Code i occupies the bits from i · bits on, lowest first; the rest of the last byte is 0. With bits of 1, 2, 4
+    or 8 and n · bits divisible by 32, the bytes viewed as int32 are the words of KIVI (arXiv:2402.02750).
+    """
+    wide = _codes_a_word(bits)
+    count = codes.shape[-1]
+    words = _words(torch.nn.functional.pad(codes, (0, -count % wide)), wide, wide)
+    for half in reversed(_halves(wide)):
+        low = _mask(half * bits, 16 * half, 8 * wide)
+        words = (words & low) | (words >> half * (8 - bits)).bitwise_and_(low << half * bits)
+    lanes = words[..., None].view(torch.uint8)[..., : wide * bits // 8]
+    return lanes.flatten(-2)[..., : packed_size(count, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack`: uint8 [..., ceil(count · bits / 8)] to uint8 codes [..., count]."""
+    wide = _codes_a_word(bits)
+    narrow = wide * bits // 8
+    if narrow == 1:
+        words = packed.to(_WORDS[wide])
+    else:
+        words = _words(torch.nn.functional.pad(packed, (0, -packed.shape[-1] % narrow)), narrow, wide)
+    for half in _halves(wide):
+        low = _mask(half * bits, 16 * half, 8 * wide)
+        words = (words << half * (8 - bits)).bitwise_and_(low << 8 * half).bitwise_or_(words & low)
+    return words[..., None].view(torch.uint8).flatten(-2)[..., :count]
+
+
+def _codes_a_word(bits: int) -> int:
+    """The fewest codes that fill whole bytes; unpacked, one byte each, they fill one machine word."""
+    return 8 // math.gcd(8, bits)
+
+
+def _halves(wide: int) -> list[int]:
+    """wide/2, wide/4, …, 1: the lanes that a word of `wide` codes is split into, in codes."""
+    return [wide >> level for level in range(1, wide.bit_length())]
+
+
+def _mask(ones: int, lane: int, width: int) -> int:
+    """`width` bits, of which the lowest `ones` of every `lane` are set."""
+    return sum(((1 << ones) - 1) << start for start in range(0, width, lane))
+
+
+def _words(packed: Tensor, narrow: int, wide: int) -> Tensor:
+    """Bytes [..., m · narrow] to words of `wide` bytes each [..., m], every one with the next `narrow` bytes."""
+    lanes = packed.unflatten(-1, (packed.shape[-1] // narrow, narrow))
+    return torch.nn.functional.pad(lanes, (0, wide - narrow)).contiguous().view(_WORDS[wide]).flatten(-2)

@@ -1,0 +1,151 @@
+"""Which kept entry each evicted entry is merged into, and sums over the entries merged into each kept one."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import attrs
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from kvpolicy.stages import View
+from kvpolicy.stages.slots import gather, indices_of
+from kvpolicy_kernels import UnsupportedInputError
+from kvpolicy_plugins.mergers.shared import merge_groups_kernels
+from kvpolicy_plugins.shared.kernel_device import runs_kernels
+
+_EPS = 1e-6
+
+
+def to_float(vectors: Tensor) -> Tensor:
+    """`vectors` in float32, or unchanged if float64."""
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
+
+
+def kept_index(kept: Tensor, slots: int) -> Tensor:
+    """Index of each slot in `kept` [B, K, N]: int64 [B, K, slots], -1 for a slot that is not kept."""
+    order = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+    index = kept.new_full((*kept.shape[:2], slots + 1), -1)  # the last column receives the padding of `kept`
+    return index.scatter(-1, kept.masked_fill(kept < 0, slots), order)[..., :slots]
+
+
+@attrs.frozen(eq=False)
+class Groups:
+    """Each kept entry with the evicted entries that are merged into it."""
+
+    target: Tensor  # int64 [B, K, T], index in `kept` of the entry that a slot is merged into; 0 for dropped slots
+    member: Tensor  # bool [B, K, T], kept or merged; the others are dropped
+    merged: Tensor  # bool [B, K, N], groups of more than one entry
+
+
+def groups_of(kept: Tensor, joins: Tensor, place: Tensor) -> Groups:
+    """Groups of `kept` [B, K, N] and the entries that join them: `joins` bool, `place` index in `kept`, [B, K, T]."""
+    own = kept_index(kept, joins.shape[-1])
+    target = torch.where(joins, place, own.clamp(min=0))
+    merged = count_by_target(joins.float(), target, kept.shape[-1]) > 0
+    return Groups(target, joins | (own >= 0), merged)
+
+
+def evicted_of(view: View, kept: Tensor) -> Tensor:
+    """Bool [B, K, T]: the entries of the view that are not in `kept` [B, K, N]."""
+    return view.valid & (kept_index(kept, view.positions.shape[-1]) < 0)
+
+
+def nearest(keys: Tensor, kept: Tensor, evicted: Tensor, *, block: int = 512) -> tuple[Tensor, Tensor]:
+    """For every evicted slot, the kept slot whose key has the largest cosine similarity.
+
+    Args:
+        keys: [B, K, T, D].
+        kept: int64 [B, K, N], -1 behind a head's last one.
+        evicted: bool [B, K, T].
+        block: evicted entries per step; at most `block` x N similarities exist at a time.
+
+    Returns:
+        The largest cosine similarity [B, K, T] (float32; float64 for float64 keys), and its index in `kept` [B, K, T]
+        int64, the lowest on ties. -inf and 0 for slots that are not evicted, or if none is kept.
+    """
+    if runs_kernels(keys.device):
+        with suppress(UnsupportedInputError):
+            return merge_groups_kernels.nearest(keys, kept, evicted)
+    survivors = _directions(gather(keys, kept)).transpose(-1, -2)
+    return nearest_by(lambda part: _directions(gather(keys, part)) @ survivors, kept, evicted, survivors.dtype, block)
+
+
+def nearest_by(
+    measure: Callable[[Tensor], Tensor], kept: Tensor, evicted: Tensor, dtype: torch.dtype, block: int = 512
+) -> tuple[Tensor, Tensor]:
+    """As `nearest`, for any similarity of that dtype: `measure` maps slots [B, K, E] (-1 = none) to [B, K, E, N]."""
+    similarity = torch.full(evicted.shape, -torch.inf, dtype=dtype, device=kept.device)
+    place = torch.zeros(evicted.shape, dtype=torch.int64, device=kept.device)
+    if kept.shape[-1] == 0:
+        return similarity, place
+    none = (kept < 0)[:, :, None]
+    for part in indices_of(evicted).split(block, dim=-1):
+        best, at = measure(part).masked_fill(none, -torch.inf).max(-1)  # the first of equals
+        similarity = _scatter(similarity, part, best)
+        place = _scatter(place, part, at)
+    return similarity, place
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    precise = to_float(vectors)
+    norms: Tensor = vector_norm(precise, dim=-1, keepdim=True)
+    return precise / norms.clamp(min=_EPS)
+
+
+def _scatter(onto: Tensor, slots: Tensor, values: Tensor) -> Tensor:
+    """`onto` [B, K, T] with `values` [B, K, E] written at `slots` [B, K, E]; slots of -1 are skipped."""
+    wider = torch.cat([onto, onto[..., :1]], -1)
+    return wider.scatter(-1, slots.masked_fill(slots < 0, onto.shape[-1]), values)[..., :-1]
+
+
+def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) -> Tensor:
+    """Weighted sums of the vectors that have the same target, in the dtype of the weights.
+
+    Args:
+        weights: [B, K, T], zero for vectors that are not added.
+        vectors: [B, K, T, D].
+        target: int64 [B, K, T], from 0 to count - 1.
+        count: number of targets.
+
+    Returns:
+        [B, K, count, D].
+    """
+    if runs_kernels(vectors.device):
+        with suppress(UnsupportedInputError):
+            return merge_groups_kernels.sum_by_target(weights, vectors, target, count)
+    parts = weights[..., None] * vectors.to(weights.dtype)
+    sums = parts.new_zeros(*parts.shape[:2], max(count, 1), parts.shape[-1])
+    return sums.scatter_add_(2, target[..., None].expand_as(parts), parts)[:, :, :count]
+
+
+def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
+    """Sums of the weights [B, K, T] that have the same target [B, K, T], as [B, K, count]."""
+    if runs_kernels(weights.device):
+        with suppress(UnsupportedInputError):
+            return merge_groups_kernels.count_by_target(weights, target, count)
+    sums = weights.new_zeros(*weights.shape[:2], max(count, 1))
+    return sums.scatter_add_(-1, target, weights)[..., :count]
+
+
+def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
+    """Log-sum-exp of the values with the same target; -inf for targets without values.
+
+    Args:
+        values: [B, K, ..., T] float32 or float64, -inf for values that are not added.
+        target: int64 [B, K, T], from 0 to count - 1; shared by the dimensions in between.
+        count: number of targets.
+
+    Returns:
+        [B, K, ..., count].
+    """
+    if runs_kernels(values.device):
+        with suppress(UnsupportedInputError):
+            return merge_groups_kernels.logsumexp_by_target(values, target, count)
+    between = [1] * (values.ndim - target.ndim)
+    index = target.reshape(*target.shape[:2], *between, target.shape[-1]).expand_as(values)
+    lowest = values.new_full((*values.shape[:-1], max(count, 1)), -torch.inf)
+    largest = lowest.scatter_reduce_(-1, index, values, "amax")
+    shift = largest.masked_fill(largest == -torch.inf, 0.0)
+    parts = (values - shift.gather(-1, index)).exp_()
+    return (torch.zeros_like(shift).scatter_add_(-1, index, parts).log_() + shift)[..., :count]

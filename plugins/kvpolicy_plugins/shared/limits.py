@@ -1,0 +1,12 @@
+"""Upper bounds of parameters whose cost grows with their value."""
+
+from kvpolicy.stages import Integer
+
+MOST_QUERIES = 4096  # each is stored and multiplied with every key; more than any published method uses
+MOST_CHANNELS = 4096  # per group; larger than any known head dimension
+WIDEST_POOL = 1023  # neighbours that every entry is compared with
+MOST_SEED = 2**32 - 1
+
+QUERIES = Integer(minimum=1, maximum=MOST_QUERIES)
+QUERIES_OR_ALL = Integer(minimum=0, maximum=MOST_QUERIES)
+SEED = Integer(minimum=0, maximum=MOST_SEED)
