@@ -78,6 +78,8 @@ class LayerMachine(RuleBasedStateMachine):
     """Appends, evictions, rollbacks and moves of rows."""
 
     ragged = False
+    spare = 0  # slots of a segment that storage may hold beyond what it is allowed
+    new_layer = staticmethod(new_layer)
 
     @initialize(
         rows=st.integers(1, 3),
@@ -92,7 +94,7 @@ class LayerMachine(RuleBasedStateMachine):
         self.plan = worth_plan(budget, every, sinks, recent, ragged=self.ragged, prefill=prefill, any_order=fills)
         assert self.plan.fills_holes == (fills and not self.ragged)
         self.budget, self.every, self.sinks, self.recent, self.prefill = budget, every, sinks, recent, prefill
-        self.layer = new_layer(self.plan)
+        self.layer = self.new_layer(self.plan)
         self.generator = torch.Generator().manual_seed(rows)
         self.names = 0
         self.batch = rows
@@ -257,8 +259,8 @@ class LayerMachine(RuleBasedStateMachine):
     @invariant()
     def stays_within_its_capacity(self):
         if self.seen and self.evicted and self.prefill and not self.layer.record_past:
-            most = len(self.rows) * HEADS * (self.budget + self.every)
-            assert self.layer.storage.slots.layout.slots <= most or self.layer.padded
+            most = len(self.rows) * HEADS * (self.budget + self.every + self.spare)
+            assert sum(map(sum, self.layer.storage.capacities)) <= most or self.layer.padded
 
 
 def _stacked(parts):

@@ -5,6 +5,7 @@ import torch
 
 from kvpolicy.attention.attend import attend
 from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.integrations.transformers.calls.padding_mask import NewTokens
 from kvpolicy.plan.plan import compile_policy
@@ -62,8 +63,8 @@ def worth_plan(budget=6, every=3, sinks=1, recent=2, *, ragged=False, prefill=Tr
     return plan_of(attrs.evolve(small("snapkv"), spec=spec))
 
 
-def new_layer(plan):
-    return PolicyLayer(plan, 0)
+def new_layer(plan, new_storage=SegmentedStorage):
+    return PolicyLayer(plan, 0, new_storage=new_storage)
 
 
 def random_entries(generator, rows, count, first_name=0):

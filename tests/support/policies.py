@@ -20,15 +20,15 @@ def held(cache):
 
 
 def _held(layer, row, head):
-    slots = layer.storage.slots.segment("positions", row, head).tolist()
+    slots = layer.storage.positions(row, head).tolist()
     real = [position for position in slots if position >= 0]
     assert real == sorted(real) or not layer.in_order
     return sorted(slots)
 
 
 def _rows(layer):
-    return range(layer.storage.slots.layout.rows)
+    return range(layer.storage.rows)
 
 
 def _heads(layer):
-    return range(layer.storage.slots.layout.heads)
+    return range(layer.storage.heads)
