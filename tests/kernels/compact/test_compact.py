@@ -19,7 +19,7 @@ NUMBERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch
 def chunks(request, monkeypatch):
     """As shipped, a short segment is one chunk and there are many programs; or many chunks and few programs."""
     if request.param == "many chunks":
-        monkeypatch.setattr(compact_ordered, "_IN_FLIGHT", 1024)
+        monkeypatch.setattr(compact_ordered, "_BYTES_IN_FLIGHT", 1024)
         monkeypatch.setattr(compact_ordered, "_MAX_ROWS", 32)
         monkeypatch.setattr(compact_ordered, "_BUSY", 0)
         monkeypatch.setattr(compact_holes, "_ROWS", 16)

@@ -130,9 +130,8 @@ def _votes_of(head):
 
 @pytest.mark.parametrize(("capacity", "busy"), [(None, 528), (700, 528), (700, 10), (None, 2)])
 def test_heads_of_several_blocks(capacity, busy, monkeypatch):
-    monkeypatch.setattr(
-        launch_config, "_CONCURRENT_PROGRAMS", busy
-    )  # a program takes one block of a head, some, or all
+    # a program takes one block of a head, some, or all
+    monkeypatch.setattr(launch_config, "_CONCURRENT_PROGRAMS", busy)
     given = situation([[[700, 130], [0, 65]]], capacity=capacity, votes=True)
     found = found_in(given, [VOTES, Tile(recency, keys=False, newest=True)])
 
