@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.errors import CacheError
+from kvpolicy.errors import CacheError, UnsupportedCallError
 
 _REMEDY = "call reset(), or start with a new cache"
 
@@ -101,10 +101,28 @@ class Integrity:
             forward = self._forward
             if self._open is not None or forward is None:
                 return
-            if forward.updated != forward.settled:
-                raise CacheError(self._fault())
-            self._require_members(forward)
+            self._require_complete(forward)
         self._forward = None
+
+    def require_complete(self) -> None:
+        """Raise CacheError when the forward in progress left out layers, or did not attend in some of them."""
+        if self._open is not None:
+            raise CacheError(self._fault())
+        if self._forward is not None:
+            self._require_complete(self._forward)
+
+    def _require_complete(self, forward: _Forward) -> None:
+        if forward.updated != forward.settled:
+            raise CacheError(self._fault())
+        self._require_members(forward)
+
+    def require_announced(self, layer: int) -> None:
+        """Raise UnsupportedCallError unless somebody will say when the forward in progress has returned."""
+        if self._forward is None or not self._forward.announced:
+            raise UnsupportedCallError(
+                f"layer {layer}: the policy reads prompts again when the model's forward has returned, and this is a "
+                "forward of a part of it, or a compiled one: call the model that the policy is attached to"
+            )
 
     def require_ready(self, layer: int) -> None:
         """Raise CacheError when the layer cannot take tokens: it has those of an earlier forward, which failed."""

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy.cache.integrity import Integrity
+from kvpolicy.cache.prompt_tokens import PromptTokens
 from kvpolicy.cache.regions import Regions
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
@@ -35,16 +36,20 @@ class PolicyCache(DynamicCache):
 
     owner: CacheOwner | None = None  # of the attachment that it was made for
 
-    def __init__(self, plan: Plan, config: PretrainedConfig, regions: Regions | None = None) -> None:
+    def __init__(
+        self, plan: Plan, config: PretrainedConfig, regions: Regions | None = None, tokens: object = None
+    ) -> None:
+        """`regions` and `tokens` are those of the request; tokens count only where a scorer reads prompts again."""
         super().__init__(config=config)
         self.plan = plan
         self._config = config
         self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
-        self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all)
+        self.prompt = PromptTokens(tokens) if plan.passes else None
+        self.scheduler = CompressionScheduler(plan, waits=plan.waits_for_all, prompt=self.prompt)
         self.spans = RequestSpans(plan.spec.protect, regions)
         for ordinal, layer in enumerate(plan.geometry.managed):
-            self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans)
+            self.layers[layer] = PolicyLayer(plan, ordinal, self.scheduler, self.integrity, self.spans)
 
     @property
     def managed(self) -> list[PolicyLayer]:
@@ -89,12 +94,18 @@ class PolicyCache(DynamicCache):
         Layers that waited for the end of the step are compressed now, if the model's last layer was left out.
         """
         with exact(self.plan.device.type):
-            self._scheduler.end()
+            self.scheduler.end()
         self.integrity.end_forward()
 
     def expect_prompt(self, end: int | None) -> None:
-        """Say that the prompt of a generation ends behind `end` tokens: what follows in its forward are candidates."""
-        self._scheduler.prompt_end = end
+        """Say that the prompt of a generation ends behind `end` tokens: what follows in its forward are candidates.
+
+        Where a scorer reads prompts again, all forwards until then are one prompt. Otherwise each forward of more than
+        one token is one by itself.
+        """
+        self.scheduler.prompt_end = end
+        if self.prompt is not None:
+            self.prompt.expect(end)
 
     def retire(self, reason: str) -> None:
         """Refuse every further change with CacheError(reason); lengths, reports and copies can still be had."""
@@ -125,7 +136,7 @@ class PolicyCache(DynamicCache):
     def reset(self) -> None:
         """Empty the cache, which can then be used like a new one, whatever had happened to it."""
         with self.integrity.renewal():
-            self._scheduler.clear()
+            self.scheduler.clear()
             self.spans.clear()
             for layer in self.managed:
                 layer.empty()
@@ -176,7 +187,9 @@ class PolicyCache(DynamicCache):
             for _, other in self._stock:
                 if _rows_of(other) and (count or getattr(other, "record_past", False)):
                     other.crop(-count)
-            self._scheduler.end()
+            if self.prompt is not None:
+                self.prompt.crop(self.get_seq_length(), count)
+            self.scheduler.end()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was. Raises CacheError, before any change, for rows not held."""
@@ -197,6 +210,8 @@ class PolicyCache(DynamicCache):
         require_rows(self.rows, rows)
         with self._changing("move of rows"):
             self.spans.select_rows(rows)
+            if self.prompt is not None:
+                self.prompt.select_rows(rows)
             for layer in self.managed:
                 layer.move_rows(rows)
             for _, other in self._stock:
@@ -234,6 +249,8 @@ class PolicyCache(DynamicCache):
         regions = self.spans.regions
         other = PolicyCache(self.plan, self._config, None if regions is None else regions.select(chosen))
         other.spans.go_on_as(self.spans, chosen)
+        if self.prompt is not None and other.prompt is not None:
+            other.prompt.go_on_as(self.prompt, chosen)
         for layer, fresh in zip(self.managed, other.managed, strict=True):
             layer.take_back_storage()
             fresh.restore(layer.state.selected(chosen) if layer.is_initialized else layer.state.copied())

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kvpolicy.errors import one_line
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.contracts import Merger, Observer, Plugin, QueryLogits, Scorer
+from kvpolicy.stages.contracts import Merger, Observer, Plugin, Scorer
 from kvpolicy.stages.declared import needs_of, row_state_of, slot_state_of
 from kvpolicy.stages.geometry import Geometry
+from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.slots import take
 from kvpolicy.stages.view import View
 
