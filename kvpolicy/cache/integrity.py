@@ -101,20 +101,18 @@ class Integrity:
             forward = self._forward
             if self._open is not None or forward is None:
                 return
-            self._require_complete(forward)
+            if forward.updated != forward.settled:
+                raise CacheError(self._fault())
+            self._require_members(forward)
         self._forward = None
 
     def require_complete(self) -> None:
         """Raise CacheError when the forward in progress left out layers, or did not attend in some of them."""
-        if self._open is not None:
+        forward = self._forward
+        if self._open is not None or (forward is not None and forward.updated != forward.settled):
             raise CacheError(self._fault())
-        if self._forward is not None:
-            self._require_complete(self._forward)
-
-    def _require_complete(self, forward: _Forward) -> None:
-        if forward.updated != forward.settled:
-            raise CacheError(self._fault())
-        self._require_members(forward)
+        if forward is not None:
+            self._require_members(forward)
 
     def require_announced(self, layer: int) -> None:
         """Raise UnsupportedCallError unless somebody will say when the forward in progress has returned."""

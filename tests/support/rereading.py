@@ -58,18 +58,7 @@ def forwards(model):
     return seen, handle
 
 
-def most_attention(model, tokens, chunk, spans=None):
-    """By layer, what every entry of one row gets at most from each chunk read behind the whole: [K, n] float64.
-
-    From the plain model, run on [tokens, chunk] for each chunk, whose eager attention weights are told.
-    """
-    model.set_attn_implementation("eager")
-    count, heads = tokens.shape[1], model.config.num_key_value_heads
-    most = [torch.zeros(heads, count, dtype=torch.float64) for _ in range(model.config.num_hidden_layers)]
-    for part in tokens.split(chunk, 1):
-        with torch.no_grad():
-            attentions = model(torch.cat([tokens, part], 1), output_attentions=True, use_cache=False).attentions
-        for layer, weights in enumerate(attentions):
-            seen = weights[0, :, count:, :count].double().unflatten(0, (heads, -1)).amax((1, 2))
-            most[layer] = most[layer].maximum(seen)
-    return most
+def read(one, cache, tokens, mask=None, **call):
+    """The logits of a forward."""
+    with torch.no_grad():
+        return one(input_ids=tokens, attention_mask=mask, past_key_values=cache, **call).logits

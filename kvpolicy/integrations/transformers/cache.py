@@ -46,10 +46,10 @@ class PolicyCache(DynamicCache):
         self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
         self.prompt = PromptTokens(tokens) if plan.passes else None
-        self.scheduler = CompressionScheduler(plan, waits=plan.waits_for_all, prompt=self.prompt)
+        self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all, prompt=self.prompt)
         self.spans = RequestSpans(plan.spec.protect, regions)
         for ordinal, layer in enumerate(plan.geometry.managed):
-            self.layers[layer] = PolicyLayer(plan, ordinal, self.scheduler, self.integrity, self.spans)
+            self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans)
 
     @property
     def managed(self) -> list[PolicyLayer]:
@@ -94,8 +94,13 @@ class PolicyCache(DynamicCache):
         Layers that waited for the end of the step are compressed now, if the model's last layer was left out.
         """
         with exact(self.plan.device.type):
-            self.scheduler.end()
+            self._scheduler.end()
         self.integrity.end_forward()
+
+    def due_after_prompt(self) -> list[int]:
+        """Rows that the prompt, which has come in all layers, leaves with more than they may hold."""
+        with exact(self.plan.device.type):
+            return self._scheduler.due_after_prompt([layer for layer in self.managed if layer.is_initialized])
 
     def expect_prompt(self, end: int | None) -> None:
         """Say that the prompt of a generation ends behind `end` tokens: what follows in its forward are candidates.
@@ -103,7 +108,7 @@ class PolicyCache(DynamicCache):
         Where a scorer reads prompts again, all forwards until then are one prompt. Otherwise each forward of more than
         one token is one by itself.
         """
-        self.scheduler.prompt_end = end
+        self._scheduler.prompt_end = end
         if self.prompt is not None:
             self.prompt.expect(end)
 
@@ -136,7 +141,7 @@ class PolicyCache(DynamicCache):
     def reset(self) -> None:
         """Empty the cache, which can then be used like a new one, whatever had happened to it."""
         with self.integrity.renewal():
-            self.scheduler.clear()
+            self._scheduler.clear()
             self.spans.clear()
             for layer in self.managed:
                 layer.empty()
@@ -189,7 +194,7 @@ class PolicyCache(DynamicCache):
                     other.crop(-count)
             if self.prompt is not None:
                 self.prompt.crop(self.get_seq_length(), count)
-            self.scheduler.end()
+            self._scheduler.end()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was. Raises CacheError, before any change, for rows not held."""

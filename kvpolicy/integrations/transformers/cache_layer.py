@@ -177,6 +177,9 @@ class PolicyLayer(TransferableLayer):
         """The slots [B, K, n] that the reader picks for a decode step; None = all."""
         if batch.queries.shape[2] > 1 or not self.plan.selective:
             return None
+        prompt = self.scheduler.prompt
+        if prompt is not None and prompt.is_prompt:  # one token of it
+            return None
         return chosen_by(self.plan.spec.read, read_request(self.plan, self.storage, batch, self.ordinal))
 
     def _note_reading(self, batch: QueryBatch, slots: Tensor | None) -> None:

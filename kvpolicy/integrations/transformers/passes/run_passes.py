@@ -56,15 +56,14 @@ def read_prompt(cache: "PolicyCache", prompt: PromptTokens, model: PreTrainedMod
     seen, arrived = cache.get_seq_length(), prompt.arriving
     if not prompt.commit(seen) or arrived is None:
         return
-    layers = [layer for layer in cache.managed if layer.is_initialized]
-    with exact(cache.plan.device.type):
-        rows = cache.scheduler.due_after_prompt(layers)
+    rows = cache.due_after_prompt()
     if rows:
         _Passes(cache, model, arrived, seen).run(dict(zip(rows, prompt.unread(rows), strict=True)))
         prompt.forget(rows)
     prompt.is_prompt = False
-    for layer in layers:
-        layer.compress_prompt()
+    for layer in cache.managed:
+        if layer.is_initialized:
+            layer.compress_prompt()
 
 
 class _Passes:
