@@ -117,12 +117,12 @@ class PromptTokens:
     def unread(self, rows: Sequence[int]) -> list[Tensor]:
         """For each of the rows, the ids of its newest tokens, which no pass has read: int64 [n], in host memory."""
         ids = self._joined().cpu()
-        return [ids[row][ids[row] >= 0] for row in rows]
+        return [ids[row][ids[row] >= 0] for row in rows] if ids.numel() else [ids.flatten()] * len(rows)
 
     def forget(self, rows: Sequence[int]) -> None:
         """The rows have been read."""
         ids = self._joined()
-        ids[list(rows)] = _NONE
+        ids[list(rows)] = _NONE  # a copy
         self._chunks = [ids] if bool((ids >= 0).any()) else []
 
     def crop(self, seen: int, count: int) -> None:

@@ -141,9 +141,9 @@ def _check_pass(scorer: Scorer, one: Pass, end: int) -> None:
     if spans is None:
         return
     if type(spans) is not tuple or len(spans) > _MOST_SPANS or not all(_is_span(span, end) for span in spans):
+        found = one_line(spans, 60)
         raise contract_error(
-            scorer,
-            f"gave a pass with the spans {str(spans)[:60]}, expected up to {_MOST_SPANS} of positions below {end}",
+            scorer, f"gave a pass with spans {found}, expected up to {_MOST_SPANS} (start, stop) to {end}"
         )
 
 

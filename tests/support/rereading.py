@@ -4,7 +4,7 @@ import attrs
 import torch
 
 from kvpolicy.spec.policy import Weighted
-from kvpolicy.stages import Integer, Needs, Pass, Scorer, State, parameter
+from kvpolicy.stages import Flag, Integer, Needs, Pass, Scorer, State, parameter
 from tests.support.policies import small
 
 
@@ -15,7 +15,7 @@ class Reread(Scorer):
     name = "reread"
 
     chunk: int = parameter(Integer(minimum=1), 5, help="tokens of a pass")
-    nearby: bool = False  # whether a pass is shown the entries of its own chunk, and protected ones, only
+    nearby: bool = parameter(Flag(), False, help="show a pass the entries of its own chunk and the sinks only")
 
     def needs(self):
         return Needs(passes=True)

@@ -57,9 +57,10 @@ def read_prompt(cache: "PolicyCache", prompt: PromptTokens, model: PreTrainedMod
     if not prompt.commit(seen) or arrived is None:
         return
     rows = cache.due_after_prompt()
-    if rows:
-        _Passes(cache, model, arrived, seen).run(dict(zip(rows, prompt.unread(rows), strict=True)))
-        prompt.forget(rows)
+    unread = {row: ids for row, ids in zip(rows, prompt.unread(rows), strict=True) if ids.numel()}
+    if unread:
+        _Passes(cache, model, arrived, seen).run(unread)
+        prompt.forget(list(unread))
     prompt.is_prompt = False
     for layer in cache.managed:
         if layer.is_initialized:
