@@ -76,7 +76,8 @@ class Scorer(Observer):
         """Token sequences to be read behind a prompt before it is compressed; asked if `needs().passes`.
 
         Each is forwarded by itself over all that the row holds, at the positions behind its last token, and dropped
-        again. A row that holds no more than its budget is not asked: its entries keep the state that they have.
+        again. A row that holds no more than its budget is not asked: its entries keep the state that they have, also
+        where decoding goes beyond the budget later, and its tokens are part of the next prompt that is read.
         """
         return ()
 

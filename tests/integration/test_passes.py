@@ -390,6 +390,36 @@ def test_steps_of_fixed_shapes_go_on_behind_the_prompt(steps):
     assert all(close(*pair) for pair in zip(found.logits, expected.logits, strict=True))
 
 
+@attrs.frozen
+class Noting(Reread):
+    """Keeps the prompts that it is asked about in a list that is its parameter."""
+
+    name = "noting"
+
+    asked: list = attrs.field(factory=list, eq=False)
+
+    def passes(self, prompt):
+        self.asked.append(prompt)
+        return super().passes(prompt)
+
+
+def test_a_scorer_is_told_what_is_protected_and_where_a_prompt_starts():
+    scorer, tokens = Noting(), prompt(40)[0]
+    with rereading(scorer=scorer, protect={"sinks": 2, "recent": 4, "regions": ["tools"]}).attach(
+        build()
+    ) as attachment:
+        cache = attachment.cache(regions={"tools": [(5, 7), (25, 40)]})
+        read(attachment.model, cache, tokens[:, :30])
+        read(attachment.model, cache, tokens[:, 30:31])
+        read(attachment.model, cache, tokens[:, 31:])
+    first, second = scorer.asked
+    assert (first.start, second.start) == (0, 30)
+    assert torch.equal(first.tokens, tokens[0, :30])
+    assert torch.equal(second.tokens, tokens[0, 30:])
+    assert first.protected.nonzero().flatten().tolist() == [0, 1, 5, 6, *range(25, 30)]
+    assert second.protected.nonzero().flatten().tolist() == [0, 1, 5, 6, *range(25, 40)]
+
+
 # -- what cannot be had ----------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """Reads prompts again: what happens before and after each forward of a policy whose scorers ask for it."""
 
 import inspect
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,9 @@ from kvpolicy.stages.checks import contract_error
 
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers.cache import PolicyCache
+
+_AT_A_TIME = threading.Lock()
+_locks: "weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock]" = weakref.WeakKeyDictionary()
 
 
 def expect_tokens(cache: "PolicyCache", prompt: PromptTokens, tokens: ForwardTokens | None) -> None:
@@ -128,11 +133,16 @@ class _Passes:
 
 @contextmanager
 def _as_it_is(model: PreTrainedModel) -> Iterator[None]:
-    """The model is in evaluation mode, without gradients; it, its buffers and random numbers are then as they were."""
-    snapshot = Snapshot(model)
+    """The model is in evaluation mode, without gradients; it, its buffers and random numbers are then as they were.
 
-    with Restoring(snapshot.restore), Restoring(snapshot.restore), torch.no_grad():
-        snapshot.spare_buffers(model)
-        if any(module.training for module in model.modules()):
-            model.eval()
-        yield
+    One thread at a time: what another one finds changed for a while it would put back for good.
+    """
+    with _AT_A_TIME:
+        lock = _locks.setdefault(model, threading.Lock())
+    with lock:
+        snapshot = Snapshot(model)
+        with Restoring(snapshot.restore), Restoring(snapshot.restore), torch.no_grad():
+            snapshot.spare_buffers(model)
+            if any(module.training for module in model.modules()):
+                model.eval()
+            yield
