@@ -405,9 +405,8 @@ class Noting(Reread):
 
 def test_a_scorer_is_told_what_is_protected_and_where_a_prompt_starts():
     scorer, tokens = Noting(), prompt(40)[0]
-    with rereading(scorer=scorer, protect={"sinks": 2, "recent": 4, "regions": ["tools"]}).attach(
-        build()
-    ) as attachment:
+    protect = {"sinks": 2, "recent": 4, "regions": ["tools"]}
+    with rereading(25, scorer=scorer, protect=protect).attach(build()) as attachment:
         cache = attachment.cache(regions={"tools": [(5, 7), (25, 40)]})
         read(attachment.model, cache, tokens[:, :30])
         read(attachment.model, cache, tokens[:, 30:31])

@@ -210,7 +210,10 @@ def test_fused_steps_count_what_is_protected():
 def test_a_plan_says_whether_all_layers_hold_a_whole_prompt():
     """Where they compete, and where a scorer reads prompts again."""
     ours = compile_policy(rereading().spec, Geometry((0, 1), QUERY_HEADS, HEADS, DIM), "cpu", torch.float32)
-    whole = {"competing": explained("snapkv", budget=16, allocate={"joint": {"use": "global"}}), "again": explain(ours)}
+    whole = {
+        "competing": explained("snapkv", 1000, budget=64, allocate={"joint": {"use": "global"}}),
+        "again": explain(ours, 1000),
+    }
     for one in whole.values():
         assert "all layers hold all of a prompt until it is compressed" in str(one)
-    assert not explained("snapkv", budget=16).whole_prompt
+    assert not explained("snapkv", 1000, budget=64).whole_prompt
