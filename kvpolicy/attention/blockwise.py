@@ -27,9 +27,9 @@ def attend_blockwise(
         observe_queries(part, batch, observers)  # the newest queries of a row are not the last columns
         observers = ()
     outputs = []
-    for block, after in _query_blocks(part, batch):
+    for block, after in query_blocks(part, batch):
         seen = part.seen_before(after)
-        query_logits = QueryLogits(_logits(seen, block), seen.log_votes)
+        query_logits = QueryLogits(entry_logits(seen, block), seen.log_votes)
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
         out = reduce(torch.add, (_weighted(seen, weights, slots) for slots in seen.blocks()))
@@ -42,9 +42,9 @@ def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[
     most = max((one.count for one in observers), default=0)
     if not most:
         return
-    for block, after in _query_blocks(part, batch.newest_real(min(most, batch.queries.shape[2]))):
+    for block, after in query_blocks(part, batch.newest_real(min(most, batch.queries.shape[2]))):
         seen = part.seen_before(after)
-        update_observers(seen, QueryLogits(_logits(seen, block), seen.log_votes), after, observers)
+        update_observers(seen, QueryLogits(entry_logits(seen, block), seen.log_votes), after, observers)
 
 
 def update_observers(
@@ -64,7 +64,7 @@ def update_observers(
             part.write_column(observer.columns[name], new)
 
 
-def _query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[QueryBatch, int]]:
+def query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[QueryBatch, int]]:
     """Blocks of queries, and how many come after each."""
     count, heads = batch.queries.shape[2], batch.queries.shape[1]
     size = max(1, _LOGITS // max(1, heads * part.length))
@@ -73,7 +73,7 @@ def _query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[Quer
         yield batch.first(stop).newest(stop - start), count - stop
 
 
-def _logits(part: AttendedSlots, batch: QueryBatch) -> Tensor:
+def entry_logits(part: AttendedSlots, batch: QueryBatch) -> Tensor:
     """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot."""
     heads, count = part.positions.shape[1], batch.queries.shape[2]
     queries = batch.queries.unflatten(1, (heads, -1)).flatten(2, 3)  # [b, k, G·q, D]: keys are read once

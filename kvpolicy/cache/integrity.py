@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.errors import CacheError
+from kvpolicy.errors import CacheError, UnsupportedCallError
 
 _REMEDY = "call reset(), or start with a new cache"
 
@@ -105,6 +105,22 @@ class Integrity:
                 raise CacheError(self._fault())
             self._require_members(forward)
         self._forward = None
+
+    def require_complete(self) -> None:
+        """Raise CacheError when the forward in progress left out layers, or did not attend in some of them."""
+        forward = self._forward
+        if self._open is not None or (forward is not None and forward.updated != forward.settled):
+            raise CacheError(self._fault())
+        if forward is not None:
+            self._require_members(forward)
+
+    def require_announced(self, layer: int) -> None:
+        """Raise UnsupportedCallError unless somebody will say when the forward in progress has returned."""
+        if self._forward is None or not self._forward.announced:
+            raise UnsupportedCallError(
+                f"layer {layer}: the policy reads prompts again when the model's forward has returned, and this is a "
+                "forward of a part of it, or a compiled one: call the model that the policy is attached to"
+            )
 
     def require_ready(self, layer: int) -> None:
         """Raise CacheError when the layer cannot take tokens: it has those of an earlier forward, which failed."""

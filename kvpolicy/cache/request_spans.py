@@ -82,6 +82,13 @@ class RequestSpans:
         whole = [(0, sinks), (max(0, tokens - recent), tokens), *self._protected(row)]
         return _covered([(start, min(stop, tokens)) for start, stop in whole])
 
+    def protected_tokens(self, row: int, tokens: int, sinks: int, recent: int) -> Tensor:
+        """Which of the first `tokens` tokens of a row are protected, bool [tokens] in host memory."""
+        protected = torch.zeros(tokens, dtype=torch.bool)
+        for start, stop in [(0, sinks), (max(0, tokens - recent), tokens), *self._protected(row)]:
+            protected[start:stop] = True
+        return protected
+
     def _protected(self, row: int) -> list[Interval]:
         spans = []
         if self.protect.prompt and self.prompt:

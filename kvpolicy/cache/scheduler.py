@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.compaction.batched_compaction import compact_layers
+from kvpolicy.cache.prompt_tokens import PromptTokens
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.trigger import entries_allowed
@@ -40,6 +41,9 @@ class Compressible(Protocol):
     def min_entries(self, num_tokens: Sequence[int]) -> list[int]:
         """Entries per KV head that each row must keep because the policy protects spans of it; 0 where it does not."""
 
+    def due_after_prompt(self) -> list[int]:
+        """Rows that hold too much once a prompt has come."""
+
     def close_gaps(self) -> None:
         """Drop the pads."""
 
@@ -65,15 +69,17 @@ class CompressionScheduler:
     A prompt is compressed layer by layer, so that no more than one layer holds all of it. While decoding, the slack of
     `every` slots lets layers that kernels serve wait for the end of the step: then the host waits for the device once,
     and one launch of each kernel is for all. Layers whose views are copies do not wait: all copies at once would cost
-    what the policy saves. Where layers compete for the budget, all wait, after a prompt too.
+    what the policy saves. Where layers compete for the budget, all wait, after a prompt too; so they do where a scorer
+    reads prompts again, until the passes are over.
     """
 
-    def __init__(self, plan: Plan, *, waits: bool) -> None:
+    def __init__(self, plan: Plan, *, waits: bool, prompt: PromptTokens | None = None) -> None:
         self.plan = plan
         self.waits = waits  # whether somebody says when a step ends
         self._due: list[tuple[Compressible, Rows]] = []  # a layer may wait with several groups of rows
         self._attended: list[Compressible] = []  # layers that compete, once they have attended in this forward
         self._decoding = True  # whether that forward is a decode step
+        self.prompt = prompt  # ids of its tokens, where a scorer reads prompts again
         self.prompt_end: int | None = None  # how many tokens the prompt ends behind, where `generate` has told
         self._arrived: tuple[object, Tensor] | None = None
 
@@ -100,6 +106,15 @@ class CompressionScheduler:
     def clear(self) -> None:
         """Forget who was due: the cache has been emptied."""
         self._due, self._attended, self.prompt_end = [], [], None
+        if self.prompt is not None:
+            self.prompt.clear()
+
+    def due_after_prompt(self, layers: Sequence[Compressible]) -> list[int]:
+        """Rows that a prompt, which has come in all of these layers, leaves with too many entries."""
+        if not self.plan.compresses_jointly:
+            return sorted({row for layer in layers for row in layer.due_after_prompt()})
+        self._decoding = False
+        return self._rows_due(layers)
 
     def end(self) -> None:
         """The step is over for all layers."""

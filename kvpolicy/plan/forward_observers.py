@@ -62,7 +62,7 @@ class PluginUpdate:
     watched: bool  # told when the plan is made: this is called at every token, and traced by compilers
 
     def __call__(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        told = _told(query_logits)  # of NaN it would remember NaN for good
+        told = hide_faulty(query_logits)  # of NaN it would remember NaN for good
         if self.watched:
             with untouched(self.plugin, tensors_of_query_logits(told, state)):
                 fresh = self.plugin.observe_forward(told, state)
@@ -91,10 +91,13 @@ def _sound_mass(query_logits: QueryLogits) -> Tensor:
     return query_logits.probabilities.nansum(3).masked_fill((logits.isnan() & some).any(3), torch.nan)
 
 
-def _told(query_logits: QueryLogits) -> QueryLogits:
-    """A query does not see an entry to which its logit is NaN or +inf."""
+def hide_faulty(query_logits: QueryLogits) -> QueryLogits:
+    """The same logits; a query does not see an entry to which its logit is NaN or +inf."""
+    own = query_logits.own
+    if own is not None:
+        own = own.masked_fill(~(own < torch.inf), -torch.inf)
     wrong = ~(query_logits.logits < torch.inf)
     # Only a host can look without making a device wait.
     if wrong.device.type == "cpu" and not bool(wrong.any()):
-        return query_logits
-    return QueryLogits(query_logits.logits.masked_fill(wrong, -torch.inf), query_logits.log_votes)
+        return query_logits if own is None else attrs.evolve(query_logits, own=own)
+    return QueryLogits(query_logits.logits.masked_fill(wrong, -torch.inf), query_logits.log_votes, own)

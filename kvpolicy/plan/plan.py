@@ -14,6 +14,7 @@ from kvpolicy.plan.compress.fusion import Fusion, fusion_of
 from kvpolicy.plan.compress.warm_up import warm_up
 from kvpolicy.plan.footprint import Footprint
 from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver, forward_observers_of, observing_plugins
+from kvpolicy.plan.passes import PassObserver, pass_observers_of
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Rotary, Site
 from kvpolicy.stages.declared import (
@@ -49,6 +50,7 @@ class Plan:
     observers: tuple[ForwardObserver, ...]
     budgets: Budgets
     fusion: Fusion  # which stages run in kernels, and why others do not
+    passes: tuple[PassObserver, ...] = ()  # scorers that read a prompt again before it is compressed
     calibration: str = ""  # digest of what the store was calibrated with, "" when it needs nothing
 
     @cached_property
@@ -168,6 +170,7 @@ def compile_policy(
         formats=formats,
         page_formats=pages,
         observers=forward_observers_of(spec),
+        passes=pass_observers_of(spec),
         budgets=Budgets(spec, geometry, footprint),
         fusion=_fusion(spec, geometry, device, dtype, kernels),
         calibration=calibration.digest if spec.store.calibrated and calibration is not None else "",

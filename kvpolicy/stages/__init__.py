@@ -13,7 +13,6 @@ from kvpolicy.stages.contracts import (
     Needs,
     Observer,
     Plugin,
-    QueryLogits,
     Reader,
     ReadRequest,
     Scorer,
@@ -33,6 +32,8 @@ from kvpolicy.stages.parameters import (
     Text,
     parameter,
 )
+from kvpolicy.stages.prompt_passes import Pass, Prompt
+from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.registry.hooks import hookimpl
 from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.slots import gather, indices_of
@@ -64,9 +65,11 @@ __all__ = [
     "Number",
     "Observer",
     "PackedColumn",
+    "Pass",
     "Plugged",
     "Plugin",
     "Postprocess",
+    "Prompt",
     "QueryLogits",
     "ReadRequest",
     "Reader",

@@ -2,7 +2,6 @@
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import ClassVar
 
 import attrs
@@ -12,6 +11,8 @@ from torch import Tensor
 from kvpolicy.stages.calibrated import check_finite
 from kvpolicy.stages.formats import AsIs, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
+from kvpolicy.stages.prompt_passes import Pass, Prompt
+from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.view import View
 from kvpolicy_kernels import Tile
 
@@ -31,6 +32,7 @@ class Needs:
     queries: int = 0  # W, the last queries to keep
     attention: bool = False  # the mass each entry receives, summed over all queries
     forward_queries: int = 0  # how many of the newest queries of every forward `observe_forward` is shown
+    passes: bool = False  # whether a scorer reads prompts again: `Scorer.passes`
 
 
 @attrs.frozen
@@ -39,23 +41,6 @@ class State:
 
     name: str
     fill: float = 0.0
-
-
-@attrs.frozen(eq=False)
-class QueryLogits:
-    """What the newest w queries of a forward see of the entries, those of the forward itself included.
-
-    It is taken from the attention that is computed anyway; `logits` are -inf where a query does not see an entry.
-    """
-
-    logits: Tensor  # [B, K, G, w, T] float32, scaled q·k without votes, oldest query first
-    log_votes: Tensor | None = None  # [B, K, T] float32
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """[B, K, G, w, T] float32: attention with votes; zeros for a query that sees nothing, such as a pad's."""
-        logits = self.logits if self.log_votes is None else self.logits + self.log_votes[:, :, None, None]
-        return logits.softmax(-1).masked_fill_(self.logits == -torch.inf, 0.0)
 
 
 class Observer(Plugin):
@@ -86,6 +71,23 @@ class Scorer(Observer):
     @abc.abstractmethod
     def score(self, view: View) -> Tensor:
         """Float32 [B, K, T], larger = keep. Only candidates are compared; other slots may hold any number."""
+
+    def passes(self, prompt: Prompt) -> Sequence[Pass]:  # noqa: ARG002 the default reads nothing again
+        """Token sequences to be read behind a prompt before it is compressed; asked if `needs().passes`.
+
+        Each is forwarded by itself over all that the row holds, at the positions behind its last token, and dropped
+        again. A row that holds no more than its budget is not asked: its entries keep the state that they have, also
+        where decoding goes beyond the budget later, and its tokens are part of the next prompt that is read.
+        """
+        return ()
+
+    def observe_pass(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """New values of slot state, each [B, K, T] float32, of the entries that a pass shows.
+
+        Called with some queries of a pass at a time, oldest first, so how they are cut must not matter. Rows whose pass
+        is shorter have pads behind it, which see nothing.
+        """
+        return {}
 
     def in_any_order(self) -> bool:
         """Whether an entry scores the same in whichever slot it stands.

@@ -5,21 +5,26 @@ becomes a PluginContractError, which names the plugin and the method, before a m
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError, described, one_line, shown
 from kvpolicy.stages.checks import contract_error
 from kvpolicy.stages.contracts import Codec, Merger, Needs, Observer, Plugin, Reader, Scorer, State
 from kvpolicy.stages.formats import ALL, Column, Format, Formats, Site
+from kvpolicy.stages.prompt_passes import Pass, Prompt
 
 MOST_OBSERVED = 2**16  # queries that a plugin may ask for: each is held, and weighed against every entry
 _MOST_STATES = 64  # kinds of state of one plugin
 _MOST_NUMBERS = 2**24  # that one slot, or one unit of slots, may hold under one name
 _LARGEST_GROUP = 10**9  # entries
+_MOST_PASSES = 2**16  # over one prompt
+_LONGEST_PASS = 2**20  # tokens
+_MOST_SPANS = 64  # of one pass
 _LENGTHS = (0, 1, 2, 127, 128, 1000)  # of heads, tried on what a format says it packs
 
 
@@ -32,8 +37,12 @@ def needs_of(plugin: Observer) -> Needs:
         count = getattr(found, name)
         if type(count) is not int or not 0 <= count <= MOST_OBSERVED:
             raise contract_error(plugin, f"needs {name}={shown(count)}, expected 0 to {MOST_OBSERVED}")
-    if type(found.attention) is not bool:
-        raise contract_error(plugin, f"needs attention={shown(found.attention)}, expected true or false")
+    for name in ("attention", "passes"):
+        wanted = getattr(found, name)
+        if type(wanted) is not bool:
+            raise contract_error(plugin, f"needs {name}={shown(wanted)}, expected true or false")
+    if found.passes and not isinstance(plugin, Scorer):
+        raise contract_error(plugin, "needs passes=true, which only a scorer can have")
     return found
 
 
@@ -45,6 +54,24 @@ def slot_state_of(plugin: Observer) -> tuple[State, ...]:
 def row_state_of(plugin: Merger) -> tuple[State, ...]:
     """`plugin.row_state()`. Raises PluginContractError unless it gives states of different names."""
     return _states(plugin, "row_state", plugin.row_state)
+
+
+def reads_prompts(scorer: Scorer) -> bool:
+    """Whether `scorer.passes` is to be asked. Raises PluginContractError where it could not remember a pass."""
+    wanted = needs_of(scorer).passes
+    if wanted and not slot_state_of(scorer):
+        raise contract_error(scorer, "needs passes=true and declares no slot state, all that a pass can change")
+    return wanted
+
+
+def passes_of(scorer: Scorer, prompt: Prompt) -> tuple[Pass, ...]:
+    """`scorer.passes(prompt)`. Raises PluginContractError unless it gives sequences of token ids."""
+    found = _asked(scorer, "passes", lambda: scorer.passes(prompt))
+    if not isinstance(found, Sequence) or len(found) > _MOST_PASSES or not all(isinstance(one, Pass) for one in found):
+        raise contract_error(scorer, f"gave {shown(found)} as `passes`, expected a list of up to {_MOST_PASSES} Pass")
+    for one in found:
+        _check_pass(scorer, one, prompt.protected.shape[0])
+    return tuple(found)
 
 
 def any_order_of(plugin: Scorer) -> bool:
@@ -103,6 +130,27 @@ def _states(plugin: Plugin, method: str, ask: Callable[[], object]) -> tuple[Sta
     if wrong:
         raise contract_error(plugin, f"gave a fill in `{method}` that is no number: {shown(wrong[0])}")
     return found
+
+
+def _check_pass(scorer: Scorer, one: Pass, end: int) -> None:
+    tokens, spans = one.tokens, one.spans
+    sound = isinstance(tokens, Tensor) and tokens.dtype == torch.int64 and tokens.device.type == "cpu"
+    if not sound or tokens.ndim != 1 or not 0 < tokens.shape[0] <= _LONGEST_PASS or bool((tokens < 0).any()):
+        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else shown(tokens)
+        raise contract_error(scorer, f"gave a pass of {found}, expected token ids, int64 [1 to {_LONGEST_PASS}] on cpu")
+    if spans is None:
+        return
+    if type(spans) is not tuple or len(spans) > _MOST_SPANS or not all(_is_span(span, end) for span in spans):
+        found = one_line(spans, 60)
+        raise contract_error(
+            scorer, f"gave a pass with spans {found}, expected up to {_MOST_SPANS} (start, stop) to {end}"
+        )
+
+
+def _is_span(span: object, end: int) -> bool:
+    if type(span) is not tuple or len(span) != 2 or not all(type(number) is int for number in span):
+        return False
+    return bool(0 <= span[0] < span[1] <= end)
 
 
 def _checked_format(plugin: Plugin, what: str, form: object) -> Format:

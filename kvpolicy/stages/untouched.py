@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.contracts import Plugin, QueryLogits, ReadRequest
+from kvpolicy.stages.contracts import Plugin, ReadRequest
+from kvpolicy.stages.prompt_passes import Prompt
+from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.view import View
 
 DEBUG = "KVPOLICY_DEBUG"
@@ -62,9 +64,15 @@ def tensors_of_query_logits(query_logits: QueryLogits, state: Mapping[str, Tenso
     seen = {
         "logits": query_logits.logits,
         "log_votes": query_logits.log_votes,
+        "own": query_logits.own,
         "probabilities": query_logits.probabilities,
     }
     return {name: tensor for name, tensor in (seen | dict(state)).items() if tensor is not None}
+
+
+def tensors_of_prompt(prompt: Prompt) -> dict[str, Tensor]:
+    """Everything in a prompt that a scorer could write to."""
+    return {"tokens": prompt.tokens, "protected": prompt.protected}
 
 
 def tensors_of_request(request: ReadRequest) -> dict[str, Tensor]:

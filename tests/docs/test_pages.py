@@ -25,6 +25,7 @@ from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from tests.support.building import COMMAND, printed, run_together
 from tests.support.compressing import fused, score
+from tests.support.models import build, generate, prompt
 from tests.support.policies import small
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def plugins_shown(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
     files = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in blocks("python", page)}
     scorer = {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast"}
-    assert set(files) == scorer | {"float16", "best_of_layer"}
+    assert set(files) == scorer | {"reread", "float16", "best_of_layer"}
     for name, block in files.items():
         (tmp_path / f"{name}.py").write_text(block, encoding="utf-8")
     runpy.run_path(str(tmp_path / "conftest.py"))
@@ -126,6 +127,16 @@ def test_tile_function_shown_in_the_page_has_the_arguments_of_its_table(plugins_
     told = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
 
     assert told == list(inspect.signature(plugins_shown["key_contrast_tile"].contrast.fn).parameters)
+
+
+def test_scorer_shown_that_reads_the_prompt_again_keeps_its_contract_and_runs(plugins_shown):
+    shown = plugins_shown["reread"].Reread(chunk=7)
+    check_plugin(shown)
+    policy = small("snapkv")
+    policy = attrs.evolve(policy, spec=attrs.evolve(policy.spec, score=(Weighted(shown),)))
+    with policy.attach(build()) as attachment:
+        generate(attachment.model, prompt(30)[0])
+        assert all(layer.peak_entry_bytes > 2 * layer.entry_bytes for layer in attachment.report().layers)
 
 
 def test_store_shown_keeps_its_contract(plugins_shown):

@@ -76,7 +76,7 @@ def test_an_interrupt_while_attaching(graph, files):
     lines = lines_of(lambda: policy.attach(model, graph=graph), *files)
     attached(model).detach()
     assert len(lines) > 40
-    all_of = ("attachment.py", "decode_forward.py", "guard.py", "snapshot.py")
+    all_of = ("attachment.py", "decode_forward.py", "guard.py", "model_snapshot.py")
     for line in [line for number, line in enumerate(lines) if Path(line[0]).name in all_of or number % 5 == 0]:
         with pytest.raises(KeyboardInterrupt), Interrupter(line):
             policy.attach(model, graph=graph)

@@ -7,8 +7,10 @@ from threading import Barrier
 import pytest
 import torch
 
+from tests.support import fingerprint
 from tests.support.models import build, generate, prompt
 from tests.support.policies import small
+from tests.support.rereading import rereading
 
 NAMES = ("gkv", "h2o", "adakv")
 
@@ -75,3 +77,15 @@ def test_threads_attach_and_detach_their_own_models():
 
     for results in together([lambda seed=seed: often(seed) for seed in range(3)]):
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_threads_read_prompts_again_on_a_shared_model():
+    one = build()
+    texts = [prompt(40, 29, seed=seed) for seed in range(4)]
+    with rereading().attach(one):
+        before = fingerprint.of_model(one)
+        alone = [generate(one, *text, count=4).sequences for text in texts]
+        jobs = [lambda text=text: generate(one, *text, count=4).sequences for text in texts]
+        assert all(torch.equal(left, right) for left, right in zip(together(jobs), alone, strict=True))
+        assert fingerprint.of_model(one) == before

@@ -5,6 +5,7 @@ import torch
 
 import kvpolicy
 from kvpolicy.cache.observation_window import ObservationWindow
+from kvpolicy.cache.prompt_tokens import PromptTokens
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.storage.kv_tensor import KVTensor
 from kvpolicy.cache.storage.page_summaries import PageSummaries
@@ -17,6 +18,7 @@ PAGES = {"use": "pages", "page": 4, "budget": 12, "dense_first": 0}
 NOT_STATE = {  # what a copy has from the attachment, what is counted anew, and what follows from the rest
     PolicyCache: {"plan", "_config", "owner", "integrity", "_scheduler", "stock_bytes"},
     PolicyLayer: {"plan", "scheduler", "integrity", "stats", "changes"},
+    PromptTokens: {"given", "_given"},
     RequestSpans: {"protect", "_given", "_labels"},
     SlotStore: {"_base", "_added", "_longest_base", "_average_base", "_starts", "_tables", "_tabled"},
     KVTensor: {"form"},

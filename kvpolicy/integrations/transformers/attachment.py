@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -84,16 +84,22 @@ class Attachment:
         with Restoring(self.undo, only_after_errors=True), Restoring(self.undo, only_after_errors=True):
             self._install()
 
-    def cache(self, regions: "Regions | Spans | Sequence[Spans] | None" = None) -> PolicyCache:
+    def cache(
+        self, regions: "Regions | Spans | Sequence[Spans] | None" = None, tokens: Tensor | None = None
+    ) -> PolicyCache:
         """A new cache for one batch, to be passed as `past_key_values`; `generate` makes its own without asking.
 
         It goes with this attachment: once that is detached, or on another model, it raises CacheError. `regions` name
         spans of the request, as `Regions.of` takes them. Raises RegionError when they are none, or when the policy
         protects one that is not among them.
+
+        `tokens` are the ids of the first tokens of the request, [rows, n] or [n], for policies whose scorers read
+        prompts again: give them where the model is not given ids (`inputs_embeds`), or is given more than ids (images).
+        Other policies do not look at them. Raises ParameterError when they are none.
         """
         self._require_attached()
         self._uncut()
-        cache = self._new_cache(None if regions is None else Regions.of(regions))
+        cache = self._new_cache(None if regions is None else Regions.of(regions), tokens)
         self._owner.made(cache)
         return cache
 
@@ -119,8 +125,8 @@ class Attachment:
         self._owner.made(chosen)
         return chosen
 
-    def _new_cache(self, regions: Regions | None) -> PolicyCache:
-        return PolicyCache(self.plan, self._config, regions)
+    def _new_cache(self, regions: Regions | None, tokens: Tensor | None = None) -> PolicyCache:
+        return PolicyCache(self.plan, self._config, regions, tokens)
 
     def draft_cache(self) -> DynamicCache:
         """A cache for the drafts of assisted decoding, which may be made with the model's first layers alone."""

@@ -26,6 +26,7 @@ from kvpolicy.integrations.transformers.calls.uncompressed_forwards import Uncom
 from kvpolicy.integrations.transformers.decode_graph.attend import attend_static
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer
 from kvpolicy.integrations.transformers.models.checking_layer import Attended, CheckingLayer, States, other_callers
+from kvpolicy.integrations.transformers.passes.pass_cache import PassLayer
 from kvpolicy.integrations.transformers.torch_modes import outside_graphs, widened
 
 __all__ = ["NAME", "managed_modules", "policy_attention", "register"]
@@ -55,7 +56,7 @@ def policy_attention(
     Raises UnsupportedCallError when entries are evicted, packed or chosen among, and an argument or a mask asks for
     something else than every query's attention to all tokens up to its own (see `arguments.changing`).
     """
-    layer: PolicyLayer | StaticLayer | CheckingLayer | None = getattr(key, "kvpolicy_layer", None)
+    layer: PolicyLayer | PassLayer | StaticLayer | CheckingLayer | None = getattr(key, "kvpolicy_layer", None)
     if isinstance(layer, StaticLayer):
         return attend_static(layer, query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     if isinstance(layer, CheckingLayer):
@@ -64,6 +65,9 @@ def policy_attention(
     if isinstance(layer, PolicyLayer):
         output: Attended = _attend(layer, module, (query, key, value, attention_mask), dropout, scaling, original, call)
         return output
+    if isinstance(layer, PassLayer):
+        of_pass: Attended = _attend_pass(layer, module, (query, key, value, attention_mask), scaling, original, call)
+        return of_pass
     for seen in other_callers:
         seen.add(id(module))
     _note_uncompressed(module, query, key, call)
@@ -99,6 +103,26 @@ def _attend(
     else:
         output = attention_function(original, module)(module, *states, dropout=dropout, scaling=scaling, **call)
     layer.finish_forward(batch)
+    return output
+
+
+@outside_graphs
+def _attend_pass(
+    layer: PassLayer, module: nn.Module, states: States, scaling: float | None, original: str, call: dict[str, Any]
+) -> Attended:
+    """Attention of a pass over what a layer holds and what came before in the pass."""
+    query = states[0]
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    batch = QueryBatch(
+        widened(query, layer.plan.dtype), layer.passes.positions, padded=layer.passes.padded, scaling=factor
+    )
+    attended = layer.attend(batch)
+    output: Attended
+    if attended is not None:
+        output = attended.transpose(1, 2).contiguous().to(query.dtype), None
+    else:
+        output = attention_function(original, module)(module, *states, dropout=0.0, scaling=scaling, **call)
+    layer.finish(batch)
     return output
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvpolicy.cache.integrity import Integrity
 from kvpolicy.cache.layer_state import NewStorage
+from kvpolicy.cache.prompt_tokens import PromptTokens
 from kvpolicy.cache.regions import Regions
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
@@ -42,15 +43,20 @@ class PolicyCache(DynamicCache):
         plan: Plan,
         config: PretrainedConfig,
         regions: Regions | None = None,
+        tokens: object = None,
         new_storage: NewStorage = SegmentedStorage,
     ) -> None:
-        """`new_storage` makes the place where the entries of a managed layer are held."""
+        """`regions` and `tokens` are those of the request; tokens count only where a scorer reads prompts again.
+
+        `new_storage` makes the place where the entries of a managed layer are held.
+        """
         super().__init__(config=config)
         self.plan = plan
         self._config, self._new_storage = config, new_storage
         self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
-        self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all)
+        self.prompt = PromptTokens(tokens) if plan.passes else None
+        self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all, prompt=self.prompt)
         self.spans = RequestSpans(plan.spec.protect, regions)
         for ordinal, layer in enumerate(plan.geometry.managed):
             self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans, new_storage)
@@ -101,9 +107,20 @@ class PolicyCache(DynamicCache):
             self._scheduler.end()
         self.integrity.end_forward()
 
+    def due_after_prompt(self) -> list[int]:
+        """Rows that the prompt, which has come in all layers, leaves with more than they may hold."""
+        with exact(self.plan.device.type):
+            return self._scheduler.due_after_prompt([layer for layer in self.managed if layer.is_initialized])
+
     def expect_prompt(self, end: int | None) -> None:
-        """Say that the prompt of a generation ends behind `end` tokens: what follows in its forward are candidates."""
+        """Say that the prompt of a generation ends behind `end` tokens: what follows in its forward are candidates.
+
+        Where a scorer reads prompts again, all forwards until then are one prompt. Otherwise each forward of more than
+        one token is one by itself.
+        """
         self._scheduler.prompt_end = end
+        if self.prompt is not None:
+            self.prompt.expect(end)
 
     def retire(self, reason: str) -> None:
         """Refuse every further change with CacheError(reason); lengths, reports and copies can still be had."""
@@ -185,6 +202,8 @@ class PolicyCache(DynamicCache):
             for _, other in self._stock:
                 if _rows_of(other) and (count or getattr(other, "record_past", False)):
                     other.crop(-count)
+            if self.prompt is not None:
+                self.prompt.crop(self.get_seq_length(), count)
             self._scheduler.end()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -206,6 +225,8 @@ class PolicyCache(DynamicCache):
         require_rows(self.rows, rows)
         with self._changing("move of rows"):
             self.spans.select_rows(rows)
+            if self.prompt is not None:
+                self.prompt.select_rows(rows)
             for layer in self.managed:
                 layer.move_rows(rows)
             for _, other in self._stock:
@@ -242,9 +263,11 @@ class PolicyCache(DynamicCache):
         require_rows(self.rows, chosen)
         regions = self.spans.regions
         other = PolicyCache(
-            self.plan, self._config, None if regions is None else regions.select(chosen), self._new_storage
+            self.plan, self._config, None if regions is None else regions.select(chosen), new_storage=self._new_storage
         )
         other.spans.go_on_as(self.spans, chosen)
+        if self.prompt is not None and other.prompt is not None:
+            other.prompt.go_on_as(self.prompt, chosen)
         for layer, fresh in zip(self.managed, other.managed, strict=True):
             layer.take_back_storage()
             fresh.restore(layer.state.selected(chosen) if layer.is_initialized else layer.state.copied())

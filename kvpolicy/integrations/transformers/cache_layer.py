@@ -119,6 +119,8 @@ class PolicyLayer(TransferableLayer):
         else:
             self._require_shape(key_states, value_states)
             self.spans.begin(key_states.shape[0])
+        if self.plan.passes:
+            self.integrity.require_announced(self.stats.layer)
         self.integrity.begin_update(self.stats.layer)
         self.prepare()
         if not self.is_initialized:
@@ -185,6 +187,9 @@ class PolicyLayer(TransferableLayer):
         """The slots [B, K, n] that the reader picks for a decode step; None = all."""
         if batch.queries.shape[2] > 1 or not self.plan.selective:
             return None
+        prompt = self.scheduler.prompt
+        if prompt is not None and prompt.is_prompt:  # one token of it
+            return None
         return chosen_by(self.plan.spec.read, read_request(self.plan, self.storage, batch, self.ordinal))
 
     def _note_reading(self, batch: QueryBatch, slots: Tensor | None) -> None:
@@ -234,6 +239,9 @@ class PolicyLayer(TransferableLayer):
         if self._protects_spans:
             end = self.scheduler.prompt_end
             self._note_prompt(over=end is None or self.seq_len >= end)
+        prompt = self.scheduler.prompt
+        if prompt is not None and prompt.is_prompt:
+            return  # until the passes over it are done
         if self.ordinal == 0:
             self.plan.budgets.say_if_raised(self.num_tokens, self.min_entries(self.num_tokens))
         if self.plan.compresses_jointly:
@@ -245,6 +253,15 @@ class PolicyLayer(TransferableLayer):
             for alike in self.plan.budgets.protected_alike(self.num_tokens, rows):
                 self.scheduler.due(self, alike, decoding=decoding, immediately=immediately)
         self.pack()
+
+    @exactly
+    def compress_prompt(self) -> None:
+        """Compress and pack what is due of a prompt over which all passes are done."""
+        self._compress_and_pack(decoding=False)
+
+    def due_after_prompt(self) -> list[int]:
+        """Rows that hold too much once a prompt has come."""
+        return self._due(self.num_tokens, decoding=False)
 
     def close_gaps(self) -> None:
         """Drop the pads, which leave gaps between entries."""
@@ -346,6 +363,8 @@ class PolicyLayer(TransferableLayer):
         beside = [*index, *self.row_state.values(), *self.recording.tensors]
         if self.ordinal == 0:
             beside += self.spans.tensors  # which are there for all layers
+            if self.scheduler.prompt is not None:
+                beside += self.scheduler.prompt.tensors
         average = self.stats.held if self._take_back else self._storage.average
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.sample(self.seq_len, average, self._storage.nbytes, self.window.nbytes, state)
@@ -370,6 +389,12 @@ class PolicyLayer(TransferableLayer):
 
     def require_recordable(self) -> None:
         """Raise UnsupportedCallError unless candidates can be taken layer by layer."""
+        if self.plan.passes:
+            name = self.plan.passes[0].scorer.name
+            raise UnsupportedCallError(
+                f"score: {name} reads prompts again when a forward is over, and assisted decoding compresses a prompt "
+                "within one: decode without an assistant"
+            )
         if self.plan.compresses_jointly:
             name = self.plan.spec.allocate.divider.name
             raise UnsupportedCallError(

@@ -41,6 +41,7 @@ class Explanation:
     layers: tuple[LayerShare, ...]
     protected: tuple[int, int]  # sinks and recent entries of each head
     competing: bool  # whether layers compete: each then gets more or less than its budget, which is an average
+    whole_prompt: bool  # whether all layers hold all of a prompt before any of them is compressed
     raised: str  # why more is held than a share of the tokens says; empty when it is not
     columns: dict[str, float]  # bytes that one more entry of one KV head takes, averaged over layers, by column
     unfused: str  # why no kernels run at all; empty when they do
@@ -85,7 +86,7 @@ class Explanation:
         layers = [(share.layer, share.budget, share.capacity) for share in self.layers]
         return Group(
             Text(f"{head}\n{self.raised}" if self.raised else head),
-            memory_table(sizes, self.full_bytes, self.columns, evicts=self.evicts),
+            memory_table(sizes, self.full_bytes, self.columns, evicts=self.evicts, whole_prompt=self.whole_prompt),
             budgets_table(layers, *self.protected, competing=self.competing),
             steps_table(self.steps, self.moved_bytes, self.unfused, self.rates),
         )
@@ -119,6 +120,7 @@ def explain(plan: Plan, length: int = LENGTH, rates: Device | None = None) -> Ex
         protected=budgets.protected(length),
         raised=budgets.raised(length),
         competing=plan.compresses_jointly,
+        whole_prompt=plan.spec.compress.prefill and (plan.compresses_jointly or bool(plan.passes)),
         columns=footprint.per_entry(),
         unfused=plan.fusion.off,
         rates=rates,

@@ -9,7 +9,9 @@ from kvpolicy.plan.explain.steps import Step
 from kvpolicy.plan.explain.units import human_bytes
 
 
-def memory_table(sizes: Mapping[str, int], full: int, columns: Mapping[str, float], *, evicts: bool) -> Table:
+def memory_table(
+    sizes: Mapping[str, int], full: int, columns: Mapping[str, float], *, evicts: bool, whole_prompt: bool
+) -> Table:
     """Bytes by what they are held for, as shares of a full cache, and the bytes of one entry by column."""
     table = Table("", "bytes", "of a full cache", title="Memory")
     for name, count in {"full cache": full, **sizes}.items():
@@ -18,6 +20,8 @@ def memory_table(sizes: Mapping[str, int], full: int, columns: Mapping[str, floa
     table.caption = f"{sum(columns.values()):g} bytes per entry and KV head:\n{per_column}"
     if not evicts:
         table.caption += "\nnothing is evicted up to this length"
+    elif whole_prompt:
+        table.caption += "\nall layers hold all of a prompt until it is compressed"
     return table
 
 

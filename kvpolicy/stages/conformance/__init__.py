@@ -28,6 +28,7 @@ from kvpolicy.stages.conformance import (
     every,
     mergers,
     observers,
+    passes,
     readers,
     scorers,
     selectors,
@@ -39,7 +40,7 @@ from kvpolicy.stages.contracts import Plugin
 __all__ = ["Promises", "check_plugin", "conformance_cases"]
 
 _CHECKS: dict[str, tuple[Callable[[Any, Promises], None], ...]] = {
-    "score": (*observers.CHECKS, *scorers.CHECKS, *tiles.CHECKS),
+    "score": (*observers.CHECKS, *passes.CHECKS, *scorers.CHECKS, *tiles.CHECKS),
     "allocate.layers": allocators.CHECKS,
     "allocate.heads": allocators.CHECKS,
     "allocate.joint": allocators.CHECKS,

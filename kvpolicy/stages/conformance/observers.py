@@ -8,14 +8,16 @@ from torch import Tensor
 from kvpolicy.stages.checks import check_tensor, contract_error, seen_shape
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import query_logits_of, sample_view
-from kvpolicy.stages.contracts import Merger, Observer, State
-from kvpolicy.stages.declared import needs_of, row_state_of, slot_state_of
+from kvpolicy.stages.contracts import Merger, Observer, Scorer, State
+from kvpolicy.stages.declared import needs_of, reads_prompts, row_state_of, slot_state_of
 from kvpolicy.stages.untouched import tensors_of_query_logits, untouched
 
 
 def declares_what_makes_sense(observer: Observer, _promises: Promises) -> None:
     needs_of(observer)
     slot_state_of(observer)
+    if isinstance(observer, Scorer):
+        reads_prompts(observer)
     if isinstance(observer, Merger):
         row_state_of(observer)
 

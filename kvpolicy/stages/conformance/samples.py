@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kvpolicy.errors import one_line
 from kvpolicy.stages.checks import contract_error
-from kvpolicy.stages.contracts import Merger, Observer, Plugin, QueryLogits, Scorer
+from kvpolicy.stages.contracts import Merger, Observer, Plugin, Scorer
 from kvpolicy.stages.declared import needs_of, row_state_of, slot_state_of
 from kvpolicy.stages.geometry import Geometry
+from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.slots import take
 from kvpolicy.stages.view import View
 
@@ -61,13 +62,33 @@ def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> 
 
 def query_logits_of(observer: Observer, view: View) -> QueryLogits:
     """What as many queries as `observer` follows see: the newest of them everything, one before it one entry less."""
-    random = torch.Generator().manual_seed(2)
-    batch, heads, slots = view.positions.shape
     count = needs_of(observer).forward_queries
-    logits = torch.randn(batch, heads, GROUP, count, slots, generator=random, dtype=torch.float32)
+    logits = _random_logits(view, count)
     back = torch.arange(count - 1, -1, -1)[:, None]
     seen = view.valid[:, :, None] & (view.age[:, :, None] >= back)
     return QueryLogits(logits.masked_fill(~seen[:, :, None], -torch.inf), view.log_votes)
+
+
+def pass_logits_of(view: View, count: int = 5) -> QueryLogits:
+    """What `count` queries of a pass see: all entries, and of the pass itself one more each."""
+    logits = _random_logits(view, count).masked_fill(~view.valid[:, :, None, None], -torch.inf)
+    own = torch.arange(1, count + 1, dtype=torch.float32).log().expand(logits.shape[:-1])
+    return QueryLogits(logits, view.log_votes, own.clone())
+
+
+def queries_of(query_logits: QueryLogits, queries: slice) -> QueryLogits:
+    """Some of the queries."""
+    own = query_logits.own
+    return QueryLogits(
+        query_logits.logits[..., queries, :], query_logits.log_votes, None if own is None else own[..., queries]
+    )
+
+
+def _random_logits(view: View, count: int) -> Tensor:
+    """[B, K, G, count, T] float32."""
+    random = torch.Generator().manual_seed(2)
+    batch, heads, slots = view.positions.shape
+    return torch.randn(batch, heads, GROUP, count, slots, generator=random, dtype=torch.float32)
 
 
 def with_junk(view: View) -> View:

@@ -15,6 +15,7 @@ from kvpolicy.plan.explain.units import human_bytes
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry, Scorer, parameter
 from kvpolicy.stages.parameters import Integer
+from tests.support.rereading import rereading
 
 LAYERS, QUERY_HEADS, HEADS, DIM, FLOAT = 3, 4, 2, 16, 4
 CONFIG = {
@@ -204,3 +205,15 @@ def test_fused_steps_count_what_is_protected():
 
     assert [one.read for one in found[0].steps] == [one.read for one in found[1].steps]
     assert step(found[1], "select").read < step(found[1], "compact").read
+
+
+def test_a_plan_says_whether_all_layers_hold_a_whole_prompt():
+    """Where they compete, and where a scorer reads prompts again."""
+    ours = compile_policy(rereading().spec, Geometry((0, 1), QUERY_HEADS, HEADS, DIM), "cpu", torch.float32)
+    whole = {
+        "competing": explained("snapkv", 1000, budget=64, allocate={"joint": {"use": "global"}}),
+        "again": explain(ours, 1000),
+    }
+    for one in whole.values():
+        assert "all layers hold all of a prompt until it is compressed" in str(one)
+    assert not explained("snapkv", 1000, budget=64).whole_prompt

@@ -12,7 +12,7 @@ from kvpolicy.spec.tree import Item, Place, Problems
 from kvpolicy.stages import AsIs, Codec, Column, Formats, Geometry, Merger, Needs, Reader, Scorer, State
 from kvpolicy.stages.declared import MOST_OBSERVED
 
-GEOMETRY = Geometry((0, 1), 4, 2, 8)
+GEOMETRY, DTYPE = Geometry((0, 1), 4, 2, 8), torch.float32
 SPEC = parse_policy("kvpolicy: 1\nbudget: 64\nscore: [recency]\n")
 
 
@@ -58,6 +58,7 @@ NEEDS = {
     "no needs": (giving(7), "needs 7, expected Needs"),
     "nothing": (giving(None), "needs null, expected Needs"),
     "mass of no kind": (giving(Needs(attention="yes")), "needs attention='yes', expected true or false"),
+    "passes of no kind": (giving(Needs(passes=3)), "needs passes=3, expected true or false"),
     "raises": (raising(KeyError("x")), "raised in `needs`: KeyError: 'x'"),
     "raises without words": (
         raising(MuteError()),
@@ -115,6 +116,14 @@ def test_needs_must_make_sense(case):
     method, message = NEEDS[case]
     refused(with_scorer(plugin(Scorer, needs=method)), message)
     refused(attrs.evolve(SPEC, merge=plugin(Merger, needs=method)), message)
+
+
+def test_passes_must_make_sense():
+    """Only a scorer has them, and it must be able to remember what it sees of one."""
+    needs = giving(Needs(passes=True))
+    refused(with_scorer(plugin(Scorer, needs=needs)), "needs passes=true and declares no slot state")
+    refused(attrs.evolve(SPEC, merge=plugin(Merger, needs=needs)), "needs passes=true, which only a scorer can have")
+    compile_policy(with_scorer(plugin(Scorer, needs=needs, slot_state=giving((State("x"),)))), GEOMETRY, "cpu", DTYPE)
 
 
 @pytest.mark.parametrize("case", STATES)

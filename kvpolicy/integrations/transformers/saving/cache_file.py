@@ -41,6 +41,8 @@ def write(cache: "PolicyCache", path: "str | os.PathLike[str]", model: str, toke
     for index, layer in enumerate(cache.layers):
         described = layer.state.describe() if isinstance(layer, PolicyLayer) else stock.describe(index, layer)
         parts.append(below(f"layers.{index}", described))
+    if cache.prompt is not None:
+        parts.append(below("prompt", cache.prompt.describe()))
     for name, value in itertools.chain(below("spans", cache.spans.describe()), *parts):
         if isinstance(value, Tensor):
             tensors[name] = value
@@ -141,3 +143,5 @@ def _restore(cache: "PolicyCache", contents: Contents) -> None:
         if not isinstance(layer, PolicyLayer):
             stock.restore(layer, part, rows, seen, cache.plan.dtype)
     cache.spans.restore(contents.below("spans"), rows)
+    if cache.prompt is not None:
+        cache.prompt.restore(contents.below("prompt"), rows)

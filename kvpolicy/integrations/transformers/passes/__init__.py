@@ -1,0 +1,1 @@
+"""Passes over the cached context behind a prompt, for scorers that read prompts again."""

@@ -1,0 +1,114 @@
+"""Scorers that read prompts again: passes are token sequences, and what they remember follows from queries alone."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvpolicy.stages.checks import check_state, contract_error
+from kvpolicy.stages.conformance.observers import expect_declared
+from kvpolicy.stages.conformance.promises import Promises
+from kvpolicy.stages.conformance.samples import expect_close, pass_logits_of, queries_of, sample_view
+from kvpolicy.stages.contracts import Scorer
+from kvpolicy.stages.declared import needs_of, passes_of
+from kvpolicy.stages.prompt_passes import Pass, Prompt
+from kvpolicy.stages.query_logits import QueryLogits
+from kvpolicy.stages.untouched import tensors_of_prompt, tensors_of_query_logits, untouched
+
+_PROMPTS = ((1, 0), (2, 0), (37, 0), (37, 11))  # tokens, and how many came before
+_SINKS, _RECENT = 2, 3
+
+
+def gives_passes_as_declared(scorer: Scorer, _promises: Promises) -> None:
+    for count, start in _PROMPTS:
+        prompt = _prompt(count, start)
+        with untouched(scorer, tensors_of_prompt(prompt)):
+            found = passes_of(scorer, prompt)
+        if found and not needs_of(scorer).passes:
+            raise contract_error(scorer, "gives passes, expected none: it does not declare them in `needs`")
+        again = passes_of(scorer, _prompt(count, start))
+        if list(map(_text, found)) != list(map(_text, again)):
+            raise contract_error(scorer, "gave other passes the second time")
+
+
+def observes_passes_as_declared(scorer: Scorer, _promises: Promises) -> None:
+    if not needs_of(scorer).passes:
+        return
+    view = sample_view(scorer)
+    seen = pass_logits_of(view)
+    with untouched(scorer, tensors_of_query_logits(seen, view.slot_state)):
+        fresh = scorer.observe_pass(seen, view.slot_state)
+    expect_declared(scorer, "observed a pass and returned", fresh, scorer.slot_state())
+    check_state(scorer, fresh, view.slot_state)
+    for name, state in fresh.items():
+        if state[view.valid].isnan().any():
+            raise contract_error(scorer, f"observed a pass and returned NaN in {name!r}")
+
+
+def observes_the_same_in_parts_of_a_pass(scorer: Scorer, _promises: Promises) -> None:
+    if not needs_of(scorer).passes:
+        return
+    view = sample_view(scorer)
+    seen = pass_logits_of(view)
+    whole, parts = _observed(scorer, seen, view.slot_state), view.slot_state
+    for queries in (slice(0, 2), slice(2, 3), slice(3, None)):
+        parts = _observed(scorer, queries_of(seen, queries), parts)
+    _expect_same(scorer, parts, whole, view.valid, "for a pass in parts")
+
+
+def ignores_pads_of_a_pass(scorer: Scorer, _promises: Promises) -> None:
+    if not needs_of(scorer).passes:
+        return
+    view = sample_view(scorer)
+    seen = pass_logits_of(view)
+    hidden = torch.full_like(seen.logits[..., :2, :], -torch.inf)
+    own = None if seen.own is None else torch.cat([seen.own, hidden[..., 0]], -1)
+    padded = QueryLogits(torch.cat([seen.logits, hidden], -2), seen.log_votes, own)
+    found, expected = (_observed(scorer, one, view.slot_state) for one in (padded, seen))
+    _expect_same(scorer, found, expected, view.valid, "with pads behind a pass")
+
+
+def keeps_rows_of_a_pass_apart(scorer: Scorer, _promises: Promises) -> None:
+    if not needs_of(scorer).passes:
+        return
+    view = sample_view(scorer)
+    seen = pass_logits_of(view)
+    together = _observed(scorer, seen, view.slot_state)
+    for row in range(view.positions.shape[0]):
+        at = slice(row, row + 1)
+        votes, own = (None if one is None else one[at] for one in (seen.log_votes, seen.own))
+        state = {name: values[at] for name, values in view.slot_state.items()}
+        alone = _observed(scorer, QueryLogits(seen.logits[at], votes, own), state)
+        expected = {name: values[at] for name, values in together.items()}
+        _expect_same(scorer, alone, expected, view.valid[at], "for one row of a pass")
+
+
+def _prompt(count: int, start: int) -> Prompt:
+    random = torch.Generator().manual_seed(4)
+    protected = torch.zeros(start + count, dtype=torch.bool)
+    protected[:_SINKS] = protected[-_RECENT:] = True
+    return Prompt(torch.randint(1, 50, (count,), generator=random), protected)
+
+
+def _text(one: Pass) -> str:
+    return f"{one.tokens.tolist()} {one.spans}"
+
+
+def _observed(scorer: Scorer, seen: QueryLogits, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**state, **scorer.observe_pass(seen, state)}
+
+
+def _expect_same(
+    scorer: Scorer, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], valid: Tensor, when: str
+) -> None:
+    for name, values in found.items():
+        expect_close(scorer, values[valid], expected[name][valid], when)
+
+
+CHECKS = (
+    gives_passes_as_declared,
+    observes_passes_as_declared,
+    observes_the_same_in_parts_of_a_pass,
+    ignores_pads_of_a_pass,
+    keeps_rows_of_a_pass_apart,
+)

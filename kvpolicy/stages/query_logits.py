@@ -1,0 +1,32 @@
+"""What an observer of forwards, and a scorer that reads prompts again, see of the attention."""
+
+from functools import cached_property
+
+import attrs
+import torch
+from torch import Tensor
+
+
+@attrs.frozen(eq=False)
+class QueryLogits:
+    """What the newest w queries of a forward see of the entries, those of the forward itself included.
+
+    It is taken from the attention that is computed anyway; `logits` are -inf where a query does not see an entry.
+    Of a pass they are those of its queries and of the held entries that it shows; its own entries are summed up.
+    """
+
+    logits: Tensor  # [B, K, G, w, T] float32, scaled q·k without votes, oldest query first
+    log_votes: Tensor | None = None  # [B, K, T] float32
+    own: Tensor | None = None  # [B, K, G, w] float32, of a pass: log of the sum of exp(logit) over its own entries
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[B, K, G, w, T] float32: attention with votes; zeros for a query that sees nothing, such as a pad's.
+
+        The softmax is over the T entries, and over those of the pass itself where `own` is given.
+        """
+        logits = self.logits if self.log_votes is None else self.logits + self.log_votes[:, :, None, None]
+        if self.own is None:
+            return logits.softmax(-1).masked_fill_(self.logits == -torch.inf, 0.0)
+        total = torch.logaddexp(logits.logsumexp(-1), self.own)
+        return (logits - total[..., None]).exp().masked_fill_(self.logits == -torch.inf, 0.0)

@@ -1,0 +1,97 @@
+"""The conformance suite finds what is wrong with a scorer that reads prompts again."""
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy.errors import PluginContractError
+from kvpolicy.stages import Needs, Pass, Scorer, State
+from kvpolicy.stages.conformance import check_plugin, conformance_cases
+from tests.support.rereading import Reread
+
+
+@attrs.frozen
+class Given(Scorer):
+    """Remembers the largest logit, and does what it is told."""
+
+    name = "given"
+
+    wants: object = None
+    sees: object = None
+    declared: bool = True
+
+    def needs(self):
+        return Needs(passes=self.declared)
+
+    def slot_state(self):
+        return (State("most", -1.0),)
+
+    def passes(self, prompt):
+        return [Pass(prompt.tokens)] if self.wants is None else self.wants(prompt)
+
+    def observe_pass(self, query_logits, state):
+        if self.sees is not None:
+            return self.sees(query_logits, state)
+        return {"most": state["most"].maximum(query_logits.logits.amax((2, 3)))}
+
+    def score(self, view):
+        return view.slot_state["most"]
+
+
+def drawn(prompt):
+    return [Pass(torch.randint(1, 9, (3,)))]
+
+
+def written(prompt):
+    prompt.tokens.clamp_(min=0)
+    return []
+
+
+def counting(query_logits, state):
+    return {"most": state["most"] + query_logits.logits.shape[3]}
+
+
+def replacing(query_logits, state):
+    return {"most": query_logits.probabilities.amax((2, 3))}
+
+
+def mixing(query_logits, state):
+    most = query_logits.probabilities.amax((2, 3))
+    return {"most": state["most"].maximum(most * most.mean())}
+
+
+def writing(query_logits, state):
+    state["most"].add_(0)
+    return {}
+
+
+WRONG = {
+    "gave a pass of torch.int64 [0]": {"wants": lambda prompt: [Pass(prompt.tokens[:0])]},
+    "gave 3 as `passes`": {"wants": lambda prompt: 3},
+    "raised in `passes`: IndexError": {"wants": lambda prompt: [Pass(prompt.tokens[30][None])]},
+    "gave other passes the second time": {"wants": drawn},
+    "changed its input 'tokens'": {"wants": written},
+    "gives passes, expected none": {"declared": False},
+    "observed a pass and returned ['other'], expected only ['most']": {"sees": lambda seen, state: {"other": seen.own}},
+    "returned shape": {"sees": lambda seen, state: {"most": seen.own}},
+    "observed a pass and returned NaN in 'most'": {"sees": lambda seen, state: {"most": state["most"] * torch.nan}},
+    "gives something else for a pass in parts": {"sees": replacing},
+    "gives something else with pads behind a pass": {"sees": counting},
+    "gives something else for one row of a pass": {"sees": mixing},
+    "changed its input 'most'": {"sees": writing},
+}
+
+
+@pytest.mark.parametrize(("message", "given"), WRONG.items(), ids=WRONG)
+def test_a_broken_scorer_is_found_out(message, given):
+    with pytest.raises(PluginContractError) as caught:
+        check_plugin(Given(**given))
+    assert message in str(caught.value)
+    assert "scorer 'given'" in str(caught.value)
+
+
+@pytest.mark.parametrize("scorer", [Reread(), Reread(7, nearby=True)], ids=["all", "nearby"])
+def test_a_sound_one_passes(scorer):
+    names = {name for name, _ in conformance_cases(scorer)}
+    assert {"gives passes as declared", "observes passes as declared", "ignores pads of a pass"} <= names
+    check_plugin(scorer)
