@@ -35,7 +35,7 @@ def test_times_are_per_part_and_ratios_per_round():
 
     assert one.seconds(OURS) == 0.5
     assert one.seconds("naive") == 2.0
-    assert one.residual_capacity("naive") == pytest.approx((8 + 0.98 * 4) / 4)
+    assert one.tail("naive") == pytest.approx((8 + 0.98 * 4) / 4)
     assert one.ratio("naive") == 3.0
     assert one.noise == pytest.approx(0.1)
     assert one.baselines == ("naive",)

@@ -141,7 +141,7 @@ def test_kernel_tests_are_counted(checkout):
 
     assert (found["ran"], found["finished"], found["exit_code"]) == (True, True, 1)
     assert (found["passed"], found["failed"]) == (2, 1)
-    assert "wrong" in found["residual"]
+    assert "wrong" in found["tail"]
 
 
 def test_kernel_tests_that_take_too_long_count_as_far_as_they_got(checkout):
