@@ -34,7 +34,8 @@ def attend(
     """Attention of the queries over held entries at positions up to their own, [B, H, q, Dv].
 
     `slots` [B, K, n] are those that a reader chose, ascending, -1 behind; None = all. `pads` says that there may be
-    pads among the slots. `observers` see the logits of this call. `kernels` says whether a kernel may do it.
+    pads among the slots. `observers` see the logits of this call. `kernels` says whether a kernel may do it, and
+    has compacted the entries.
     """
     if kernels and batch.queries.shape[2] == 1 and not dropout and isinstance(storage, SegmentedStorage):
         try:
@@ -42,7 +43,7 @@ def attend(
         except kernel_errors() as error:
             note_once(f"attention over held entries runs without a kernel: {error}")
     if storage.is_block:
-        part = AttendedSlots(storage, storage.everything, slots)
+        part = AttendedSlots(storage, storage.everything, slots, clears=kernels and not storage.is_even)
         return _attend(part, batch, observers, full=storage.is_even and not pads and slots is None, dropout=dropout)
     if batch.queries.shape[2] == 1 and storage.is_plain and slots is None and not observers and not pads:
         return _one_by_one(storage, batch, dropout)

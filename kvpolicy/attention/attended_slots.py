@@ -23,6 +23,7 @@ class AttendedSlots:
     at: SegmentIndex
     slots: Tensor | None = None  # [b, k, T] chosen slots, ascending, -1 behind; None = all
     unseen: int = 0  # newest slots of every segment that are left out
+    clears: bool = False  # whether empty slots are read as 0: a kernel leaves in them what it evicts, maybe NaN
 
     def seen_before(self, newest: int) -> "AttendedSlots":
         """What a query sees that has `newest` tokens of its own forward behind it; all, where that saves nothing."""
@@ -76,13 +77,15 @@ class AttendedSlots:
 
     def _read(self, states: KVReader, block: slice) -> Tensor:
         if self.slots is None:
-            return states.read(self.at, block.start, block.stop, self._everywhere)
+            positions = self._everywhere
+            entries = states.read(self.at, block.start, block.stop, positions)
+            return entries.masked_fill((positions[:, :, block] < 0)[..., None], 0) if self.clears else entries
         return states.pick(self.at, self.slots[:, :, block].clamp(min=0), self._everywhere)
 
     def column(self, name: str) -> Tensor:
         """A column of all slots in use as [b, k, all, ...]."""
         column = self.storage.column(name, self.at)
-        return column[:, :, : column.shape[2] - self.unseen]
+        return column[:, :, : column.shape[2] - self.unseen] if self.unseen else column
 
     def write_column(self, name: str, values: Tensor) -> None:
         """Overwrite a column of all slots in use, [b, k, all, ...]."""

@@ -65,10 +65,16 @@ class Integrity:
     @contextlib.contextmanager
     def change(self, name: str) -> Iterator[None]:
         """The body is one change of the cache. Raises CacheError as `require_whole` does, before anything is done."""
-        self.require_whole()
-        self._open = name
-        yield
-        self._open = None
+        with self._moving:
+            self.require_whole()
+            self._open = name
+            yield
+            self._open = None
+
+    @property
+    def unmoved(self) -> contextlib.AbstractContextManager[object]:
+        """While it is entered, no other thread moves entries between storages."""
+        return self._moving
 
     @contextlib.contextmanager
     def hand_over(self) -> Iterator[None]:
@@ -82,10 +88,11 @@ class Integrity:
     def renewal(self) -> Iterator[None]:
         """The body empties the cache, which is whole afterwards. Raises CacheError when it was retired."""
         self._require_in_use()
-        self._open = "reset"
-        yield
-        self._forward = self._members = None
-        self._open = None
+        with self._moving:
+            self._open = "reset"
+            yield
+            self._forward = self._members = None
+            self._open = None
 
     # -- forwards ----------------------------------------------------------------------------------------------
 

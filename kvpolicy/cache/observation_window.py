@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy.cache.state_contents import Contents, Described
 from kvpolicy.errors import CacheError
+from kvpolicy.plan.plan import Plan
 from kvpolicy.stages import Geometry
 
 _ROOM = 64  # queries for which a buffer has room from the start
@@ -19,6 +20,11 @@ class ObservationWindow:
 
     The buffer holds W once there have been as many queries, less before: a new query overwrites the oldest one in
     place, and they are put in order when they are read.
+
+    For decode steps of fixed shapes (`fixed`) the buffer holds W from the start and is never replaced, and the place
+    of the oldest query exists twice. The host's is right whenever no step runs: whoever runs a step calls `note_step`
+    behind it. The device's, `oldest_in_step`, is the only one that a step reads and advances. `fill` writes both. Steps
+    alone change such a window; whoever wants another change takes a copy (`selected`).
     """
 
     def __init__(self, size: int) -> None:
@@ -28,6 +34,53 @@ class ObservationWindow:
         self._filled = 0
         self._oldest = 0  # where the oldest query is; 0 until the buffer is full
         self._nbytes = 0
+        self.oldest_in_step: Tensor | None = None  # int64 [1], where the buffer is never replaced
+
+    @classmethod
+    def fixed(cls, plan: Plan, rows: int, device: torch.device) -> Self:
+        """One for decode steps of fixed shapes of B rows, which have had no queries."""
+        window, geometry = cls(plan.needs.queries), plan.geometry
+        if window.size:
+            shape = (rows, geometry.query_heads, window.size, geometry.head_dim)
+            window._queries = torch.zeros(shape, dtype=plan.dtype, device=device)
+            window._positions = torch.full((rows, window.size), -1, dtype=torch.int32, device=device)
+            window.oldest_in_step = torch.zeros(1, dtype=torch.int64, device=device)
+            window._filled = window.size
+            window._measure()
+        return window
+
+    # -- for steps of fixed shapes -----------------------------------------------------------------------------
+
+    @property
+    def in_step(self) -> list[Tensor]:
+        """What a step reads and writes: queries [B, H, W, D], positions [B, W] and the place of the oldest, [1]."""
+        return [] if self.oldest_in_step is None else [self._queries, self._positions, self.oldest_in_step]
+
+    def fill(self, source: "ObservationWindow", rows: int) -> None:
+        """Hold the queries of another window of as many rows, and nothing else; on the host and on the device."""
+        if self.oldest_in_step is None:
+            return
+        queries, positions = source.last(range(rows))
+        first = self.size - (0 if positions is None else positions.shape[1])
+        self._queries[:, :, :first], self._positions[:, :first] = 0, -1
+        if queries is not None and positions is not None:
+            self._queries[:, :, first:], self._positions[:, first:] = queries, positions
+        self._oldest = 0
+        self.oldest_in_step.zero_()
+
+    def add_in_step(self, queries: Tensor, positions: Tensor) -> None:
+        """Take one query a row, [B, H, 1, D], and its position [B]; on the device alone."""
+        if self.oldest_in_step is not None:
+            self._queries.index_copy_(2, self.oldest_in_step, queries)
+            self._positions.index_copy_(1, self.oldest_in_step, positions[:, None])
+            self.oldest_in_step.add_(1).remainder_(self.size)
+
+    def note_step(self) -> None:
+        """Note on the host that a step has added a query of each row."""
+        if self.size:
+            self._oldest = (self._oldest + 1) % self.size
+
+    # -- for all other forwards --------------------------------------------------------------------------------
 
     def add(self, queries: Tensor, positions: Tensor, *, padded: bool) -> None:
         """Take queries [B, H, q, D] and positions [B, q]; `padded` when there are pads (-1) among them."""
@@ -71,6 +124,7 @@ class ObservationWindow:
     def selected(self, rows: Sequence[int]) -> Self:
         """The queries of the rows named, in that order, in a buffer of their own."""
         other = copy.copy(self)
+        other.oldest_in_step = None
         if self._filled:
             other._queries, other._positions = self._queries[list(rows)], self._positions[list(rows)]  # noqa: SLF001
             other._measure()  # noqa: SLF001 - of its own class
@@ -155,6 +209,16 @@ class ObservationWindow:
 
     def _measure(self) -> None:
         self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in (self._queries, self._positions))
+
+
+def last_in_step(window: Sequence[Tensor]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What `last` gives of all rows, from what a step sees (`ObservationWindow.in_step`)."""
+    if not window:
+        return None, None
+    queries, positions, oldest = window
+    size = positions.shape[1]
+    order = (oldest + torch.arange(size, device=oldest.device)) % size
+    return queries.index_select(2, order), positions.index_select(1, order)
 
 
 def _pads_first(queries: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

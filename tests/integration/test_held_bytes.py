@@ -109,10 +109,9 @@ def test_steps_of_fixed_shapes_are_counted_beside_the_entries():
         generate(one, *prompt(40), count=8)
         report = attachment.report()
         session = attachment._decode._session
-        held = {id(t): t for layer in session.layers for t in (layer.slots.keys, layer.slots.values)}
-        rings = sum(t.nbytes for layer in session.layers for t in layer.slots.window)
-        assert report.parts["static"] > rings
-        assert report.parts["entries"] >= sum(t.nbytes for t in held.values())
+        assert report.parts["static"] == session.nbytes > 0
+        assert report.parts["entries"] == sum(layer.storage.nbytes for layer in session.layers)
+        assert report.parts["window"] == sum(layer.window.nbytes for layer in session.layers)
         assert report.layers[0].held == pytest.approx(12, abs=2)
 
 

@@ -20,7 +20,7 @@ def test_storages_and_shapes_stay_the_same_for_generations_and_rounds(device, st
     one, seen, run = build().to(device), [], StaticSession.run
 
     def recorded(session, tokens, places):
-        tensors = [tensor for layer in session.layers for tensor in layer.slots.tensors + layer.slots.window]
+        tensors = [tensor for layer in session.layers for tensor in layer.in_step + layer.window.in_step]
         seen.append([(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors])
         return run(session, tokens, places)
 
@@ -50,7 +50,7 @@ def test_the_storage_serves_one_generation_after_the_other_and_caches_are_let_go
         gc.collect()
         for _ in range(3):
             generate(model(), *prompt(30, 20), return_dict_in_generate=False, output_logits=False)
-            assert not any(one() for one in steps[-1]._tenant), "the cache outlives its generation"
+            assert not any(one() for one in steps[-1]._entered), "the cache outlives its generation"
     assert len(set(map(id, steps))) == 1
 
 
@@ -69,7 +69,7 @@ def test_what_an_earlier_cache_has_left_is_never_seen(steps):
     with small("snapkv").attach(model(), graph=True):
         generate(model(), *prompt(30), return_dict_in_generate=False, output_logits=False)
         for layer in steps[-1].layers:
-            for tensor in (layer.slots.keys, layer.slots.values, *layer.slots.columns.values()):
+            for tensor in layer.storage.tensors.values():
                 tensor.fill_(torch.nan if tensor.is_floating_point() else 3)
         with decisions.followed():
             repeat(expected, slice(None), model(), tokens, mask)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.storage.layout import Layout
@@ -55,7 +56,7 @@ def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compres
     slots = torch.arange(storage.longest, device=kept.device)
     lengths = storage.slots.lengths_on_device.view(storage.rows, storage.heads, 1)
     everything = slots.where(slots < lengths, -1)
-    everything[list(rows)] = torch.nn.functional.pad(kept, (0, storage.longest - kept.shape[-1]), value=-1)
+    everything[list(rows)] = pad(kept, (0, storage.longest - kept.shape[-1]), value=-1)
     after = list(storage.lengths)
     for row, counts in zip(rows, result.lengths, strict=True):
         after[row] = counts
@@ -64,19 +65,27 @@ def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compres
 
 def _compact_in_place(storages: Sequence[SegmentedStorage], compactions: Sequence[CompactionPlan]) -> bool:
     """Move entries within their storages, all layers in one launch; False when kernels cannot."""
-    from kvpolicy_kernels.compact.compact import compact
-
     try:
-        columns = _columns(storages)
-        positions = columns.pop(POSITIONS)
-        ordered = not compactions[0].fills
-        compact(_segments(storages), _kept(compactions), list(columns.values()), ordered=ordered, positions=positions)
+        move_in_kernel(storages, [compaction.kept for compaction in compactions], ordered=not compactions[0].fills)
     except kernel_errors():
         return False
     for storage, compaction in zip(storages, compactions, strict=True):
         for store in storage.plain_stores:
             store.adopt(store.tensors, store.layout, compaction.lengths)
     return True
+
+
+def move_in_kernel(storages: Sequence[SegmentedStorage], kept: Sequence[Tensor], *, ordered: bool) -> Tensor:
+    """Move the slots [B, K, N] that each layer keeps to the front of their segments, on the device alone.
+
+    Gives the lengths, int32 [L·B·K]; the storages are not told. `ordered` as in the kernel. Raises what
+    `kernel_errors` names, when nothing was moved.
+    """
+    from kvpolicy_kernels.compact.compact import compact
+
+    columns = _columns(storages)
+    positions = columns.pop(POSITIONS)
+    return compact(_segments(storages), _padded(kept), list(columns.values()), ordered=ordered, positions=positions)
 
 
 def _compact_into(layout: Layout, storage: SegmentedStorage, compaction: CompactionPlan) -> bool:
@@ -91,7 +100,7 @@ def _compact_into(layout: Layout, storage: SegmentedStorage, compaction: Compact
     try:
         columns = _columns([storage])
         targets = [_column([tensors[name]]) for name in columns]
-        compact_to(segments, _kept([compaction]), list(columns.values()), after, targets)
+        compact_to(segments, _padded([compaction.kept]), list(columns.values()), after, targets)
     except kernel_errors():
         return False
     for store, columns_after in zip(stores, fresh, strict=True):
@@ -111,11 +120,10 @@ def _segments(storages: Sequence[SegmentedStorage]) -> Segments:
     )
 
 
-def _kept(compactions: Sequence[CompactionPlan]) -> Tensor:
+def _padded(kept: Sequence[Tensor]) -> Tensor:
     """[P, N] int32, N the largest number that any head of any layer keeps."""
-    width = max(compaction.kept.shape[-1] for compaction in compactions)
-    kept = [torch.nn.functional.pad(each.kept, (0, width - each.kept.shape[-1]), value=-1) for each in compactions]
-    return torch.cat(kept).flatten(0, 1).int()
+    width = max(slots.shape[-1] for slots in kept)
+    return torch.cat([pad(slots, (0, width - slots.shape[-1]), value=-1) for slots in kept]).flatten(0, 1).int()
 
 
 def _columns(storages: Sequence[SegmentedStorage]) -> dict[str, Column]:

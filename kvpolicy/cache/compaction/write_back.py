@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
-from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segment_index import RowSegments
@@ -18,7 +17,7 @@ from kvpolicy.stages import View
 def build_view(
     plan: Plan,
     storage: LayerStorage,
-    window: ObservationWindow,
+    window: tuple[Tensor, Tensor] | tuple[None, None],
     rows: Sequence[int],
     *,
     layer: int,
@@ -30,7 +29,8 @@ def build_view(
 ) -> View:
     """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads.
 
-    `protected` are the sinks and the recent entries of each of the rows.
+    `window` are the newest queries of the rows and their positions; `protected` are the sinks and the recent entries of
+    each of the rows.
 
     What is packed is unpacked here: this one layer exists in full precision while it is compressed.
     """
@@ -38,7 +38,6 @@ def build_view(
     columns = {name: storage.column(name, at) for name in plan.columns}
     positions = columns.pop(POSITIONS)
     attention, votes = columns.pop(ATTENTION, None), columns.pop(LOG_VOTES, None)
-    queries, query_positions = window.last(rows)
     return View(
         keys=storage.keys.read(at, 0, positions.shape[2], positions),
         values=storage.values.read(at, 0, positions.shape[2], positions),
@@ -48,8 +47,8 @@ def build_view(
         layer=layer,
         sinks=protected[0],
         recent=protected[1],
-        queries=queries,
-        query_positions=query_positions,
+        queries=window[0],
+        query_positions=window[1],
         attention=None if attention is None else attention.transpose(-1, -2),
         log_votes=votes,
         slot_state=columns,

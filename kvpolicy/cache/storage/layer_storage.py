@@ -6,7 +6,6 @@ tensor for every (row, KV head); a serving engine has pages of a pool that all r
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -204,7 +203,7 @@ class LayerStorage(abc.ABC):
     # -- copies ------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def selected(self, rows: Sequence[int]) -> Self:
+    def selected(self, rows: Sequence[int]) -> "LayerStorage":
         """The entries of the rows named, in that order, in a storage of its own; a row may be named more than once."""
 
     @abc.abstractmethod

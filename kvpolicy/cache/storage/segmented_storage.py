@@ -1,8 +1,7 @@
 """Entries in flat tensors, with a segment for each (row, KV head): the storage of a model's own cache."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from kvpolicy.stages import Entries
 from kvpolicy.stages.slots import by_position, gather, indices_of, take
 
 _PARTS = ("slots", "keys", "values", "page_summaries")
+_SHARED = ("device", "columns", "_slack", "_ragged")  # what follows from the plan alone
 _ROOM = 1024  # slots that a compaction may leave room for, however few entries stay
 
 
@@ -145,7 +145,8 @@ class SegmentedStorage(LayerStorage):
 
     def write_column(self, name: str, at: SegmentIndex, values: Tensor) -> None:
         if isinstance(at, SingleSegment) or (self.is_block and at.rows == self.everything.rows):
-            self.slots.block(name, at)[:, :, : values.shape[2]].copy_(values)
+            column = self.slots.block(name, at)
+            (column if column.shape == values.shape else column[:, :, : values.shape[2]]).copy_(values)
         else:
             self.slots.write(at.rows, {name: values})
 
@@ -205,10 +206,13 @@ class SegmentedStorage(LayerStorage):
 
     # -- copies ------------------------------------------------------------------------------------------------
 
-    def selected(self, rows: Sequence[int]) -> Self:
-        other = copy.copy(self)
-        for name in _PARTS:
-            setattr(other, name, getattr(self, name).selected(rows))
+    def selected(self, rows: Sequence[int]) -> "SegmentedStorage":
+        return self._made_of({name: getattr(self, name).selected(rows) for name in _PARTS})
+
+    def _made_of(self, parts: Mapping[str, Any]) -> "SegmentedStorage":
+        """A storage of the same plan with these parts."""
+        other = object.__new__(SegmentedStorage)
+        vars(other).update({name: vars(self)[name] for name in _SHARED}, **parts)
         return other
 
     def describe(self) -> Described:

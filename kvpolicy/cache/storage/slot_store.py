@@ -53,7 +53,8 @@ class SlotStore:
     @property
     def lengths_on_device(self) -> Tensor:
         """Slots in use, int32 [B·K]."""
-        return self._on_device()[1] + self._added
+        lengths = self._on_device()[1]
+        return lengths + self._added if self._added else lengths
 
     @property
     def index_tensors(self) -> list[Tensor]:
@@ -246,6 +247,23 @@ class SlotStore:
     def adopt(self, tensors: Mapping[str, Tensor], layout: Layout, lengths: PerSegment) -> None:
         """Take over flat storages, one a column, in which `lengths` entries stand already; drop the present ones."""
         self._adopt(dict(tensors), layout, lengths)
+
+    def advance(self, count: int) -> None:
+        """Note that `count` more slots of every segment have been written elsewhere."""
+        self._added += count
+
+    def with_lengths_on_device(self, tensors: Mapping[str, Tensor], starts: Tensor, lengths: Tensor) -> Self:
+        """A store with the same layout over these tensors; the host does not know its `lengths`, int32 [B·K].
+
+        For the host all slots are in use and segments are not alike: what is read is masked by positions. `starts` are
+        those of the segments.
+        """
+        other = copy.copy(self)
+        other._adopt(dict(tensors), self.layout, self.layout.capacity)  # noqa: SLF001 - of its own class
+        other.even = False
+        other._tables = starts, lengths  # noqa: SLF001
+        other._tabled = (other.layout, other._base)  # noqa: SLF001
+        return other
 
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment."""

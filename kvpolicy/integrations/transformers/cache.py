@@ -243,7 +243,6 @@ class PolicyCache(DynamicCache):
     def check_integrity(self) -> None:
         """Raise CacheError when a layer contradicts itself; for tests and debugging."""
         for layer in self.managed:
-            layer.take_back_storage()
             layer.state.check_integrity()
 
     # -- copies ------------------------------------------------------------------------------------------------
@@ -268,9 +267,9 @@ class PolicyCache(DynamicCache):
         other.spans.go_on_as(self.spans, chosen)
         if self.prompt is not None and other.prompt is not None:
             other.prompt.go_on_as(self.prompt, chosen)
-        for layer, fresh in zip(self.managed, other.managed, strict=True):
-            layer.take_back_storage()
-            fresh.restore(layer.state.selected(chosen) if layer.is_initialized else layer.state.copied())
+        with self.integrity.unmoved:
+            for layer, fresh in zip(self.managed, other.managed, strict=True):
+                fresh.restore(layer.state.selected(chosen) if layer.is_initialized else layer.state.copied())
         for index, one in self._stock:
             stock.copied(index, one, other.layers[index], chosen, self.plan.dtype)
         other.resume()
@@ -289,9 +288,9 @@ class PolicyCache(DynamicCache):
         self._require_settled("saved")
         if self.owner is None:
             raise CacheError("the cache belongs to no attachment yet, so its model is not known: use it there first")
-        for layer in self.managed:
-            layer.take_back_storage()
-        cache_file.write(self, path, self.owner.model_digest(), tokenizer)
+        digest = self.owner.model_digest()
+        with self.integrity.unmoved:
+            cache_file.write(self, path, digest, tokenizer)
 
     def resume(self) -> None:
         """Go on with the states that have been put into the layers of a new cache."""
@@ -304,12 +303,9 @@ class PolicyCache(DynamicCache):
             raise CacheError(f"the cache is empty: it can be {what} once it has seen tokens")
         if any(not layer.recording.is_empty for layer in self.managed):
             raise CacheError(f"candidates of assisted decoding are pending: the cache can be {what} after crop()")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has its entries to itself."""
-        for layer in self.managed:
-            layer.take_back_storage()
-        return self.__dict__
+        with self.integrity.unmoved:
+            for layer in self.managed:
+                layer.require_agreement()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy belongs to the attachment of the first; one that is unpickled, to the first that uses it."""

@@ -1,8 +1,11 @@
 """The cache layer: what `generate` sees as one layer's cache, bounded by a plan."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -11,18 +14,20 @@ from kvpolicy.attention.read_request import chosen_by, read_request
 from kvpolicy.cache.compaction.write_back import build_view, write_back
 from kvpolicy.cache.integrity import Integrity
 from kvpolicy.cache.layer_state import LayerState, NewStorage
+from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.cache.recording import RecordedTokens, Recording
 from kvpolicy.cache.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.cache.stats import LayerStats
+from kvpolicy.cache.storage.fixed_storage import FixedStorage
+from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.storage.storage_bytes import bytes_of
 from kvpolicy.cache.trigger import entries_allowed
 from kvpolicy.errors import CacheError, UnsupportedCallError, UnsupportedModelError
 from kvpolicy.integrations.transformers.calls.padding_mask import NewTokens
-from kvpolicy.integrations.transformers.lending import TransferableLayer
-from kvpolicy.integrations.transformers.logical_layer import require_rows
+from kvpolicy.integrations.transformers.logical_layer import LogicalLayer, require_rows
 from kvpolicy.integrations.transformers.torch_modes import exactly, taking_states
 from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.plan import Plan
@@ -31,13 +36,36 @@ from kvpolicy.stages import View
 _NOWHERE = torch.empty(0, dtype=torch.int32)  # positions, where none is waited for
 
 
-class PolicyLayer(TransferableLayer):
+def _of_state(name: str) -> Any:
+    """The field of the layer's state that has the name, read and written. Many are read for every token: in C."""
+
+    def write(layer: Any, value: Any) -> None:
+        setattr(layer.state, name, value)
+
+    return property(attrgetter(f"state.{name}"), write)
+
+
+class PolicyLayer(LogicalLayer):
     """Storage of one layer. The lengths it reports are logical: tokens seen, whatever is still held.
 
     One forward is `update` (append), then, from the attention function that alone sees the queries, `place_tokens`
     (which of the new tokens are pads) and `finish_forward` (observe, compress). The keys that `update` returns carry
     the layer, as attribute `kvpolicy_layer`.
     """
+
+    state: LayerState  # all that tokens change; its fields are shown as attributes
+    storage: LayerStorage = _of_state("storage")
+    window: ObservationWindow = _of_state("window")
+    row_state: dict[str, Tensor] = _of_state("row_state")
+    num_tokens: list[int] = _of_state("num_tokens")
+    seq_len: int = _of_state("seq_len")
+    compressed: bool = _of_state("compressed")
+    padded: bool = _of_state("padded")
+    in_order: bool = _of_state("in_order")
+    rollback_limit: int = _of_state("rollback_limit")
+    scaling: float = _of_state("scaling")
+    record_past: bool = _of_state("record_past")
+    expects_prompt: bool = _of_state("expects_prompt")
 
     def __init__(
         self,
@@ -52,7 +80,8 @@ class PolicyLayer(TransferableLayer):
 
         `new_storage` makes the place where entries are held.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.changes = 0  # forwards, rollbacks and moves of rows that this layer itself has done
         self.plan = plan
         self.ordinal = ordinal
         self._new_storage = new_storage
@@ -72,7 +101,6 @@ class PolicyLayer(TransferableLayer):
     @exactly
     def empty(self) -> None:
         """Do what `reset` does, as part of a change of the whole cache."""
-        self.take_back_storage()
         self.is_initialized = False
         self.state = self.new_state(0)
         self._num_new = 0  # tokens appended whose attention has not run yet
@@ -310,7 +338,7 @@ class PolicyLayer(TransferableLayer):
         return build_view(
             self.plan,
             self.storage,
-            self.window,
+            self.window.last(rows),
             rows,
             layer=self.ordinal,
             protected=self.plan.budgets.protected(self.num_tokens[rows[0]]),
@@ -365,14 +393,88 @@ class PolicyLayer(TransferableLayer):
             beside += self.spans.tensors  # which are there for all layers
             if self.scheduler.prompt is not None:
                 beside += self.scheduler.prompt.tensors
-        average = self.stats.held if self._take_back else self._storage.average
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
-        self.stats.sample(self.seq_len, average, self._storage.nbytes, self.window.nbytes, state)
+        self.stats.sample(self.seq_len, self.storage.average, self.storage.nbytes, self.window.nbytes, state)
 
     def count(self, counted: set[int]) -> None:
-        """Bring `stats` up to date, to the last byte; what layers share is in `counted`. What is lent stays lent."""
+        """Bring `stats` up to date, to the last byte; what layers share is in `counted`."""
         if self.is_initialized:
-            self._sample(self._storage.index_tensors, counted)
+            self._sample(self.storage.index_tensors, counted)
+
+    def note_compression(self, seconds: float = 0.0) -> None:
+        """Count a compression, and the host time that it took."""
+        self.state.compressions += 1
+        self.stats.compressions = self.state.compressions
+        self.stats.seconds += seconds
+
+    # -- decode steps of fixed shapes --------------------------------------------------------------------------
+
+    @exactly
+    def enter_fixed_storage(self, storage: FixedStorage, window: ObservationWindow) -> None:
+        """Go on in a storage and a window for steps of fixed shapes, in order and without pads."""
+        self.close_gaps()
+        if not self.in_order:
+            self.storage.sort_by_position()
+        storage.fill(self.storage)
+        window.fill(self.window, self.state.rows)
+        self.state = attrs.evolve(self.state, storage=storage, window=window, in_order=True)
+        self._sample()
+
+    @exactly
+    def leave_fixed_storage(self) -> None:
+        """Go on in a storage and a window of its own, which hold what those of fixed shapes do."""
+        rows = range(self.state.rows)
+        storage, window = self.storage.selected(rows), self.window.selected(rows)
+        self.state = attrs.evolve(self.state, storage=storage, window=window)
+        self._sample()
+
+    def note_static_step(self, storage: FixedStorage, num_tokens: list[int], left: Sequence[int] | None) -> None:
+        """Note a step that is done: `left` is what a compression has left in each KV head of a row, if there was one.
+
+        `num_tokens` may be shared with other layers. The device is not asked.
+        """
+        state = self.state
+        state.num_tokens, state.seq_len = num_tokens, state.seq_len + 1
+        storage.note_appended()
+        state.window.note_step()
+        self.stats.read_by_step(storage.average)
+        if left is not None:
+            storage.note_left(left)
+            state.compressed, state.rollback_limit = True, state.seq_len
+            self.note_compression()
+        self.stats.advance(state.seq_len, storage.average)
+
+    def require_agreement(self) -> None:
+        """Raise CacheError when steps of fixed shapes have left something else than the host expects."""
+        if isinstance(self.storage, FixedStorage):
+            self.storage.require_agreement()
+
+    def prepare(self) -> None:
+        """Note that this layer is about to change by itself, which it does in a storage of its own.
+
+        Raises as `require_agreement` does.
+        """
+        self.changes += 1
+        if isinstance(self.state.storage, FixedStorage):
+            with self.integrity.hand_over():
+                self.require_agreement()
+                self.leave_fixed_storage()
+
+    @contextlib.contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """The body is a change of this layer alone. Raises CacheError when an earlier one of the cache has failed."""
+        with self.integrity.change(name):
+            self.prepare()
+            yield
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has its entries to itself, in a storage of its own. Raises as `require_agreement` does."""
+        with self.integrity.unmoved:
+            if not isinstance(self.storage, FixedStorage):
+                return self.__dict__
+            if self.integrity.is_whole:
+                self.require_agreement()
+            return {**self.__dict__, "state": self.state.copied()}
 
     # -- undoing, and moving rows ---------------------------------------------------------------------------------
 
@@ -484,7 +586,6 @@ class PolicyLayer(TransferableLayer):
 
     def save(self) -> LayerState:
         """A copy of all that tokens change."""
-        self.take_back_storage()
         return self.state.copied()
 
     def restore(self, saved: LayerState) -> None:
@@ -497,9 +598,8 @@ class PolicyLayer(TransferableLayer):
         """Drop the newest tokens, behind which nothing has been altered."""
         if not count:
             return
-        for row, num_tokens in enumerate(self.num_tokens):
-            newest = self.storage.positions(row, 0)[-count:]
-            self.num_tokens[row] = num_tokens - int((newest >= 0).sum())
+        rows = enumerate(self.num_tokens)
+        self.num_tokens = [n - int((self.storage.positions(row, 0)[-count:] >= 0).sum()) for row, n in rows]
         self.storage.truncate(count)
         self.seq_len -= count
         if self.padded:  # pads stand in all heads of their row
@@ -517,7 +617,6 @@ class PolicyLayer(TransferableLayer):
     def move_rows(self, rows: Sequence[int]) -> None:
         """Do what `select_rows` does, as part of a change of the whole cache."""
         if self.is_initialized:
-            self.take_back_storage()
             self.state = self.state.selected(rows)
             self.recording.select_rows(rows)
 

@@ -11,6 +11,7 @@ from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages import Column, Entries
+from kvpolicy_kernels import UnsupportedInputError
 from tests.support.driving import DIM, GROUP, HEADS, random_entries, worth_plan
 from tests.support.storage import segment, tensors
 
@@ -129,3 +130,20 @@ def test_a_part_of_the_queries_and_of_the_rows_can_be_taken():
     swapped = batch.select_rows([1, 0, 0])
     assert torch.equal(swapped.queries, batch.queries[[1, 0, 0]])
     assert torch.equal(swapped.positions, batch.positions[[1, 0, 0]])
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_kernel_has_left_behind_the_entries_does_not_spread(count, observed, monkeypatch):
+    """A compaction in a kernel leaves what it evicts in slots that are empty then; it may be NaN."""
+
+    def refuse(*_given, **_named):
+        raise UnsupportedInputError("not here")
+
+    monkeypatch.setattr("kvpolicy.attention.attend.attend_in_kernel", refuse)
+    plan, held, batch = stored(LENGTHS["rows differ"], count)
+    observers = plan.observers if observed else ()
+    expected = attend(held, batch, None, observers, pads=False)
+    for half in (held.keys, held.values):
+        half.residual.dense(half.name)[1, :, 3 + count :] = torch.nan
+    assert torch.equal(attend(held, batch, None, observers, pads=False, kernels=True), expected)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.integrations.transformers.decode_graph.limits import capacities, fingerprint, fit
 from kvpolicy.integrations.transformers.decode_graph.runners import Mode
@@ -82,7 +83,7 @@ class DecodeForward:
         session = self._session
         self._forget()
         if session is not None:
-            session.leave()
+            session.faults.flush()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model starts anew."""
@@ -124,14 +125,11 @@ class DecodeForward:
         if self.model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(self.plan.device.type):
             return False
         if session is None or not session.holds(cache):
-            if self._calm != _state_of(cache) or not all(layer.can_hand_over for layer in cache.managed):
+            if self._calm != _state_of(cache) or not _may_enter(cache):
                 return False
             session = self._session_for(cache)
             session.enter(cache)
-        if not session.has_room():
-            session.leave()
-            return False
-        return self._is_expected(session, request.mask)
+        return session.has_room() and self._is_expected(session, request.mask)
 
     def _session_for(self, cache: PolicyCache) -> StaticSession:
         rows, weights = len(cache.managed[0].num_tokens), fingerprint(self.model)
@@ -141,8 +139,7 @@ class DecodeForward:
             if fit(session.capacities, needed):
                 return session
             needed = tuple(map(max, session.capacities, needed))
-        if session is not None:
-            session.leave()
+        self.flush()
         self._session = StaticSession(self.plan, self.__wrapped__, self.mode, rows, needed)
         self._weights = weights
         return self._session
@@ -173,6 +170,21 @@ class DecodeForward:
         self._calm = ()
         if request is not None and isinstance(outputs, Mapping) and outputs.keys() <= _GIVEN:
             self._calm, self._output = _state_of(request.cache), type(outputs)
+
+
+def _may_enter(cache: PolicyCache) -> bool:
+    """Whether decode steps of a cache can have fixed shapes: nothing of it may be undone, and it has no regions."""
+    return (
+        cache.integrity.is_whole
+        and cache.spans.regions is None
+        and all(
+            layer.is_initialized
+            and not layer.record_past
+            and layer.recording.is_empty
+            and isinstance(layer.storage, SegmentedStorage)
+            for layer in cache.managed
+        )
+    )
 
 
 def _state_of(cache: PolicyCache) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvpolicy.integrations.transformers.decode_graph.device_faults import DeviceFaults
+from kvpolicy.cache.device_faults import DeviceFaults
 from kvpolicy.integrations.transformers.decode_graph.evict import evict
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer
 

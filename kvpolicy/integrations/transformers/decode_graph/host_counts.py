@@ -1,4 +1,4 @@
-"""What the host knows of the rows in static storage: it decides from this, and never asks the device."""
+"""What the host knows of rows that take steps of fixed shapes: it decides from this, and never asks the device."""
 
 from collections.abc import Sequence
 
@@ -33,80 +33,68 @@ class HostCounts:
             kinds.setdefault((tokens, *(layer[row] for layer in lengths)), []).append(row)
         self._nothing = (False,) * len(lengths)
         self._groups = [_EqualRows(rows, kind[0], list(kind[1:])) for kind, rows in kinds.items()]
-        self._measure()
 
     def append(self) -> bool:
         """Count one more token of each row; whether any row of any layer is then due."""
-        for one in self._groups:
-            one.num_tokens += 1
-            one.lengths = [length + 1 for length in one.lengths]
-            one.room -= 1
-            budgets = self.plan.budgets.per_layer(one.num_tokens)
-            if budgets != one.budgets:
-                one.budgets, one.room = budgets, min(self._rooms(one))
-            one.due = tuple(room < 0 for room in self._rooms(one)) if one.room < 0 else self._nothing
-        self._added += 1
-        return any(one.room < 0 for one in self._groups)
+        for group in self._groups:
+            group.num_tokens += 1
+            group.lengths = [length + 1 for length in group.lengths]
+            group.room -= 1
+            budgets = self.plan.budgets.per_layer(group.num_tokens)
+            if budgets != group.budgets:
+                group.budgets, group.room = budgets, min(self._rooms(group))
+            group.due = tuple(room < 0 for room in self._rooms(group)) if group.room < 0 else self._nothing
+        return any(group.room < 0 for group in self._groups)
 
     def compress(self) -> None:
         """Count what is left of the rows that were due."""
-        for one in self._groups:
-            pairs = zip(one.lengths, one.budgets, one.due, strict=True)
-            one.lengths = [min(length, budget) if due else length for length, budget, due in pairs]
-            one.room = min(self._rooms(one))
-        self._measure()
+        for group in self._groups:
+            pairs = zip(group.lengths, group.budgets, group.due, strict=True)
+            group.lengths = [min(length, budget) if due else length for length, budget, due in pairs]
+            group.room = min(self._rooms(group))
 
     def fit(self, capacities: Sequence[int]) -> bool:
         """Whether there is room for one more token in every row."""
-        return all(n < size for one in self._groups for n, size in zip(one.lengths, capacities, strict=True))
+        return all(n < size for group in self._groups for n, size in zip(group.lengths, capacities, strict=True))
 
     @property
     def num_tokens(self) -> list[int]:
         """Tokens of each row, pads excluded."""
         num_tokens = [0] * self.rows
-        for one in self._groups:
-            for row in one.rows:
-                num_tokens[row] = one.num_tokens
+        for group in self._groups:
+            for row in group.rows:
+                num_tokens[row] = group.num_tokens
         return num_tokens
 
     @property
     def lengths(self) -> Table:
         """Entries per KV head, [L][B]."""
-        return self._table([one.lengths for one in self._groups])
+        return self._table([group.lengths for group in self._groups])
 
     @property
     def budgets(self) -> Table:
         """Entries per KV head that may be kept, [L][B]."""
-        return self._table([one.budgets for one in self._groups])
+        return self._table([group.budgets for group in self._groups])
 
     @property
     def due(self) -> list[list[bool]]:
         """Which rows are to be compressed in this step, [L][B]."""
-        return [[bool(number) for number in layer] for layer in self._table([one.due for one in self._groups])]
+        return [[bool(number) for number in layer] for layer in self._table([group.due for group in self._groups])]
 
     @property
     def layers_due(self) -> list[bool]:
         """In which layers there are such rows."""
-        return [any(layer) for layer in zip(*(one.due for one in self._groups), strict=True)]
+        return [any(layer) for layer in zip(*(group.due for group in self._groups), strict=True)]
 
-    @property
-    def averages(self) -> list[float]:
-        """Entries per KV head of each layer, averaged over rows."""
-        return [base + self._added for base in self._bases]
-
-    def _measure(self) -> None:
-        sums = zip(*([n * len(one.rows) for n in one.lengths] for one in self._groups), strict=True)
-        self._bases, self._added = [sum(layer) / self.rows for layer in sums], 0
-
-    def _rooms(self, one: _EqualRows) -> list[float]:
+    def _rooms(self, group: _EqualRows) -> list[float]:
         """Tokens that may still come before each layer is due."""
-        layers = enumerate(one.lengths)
-        return [entries_allowed(self.plan, layer, one.num_tokens, decoding=True) - length for layer, length in layers]
+        layers = enumerate(group.lengths)
+        return [entries_allowed(self.plan, layer, group.num_tokens, decoding=True) - length for layer, length in layers]
 
     def _table(self, per_group: Sequence[Sequence[int]]) -> Table:
         layers = len(per_group[0])
         table = [[0] * self.rows for _ in range(layers)]
-        for one, numbers in zip(self._groups, per_group, strict=True):
-            for layer, row in ((layer, row) for layer in range(layers) for row in one.rows):
+        for group, numbers in zip(self._groups, per_group, strict=True):
+            for layer, row in ((layer, row) for layer in range(layers) for row in group.rows):
                 table[layer][row] = numbers[layer]
         return table

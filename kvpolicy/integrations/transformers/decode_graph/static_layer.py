@@ -2,14 +2,20 @@
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.integrations.transformers.decode_graph.static_slots import StaticSlots
-from kvpolicy.plan.plan import POSITIONS, Plan
+from kvpolicy.cache.compaction.write_back import build_view
+from kvpolicy.cache.device_faults import DeviceFaults
+from kvpolicy.cache.observation_window import ObservationWindow, last_in_step
+from kvpolicy.cache.request_spans import RequestSpans
+from kvpolicy.cache.storage.fixed_storage import FixedStorage
+from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
+from kvpolicy.plan.plan import Plan
+from kvpolicy.stages import View
 
 _names = itertools.count()
 layers: "weakref.WeakValueDictionary[int, StaticLayer]" = weakref.WeakValueDictionary()  # by `name`
@@ -21,42 +27,46 @@ class StaticLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, plan: Plan, ordinal: int, rows: int, capacity: int, clock: Tensor) -> None:
+    def __init__(
+        self, plan: Plan, ordinal: int, rows: int, capacity: int, clock: Tensor, faults: DeviceFaults | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.plan, self.ordinal, self.capacity = plan, ordinal, capacity
-        self.slots = StaticSlots(plan, rows, capacity, clock.device)
+        self.plan, self.ordinal = plan, ordinal
+        self.storage = FixedStorage(plan, ordinal, rows, clock.device, capacity, faults)
+        self.window = ObservationWindow.fixed(plan, rows, clock.device)
         self.clock = clock  # [B] int32, real tokens before this step; shared by all layers
-        self._segments = (  # rows and heads, to be broadcast against each other
-            torch.arange(rows, device=clock.device)[:, None],
-            torch.arange(plan.geometry.kv_heads, device=clock.device)[None],
-        )
-        self._new_entry = {
-            name: torch.full((), column.fill, dtype=column.dtype, device=clock.device)
-            for name, column in plan.columns.items()
-        }
+        self._spans = RequestSpans(plan.spec.protect)
         self.scaling = 1.0
         self.is_initialized = True
         self.name = next(_names)  # what stands for this layer in a compiled graph, where only numbers and tensors can
         layers[self.name] = self
 
     @property
-    def beside(self) -> list[Tensor]:
-        """All tensors beside those in which entries stand."""
-        return [self.slots.lengths, *self.slots.window, *self._segments, *self._new_entry.values()]
+    def in_step(self) -> list[Tensor]:
+        """All that a compression changes: the columns of the slots, flat, and their lengths."""
+        return [*self.storage.tensors.values(), self.storage.lengths_in_step]
+
+    def view(self, storage: SegmentedStorage, window: Sequence[Tensor]) -> View:
+        """What plugins see in a step, without a copy: all slots of `storage`, and the queries of the window."""
+        return build_view(
+            self.plan,
+            storage,
+            last_in_step(window),
+            range(storage.rows),
+            layer=self.ordinal,
+            protected=self.plan.budgets.protected(1),  # no budget of static shapes depends on the tokens seen
+            scaling=self.scaling,
+            row_state={},
+            in_order=True,
+            spans=self._spans,
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is left to be done."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one token [B, K, 1, D] behind each row; gives it back, the keys with this layer attached."""
-        held = self.slots
-        behind = (*self._segments, held.lengths[:, None])
-        held.keys.index_put_(behind, key_states[:, :, 0])
-        held.values.index_put_(behind, value_states[:, :, 0])
-        for name, column in held.columns.items():
-            column.index_put_(behind, self._new_entry[name])
-        held.columns[POSITIONS].index_put_(behind, self.clock[:, None])
-        held.lengths.add_(1)
+        self.storage.append_in_step(key_states, value_states, self.clock)
         keys = key_states.view(key_states.shape)  # a fresh alias, which can carry an attribute
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
         return keys, value_states

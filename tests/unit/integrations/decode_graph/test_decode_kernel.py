@@ -4,6 +4,7 @@ import attrs
 import pytest
 import torch
 
+import kvpolicy.attention.attend
 from kvpolicy.integrations.transformers.decode_graph import attend, evict
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.policy import Weighted
@@ -12,7 +13,7 @@ from kvpolicy_kernels import UnsupportedInputError
 from tests.support.decisions import Decisions
 from tests.support.driving import DIM, GROUP, HEADS
 from tests.support.policies import small
-from tests.unit.integrations.decode_graph.filling import CAPACITY, filled
+from tests.unit.integrations.decode_graph.filling import CAPACITY, blocks, filled, lengths_of
 
 LENGTHS = [CAPACITY, 9, 1]
 
@@ -61,18 +62,18 @@ def queries():
 def test_the_kernel_gives_what_torch_gives(score, monkeypatch):
     plain, fused = layers(score)
     expected = attend.attend_static(plain, queries(), 0.4)
-    monkeypatch.setattr(attend, "_attend_plainly", None)
+    monkeypatch.setattr(kvpolicy.attention.attend, "_attend", None)
     found = attend.attend_static(fused, queries(), 0.4)
 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for name, column in plain.slots.columns.items():
-        torch.testing.assert_close(fused.slots.columns[name], column, rtol=1e-5, atol=1e-6)
+    for name, column in plain.storage.tensors.items():
+        torch.testing.assert_close(fused.storage.tensors[name], column, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_behind_the_entries_is_read():
     _, fused = layers(SCORES["both"])
     expected = attend.attend_static(fused, queries(), 0.4)
-    for tensor in (fused.slots.keys, fused.slots.values):
+    for tensor in (blocks(fused)["keys"], blocks(fused)["values"]):
         for row, length in enumerate(LENGTHS):
             tensor[row, :, length:] = torch.nan
 
@@ -83,10 +84,10 @@ def test_what_the_kernel_refuses_torch_does(monkeypatch, caplog):
     plain, fused = layers(SCORES["both"])
     expected = attend.attend_static(plain, queries(), 0.4)
 
-    def refuse(*_given):
+    def refuse(*_given, **_named):
         raise UnsupportedInputError("not with these slots")
 
-    monkeypatch.setattr(attend, "attend_in_kernel", refuse)
+    monkeypatch.setattr(kvpolicy.attention.attend, "attend_in_kernel", refuse)
     assert torch.equal(attend.attend_static(fused, queries(), 0.4), expected)
     assert "not with these slots" in caplog.text
 
@@ -108,10 +109,9 @@ def test_layers_are_compressed_together_as_they_are_alone(name, due):
 
     assert torch.equal(found, expected)
     for one, other in zip(plain, fused, strict=True):
-        assert torch.equal(other.slots.lengths, one.slots.lengths)
-        positions = one.slots.columns["positions"]
-        columns = {**one.slots.columns, "keys": one.slots.keys, "values": one.slots.values}
-        others = {**other.slots.columns, "keys": other.slots.keys, "values": other.slots.values}
-        for column, held in columns.items():
-            torch.testing.assert_close(others[column][positions >= 0], held[positions >= 0], rtol=1e-5, atol=1e-6)
-        assert torch.equal(others["positions"], positions)
+        assert lengths_of(other) == lengths_of(one)
+        expected, found = one.storage.tensors, other.storage.tensors
+        held = expected["positions"] >= 0
+        for column, values in expected.items():
+            torch.testing.assert_close(found[column][held], values[held], rtol=1e-5, atol=1e-6)
+        assert torch.equal(found["positions"], expected["positions"])

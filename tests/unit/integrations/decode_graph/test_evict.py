@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvpolicy.attention.attend
 from kvpolicy.integrations.transformers.decode_graph import attend, evict
 from kvpolicy.stages import View
 from kvpolicy_kernels import UnsupportedInputError
@@ -12,7 +13,7 @@ from tests.support.compressing import compress_one
 from tests.support.decisions import Decisions
 from tests.support.driving import DIM, GROUP, HEADS, plan_of
 from tests.support.policies import EVEN, small
-from tests.unit.integrations.decode_graph.filling import CAPACITY, filled
+from tests.unit.integrations.decode_graph.filling import CAPACITY, blocks, filled, lengths_of, view_of
 
 
 def copy_of(view, row, length):
@@ -38,8 +39,7 @@ def copy_of(view, row, length):
 def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget, seed):
     plan = plan_of(small(name, budget))
     layer = filled(plan, lengths, seed)
-    held = layer.slots
-    view = held.view(plan, 0, layer.scaling)
+    held, view = blocks(layer), view_of(layer)
     before = [copy_of(view, row, length) for row, length in enumerate(lengths)]
     decisions = Decisions()
     with decisions.watched():
@@ -50,25 +50,25 @@ def test_rows_that_are_due_keep_what_they_keep_alone(name, lengths, due, budget,
     for row, (one, result) in enumerate(zip(before, expected, strict=True)):
         kept = result.kept[0] if due[row] else torch.arange(lengths[row]).expand(HEADS, -1)
         count = kept.shape[1]
-        assert held.lengths[row] == count
+        assert lengths_of(layer)[row] == [count] * HEADS
         for head in range(HEADS):
-            for found, source in ((held.keys, one.keys), (held.values, one.values)):
+            for found, source in ((held["keys"], one.keys), (held["values"], one.values)):
                 assert torch.equal(found[row, head, :count], source[0, head, kept[head]])
-            positions = held.columns["positions"][row, head]
+            positions = held["positions"][row, head]
             assert torch.equal(positions[:count], one.positions[0, head, kept[head]].int())
             assert (positions[count:] == -1).all()
             for state, values in one.slot_state.items():
                 fresh = result.observed.get(state, values) if due[row] else values
-                found = held.columns[state][row, head, :count]
+                found = held[state][row, head, :count]
                 assert torch.allclose(found, fresh[0, head, kept[head]], rtol=1e-5 if due[row] else 0, atol=0)
             if one.attention is not None:
                 moved = one.attention[0, head][:, kept[head]].transpose(0, 1)
-                assert torch.equal(held.columns["attention"][row, head, :count], moved)
+                assert torch.equal(held["attention"][row, head, :count], moved)
     candidates = sum(int(one.candidates.sum()) for one, here in zip(before, due.tolist(), strict=True) if here)
     assert nan.tolist() == [0, candidates]
 
 
-def refuse(*_given):
+def refuse(*_given, **_named):
     raise UnsupportedInputError("not these slots")
 
 
@@ -78,10 +78,10 @@ def refuse(*_given):
 @pytest.mark.parametrize("refused", [False, True])
 def test_an_evicted_entry_does_not_spread(kernels, refused, wrong, slot, monkeypatch):
     if refused:
-        monkeypatch.setattr(attend, "attend_in_kernel", refuse)
+        monkeypatch.setattr(kvpolicy.attention.attend, "attend_in_kernel", refuse)
     plan = plan_of(small("streaming_llm", 5, protect={"sinks": 0, "recent": 4}), kernels=kernels)
     layer = filled(plan, [CAPACITY, CAPACITY])
-    layer.slots.values[0, :, slot] = wrong
+    blocks(layer)["values"][0, :, slot] = wrong
     due, nan = torch.tensor([[True, True]]), torch.zeros(2, dtype=torch.int64)
     evict.evict([layer], due, torch.tensor([[5, 5]]), torch.tensor([CAPACITY, CAPACITY]), nan)
     out = attend.attend_static(layer, torch.randn(2, HEADS * GROUP, 1, DIM), 1.0)
@@ -92,25 +92,25 @@ def test_an_evicted_entry_does_not_spread(kernels, refused, wrong, slot, monkeyp
 def test_scores_that_are_nan_are_counted_in_rows_that_are_due(kernels):
     plan = plan_of(small("snapkv", 7), kernels=kernels)
     layer = filled(plan, [CAPACITY, CAPACITY, 12])
-    layer.slots.keys[:, 1, 5] = torch.nan
+    blocks(layer)["keys"][:, 1, 5] = torch.nan
     nan = torch.zeros(2, dtype=torch.int64)
     due = torch.tensor([[True, False, True]])
     evict.evict([layer], due, torch.tensor([[7, 7, 7]]), torch.tensor([CAPACITY, CAPACITY, 12]), nan)
     candidates = CAPACITY + 12 - 2 * (2 + 4)
     assert nan.tolist() == [candidates, candidates * HEADS]  # a softmax spreads it over one of the heads
-    assert layer.slots.lengths.tolist() == [7, CAPACITY, 7]
+    assert lengths_of(layer) == [[7] * HEADS, [CAPACITY] * HEADS, [7] * HEADS]
 
 
 @pytest.mark.parametrize("name", ["gkv", "h2o"])
 def test_the_operators_say_what_they_change(name):
     plan = plan_of(small(name, 7))
     layer = filled(plan, [CAPACITY, 12])
-    held, due, budget = layer.slots, torch.tensor([[True, False]]), torch.tensor([[7, 7]])
-    tensors = [*held.tensors, torch.zeros(2, dtype=torch.int64)]
+    due, budget = torch.tensor([[True, False]]), torch.tensor([[7, 7]])
     tests = ("test_schema", "test_faketensor")
-    given = ([layer.name], tensors, held.window, due, budget, torch.tensor([CAPACITY, 12]))
+    tensors = [*layer.in_step, torch.zeros(2, dtype=torch.int64)]
+    given = ([layer.name], tensors, layer.window.in_step, due, budget, torch.tensor([CAPACITY, 12]))
     torch.library.opcheck(evict._evict_op, given, test_utils=tests)
-    packed = torch.randn(2, HEADS, GROUP, DIM)
-    columns = list(held.columns.values())
-    arguments = (layer.name, packed, columns, [held.keys, held.values, held.lengths], 0.4)
+    queries = torch.randn(2, HEADS * GROUP, 1, DIM)
+    keys, values, *columns, lengths = layer.in_step
+    arguments = (layer.name, queries, layer.clock, [keys, values, lengths], columns, 0.4)
     torch.library.opcheck(attend._attend_op, arguments, test_utils=tests)

@@ -39,7 +39,6 @@ def test_lengths_follow_what_layers_do(name, prompt, budget, every, rows):
             counts.compress()
         assert counts.lengths == lengths_of(layers)
         assert counts.num_tokens == layers[0].num_tokens
-        assert counts.averages == [layer.storage.slots.average for layer in layers]
 
 
 def test_rows_of_different_length_are_due_at_different_times():
@@ -60,7 +59,6 @@ def test_rows_of_different_length_are_due_at_different_times():
     assert counts.lengths == [[8, 9, 8]]
     assert counts.num_tokens == [32, 17, 32]
     assert counts.budgets == [[8, 8, 8]]
-    assert counts.averages == [25 / 3]
 
 
 def test_there_is_no_room_for_one_more():

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
+from kvpolicy.cache.device_faults import DeviceFaults
 from kvpolicy.errors import NonFiniteScoreWarning, ParameterError, UnsupportedCallError
-from kvpolicy.integrations.transformers.decode_graph.device_faults import DeviceFaults
 from kvpolicy.integrations.transformers.decode_graph.runners import Captured, Mode, mode_of
 
 

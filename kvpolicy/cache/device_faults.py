@@ -1,4 +1,4 @@
-"""Faults that a device counts: read without waiting for it, and never silent."""
+"""Faults that decode steps of fixed shapes count on a device: read without waiting for it, and never silent."""
 
 import torch
 from torch import Tensor
