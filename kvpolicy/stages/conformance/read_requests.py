@@ -98,6 +98,6 @@ def row_alone(request: ReadRequest, row: int) -> ReadRequest:
         query_positions=request.query_positions[[row]],
         positions=request.positions[[row]][..., :slots],
         packed_lengths=None if request.packed_lengths is None else request.packed_lengths[[row]],
-        groups={name: column[[row], :, :groups] for name, column in request.packed.items()},
+        packed={name: column[[row], :, :groups] for name, column in request.packed.items()},
         pages={name: column[[row]] for name, column in request.pages.items()},
     )

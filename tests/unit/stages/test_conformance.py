@@ -192,8 +192,8 @@ class Topmost(JointAllocator):
 @pytest.mark.parametrize(
     ("plugin", "check", "message"),
     [
-        (Whole(), "keeps rows apart", "gave a row alone"),
-        (Mixing(), "keeps layers apart", "gave a layer alone"),
+        (Whole(), "keeps rows apart", "for a row alone"),
+        (Mixing(), "keeps layers apart", "for a layer alone"),
         (Topmost(), "gives no more than there is", "expected from 0 to"),
     ],
 )

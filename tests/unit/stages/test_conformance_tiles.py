@@ -103,7 +103,7 @@ WRONG = {
     ),
     "ignores which slots are empty": (
         scorer(mean_of_held, Tile(functions.from_column, keys=False, column=mean_key)),
-        "for equal, padded and ragged (row 1",
+        "for equal, padded and ragged heads (row 1",
     ),
     "right within one tile": (scorer(of_head, Tile(functions.over_tile)), "for more entries than a tile"),
     "no numbers": (scorer(norms, Tile(functions.nan)), "scores that are NaN by its tile"),
