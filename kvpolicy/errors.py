@@ -9,9 +9,8 @@ import attrs
 
 _LONGEST_SHOWN = 60
 _LONGEST_LINE = 300
-_CONTROL_CHARACTERS = re.compile(
-    "[\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]"
-)  # garble a terminal, end a line
+# Characters that garble a terminal, end a line or cannot be encoded.
+_CONTROL_CHARACTERS = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]")
 
 
 class KVPolicyError(Exception):

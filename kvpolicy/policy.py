@@ -101,7 +101,7 @@ class Policy:
         """
         attachment = attached(model)
         if attachment is None:
-            raise AttachError("attach a policy to the model first: without it nothing would be compressed")
+            raise AttachError("attach a policy to the model first: without one, nothing is compressed")
         return attachment.adopt(PolicyCache(self.compile(model, calibration=calibration), model.config))
 
     def _calibration(self, source: CalibrationSource | None, model: PreTrainedModel | None) -> Calibration | None:

@@ -28,7 +28,7 @@ def _check_merger_has_logits(spec: PolicySpec, root: Item, problems: Problems) -
     plugins = [*(term.scorer for term in spec.score), spec.merge]
     if spec.merge.reads_window and not any(needs_of(plugin).queries for plugin in plugins):
         message = (
-            f"{spec.merge.name} weighs by the logits of observed queries, and no scorer of this policy observes any"
+            f"{spec.merge.name} uses the logits of observed queries, but no scorer of this policy observes queries"
         )
         problems.add(_position(root, "merge"), "merge", f"{message}; add one that does, such as attention")
 
@@ -36,7 +36,7 @@ def _check_merger_has_logits(spec: PolicySpec, root: Item, problems: Problems) -
 def _check_store_suits_heads(spec: PolicySpec, root: Item, problems: Problems) -> None:
     if flag_of(spec.store, "joint") and flag_of(spec.allocate.divider, "ragged"):
         key = spec.allocate.divider.stage
-        message = f"{spec.store.name} holds the heads of a layer together: {key} must give them equally many"
+        message = f"{spec.store.name} packs the heads of a layer together: {key} must give them equally many"
         problems.add(_position(root, "store"), "store", f"{message} entries: {spec.allocate.divider.name}")
 
 

@@ -16,10 +16,7 @@ from kvpolicy.stages.registry.plugins import registry
 
 _HEAD = ("name", "summary", "reference", "budget", "compress", "protect")
 _ORDER = (*_HEAD, "score", "allocate", "select", "merge", "store", "read")
-_ALWAYS_WRITTEN = (
-    "compress",
-    "protect",
-)  # even with default values: they say when entries are evicted
+_ALWAYS_WRITTEN = ("compress", "protect")  # even with default values: they control when entries are evicted
 _READ_ALL = {"use": "all"}
 _OPTIONAL_PROTECT = ("prompt", "regions")  # keys of `protect` that are written and hashed only when set
 _BARE = re.compile(r"[A-Za-z]([A-Za-z0-9_. -]*[A-Za-z0-9_.-])?", re.ASCII)

@@ -153,7 +153,7 @@ class Compress:
 
     prefill: bool = parameter(Flag(), True, help="after a prompt, a prompt chunk or another turn")
     every: int | str = parameter(
-        EveryRule(), 128, help="while decoding, each time this many tokens have come on top of the budget"
+        EveryRule(), 128, help="while decoding, each time the budget is exceeded by this many tokens"
     )
 
 
@@ -162,9 +162,7 @@ class Protect:
     """Entries that are never evicted."""
 
     sinks: int | Part = parameter(CountRule(), 0, help="first tokens of the sequence, pads not counted")
-    recent: int | Part = parameter(
-        CountRule(), 0, help='last tokens of the sequence; "100%" = all that the sinks leave'
-    )
+    recent: int | Part = parameter(CountRule(), 0, help='last tokens of the sequence; "100%" = all but the sinks')
 
     prompt: bool = parameter(Flag(), False, help="all of the first prompt")
     regions: tuple[str, ...] = parameter(
@@ -229,10 +227,10 @@ class PolicySpec:
     budget: Budget = parameter(BudgetRule(), help="entries kept per KV head, averaged over layers and heads")
     score: tuple[Weighted, ...] = parameter(ScoreRule(), help="weighted sum of scorers; larger = keep")
     allocate: Allocate = parameter(Nested(Allocate), help="how the budget is divided")
-    select: Selector = parameter(Plugged("select", default="topk"), help="which candidates stay")
-    merge: Merger = parameter(Plugged("merge", default="drop"), help="what becomes of evicted entries")
-    store: Codec = parameter(Plugged("store", default="plain"), help="how kept entries are held")
-    read: Reader = parameter(Plugged("read", default="all"), help="which held entries a decode step attends to")
+    select: Selector = parameter(Plugged("select", default="topk"), help="which candidates are kept")
+    merge: Merger = parameter(Plugged("merge", default="drop"), help="how evicted entries are merged or dropped")
+    store: Codec = parameter(Plugged("store", default="plain"), help="how kept entries are stored")
+    read: Reader = parameter(Plugged("read", default="all"), help="which entries a decode step attends to")
     compress: Compress = parameter(Nested(Compress), Compress(), help="when to compress")
     protect: Protect = parameter(Nested(Protect), Protect(), help="what is never evicted")
     summary: str = parameter(Text(), "", help="one line for people")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def indices_of(mask: Tensor, width: int | None = None) -> Tensor:
-    """Keep indices of a mask: bool [B, K, T] to int64 [B, K, N], ascending, -1 behind a head's last one.
+    """Keep indices of a mask: bool [B, K, T] to int64 [B, K, N], ascending, padded with -1.
 
     N is `width`, the largest count of any head; without it the host waits for the device to compute it.
     """

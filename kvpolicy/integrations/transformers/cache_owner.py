@@ -44,8 +44,8 @@ class CacheOwner:
             self.adopt(cache)
         if cache.owner is not self:
             raise CacheError(
-                "this cache was made for another attachment: a cache goes with the model and the attachment "
-                "that it was made for; use attachment.cache() of the one that is in place"
+                "this cache was made for another attachment: a cache belongs to the model and the attachment "
+                "that it was made for; use attachment.cache() of the current one"
             )
 
     def retire(self, reason: str) -> None:

@@ -67,11 +67,11 @@ def selected(rows: int, indices: Tensor) -> list[int]:
     try:
         selection: list[int] = torch.arange(rows)[indices.cpu()].tolist()
     except IndexError as error:
-        raise CacheError(f"the cache holds {rows} rows, others were named: {error}") from error
+        raise CacheError(f"the cache holds {rows} rows, other rows were selected: {error}") from error
     return selection
 
 
 def require_rows(count: int, rows: Sequence[int]) -> None:
     """Raise CacheError if `rows` is empty or has a row that is not in the cache of `count` rows."""
     if not rows or min(rows) < 0 or max(rows) >= count:
-        raise CacheError(f"the cache holds {count} rows, others were named: {list(rows)}")
+        raise CacheError(f"the cache holds {count} rows, other rows were selected: {list(rows)}")

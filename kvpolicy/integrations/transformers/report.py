@@ -14,9 +14,9 @@ from kvpolicy.plan.plan import Plan
 _NAMES = {
     "entries": "entries of the layers above",
     "window": "queries observed for scorers and mergers",
-    "state": "what is carried beside them",
+    "state": "state of plugins",
     "other_layers": "layers that the policy does not manage",
-    "static": "steps of fixed shapes",
+    "static": "static decode steps",
 }
 
 

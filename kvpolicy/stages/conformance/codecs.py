@@ -99,7 +99,7 @@ def decodes_to_finite_numbers(codec: Codec, _promises: Promises) -> None:
 
 
 def packs_groups_independently(codec: Codec, _promises: Promises) -> None:
-    """A group is packed alike alone and with others, so packed entries are never packed again."""
+    """A group is packed in the same way alone and with others, so packed entries are never packed again."""
     for kv_format, vectors, positions in _samples(codec):
         batched = kv_format.encode(vectors, positions)
         decoded = kv_format.decode(batched, positions)

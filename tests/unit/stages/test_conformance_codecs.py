@@ -124,7 +124,9 @@ CODECS = {
     "when group 0 is decoded alone": decoding(lambda vectors, _: vectors.flip(2)),
     "for row 0 alone": encoding(lambda rounded: rounded - rounded.mean(0)),
     "for head 0 beside another one": encoding(lambda rounded: rounded - rounded.mean(1, keepdim=True)),
-    "when the contents of empty slots differ": decoding(lambda vectors, at: vectors + (vectors * (at < 0)[..., None]).amax()),
+    "when the contents of empty slots differ": decoding(
+        lambda vectors, at: vectors + (vectors * (at < 0)[..., None]).amax()
+    ),
     "not finite for empty slots": decoding(lambda vectors, at: vectors / (at >= 0)[..., None]),
     "changed its input 'vectors'": broken_codec(encode=doubled_in_place),
     "changed its input 'rounded'": broken_codec(decode=zeroed_in_place),

@@ -90,8 +90,8 @@ def test_a_right_tile_passes(one):
 
 
 WRONG = {
-    "wrong sign": (scorer(norms, Tile(functions.wrong_sign, arguments=(3.0,))), "for equal, padded and ragged heads"),
-    "forgets its argument": (scorer(norms, Tile(functions.unscaled, arguments=(3.0,))), "for equal, padded and ragged heads"),
+    "wrong sign": (scorer(norms, Tile(functions.wrong_sign, arguments=(3.0,))), "for equal, padded"),
+    "forgets its argument": (scorer(norms, Tile(functions.unscaled, arguments=(3.0,))), "for equal, padded"),
     "reads another argument": (
         scorer(norms, Tile(functions.of_values, arguments=(3.0,), values=True)),
         "for equal, padded and ragged heads",

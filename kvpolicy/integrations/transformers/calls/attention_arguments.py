@@ -16,7 +16,7 @@ _CHANGING = frozenset((*_LOGITS, *_BIASES, *_SINKS, *_HIDING, *_PACKED, "max_len
 
 
 def changing(call: Mapping[str, Any], heads: int, queries: int, keys: int | None = None) -> Iterator[str]:
-    """Names of arguments, besides q, k, v, mask, dropout and scaling, that attention over a compressed cache ignores.
+    """Names of arguments, besides q, k, v, mask, dropout and scaling, that a compressed cache does not support.
 
     Known names that change logits, add or hide entries, or request the weights are reported, unless the value is None
     or False; `is_causal` is reported if it is False. Unknown names are reported only for bool and float tensors that

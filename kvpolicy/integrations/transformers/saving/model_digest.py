@@ -35,7 +35,7 @@ def model_digest(model: PreTrainedModel, error: type[KVPolicyError] = Calibratio
     try:
         probes = {name: _probe(name, weight) for name, weight in _weights(model)}
     except _UnreadableWeightError as unreadable:
-        raise error(f"the model cannot be told from others: {unreadable}") from unreadable
+        raise error(f"the model cannot be identified: {unreadable}") from unreadable
     for _, probe in sorted(probes.items()):
         digest.update(probe)
     return digest.hexdigest()[:16]
