@@ -9,7 +9,8 @@ import attrs
 
 _LONGEST_SHOWN = 60
 _LONGEST_LINE = 300
-_UNSEEN = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]")  # would garble a terminal or end a line
+# Characters that garble a terminal, end a line or cannot be encoded.
+_CONTROL_CHARACTERS = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]")
 
 
 class KVPolicyError(Exception):
@@ -22,7 +23,7 @@ class ParameterError(KVPolicyError, ValueError):
 
 @attrs.frozen
 class Problem:
-    """One thing that is wrong in a policy file."""
+    """One error in a policy file: where it is and which rule is broken."""
 
     where: str  # "rkv.yaml:7:11: score[0].queries"
     message: str  # "must be an integer from 1 to 4096: 'many'"
@@ -32,7 +33,7 @@ class Problem:
 
 
 class PolicyError(KVPolicyError):
-    """A policy cannot be used as written; carries every problem that was found, not only the first."""
+    """A policy cannot be used as written. `problems` has all errors of the file, not only the first."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = tuple(problems)
@@ -40,19 +41,19 @@ class PolicyError(KVPolicyError):
 
 
 class UnknownPolicyError(KVPolicyError):
-    """No file and no installed policy has the name that was asked for."""
+    """No file and no installed policy has the requested name."""
 
 
 class PluginError(KVPolicyError):
-    """A distribution that offers plugins is broken, or clashes with another one."""
+    """A distribution with plugins cannot be loaded, or its plugin names clash with those of another one."""
 
 
 class PluginContractError(PluginError):
-    """A plugin returned something that its contract does not allow (shape, dtype, device, range)."""
+    """A plugin returned a value that its contract does not allow (shape, dtype, device, range)."""
 
 
 class UnsupportedModelError(KVPolicyError):
-    """The model, its configuration or its device cannot carry a policy; nothing has been changed."""
+    """The model, its configuration or its device does not support policies; nothing has been changed."""
 
 
 class AttachError(KVPolicyError):
@@ -60,7 +61,7 @@ class AttachError(KVPolicyError):
 
 
 class UnsupportedCallError(KVPolicyError):
-    """A forward or generate call asks an attached model for something that a compressed cache cannot give."""
+    """A forward or generate call on an attached model uses a feature that a compressed cache does not support."""
 
 
 class CalibrationError(KVPolicyError):
@@ -68,7 +69,7 @@ class CalibrationError(KVPolicyError):
 
 
 class CacheError(KVPolicyError):
-    """A cache operation that would lose entries, or that found the cache inconsistent."""
+    """A cache operation would lose entries, or the cache is inconsistent."""
 
 
 class SavedCacheError(KVPolicyError):
@@ -76,7 +77,7 @@ class SavedCacheError(KVPolicyError):
 
 
 class RegionError(KVPolicyError, ValueError):
-    """Regions of a request are no token ranges, overlap, cannot be located, or do not go with the batch or policy."""
+    """Regions are not token ranges, overlap, cannot be located in the text, or do not match the batch or the policy."""
 
 
 class InputError(KVPolicyError):
@@ -84,7 +85,7 @@ class InputError(KVPolicyError):
 
 
 class EvaluationError(KVPolicyError):
-    """An evaluation cannot be run as asked."""
+    """An evaluation cannot be run with these settings."""
 
 
 class NonFiniteScoreWarning(UserWarning):
@@ -92,64 +93,64 @@ class NonFiniteScoreWarning(UserWarning):
 
 
 class BudgetWarning(UserWarning):
-    """More is held than the budget says, because more is protected."""
+    """A cache holds more entries than its budget, because more entries are protected."""
 
 
 class UncompressedWarning(UserWarning):
-    """Something goes on as without kvpolicy: correct, but nothing is compressed."""
+    """A forward ran without the policy: its result is correct, but nothing was compressed."""
 
 
 def shown(value: object) -> str:
-    """A value as an error message gives it: in the words of a policy file, and never long."""
+    """A value as text for an error message, in the syntax of policy files and at most about 60 characters."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (dict, list, tuple)):
-        kind = "mapping" if isinstance(value, dict) else "list"
-        return f"a {kind}" if value else f"an empty {kind}"
+        noun = "mapping" if isinstance(value, dict) else "list"
+        return f"a {noun}" if value else f"an empty {noun}"
     if type(value) not in (int, float, str):
         return f"a Python {one_line(type(value).__name__, _LONGEST_SHOWN)}"
     if isinstance(value, int) and value.bit_length() > 2 * _LONGEST_SHOWN:
-        return f"an integer of {value.bit_length()} bits"  # Python refuses to print very long ones
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to format very long integers
     text = repr(value[: _LONGEST_SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…{text[0]}"
 
 
 def one_line(value: object, longest: int = _LONGEST_LINE) -> str:
-    """`str(value)` as one line of at most `longest` characters, whatever class a third party gave us.
+    """`str(value)` as one line of at most `longest` characters; safe for objects of third parties.
 
-    The first line that says anything, without control characters; a placeholder where `str` raises.
+    The result is the first line that is not blank, without control characters; a placeholder if `str` raises.
     """
     try:
         text = str(value)[: 64 * longest]
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - a message is made of it, nothing more
-        return f"<{type(value).__name__[:40]}, whose text cannot be had: {type(error).__name__[:40]}>"
-    lines = (_UNSEEN.sub(" ", line) for line in text.splitlines())
+    except BaseException as error:  # noqa: BLE001 - only used in a message
+        return f"<{type(value).__name__[:40]}, whose text cannot be read: {type(error).__name__[:40]}>"
+    lines = (_CONTROL_CHARACTERS.sub(" ", line) for line in text.splitlines())
     line = next((line.strip() for line in lines if line.strip()), "")
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def described(error: BaseException) -> str:
-    """An error of another library or of a plugin as our messages tell of it: its kind and its first line."""
-    kind, text = one_line(type(error).__name__, _LONGEST_SHOWN), one_line(error)
-    return f"{kind}: {text}" if text else kind
+    """An error of another library or of a plugin as text: its class and the first line of its message."""
+    class_name, text = one_line(type(error).__name__, _LONGEST_SHOWN), one_line(error)
+    return f"{class_name}: {text}" if text else class_name
 
 
 def did_you_mean(name: str, known: Iterable[str], label: str) -> str:
-    """`"; did you mean 'topk'? installed: topk"`: the close name, if any, and all of them after `label`."""
+    """`"; did you mean 'topk'? installed: topk"`: the closest name, if any is close, and `label` with all names."""
     names = tuple(known)
     close = _closest(name, names)
-    meant = f"did you mean {close!r}? " if close else ""
-    return f"; {meant}{label}: {', '.join(names) or 'none'}"
+    suggestion = f"did you mean {close!r}? " if close else ""
+    return f"; {suggestion}{label}: {', '.join(names) or 'none'}"
 
 
 @functools.lru_cache(maxsize=256)
 def _closest(name: str, names: tuple[str, ...]) -> str | None:
-    """The name that a misspelt one is closest to, if any is.
+    """The known name that is closest to a misspelt one; None if none is close.
 
-    Close names share most of their letters, which is quick to see: a file may have a thousand names to look up.
+    Names that share few letters are skipped first, because difflib is slow and a file may have a thousand names.
     """
     letters = set(name)
-    likely = [one for one in names if 2 * len(letters & set(one)) >= min(len(letters), len(set(one)))]
+    likely = [known for known in names if 2 * len(letters & set(known)) >= min(len(letters), len(set(known)))]
     return next(iter(difflib.get_close_matches(name, likely, n=1)), None)

@@ -1,4 +1,4 @@
-"""The public face of a policy: read it, attach it, look at what it would do."""
+"""The public class `Policy`: load a policy, compile it for a model, attach it, calibrate it."""
 
 import os
 
@@ -34,12 +34,12 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """The word to know it by."""
+        """The name of the policy."""
         return self.spec.name
 
     @property
     def digest(self) -> str:
-        """Equal for two policies exactly when they do the same; for benchmark records."""
+        """16 hex digits, equal exactly for policies that behave the same; for benchmark records."""
         return digest(self.spec)
 
     def to_yaml(self) -> str:
@@ -56,67 +56,68 @@ class Policy:
     ) -> Plan:
         """The plan for a model or its configuration, without attaching.
 
-        Device and dtype are those of the model, and cpu and float32 for a configuration, unless given.
-        Raises UnsupportedModelError; CalibrationError; or PolicyError when the policy does not go with the model.
+        `device` and `dtype` default to those of the model, and to cpu and float32 for a configuration.
+        Raises UnsupportedModelError; CalibrationError; or PolicyError when the policy cannot be used with the model.
         """
         if isinstance(model, PretrainedConfig):
             geometry, measured = geometry_of(model), self._calibration(calibration, None)
-            kind, rotary = dtype or torch.float32, rotary_of_config(model) if self.spec.store.calibrated else None
-            return compile_policy(self.spec, geometry, device or "cpu", kind, rotary, measured)
+            model_dtype = dtype or torch.float32
+            rotary = rotary_of_config(model) if self.spec.store.calibrated else None
+            return compile_policy(self.spec, geometry, device or "cpu", model_dtype, rotary, measured)
         check_model(model)
         geometry, measured = geometry_of(model.config), self._calibration(calibration, model)
-        place, kind = device or device_of(model), dtype or model.dtype
-        return compile_policy(self.spec, geometry, place, kind, rotary_of(model), measured)
+        model_device, model_dtype = device or device_of(model), dtype or model.dtype
+        return compile_policy(self.spec, geometry, model_device, model_dtype, rotary_of(model), measured)
 
     def check(self, config: PretrainedConfig, calibration: CalibrationSource | None = None) -> None:
-        """Raise what `attach` would raise, as far as the configuration of a model tells; no weights are needed."""
+        """Raise the errors of `attach` that can be found from the model's configuration alone, without weights."""
         plan = self.compile(config, calibration=calibration)
         check_structure(config, plan.geometry)
 
     def attach(
         self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None, graph: bool | str = False
     ) -> Attachment:
-        """Let `model.generate` run under this policy, until the attachment is detached or its `with` block ends.
+        """Use this policy in `model.generate`, until the attachment is detached or its `with` block ends.
 
-        `calibration` is what `calibrate` gave for this model, or the file it was saved to; few stores need one. With
-        `graph` decode steps have fixed shapes in storages that never move, and on a GPU become CUDA graphs; "compile"
-        has `torch.compile` do them. Raises UnsupportedModelError, PolicyError, CalibrationError or AttachError before
-        anything has changed, or ParameterError for another `graph`.
+        `calibration` is the result of `calibrate` for this model, or the file it was saved to; few stores need one.
+        With `graph`, decode steps have fixed shapes and static storage, and run as CUDA graphs on a GPU; "compile"
+        runs them with `torch.compile`. Raises UnsupportedModelError, PolicyError, CalibrationError or AttachError
+        before the model is changed, or ParameterError for another value of `graph`.
         """
         mode = mode_of(graph)
         return Attachment(self.compile(model, calibration=calibration), model, mode)
 
     def calibrate(self, model: PreTrainedModel, tokens: Tensor) -> Calibration:
-        """Measure on token ids [S, T] what the store of this policy needs; no pads among them.
+        """Calibrate the store of this policy on token ids [S, T] without pads.
 
-        Raises UnsupportedModelError, AttachError, or CalibrationError when it needs nothing or cannot be measured.
+        Raises UnsupportedModelError, AttachError, or CalibrationError when the store needs no calibration or it fails.
         """
         return calibrate(self.spec, model, tokens)
 
     def cache(self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None) -> PolicyCache:
-        """A cache under this policy, for those who pass `past_key_values` themselves.
+        """A cache with this policy, to pass as `past_key_values`.
 
-        The model must have a policy attached, this one or another: the cache follows its own.
+        The model must have a policy attached, this one or another; the cache uses this one.
         """
         attachment = attached(model)
         if attachment is None:
-            raise AttachError("attach a policy to the model first: without it nothing would be compressed")
+            raise AttachError("attach a policy to the model first: without one, nothing is compressed")
         return attachment.adopt(PolicyCache(self.compile(model, calibration=calibration), model.config))
 
-    def _calibration(self, given: CalibrationSource | None, model: PreTrainedModel | None) -> Calibration | None:
-        """What was given, if the store needs one; raises CalibrationError unless it is for this policy and model."""
-        if given is None or not self.spec.store.calibrated:
+    def _calibration(self, source: CalibrationSource | None, model: PreTrainedModel | None) -> Calibration | None:
+        """The calibration; None if the store needs none. Raises CalibrationError if for another policy or model."""
+        if source is None or not self.spec.store.calibrated:
             return None
-        measured = given if isinstance(given, Calibration) else Calibration.read(given)
-        origin = "calibration" if isinstance(given, Calibration) else os.fsdecode(given)
+        measured = source if isinstance(source, Calibration) else Calibration.read(source)
+        origin = "calibration" if isinstance(source, Calibration) else os.fsdecode(source)
         measured.require(self.spec, None if model is None else model_digest(model), origin)
         return measured
 
 
 def load(source: "str | os.PathLike[str]", /, **overrides: object) -> Policy:
-    """A policy from a file, or an installed one by its name; `overrides` replace top-level keys.
+    """Load a policy from a file, or an installed policy by name; `overrides` replace top-level keys.
 
-    `load("rkv", budget=512)`. Raises PolicyError with every problem of the file, UnknownPolicyError or InputError.
+    `load("rkv", budget=512)`. Raises PolicyError with all errors of the file, UnknownPolicyError or InputError.
     """
     spec, origin = read_policy(source, **overrides)
     return Policy(spec, origin)

@@ -1,4 +1,4 @@
-"""Whether a cache is whole: one object for all of its layers, so that what fails in one of them is known in all."""
+"""Whether a cache is consistent: one object for all layers, so that a failure in one layer is known to all."""
 
 import contextlib
 import threading
@@ -14,57 +14,57 @@ _REMEDY = "call reset(), or start with a new cache"
 
 @attrs.define
 class _Forward:
-    """A forward that has begun: it is over when every layer has taken its tokens and attended to them."""
+    """A forward in progress: it ends when every layer has appended its tokens and computed attention."""
 
-    announced: bool  # whether `end_forward` will be called; else it ends by itself
-    updated: set[int] = attrs.field(factory=set)  # layers that have taken its tokens
-    settled: set[int] = attrs.field(factory=set)  # layers that have attended, too
+    announced: bool  # whether `end_forward` will be called; otherwise it ends with the last layer
+    updated: set[int] = attrs.field(factory=set)  # layers that have appended its tokens
+    attended: set[int] = attrs.field(factory=set)  # layers that have also computed attention
 
 
 class Integrity:
-    """Keeps account of the changes of one cache. A change that does not reach its end stays open, and bars all others.
+    """Tracks the changes of one cache. A change that fails stays open, and all later changes are refused.
 
-    Nothing has to be caught for that: a change is open from before its first effect until after its last one, so an
-    exception or an interrupt at any line between leaves it open. Layers go by their index in the model.
+    A change is open from before its first effect until after its last one. So an exception or an interrupt at any line
+    leaves it open, and no handler is needed. Layers are named by their index in the model.
     """
 
     def __init__(self, layers: Iterable[int]) -> None:
-        self.layers = frozenset(layers)  # that take part in a forward
+        self.layers = frozenset(layers)  # layers that take part in a forward
         self._open: str | None = None  # the change in progress, or the one that failed
         self._forward: _Forward | None = None
         self._members: frozenset[int] | None = None  # layers that took part in the forwards so far
         self._retired: str | None = None
-        self._moving = threading.RLock()  # another thread may move entries to make room for its own cache
+        self._transfer_lock = threading.RLock()  # another thread may move entries to use the static storage itself
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_moving"}
+        return {name: value for name, value in self.__dict__.items() if name != "_transfer_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._moving = threading.RLock()
+        self._transfer_lock = threading.RLock()
 
     @property
     def is_whole(self) -> bool:
-        """Whether no change is open. A forward that has not reached any layer yet has changed nothing."""
+        """Whether no change is open. A forward that has not reached a layer has changed nothing."""
         return self._open is None and not (self._forward and self._forward.updated)
 
     def resume(self, members: Iterable[int]) -> None:
-        """A cache that has changed in no way yet goes on with the state of another, in which these layers took part."""
+        """A new cache continues the state of another one, in whose forwards these layers took part."""
         self._members = frozenset(members)
 
     def require_whole(self) -> None:
-        """Raise CacheError when a change is open or has failed, or when the cache was retired."""
+        """Raise CacheError if a change is open or has failed, or if the cache was retired."""
         self._require_in_use()
         if not self.is_whole:
             raise CacheError(self._fault())
 
     def retire(self, reason: str) -> None:
-        """Refuse every further change, for this reason."""
+        """Refuse all further changes, with this reason."""
         self._retired = reason
 
     @contextlib.contextmanager
     def change(self, name: str) -> Iterator[None]:
-        """The body is one change of the cache. Raises CacheError as `require_whole` does, before anything is done."""
+        """Context of one change of the cache. Raises CacheError like `require_whole`, before the body runs."""
         with self._moving:
             self.require_whole()
             self._open = name
@@ -78,15 +78,15 @@ class Integrity:
 
     @contextlib.contextmanager
     def hand_over(self) -> Iterator[None]:
-        """The body moves entries between storages, which changes nothing that can be seen: it is never refused."""
-        with self._moving:
-            before, self._open = self._open, self._open or "move to another storage"
+        """Context in which entries move between storages. The contents do not change, so it is never refused."""
+        with self._transfer_lock:
+            previous, self._open = self._open, self._open or "move to another storage"
             yield
-            self._open = before
+            self._open = previous
 
     @contextlib.contextmanager
     def renewal(self) -> Iterator[None]:
-        """The body empties the cache, which is whole afterwards. Raises CacheError when it was retired."""
+        """Context in which the cache is emptied; it is consistent afterwards. Raises CacheError if it was retired."""
         self._require_in_use()
         with self._moving:
             self._open = "reset"
@@ -97,18 +97,18 @@ class Integrity:
     # -- forwards ----------------------------------------------------------------------------------------------
 
     def begin_forward(self) -> None:
-        """A forward is about to begin, and `end_forward` will be called when it has returned."""
-        with self._moving:
+        """Begin a forward; `end_forward` is called after it."""
+        with self._transfer_lock:
             self.require_whole()
         self._forward = _Forward(announced=True)
 
     def end_forward(self) -> None:
-        """The forward has returned. Raises CacheError when it left out layers, or did not attend in some of them."""
-        with self._moving:
+        """End a forward. Raises CacheError if layers were left out, or computed no attention."""
+        with self._transfer_lock:
             forward = self._forward
             if self._open is not None or forward is None:
                 return
-            if forward.updated != forward.settled:
+            if forward.updated != forward.attended:
                 raise CacheError(self._fault())
             self._require_members(forward)
         self._forward = None
@@ -130,50 +130,50 @@ class Integrity:
             )
 
     def require_ready(self, layer: int) -> None:
-        """Raise CacheError when the layer cannot take tokens: it has those of an earlier forward, which failed."""
+        """Raise CacheError if the layer cannot append tokens, because an earlier forward or change failed."""
         self._require_in_use()
         if self._open is not None or (self._forward and layer in self._forward.updated):
             raise CacheError(self._fault())
 
     def begin_update(self, layer: int) -> None:
-        """The layer is about to take the tokens of a forward, of which this may be the start."""
+        """The layer is about to append the tokens of a forward; begins one if none is in progress."""
         self.require_ready(layer)
         if self._forward is None:
             self._forward = _Forward(announced=False)
         self._forward.updated.add(layer)
 
     def require_updated(self, layer: int) -> None:
-        """Raise CacheError unless the layer has taken tokens to which it has not attended yet."""
+        """Raise CacheError unless the layer has appended tokens and not yet computed attention."""
         forward = self._forward
-        if forward is None or layer not in forward.updated - forward.settled:
+        if forward is None or layer not in forward.updated - forward.attended:
             raise CacheError(f"layer {layer}: attention must be called once for each update of the cache")
 
     def is_last(self, layer: int) -> bool:
-        """Whether all other layers have attended in this forward."""
-        return self._forward is not None and self._forward.settled >= self.layers - {layer}
+        """Whether all other layers have computed attention in this forward."""
+        return self._forward is not None and self._forward.attended >= self.layers - {layer}
 
     def end_update(self, layer: int) -> None:
-        """The layer has attended. A forward that was not announced is over when all have."""
+        """The layer has computed attention. A forward that was not announced ends with its last layer."""
         forward = self._forward
         if forward is None:
             return
-        forward.settled.add(layer)
-        if not forward.announced and forward.settled >= self.layers:
+        forward.attended.add(layer)
+        if not forward.announced and forward.attended >= self.layers:
             self._require_members(forward)
             self._forward = None
 
     def begin_step(self) -> None:
-        """A forward that is served as a whole is about to begin."""
+        """Begin a forward that updates all layers at once."""
         self.require_whole()
         forward = self._forward or _Forward(announced=False)
         forward.updated = set(self.layers)
         self._forward = forward
 
     def end_step(self) -> None:
-        """It has been served."""
+        """End a forward begun by `begin_step`."""
         forward = self._forward
         if forward is not None and forward.announced:
-            forward.settled = set(self.layers)
+            forward.attended = set(self.layers)
         else:
             self._forward = None
 

@@ -1,4 +1,4 @@
-"""Named spans of a request: the system prompt, tools, a document. A policy may protect them; plugins see them."""
+"""Regions: named spans of a request, such as the system prompt or tools, that policies can protect and plugins see."""
 
 import itertools
 import json
@@ -9,72 +9,74 @@ import attrs
 
 from kvpolicy.errors import RegionError, did_you_mean, shown
 
-Span = tuple[int, int]  # first token, and the one behind the last; counted among a row's real tokens
-Spans = Mapping[str, "Span | Sequence[Span]"]  # what one row has, by name
-_FARTHEST = 2**24  # tokens, in what is read from a file: labels take a byte for each
-MOST_NAMES = 127  # numbers of regions are int8
+Span = tuple[int, int]  # first token and end (exclusive), counted in a row's tokens without pads
+Spans = Mapping[str, "Span | Sequence[Span]"]  # spans of one row, by name
+_MAX_TOKENS = 2**24  # limit for regions read from files, because labels take a byte per token
+MOST_NAMES = 127  # region numbers are int8
 
 
 @attrs.frozen
 class Regions:
-    """Names, and where each row of a batch has them. Tokens are counted without pads; regions do not overlap.
+    """Regions of each row of a batch. Tokens are counted without pads; regions do not overlap.
 
-    They are given with a cache, `attachment.cache(regions=...)`, and move with their entries: a token that is evicted
-    leaves its region, and nothing enters one later.
+    They are passed when a cache is made, `attachment.cache(regions=...)`. Regions refer to tokens, so an evicted token
+    leaves its region, and later tokens never join one.
     """
 
-    names: tuple[str, ...]  # the region of the first one has number 1
+    names: tuple[str, ...]  # numbered from 1
     rows: tuple[tuple[tuple[int, int, int], ...], ...]  # number, start, stop; ascending, for each row
 
     @classmethod
-    def of(cls, given: "Regions | Spans | Sequence[Spans]") -> "Regions":
-        """From token ranges: of one row, or one mapping for each row of the batch.
+    def of(cls, regions: "Regions | Spans | Sequence[Spans]") -> "Regions":
+        """Regions from token ranges: a mapping for one row, or a list with a mapping per row of the batch.
 
         Regions.of({"system": (0, 20), "tools": [(20, 50), (80, 95)]})
 
-        Raises RegionError for what is no range, or overlaps another one.
+        Raises RegionError for invalid or overlapping ranges.
         """
-        if isinstance(given, Regions):
-            return given
-        each: Sequence[Any] = [given] if isinstance(given, Mapping) else given
-        if not isinstance(each, Sequence) or not each or not all(isinstance(row, Mapping) for row in each):
-            raise RegionError(f"regions must be a mapping from names to token ranges, or one a row: {shown(given)}")
-        names = tuple(dict.fromkeys(name for row in each for name in row))
+        if isinstance(regions, Regions):
+            return regions
+        rows: Sequence[Any] = [regions] if isinstance(regions, Mapping) else regions
+        if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Mapping) for row in rows):
+            raise RegionError(
+                f"regions must be a mapping from names to token ranges, or a list with one per row: {shown(regions)}"
+            )
+        names = tuple(dict.fromkeys(name for row in rows for name in row))
         _check_names(names)
         numbers = {name: number for number, name in enumerate(names, 1)}
-        return cls(names, tuple(_row(row, numbers) for row in each))
+        return cls(names, tuple(_row(row, numbers) for row in rows))
 
     @classmethod
     def of_texts(cls, tokenizer: Any, texts: "str | Sequence[str]", strings: Mapping[str, str]) -> "Regions":
-        """Where strings stand in the texts of a batch, by the offsets of the tokenizer's tokens.
+        """Regions from strings in the texts of a batch, located by the token offsets of the tokenizer.
 
-        Each string must stand in each of the texts; all places where it does belong to the region. A token belongs to
-        it as soon as one of its characters does. Give the texts as they are tokenized: after the chat template.
+        Each string must occur in each text; all its occurrences belong to the region. A token belongs to it if any of
+        its characters does. The texts must be those that are tokenized: with the chat template applied.
 
-        Raises RegionError when a string is not there, or when the tokenizer knows no offsets (only fast ones do).
+        Raises RegionError if a string does not occur, or if the tokenizer has no offsets (only fast ones have).
         """
         batch = [texts] if isinstance(texts, str) else list(texts)
-        return cls.of([_found(tokenizer, text, strings) for text in batch])
+        return cls.of([_spans_of_strings(tokenizer, text, strings) for text in batch])
 
     @classmethod
     def of_chat(cls, tokenizer: Any, conversations: Any, **template: Any) -> "Regions":
-        """One region for each role of a conversation, or of a batch of them, as the chat template writes it.
+        """One region per role of a conversation, or of a batch of conversations, formatted by the chat template.
 
-        What the template writes for a message, its header included, belongs to the message's role. `template` are
-        further arguments of `apply_chat_template`, as they are given for the prompt itself.
+        The text of a message, including its header, belongs to the role of the message. `template` are further
+        arguments of `apply_chat_template`, the same as for the prompt.
 
-        Raises RegionError where the template writes earlier messages otherwise once later ones follow.
+        Raises RegionError if the template formats a message differently when other messages come after it.
         """
         batch = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
         return cls.of([_roles(tokenizer, list(messages), template) for messages in batch])
 
     def dump(self) -> str:
-        """Names and rows as JSON, for `parse`."""
+        """Names and rows as JSON; `parse` reads them."""
         return json.dumps([self.names, self.rows])
 
     @classmethod
     def parse(cls, text: str) -> "Regions":
-        """What `dump` has written. Raises RegionError for anything else."""
+        """Read the output of `dump`. Raises RegionError for other text."""
         try:
             names, rows = json.loads(text)
             named = [[(names[number - 1], (start, stop)) for number, start, stop in row if number > 0] for row in rows]
@@ -83,27 +85,31 @@ class Regions:
         except (ValueError, TypeError, IndexError, RecursionError) as error:
             raise RegionError(f"regions must be names and rows of spans, as JSON: {shown(text)}") from error
         _check_names(names)
-        again = tuple(_row({name: [span for n, span in row if n == name] for name in names}, numbers) for row in named)
-        far = any(stop > _FARTHEST for row in regions.rows for _, _, stop in row)
-        if far or len(numbers) != len(names) or again != regions.rows:
-            raise RegionError(f"regions must be ascending, apart, and end before token {_FARTHEST}: {shown(text)}")
+        normalised = tuple(
+            _row({name: [span for n, span in row if n == name] for name in names}, numbers) for row in named
+        )
+        too_far = any(stop > _MAX_TOKENS for row in regions.rows for _, _, stop in row)
+        if too_far or len(numbers) != len(names) or normalised != regions.rows:
+            raise RegionError(
+                f"regions must be ascending, must not overlap, and must end before token {_MAX_TOKENS}: {shown(text)}"
+            )
         return regions
 
     def for_rows(self, count: int) -> "Regions":
-        """For a batch of so many rows: each of ours as often as needed, beside each other, as `generate` repeats rows.
+        """Regions of a batch of `count` rows, with each row repeated as `generate` does (a, a, b, b).
 
-        Raises RegionError when the rows are no multiple of ours.
+        Raises RegionError if `count` is not a multiple of the rows.
         """
         if count % len(self.rows):
-            raise RegionError(f"regions of {len(self.rows)} rows do not go with a batch of {count}")
+            raise RegionError(f"regions of {len(self.rows)} rows do not match a batch of {count}")
         return self.select([row for row in range(len(self.rows)) for _ in range(count // len(self.rows))])
 
     def select(self, rows: Sequence[int]) -> "Regions":
-        """Those of the rows named, in that order."""
+        """Regions of the given rows, in that order."""
         return attrs.evolve(self, rows=tuple(self.rows[row] for row in rows))
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise RegionError unless there are regions of these names."""
+        """Raise RegionError if one of the names is not a region."""
         for name in names:
             if name not in self.names:
                 raise RegionError(f"no region {shown(name)} is given{did_you_mean(name, self.names, 'given')}")
@@ -111,7 +117,7 @@ class Regions:
 
 def _check_names(names: Sequence[object]) -> None:
     if not names:
-        raise RegionError("regions must have names: none is given")
+        raise RegionError("regions must have at least one name")
     if len(names) > MOST_NAMES:
         raise RegionError(f"at most {MOST_NAMES} regions: {len(names)}")
     for name in names:
@@ -120,20 +126,20 @@ def _check_names(names: Sequence[object]) -> None:
 
 
 def _row(spans: Spans, numbers: Mapping[str, int]) -> tuple[tuple[int, int, int], ...]:
-    listed = sorted((*span, numbers[name]) for name, given in spans.items() for span in _spans(name, given))
-    for (_, stop, number), (start, _, other) in itertools.pairwise(listed):
+    ordered = sorted((*span, numbers[name]) for name, ranges in spans.items() for span in _spans(name, ranges))
+    for (_, stop, number), (start, _, other) in itertools.pairwise(ordered):
         if start < stop:
             names = {number: name for name, number in numbers.items()}
             raise RegionError(f"regions {shown(names[number])} and {shown(names[other])} overlap at token {start}")
-    return tuple((number, start, stop) for start, stop, number in listed)
+    return tuple((number, start, stop) for start, stop, number in ordered)
 
 
-def _spans(name: str, given: object) -> list[Span]:
-    listed = [given] if isinstance(given, Sequence) and len(given) == 2 and type(given[0]) is int else given
-    if not isinstance(listed, Sequence) or isinstance(listed, str):
-        raise RegionError(f"region {shown(name)} must be a token range (start, stop), or several: {shown(given)}")
+def _spans(name: str, ranges: object) -> list[Span]:
+    candidates = [ranges] if isinstance(ranges, Sequence) and len(ranges) == 2 and type(ranges[0]) is int else ranges
+    if not isinstance(candidates, Sequence) or isinstance(candidates, str):
+        raise RegionError(f"region {shown(name)} must be a token range (start, stop), or several: {shown(ranges)}")
     spans = []
-    for span in listed:
+    for span in candidates:
         numbers = tuple(span) if isinstance(span, Sequence) and not isinstance(span, str) else ()
         sound = len(numbers) == 2 and all(type(number) is int for number in numbers)
         if not sound or not 0 <= numbers[0] <= numbers[1]:
@@ -144,64 +150,67 @@ def _spans(name: str, given: object) -> list[Span]:
 
 
 def _offsets(tokenizer: Any, text: str, **options: Any) -> list[Span]:
-    """Characters of each token, special ones, which stand for none, included."""
+    """Character range of each token; empty for special tokens."""
     try:
         encoded = tokenizer(text, return_offsets_mapping=True, **options)
     except (NotImplementedError, ValueError, TypeError) as error:
-        raise RegionError("the tokenizer tells no offsets of its tokens: only fast tokenizers do") from error
+        raise RegionError("the tokenizer has no token offsets: only fast tokenizers have") from error
     return [(int(start), int(stop)) for start, stop in encoded["offset_mapping"]]
 
 
-def _found(tokenizer: Any, text: str, strings: Mapping[str, str]) -> dict[str, list[Span]]:
+def _spans_of_strings(tokenizer: Any, text: str, strings: Mapping[str, str]) -> dict[str, list[Span]]:
     offsets = _offsets(tokenizer, text)
     regions: dict[str, list[Span]] = {}
     for name, string in strings.items():
         if not isinstance(string, str) or not string or string not in text:
-            raise RegionError(f"region {shown(name)}: the text does not hold {shown(string)}")
-        regions[name] = [_tokens(offsets, start, start + len(string)) for start in _places(text, string)]
+            raise RegionError(f"region {shown(name)}: the text does not contain {shown(string)}")
+        regions[name] = [_tokens(offsets, start, start + len(string)) for start in _occurrences(text, string)]
     return regions
 
 
-def _places(text: str, string: str) -> list[int]:
-    places, start = [], text.find(string)
+def _occurrences(text: str, string: str) -> list[int]:
+    starts, start = [], text.find(string)
     while start >= 0:
-        places.append(start)
+        starts.append(start)
         start = text.find(string, start + len(string))
-    return places
+    return starts
 
 
 def _tokens(offsets: Sequence[Span], start: int, stop: int) -> Span:
-    """The tokens that have a character between two places."""
-    inside = [token for token, (first, behind) in enumerate(offsets) if max(first, start) < min(behind, stop)]
+    """Range of the tokens that have a character from `start` to `stop`."""
+    inside = [token for token, (first, end) in enumerate(offsets) if max(first, start) < min(end, stop)]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def _roles(tokenizer: Any, messages: list[Any], template: Mapping[str, Any]) -> dict[str, list[Span]]:
-    given = {key: value for key, value in template.items() if key not in ("tokenize", "return_tensors", "return_dict")}
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, **given)
+    options = {
+        key: value for key, value in template.items() if key not in ("tokenize", "return_tensors", "return_dict")
+    }
+    full_text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     endings = ("add_generation_prompt", "continue_final_message")
-    plain = {key: value for key, value in given.items() if key not in endings}
-    offsets, before, behind = _offsets(tokenizer, whole, add_special_tokens=False), 0, 0
+    prefix_options = {key: value for key, value in options.items() if key not in endings}
+    offsets, text_end, token_end = _offsets(tokenizer, full_text, add_special_tokens=False), 0, 0
     regions: dict[str, list[Span]] = {}
     for count, message in enumerate(messages, 1):
-        written = tokenizer.apply_chat_template(messages[:count], tokenize=False, **plain)
-        if not whole.startswith(written) or len(written) < before:
+        prefix_text = tokenizer.apply_chat_template(messages[:count], tokenize=False, **prefix_options)
+        if not full_text.startswith(prefix_text) or len(prefix_text) < text_end:
             raise RegionError(
-                f"message {count - 1} ({shown(message['role'])}): the chat template writes it otherwise when others "
-                "follow; give regions by strings (Regions.of_texts)"
+                f"message {count - 1} ({shown(message['role'])}): the chat template formats it differently when "
+                "others come after it; use Regions.of_texts"
             )
-        start, stop = _tokens(offsets, before, len(written))
-        regions.setdefault(str(message["role"]), []).append((max(start, behind), stop))  # a shared token is the first's
-        before, behind = len(written), max(behind, stop)
-    return {role: _joined(spans) for role, spans in regions.items()}
+        start, stop = _tokens(offsets, text_end, len(prefix_text))
+        # A token of two messages belongs to the first.
+        regions.setdefault(str(message["role"]), []).append((max(start, token_end), stop))
+        text_end, token_end = len(prefix_text), max(token_end, stop)
+    return {role: _merge_adjacent(spans) for role, spans in regions.items()}
 
 
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Spans that follow each other as one."""
-    joined: list[Span] = []
+def _merge_adjacent(spans: Sequence[Span]) -> list[Span]:
+    """Spans, with adjacent ones merged."""
+    merged: list[Span] = []
     for start, stop in spans:
-        if joined and start == joined[-1][1]:
-            joined[-1] = (joined[-1][0], stop)
+        if merged and start == merged[-1][1]:
+            merged[-1] = (merged[-1][0], stop)
         elif start < stop:
-            joined.append((start, stop))
-    return joined
+            merged.append((start, stop))
+    return merged

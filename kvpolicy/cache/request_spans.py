@@ -1,4 +1,4 @@
-"""What a row has by its place in the request, its first prompt and regions, and which of it is protected."""
+"""The first prompt and the regions of each row, and which of their entries are protected."""
 
 from collections.abc import Sequence
 
@@ -14,73 +14,73 @@ Interval = tuple[int, int]
 
 
 class RequestSpans:
-    """Common to the layers of a cache. It knows positions, not slots: entries keep their position wherever they go."""
+    """Spans of the requests in a cache, shared by its layers, as positions, which entries keep when they move."""
 
     def __init__(self, protect: Protect, regions: Regions | None = None) -> None:
-        """Raises RegionError when the policy protects a region that is not given."""
+        """Raises RegionError if the policy protects a region that is not given."""
         self.protect = protect
         self._given = regions
         if regions is not None:
             regions.require(protect.regions)
         elif protect.regions:
             raise RegionError(
-                f"the policy protects regions ({', '.join(protect.regions)}), and none is given: "
+                f"the policy protects regions ({', '.join(protect.regions)}), but none is given: "
                 "attachment.cache(regions=...)"
             )
         self.clear()
 
     def clear(self) -> None:
-        """Forget the rows: the cache has been emptied."""
+        """Remove all rows: the cache has been emptied."""
         self.regions = self._given
-        self.prompt: list[int] = []  # tokens of each row's first prompt, as far as it has come
+        self.prompt: list[int] = []  # tokens of each row's first prompt so far
         self._prompt_is_over = False
         self._labels: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is held for all layers."""
+        """Tensors kept for all layers."""
         return [] if self._labels is None else [self._labels]
 
     def begin(self, rows: int) -> None:
-        """Say how many rows the cache has. Raises RegionError, before any change, when regions do not go with them."""
+        """Set the number of rows. Raises RegionError, before any change, if the regions do not match it."""
         if self.regions is not None and len(self.regions.rows) != rows:
             self.regions = self.regions.for_rows(rows)
 
-    def note_prompt(self, real: Sequence[int], *, over: bool) -> None:
-        """Say how many tokens each row's prompt has, and whether it is `over`; a later one is not noted."""
+    def note_prompt(self, num_tokens: Sequence[int], *, over: bool) -> None:
+        """Set the tokens of each row's prompt, and whether it is complete (`over`); later prompts are ignored."""
         if not self._prompt_is_over:
-            self.prompt = list(real)
+            self.prompt = list(num_tokens)
         self._prompt_is_over = self._prompt_is_over or over
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows named, in that order."""
+        """Keep the given rows, in that order."""
         self.prompt = [self.prompt[row] for row in rows] if self.prompt else []
         self._labels = None
         if self.regions is not None:
             self.regions = self.regions.select(rows)
 
     def go_on_as(self, other: "RequestSpans", rows: Sequence[int]) -> None:
-        """Take over what the rows named of another cache have; this one was given the regions of these rows."""
+        """Copy the prompts of the given rows of another cache; this one was made with the regions of these rows."""
         self.prompt = [other.prompt[row] for row in rows] if other.prompt else []
         self._prompt_is_over = other._prompt_is_over  # noqa: SLF001 - of its own class
 
     def describe(self) -> Described:
-        """Its state, but for the regions: tokens of each row's first prompt [B] or [0], and whether that is over."""
+        """State without the regions: tokens of the first prompts, [B] or [0], and whether the prompt is complete."""
         yield "prompt", counts_of(self.prompt)
         yield "prompt_is_over", self._prompt_is_over
 
     def restore(self, contents: Contents, rows: int) -> None:
-        """Take the state of so many rows that is written there; this one was given the regions of these rows."""
+        """Restore the state of `rows` rows; this object was made with the regions of these rows."""
         self.prompt = contents.counts("prompt", (rows if contents.size("prompt") else 0,))
         self._prompt_is_over = contents.flag("prompt_is_over")
         if self._prompt_is_over and not self.prompt:
-            raise contents.wrong("prompt", "must have a number for each row, once the prompt is over")
+            raise contents.wrong("prompt", "must have a number per row once the prompt is complete")
         self.begin(rows)
 
     def protected(self, row: int, tokens: int, sinks: int, recent: int) -> int:
-        """How many of the first `tokens` tokens of a row are protected, sinks and recent ones included."""
-        whole = [(0, sinks), (max(0, tokens - recent), tokens), *self._protected(row)]
-        return _covered([(start, min(stop, tokens)) for start, stop in whole])
+        """How many of the first `tokens` tokens of a row are protected, including sinks and recent ones."""
+        spans = [(0, sinks), (max(0, tokens - recent), tokens), *self._protected(row)]
+        return _covered([(start, min(stop, tokens)) for start, stop in spans])
 
     def protected_tokens(self, row: int, tokens: int, sinks: int, recent: int) -> Tensor:
         """Which of the first `tokens` tokens of a row are protected, bool [tokens] in host memory."""
@@ -99,7 +99,7 @@ class RequestSpans:
         return spans
 
     def pinned(self, positions: Tensor, rows: Sequence[int]) -> Tensor | None:
-        """Which slots hold a protected entry of a prompt or region: bool [rows, K, T] of `positions`; None = none."""
+        """Slots with protected entries of the prompt or regions: bool [rows, K, T] for `positions`; None = none."""
         if not self.protect.by_place:
             return None
         pinned = torch.zeros_like(positions, dtype=torch.bool)
@@ -113,17 +113,17 @@ class RequestSpans:
         return pinned & (positions >= 0)
 
     def of(self, positions: Tensor, rows: Sequence[int]) -> Tensor | None:
-        """Numbers of regions, int8 [rows, K, T], 0 where an entry is in none; None when the cache has no regions."""
+        """Region numbers, int8 [rows, K, T], 0 for entries outside regions; None if the cache has no regions."""
         if self.regions is None:
             return None
         labels = self._on(positions.device)[list(rows)]
-        nowhere = labels.shape[1] - 1
-        places = positions.long().clamp(-1, nowhere)
-        places = places.masked_fill(places < 0, nowhere)
-        return labels.gather(1, places.flatten(1)).view(positions.shape)
+        outside = labels.shape[1] - 1
+        columns = positions.long().clamp(-1, outside)
+        columns = columns.masked_fill(columns < 0, outside)
+        return labels.gather(1, columns.flatten(1)).view(positions.shape)
 
     def _on(self, device: torch.device) -> Tensor:
-        """int8 [B, n + 1]: the region of each of the first n positions, then 0 for all others."""
+        """int8 [B, n + 1]: region numbers of the first n positions, then 0 for all other positions."""
         regions = self.regions
         if regions is None:
             raise RegionError("the cache has no regions")

@@ -1,4 +1,4 @@
-"""From the budget of a policy to entries per layer."""
+"""Entries per layer under the budget of a policy."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import AllocationRequest, Geometry
 from kvpolicy.stages.checks import check_tensor, contract_error
 
-_MOST_KNOWN = 4096  # lengths that are remembered
+_MAX_REMEMBERED = 4096  # lengths whose counts are remembered
 _PerLayer = tuple[int, ...]
 _Key = TypeVar("_Key")
 _HOST = torch.device("cpu")
@@ -21,26 +21,29 @@ _HOST = torch.device("cpu")
 
 @attrs.frozen(eq=False)
 class Budgets:
-    """Answers, for one geometry, how many entries each layer may hold. Counts are per KV head and sequence."""
+    """How many entries each layer may hold, for one geometry. Counts are per KV head and sequence."""
 
     spec: PolicySpec
     geometry: Geometry
     footprint: Footprint
-    # By tokens seen: asked many times a token. The object's own, so that it goes when the plan goes.
+    # Caches by number of tokens: queried many times per token. Attributes, so that they are freed with the plan.
     _allocated: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
-    _divided: dict[tuple[int, int], _PerLayer] = attrs.field(init=False, factory=dict, repr=False)  # by average
+    # by average and protected entries
+    _divided: dict[tuple[int, int], _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
     _ahead: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
-    _sized: list[int] = attrs.field(init=False, factory=list, repr=False)  # entries that a budget in bytes affords
-    _said: list[str] = attrs.field(init=False, factory=list, repr=False)  # what has been warned of
+    _size_entries: list[int] = attrs.field(init=False, factory=list, repr=False)  # entries that fit a budget in bytes
+    _warnings: list[str] = attrs.field(init=False, factory=list, repr=False)  # warnings given so far
 
     def __attrs_post_init__(self) -> None:
         size = self.spec.budget.size
         if size is None:
             return
-        self._sized.append(self.affordable(size))
-        if self._sized[0] <= self.spec.protect.total:
-            least = self.footprint.nbytes(self.spec.protect.total + 1 + self.slack) + self._beside
-            raise PolicyError([Problem("budget", f"must be at least {least} bytes for this model: {self.spec.budget}")])
+        self._size_entries.append(self.affordable(size))
+        if self._size_entries[0] <= self.spec.protect.total:
+            min_bytes = self.footprint.nbytes(self.spec.protect.total + 1 + self.slack) + self._fixed_bytes
+            raise PolicyError(
+                [Problem("budget", f"must be at least {min_bytes} bytes for this model: {self.spec.budget}")]
+            )
 
     @property
     def keeps_everything(self) -> bool:
@@ -49,124 +52,127 @@ class Budgets:
 
     @property
     def slack(self) -> int:
-        """Tokens that may come on top of the budget before the next compression."""
+        """Tokens that may be added on top of the budget before the next compression."""
         every = self.spec.compress.every
         return 0 if every == NEVER or self.keeps_everything else int(every)
 
     def affordable(self, size: int) -> int:
-        """Entries per KV head that `size` bytes hold for one sequence, beside the slack, the queries and the state."""
-        return self.footprint.entries(size - self._beside) - self.slack
+        """Entries per KV head that fit into `size` bytes per sequence, besides slack, observed queries and state."""
+        return self.footprint.entries(size - self._fixed_bytes) - self.slack
 
     @property
-    def _beside(self) -> int:
+    def _fixed_bytes(self) -> int:
         return self.footprint.window_bytes + self.footprint.state_bytes
 
-    def average(self, seen: int) -> int:
-        """Entries per KV head, averaged over layers, once a sequence has `seen` tokens."""
+    def average(self, num_tokens: int) -> int:
+        """Entries per KV head, averaged over layers, for a sequence of `num_tokens` tokens."""
         budget = self.spec.budget
         if budget.tokens is not None:
             return budget.tokens
         if budget.size is not None:
-            return self._sized[0]
-        return max(self._asked(seen), self.spec.protect.total, 1)
+            return self._size_entries[0]
+        return max(self._share_of(num_tokens), self.spec.protect.total, 1)
 
-    def protected(self, seen: int) -> tuple[int, int]:
-        """Sinks and recent entries of a sequence with `seen` tokens, in every layer and head: at most `average`.
+    def protected(self, num_tokens: int) -> tuple[int, int]:
+        """Sinks and recent entries of a sequence with `num_tokens` tokens, in every layer and head: at most `average`.
 
-        They depend on `seen` only where the budget is a share of the tokens, and they are a share of that.
+        They depend on `num_tokens` only if the budget is a share of the tokens and they are shares of the budget.
         """
-        return self.spec.protect.of(self.average(seen))
+        return self.spec.protect.of(self.average(num_tokens))
 
-    def per_layer(self, seen: int) -> _PerLayer:
-        """Entries per KV head for each managed layer, once a sequence has `seen` tokens."""
-        known = self._allocated.get(seen)
-        return _noted(self._allocated, seen, self._allocate(seen)) if known is None else known
+    def per_layer(self, num_tokens: int) -> _PerLayer:
+        """Entries per KV head of each managed layer, for a sequence of `num_tokens` tokens."""
+        counts = self._allocated.get(num_tokens)
+        return _remember(self._allocated, num_tokens, self._allocate(num_tokens)) if counts is None else counts
 
-    def ahead(self, seen: int) -> _PerLayer:
-        """The largest that `per_layer` gets until the tokens have doubled, so that storage may grow at that pace.
+    def ahead(self, num_tokens: int) -> _PerLayer:
+        """The larger counts of `per_layer` now and for twice as many tokens: a limit for the growth of storage.
 
-        A share of the tokens is not looked ahead of: memory follows it closely.
+        For a budget that is a share of the tokens it is `per_layer` itself, so that memory stays close to the share.
         """
         if self.spec.budget.share is not None:
-            return self.per_layer(seen)
-        known = self._ahead.get(seen)
-        if known is None:
-            known = tuple(map(max, self.per_layer(seen), self.per_layer(2 * seen)))
-            _noted(self._ahead, seen, known)
-        return known
+            return self.per_layer(num_tokens)
+        counts = self._ahead.get(num_tokens)
+        if counts is None:
+            counts = tuple(map(max, self.per_layer(num_tokens), self.per_layer(2 * num_tokens)))
+            _remember(self._ahead, num_tokens, counts)
+        return counts
 
-    def raised(self, seen: int) -> str:
-        """Why a sequence with `seen` tokens holds more than its share of them; empty when it does not."""
-        asked, average = self._asked(seen), min(self.average(seen), seen)
-        if self.spec.budget.share is None or average <= max(asked, 1):
+    def raised(self, num_tokens: int) -> str:
+        """Why a sequence of `num_tokens` tokens holds more than its share of them; empty if it does not."""
+        share, average = self._share_of(num_tokens), min(self.average(num_tokens), num_tokens)
+        if self.spec.budget.share is None or average <= max(share, 1):
             return ""
         return (
-            f"policy {self.spec.name}: {self.spec.budget} of {seen} tokens is {asked} entries, but {average} are held: "
-            "as many are protected; give protect.sinks and protect.recent as shares of the budget to hold less"
+            f"policy {self.spec.name}: {self.spec.budget} of {num_tokens} tokens is {share} entries, but "
+            f"{average} are held because they are protected; give protect.sinks and protect.recent as shares of the "
+            "budget to hold less"
         )
 
-    def say_if_raised(self, real: Sequence[int], least: Sequence[int]) -> None:
-        """Warn of what `raised` tells of rows with `real` tokens, once for all caches of a plan.
+    def say_if_raised(self, num_tokens: Sequence[int], min_entries: Sequence[int]) -> None:
+        """Warn if rows of `num_tokens` tokens hold more than their budget, once for all caches of a plan.
 
-        `least` are the entries of each row that protected spans of its request make it keep, 0 where there are none.
+        `min_entries` are the entries of each row that are protected by spans of its request; 0 without such spans.
         """
-        if self._said or (self.spec.budget.share is None and not self.spec.protect.by_place):
+        if self._warnings or (self.spec.budget.share is None and not self.spec.protect.by_place):
             return
-        message = next(filter(None, [*map(self.raised, real), *map(self._pinned, real, least)]), "")
+        message = next(
+            filter(None, [*map(self.raised, num_tokens), *map(self._raised_by_spans, num_tokens, min_entries)]), ""
+        )
         if message:
-            self._said.append(message)
+            self._warnings.append(message)
             warnings.warn(message, BudgetWarning, stacklevel=2)
 
-    def _pinned(self, seen: int, least: int) -> str:
-        """Why a sequence with `seen` tokens holds more than its budget, for the spans of it that are protected."""
-        average = min(self.average(seen), seen)
-        if least <= average:
+    def _raised_by_spans(self, num_tokens: int, min_entries: int) -> str:
+        """Why a sequence of `num_tokens` tokens holds more than its budget because of protected spans; empty if not."""
+        average = min(self.average(num_tokens), num_tokens)
+        if min_entries <= average:
             return ""
         return (
-            f"policy {self.spec.name}: the budget of {seen} tokens is {average} entries, but {least} are held: as many "
-            "are protected, in the prompt or in regions"
+            f"policy {self.spec.name}: the budget of {num_tokens} tokens is {average} entries, but "
+            f"{min_entries} are held because they are protected, in the prompt or in regions"
         )
 
-    def protected_alike(self, real: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
-        """Some of the rows with `real` tokens in groups in which as many entries are protected.
+    def protected_alike(self, num_tokens: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
+        """Rows, of `num_tokens` tokens each, in groups with equal numbers of protected entries.
 
-        A view has one number for all of its rows.
+        A view has one such number for all of its rows.
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for row in rows:
-            groups.setdefault(self.protected(real[row]), []).append(row)
+            groups.setdefault(self.protected(num_tokens[row]), []).append(row)
         return list(groups.values())
 
-    def _asked(self, seen: int) -> int:
-        """The share of the tokens that the policy asks for, rounded down; all, where the budget is no share."""
+    def _share_of(self, num_tokens: int) -> int:
+        """The budget in entries, rounded down, if it is a share of the tokens; otherwise all tokens."""
         share = self.spec.budget.share
-        return seen if share is None else seen * share.numerator // share.denominator
+        return num_tokens if share is None else num_tokens * share.numerator // share.denominator
 
-    def _allocate(self, seen: int) -> _PerLayer:
-        average, protected = min(self.average(seen), seen), min(sum(self.protected(seen)), seen)
-        if average == seen:  # no layer can hold more, and none may hold less
-            return (seen,) * self.geometry.layers
+    def _allocate(self, num_tokens: int) -> _PerLayer:
+        average, protected = min(self.average(num_tokens), num_tokens), min(sum(self.protected(num_tokens)), num_tokens)
+        if average == num_tokens:  # every layer holds all tokens
+            return (num_tokens,) * self.geometry.layers
         if self.spec.allocate.layers.follows_length:
-            return self._divide(average, protected, seen)
-        known = self._divided.get((average, protected))
-        if known is None:
-            known = _noted(self._divided, (average, protected), self._divide(average, protected, seen))
-        return known
+            return self._divide(average, protected, num_tokens)
+        counts = self._divided.get((average, protected))
+        if counts is None:
+            counts = _remember(self._divided, (average, protected), self._divide(average, protected, num_tokens))
+        return counts
 
-    def _divide(self, average: int, protected: int, seen: int) -> _PerLayer:
-        """What the allocator says of a sequence with `seen` tokens, of which each layer keeps `average`."""
+    def _divide(self, average: int, protected: int, num_tokens: int) -> _PerLayer:
+        """Entries of each layer by the allocator, `average` per layer, for a sequence of `num_tokens` tokens."""
         layers, allocator = self.geometry.layers, self.spec.allocate.layers
-        request = AllocationRequest.of_lengths(layers, average, protected, [seen])
+        request = AllocationRequest.of_lengths(layers, average, protected, [num_tokens])
         counts = allocator.allocate(request)
         check_tensor(allocator, counts, {"layers": layers, "batch": 1, "kv_heads": 1}, torch.int64, _HOST)
         shares: list[int] = counts.flatten().tolist()
-        if not all(0 <= share <= seen - protected for share in shares):
-            raise contract_error(allocator, f"returned {shares}, expected counts from 0 to {seen - protected}")
+        if not all(0 <= share <= num_tokens - protected for share in shares):
+            raise contract_error(allocator, f"returned {shares}, expected counts from 0 to {num_tokens - protected}")
         return tuple(share + protected for share in shares)
 
 
-def _noted(known: dict[_Key, _PerLayer], key: _Key, shares: _PerLayer) -> _PerLayer:
-    if len(known) >= _MOST_KNOWN:
-        known.clear()
-    known[key] = shares
-    return shares
+def _remember(remembered: dict[_Key, _PerLayer], key: _Key, counts: _PerLayer) -> _PerLayer:
+    if len(remembered) >= _MAX_REMEMBERED:
+        remembered.clear()
+    remembered[key] = counts
+    return counts

@@ -1,4 +1,4 @@
-"""The bytes that the entries of one sequence take, from the formats alone."""
+"""Bytes of the cache of one sequence, computed from its formats."""
 
 from collections.abc import Mapping
 
@@ -16,30 +16,32 @@ class Footprint:
 
     geometry: Geometry
     dtype: torch.dtype
-    columns: Mapping[str, Column]  # beside keys and values
-    formats: tuple[Formats, ...]  # one a layer
-    pages: tuple[Format | None, ...]  # one a layer
+    columns: Mapping[str, Column]  # besides keys and values
+    formats: tuple[Formats, ...]  # per layer
+    pages: tuple[Format | None, ...]  # per layer
     queries: int = 0  # W, in the observation window of each layer
-    row_states: int = 0  # float32 that each layer carries per sequence
+    row_states: int = 0  # float32 numbers of state per layer and sequence
 
     def nbytes(self, capacity: int) -> int:
-        """Bytes for storage of `capacity` entries per KV head in every layer of one sequence."""
+        """Bytes of storage for `capacity` entries per KV head in every layer of one sequence."""
         return round(sum(self.layer_bytes(layer, capacity) for layer in range(self.geometry.layers)))
 
     def layer_bytes(self, layer: int, capacity: int) -> float:
-        """The same for one managed layer, all its KV heads."""
+        """Bytes of storage for `capacity` entries per KV head in one managed layer."""
         formats, page = self.formats[layer], self.pages[layer]
-        vectors = sum(stored.nbytes(capacity, self.geometry, self.dtype) for stored in (formats.keys, formats.values))
+        vectors = sum(
+            kv_format.nbytes(capacity, self.geometry, self.dtype) for kv_format in (formats.keys, formats.values)
+        )
         slot = sum(column.bytes_per_slot for column in self.columns.values())
-        summary = 0 if page is None else capacity // page.group_size * _per_unit(page)
+        summary = 0 if page is None else capacity // page.group_size * _group_bytes(page)
         return self.geometry.kv_heads * (vectors + slot * capacity + summary)
 
     def full_bytes(self, length: int) -> int:
         """Bytes of `length` tokens in a full cache, in all managed layers of one sequence."""
-        return length * self.geometry.layers * self._entry
+        return length * self.geometry.layers * self._full_entry_bytes
 
     @property
-    def _entry(self) -> int:
+    def _full_entry_bytes(self) -> int:
         """Bytes of one token in a layer of a full cache."""
         return self.geometry.kv_heads * 2 * self.geometry.head_dim * self.dtype.itemsize
 
@@ -51,15 +53,15 @@ class Footprint:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that all layers carry per sequence, whatever it holds."""
+        """Bytes of state of all layers per sequence, independent of its length."""
         return self.geometry.layers * self.row_states * _FLOAT
 
     def stock_bytes(self, length: int) -> int:
-        """Bytes that layers with a sliding window take after `length` tokens, which came one by one at the end."""
-        return self._entry * sum(min(length, window) for window in self.geometry.windows)
+        """Bytes of the layers with a sliding window after `length` tokens, the last of them decoded one by one."""
+        return self._full_entry_bytes * sum(min(length, window) for window in self.geometry.windows)
 
     def entries(self, size: int) -> int:
-        """The largest capacity per KV head whose storage takes at most `size` bytes; 0 when not one entry fits."""
+        """The largest capacity per KV head whose storage takes at most `size` bytes; 0 if no entry fits."""
         low, high = 0, 1
         while self.nbytes(high) <= size:
             low, high = high, 2 * high
@@ -69,14 +71,14 @@ class Footprint:
         return low
 
     def per_entry(self) -> dict[str, float]:
-        """Bytes of one more entry of one KV head, averaged over layers, once a sequence is long; by column."""
+        """Bytes of each further entry of one KV head of a long sequence, averaged over layers; by column."""
         layers = len(self.formats)
         sizes = {
-            "keys": sum(self._marginal(formats.keys) for formats in self.formats) / layers,
-            "values": sum(self._marginal(formats.values) for formats in self.formats) / layers,
+            "keys": sum(self._entry_bytes_of(formats.keys) for formats in self.formats) / layers,
+            "values": sum(self._entry_bytes_of(formats.values) for formats in self.formats) / layers,
         }
         sizes.update({name: column.bytes_per_slot for name, column in self.columns.items()})
-        pages = [_per_unit(page) / page.group_size for page in self.pages if page is not None]
+        pages = [_group_bytes(page) / page.group_size for page in self.pages if page is not None]
         return sizes | ({"pages": sum(pages) / len(self.pages)} if pages else {})
 
     @property
@@ -84,11 +86,11 @@ class Footprint:
         """The sum of `per_entry`."""
         return sum(self.per_entry().values())
 
-    def _marginal(self, stored: Format) -> float:
-        if not stored.columns:
+    def _entry_bytes_of(self, kv_format: Format) -> float:
+        if not kv_format.columns:
             return self.geometry.head_dim * self.dtype.itemsize
-        return _per_unit(stored) / stored.group_size / (self.geometry.kv_heads if stored.joint else 1)
+        return _group_bytes(kv_format) / kv_format.group_size / (self.geometry.kv_heads if kv_format.joint else 1)
 
 
-def _per_unit(stored: Format) -> int:
-    return sum(column.bytes_per_slot for column in stored.columns.values())
+def _group_bytes(kv_format: Format) -> int:
+    return sum(column.bytes_per_slot for column in kv_format.columns.values())

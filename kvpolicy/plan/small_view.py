@@ -1,4 +1,4 @@
-"""A view of few random entries, to run a policy's plugins and kernels once before there is a model."""
+"""A small view with random entries, to run plugins and kernels of a policy once before a model runs."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from kvpolicy.stages import Geometry, Scorer, View
 from kvpolicy.stages.declared import needs_of, slot_state_of
 
-_SLOTS = 16  # on top of the observation window
+_SLOTS = 16  # besides the observation window
 
 
 def small_view(
@@ -17,7 +17,7 @@ def small_view(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> View:
-    """One row of few random entries, with all that these scorers need; the names of slot state begin with the keys."""
+    """A view of one row with random entries and all inputs of the scorers; their keys are prefixes of state names."""
     needs = [needs_of(scorer) for scorer in scorers.values()]
     window = max(need.queries for need in needs)
     heads, dim, slots = geometry.kv_heads, geometry.head_dim, _SLOTS + window

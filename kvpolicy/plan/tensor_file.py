@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file with a digest of its contents; what is read is bounded before it is parsed."""
+"""Safetensors files with a digest of their contents; sizes are checked before a file is parsed."""
 
 import contextlib
 import hashlib
@@ -18,41 +18,41 @@ from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError, one_line, shown
 
-CONTENTS = "contents"  # the key of the digest, among what is said about the tensors
+CONTENTS = "contents"  # metadata key of the digest
 _HEADER_SIZE = struct.Struct("<Q")
 _DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 @attrs.frozen
 class TensorFiles:
-    """One kind of files: what they are called, how large they may be, and which error says what is wrong with one."""
+    """A kind of tensor files: its name and size limits, and the class of its errors."""
 
     kind: str  # "calibration"
     remedy: str  # "calibrate again"
     error: type[KVPolicyError]
     most_tensors: int = 4096
-    largest: int = 2**34  # bytes; a file beyond that is none
+    largest: int = 2**34  # bytes of a file
     largest_header: int = 2**20  # bytes
 
     def write(self, path: "str | os.PathLike[str]", tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-        """Write tensors, what is said `about` them, and the digest of both; the file is there whole or not at all.
+        """Write tensors, the metadata `about` and a digest of both. The file is complete, or not written at all.
 
-        Raises the error of this kind when that cannot be done.
+        Raises `error` if that fails.
         """
-        # Copies: safetensors refuses tensors that share their memory.
-        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        # Copies, because safetensors refuses tensors that share memory.
+        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         try:
-            _write(os.fsdecode(path), held, {**about, CONTENTS: digest_of(held, about)})
+            _write(os.fsdecode(path), copies, {**about, CONTENTS: digest_of(copies, about)})
         except (OSError, TypeError, ValueError, SafetensorError) as error:
-            raise self.error(f"{_named(path)}: cannot be written: {one_line(error)}") from error
+            raise self.error(f"{_path_text(path)}: cannot be written: {one_line(error)}") from error
 
     def read(self, path: "str | os.PathLike[str]") -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors of a file in host memory, and what is said about them, the digest of its contents included.
+        """Tensors of a file in host memory, and its metadata with the digest.
 
-        The digest is not compared yet, see `require_whole`. Raises the error of this kind when there is no such file,
-        when it is none of safetensors, or when there is more in it than in any file of this kind.
+        The digest is not checked here, but by `require_whole`. Raises `error` if there is no such file, if it is not
+        in the safetensors format, or if it exceeds a limit.
         """
-        name = _named(path)
+        name = _path_text(path)
         try:
             self._check_header(name, os.fsdecode(path))
             with safe_open(os.fsdecode(path), framework="pt") as file:
@@ -63,16 +63,16 @@ class TensorFiles:
         return tensors, about
 
     def require_whole(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-        """Raise an error unless tensors and what is said about them have the digest that was written beside."""
-        said = {key: text for key, text in about.items() if key != CONTENTS}
+        """Raise `error` unless tensors and metadata have the digest in the metadata."""
+        metadata = {key: text for key, text in about.items() if key != CONTENTS}
         if CONTENTS not in about:
             raise self.error(f"{name}: has no digest of its contents, as files of earlier versions: {self.remedy}")
-        if about[CONTENTS] != digest_of(tensors, said):
+        if about[CONTENTS] != digest_of(tensors, metadata):
             raise self.error(f"{name}: is damaged, its contents do not have the digest in it: {self.remedy}")
 
     def _check_header(self, name: str, path: str) -> None:
-        """Raise an error for what cannot be such a file, before anybody parses it."""
-        # Without waiting: opening a pipe, or reading a device, could last for ever.
+        """Raise `error` for a file that is not regular, too large or malformed, before it is parsed."""
+        # Non-blocking: opening a pipe or reading a device could block for ever.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # noqa: PTH123 - by number
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -106,7 +106,7 @@ class TensorFiles:
 
 
 def digest_of(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """64 hex digits of what is said, and of all names, dtypes, shapes and bytes."""
+    """64 hex digits of the metadata and of names, dtypes, shapes and bytes of all tensors."""
     digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -115,18 +115,18 @@ def digest_of(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
 
 
 def _write(path: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write under another name in the same folder, and rename."""
+    """Write to a temporary file in the same folder, then rename it."""
     target = os.path.realpath(path)
-    partial = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.part")  # noqa: PTH118, PTH120 - as text
+    partial = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.part")  # noqa: PTH118, PTH120 - paths are text
     try:
         save_file(dict(tensors), partial, metadata=dict(about))
         os.replace(partial, target)  # noqa: PTH105
     finally:
-        with contextlib.suppress(OSError):  # it has been renamed, or was never there
+        with contextlib.suppress(OSError):  # already renamed, or never written
             os.unlink(partial)  # noqa: PTH108
 
 
-def _named(path: object) -> str:
+def _path_text(path: object) -> str:
     return os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else shown(path)
 
 

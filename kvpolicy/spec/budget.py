@@ -1,4 +1,4 @@
-"""How much of the cache to keep: tokens, a share of the tokens seen, or bytes; and parts of that."""
+"""Budgets (tokens, a share of the tokens seen, or bytes) and shares of a budget."""
 
 import re
 from fractions import Fraction
@@ -15,10 +15,10 @@ _BYTES = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(B|[KMG]i?B)", re.ASCII)
 
 @attrs.frozen
 class Budget:
-    """Entries per KV head, averaged over layers and heads: exactly one of the three is set.
+    """Entries kept per KV head, averaged over layers and heads. Exactly one of the three fields is set.
 
-    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence: the entries of all
-    layers that the policy manages, the slack of `compress.every`, the observation window and what is carried beside.
+    `share` is a fraction of the tokens seen so far; `size` is in bytes for one sequence and covers the entries of all
+    managed layers, the slack of `compress.every`, the observation windows and the state of plugins.
     """
 
     tokens: int | None = None
@@ -47,9 +47,9 @@ class Budget:
         if self.share is not None:
             return f"{_decimal(self.share * 100)}%"
         size = self.size or 0
-        for unit in ("GiB", "MiB", "KiB"):
-            if size % _UNITS[unit] == 0:
-                return f"{size // _UNITS[unit]}{unit}"
+        for suffix in ("GiB", "MiB", "KiB"):
+            if size % _UNITS[suffix] == 0:
+                return f"{size // _UNITS[suffix]}{suffix}"
         return f"{size}B"
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Budget:
 
 @attrs.frozen
 class Part:
-    """A part of the budget, whatever that comes to."""
+    """A share of the budget."""
 
     share: Fraction  # above 0, at most 1
 
@@ -70,7 +70,7 @@ class Part:
         return cls(share) if 0 < share <= 1 else None
 
     def of(self, entries: int) -> int:
-        """The part of so many entries, rounded down."""
+        """This share of `entries`, rounded down."""
         return entries * self.share.numerator // self.share.denominator
 
     def dump(self) -> str:

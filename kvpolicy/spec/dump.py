@@ -1,4 +1,4 @@
-"""A policy back to YAML, and to a digest that tells whether two policies are the same."""
+"""Policies to YAML, and to digests that are equal for equal policies."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from kvpolicy.spec.budget import Budget, Part
-from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, Weighted
+from kvpolicy.spec.policy import SCHEMA_VERSION, TERM_KEYS, PolicySpec, Weighted
 from kvpolicy.spec.scalars import resolve
 from kvpolicy.spec.structure import VERSION_KEY
 from kvpolicy.stages.contracts import Plugin
@@ -16,49 +16,49 @@ from kvpolicy.stages.registry.plugins import registry
 
 _HEAD = ("name", "summary", "reference", "budget", "compress", "protect")
 _ORDER = (*_HEAD, "score", "allocate", "select", "merge", "store", "read")
-_ALWAYS = ("compress", "protect")  # at their defaults too: they say what will happen
+_ALWAYS_WRITTEN = ("compress", "protect")  # even with default values: they control when entries are evicted
 _READ_ALL = {"use": "all"}
-_LATER = ("prompt", "regions")  # keys of `protect` that are written, and enter a digest, where they say something
+_OPTIONAL_PROTECT = ("prompt", "regions")  # keys of `protect` that are written and hashed only when set
 _BARE = re.compile(r"[A-Za-z]([A-Za-z0-9_. -]*[A-Za-z0-9_.-])?", re.ASCII)
 
 
 def to_yaml(spec: PolicySpec) -> str:
-    """The policy as a file: every top-level key, in one order; plugins without what is at its default.
+    """The policy as YAML: top-level keys in a fixed order; parameters of plugins only if not at their default.
 
-    Reading it back gives an equal policy.
+    Reading it gives an equal policy.
     """
     lines = []
     for key, value in plain(spec).items():
         if key == "score":
-            lines += ["score:", *(f"  - {_flow(one)}" for one in value)]
+            lines += ["score:", *(f"  - {_flow(term)}" for term in value)]
         else:
             lines.append(f"{key}: {_flow(value)}")
     return "\n".join(lines) + "\n"
 
 
 def plain(spec: PolicySpec) -> dict[str, Any]:
-    """What `to_yaml` writes, as dicts, lists and scalars."""
+    """The content of `to_yaml` as dicts, lists and scalars."""
     data: dict[str, Any] = {VERSION_KEY: SCHEMA_VERSION}
     for key in _ORDER:
         value = getattr(spec, key)
-        if value != getattr(attrs.fields(PolicySpec), key).default or key in _ALWAYS:
+        if value != getattr(attrs.fields(PolicySpec), key).default or key in _ALWAYS_WRITTEN:
             data[key] = _short(value)
     return data
 
 
 def digest(spec: PolicySpec) -> str:
-    """16 hex digits, the same for equal policies only, however they were written."""
+    """16 hex digits, equal exactly for equal policies, independent of how they were written."""
     data = {VERSION_KEY: SCHEMA_VERSION, **_full(spec)}
-    if data["read"] == _READ_ALL:  # policies from before there were readers keep their digests
+    if data["read"] == _READ_ALL:  # keeps the digests of policies written before readers existed
         del data["read"]
-    for name in _LATER:
+    for name in _OPTIONAL_PROTECT:
         if data["protect"][name] in (False, []):
             del data["protect"][name]
     return _hash(data)
 
 
 def plugin_digest(plugin: Plugin) -> str:
-    """The same for one plugin with its parameters."""
+    """16 hex digits of one plugin and its parameters."""
     return _hash(_full(plugin))
 
 
@@ -68,52 +68,52 @@ def _hash(data: Any) -> str:
 
 
 def _full(value: Any) -> Any:
-    """Plain data with every parameter; plugins by names that do not depend on what else is installed."""
+    """Plain data with all parameters; plugin names do not depend on which other plugins are installed."""
     if isinstance(value, (Budget, Part)):
         return value.dump()
     if isinstance(value, tuple):
-        return [_full(part) for part in value]
+        return [_full(member) for member in value]
     if not attrs.has(type(value)):
         return value
-    parts = {name: _full(part) for name, part in _fields(value).items()}
-    return {"use": registry().identity(type(value)), **parts} if isinstance(value, Plugin) else parts
+    fields = {name: _full(member) for name, member in _fields(value).items()}
+    return {"use": registry().identity(type(value)), **fields} if isinstance(value, Plugin) else fields
 
 
 def _short(value: Any) -> Any:
-    """Plain data for a reader: a plugin without its defaults, and as a word where nothing is left."""
+    """Plain data without default parameters; a plugin without parameters is its name alone."""
     if isinstance(value, (Budget, Part)):
         return value.dump()
     if isinstance(value, Weighted):
-        beside = {key: getattr(value, key) for key in BESIDE}
-        if beside["normalise"] == "none":
-            del beside["normalise"]
-        return {**_plugin(value.scorer), **beside}
+        term_keys = {key: getattr(value, key) for key in TERM_KEYS}
+        if term_keys["normalise"] == "none":
+            del term_keys["normalise"]
+        return {**_plugin(value.scorer), **term_keys}
     if isinstance(value, Plugin):
-        named = _plugin(value)
-        return named if len(named) > 1 else named["use"]
+        fields = _plugin(value)
+        return fields if len(fields) > 1 else fields["use"]
     if isinstance(value, tuple):
-        return [_short(part) for part in value]
+        return [_short(member) for member in value]
     if not attrs.has(type(value)):
         return value
-    said = {name: part for name, part in _fields(value).items() if name not in _LATER or part}
-    return {name: _short(part) for name, part in said.items()}
+    written = {name: member for name, member in _fields(value).items() if name not in _OPTIONAL_PROTECT or member}
+    return {name: _short(member) for name, member in written.items()}
 
 
 def _plugin(plugin: Plugin) -> dict[str, Any]:
-    kind: Any = type(plugin)
-    defaults = {field.name: field.default for field in attrs.fields(kind)}
-    changed = {name: _short(part) for name, part in _fields(plugin).items() if part != defaults[name]}
+    plugin_class: Any = type(plugin)
+    defaults = {field.name: field.default for field in attrs.fields(plugin_class)}
+    changed = {name: _short(member) for name, member in _fields(plugin).items() if member != defaults[name]}
     return {"use": registry().reference(type(plugin)), **changed}
 
 
 def _fields(value: Any) -> dict[str, Any]:
     fields = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
-    return {name: part for name, part in fields.items() if part is not None}  # an optional plugin that is not there
+    return {name: member for name, member in fields.items() if member is not None}  # an optional plugin that is not set
 
 
 def _flow(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_text(key)}: {_flow(part)}" for key, part in value.items()) + "}"
+        return "{" + ", ".join(f"{_text(key)}: {_flow(member)}" for key, member in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
     if value is None or isinstance(value, bool):

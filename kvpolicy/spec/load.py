@@ -1,4 +1,4 @@
-"""From a path or a name to a checked policy."""
+"""Loads and checks policies, from a path or a name."""
 
 import os
 from collections.abc import Mapping
@@ -17,48 +17,48 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def read_policy(source: "str | os.PathLike[str]", /, **overrides: object) -> tuple[PolicySpec, str]:
-    """The policy in a file, or the installed one of that name, and the path that it came from.
+    """The policy in a file, or the installed policy of that name, and its path.
 
     A path, or text with a separator or a YAML suffix, is that file only. A bare name is NAME.yaml in the
     working directory, else an installed policy. `overrides` replace top-level keys.
 
     Raises:
-        UnknownPolicyError: there is no such file and no such policy.
+        UnknownPolicyError: no such file and no such policy.
         InputError: the file cannot be read.
-        PolicyError: the policy cannot be used as written; all problems at once.
+        PolicyError: the policy cannot be used as written; has all errors.
     """
     path = _resolve(source)
-    return _parsed(_bytes(path), str(path), path.stem, overrides, registry().home(path)), str(path)
+    return _parsed(_bytes(path), str(path), path.stem, overrides, registry().distribution_of(path)), str(path)
 
 
 def parse_policy(
     data: bytes | str, label: str = "policy", /, *, default_name: str = "policy", **overrides: object
 ) -> PolicySpec:
-    """The policy that the YAML text `data` describes; `label` names the text in messages.
+    """The policy in the YAML text `data`; messages call the text `label`.
 
     Raises:
-        PolicyError: the policy cannot be used as written; all problems at once.
+        PolicyError: the policy cannot be used as written; has all errors.
     """
     return _parsed(data, label, default_name, overrides)
 
 
 def _parsed(
-    data: bytes | str, label: str, default_name: str, overrides: Mapping[str, object], home: str = ""
+    data: bytes | str, label: str, default_name: str, overrides: Mapping[str, object], distribution: str = ""
 ) -> PolicySpec:
     problems = Problems()
-    root = override(read(data, label, problems).brought_by(home), overrides, problems)
+    root = override(read(data, label, problems).from_distribution(distribution), overrides, problems)
     spec = structure(root, default_name, problems)
     if spec is not None:
         check(spec, root, problems)
     problems.raise_any()
-    return spec  # type: ignore[return-value] # None only after a problem
+    return spec  # type: ignore[return-value] # None only if there were problems
 
 
 def _resolve(source: object) -> Path:
     if isinstance(source, os.PathLike):
         try:
             return Path(os.fsdecode(source))
-        except TypeError as error:  # whatever a class makes of it
+        except TypeError as error:  # `__fspath__` returned another type
             raise InputError(f"a policy must be given as a path or a name: {shown(source)}") from error
     if not isinstance(source, str):
         raise InputError(f"a policy must be given as a path or a name: {shown(source)}")
@@ -70,17 +70,17 @@ def _resolve(source: object) -> Path:
 
 
 def _installed(name: str) -> Path:
-    found, policies = registry().policy(name), registry().policies()
-    if found is None:
+    path, policies = registry().policy(name), registry().policies()
+    if path is None:
         several = [key for key in policies if key.endswith(f":{name}")]
         close = f"; write {' or '.join(map(repr, several))}" if several else did_you_mean(name, policies, "installed")
-        broken = "".join(f"; not loaded: {one}" for one in registry().broken)
+        broken = "".join(f"; not loaded: {source}" for source in registry().broken)
         raise UnknownPolicyError(f"unknown policy {shown(name)}{close}{broken}")
-    return found
+    return path
 
 
 def _bytes(path: Path) -> bytes:
-    if not _is_file(path):  # a pipe or a device could keep us waiting for ever
+    if not _is_file(path):  # reading a pipe or a device could block for ever
         raise UnknownPolicyError(f"{shown(str(path))}: {'is no regular file' if _exists(path) else 'no such file'}")
     try:
         with path.open("rb") as file:
@@ -99,5 +99,5 @@ def _exists(path: Path) -> bool:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name too long, or with a NUL
+    except (OSError, ValueError):  # the name is too long or has a NUL
         return False

@@ -1,4 +1,4 @@
-"""A policy as data: what a YAML file says, checked and with every default filled in."""
+"""A policy as data: the content of a YAML file, checked and with all defaults."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ from kvpolicy.stages.parameters import (
 
 SCHEMA_VERSION = 1
 NEVER = "never"
-MOST_SCORERS = 64  # far more than any method sums, and few enough to be written out
+MAX_SCORERS = 64  # far more than any method uses, and few enough for a policy file
 _EVERY = Integer(minimum=1)
 _COUNT = Integer(minimum=0)
 _NAME = Text(longest=64)
@@ -61,7 +61,7 @@ class BudgetRule(Rule):
 
 @attrs.frozen
 class EveryRule(Rule):
-    """How many new tokens may come on top of the budget."""
+    """How many new tokens may be added on top of the budget before the next compression."""
 
     def accepts(self, value: object) -> bool:
         return value == NEVER or _EVERY.accepts(value)
@@ -75,7 +75,7 @@ class EveryRule(Rule):
 
 @attrs.frozen
 class CountRule(Rule):
-    """How many entries: a number, or a part of the budget."""
+    """A number of entries: an integer, or a share of the budget."""
 
     def accepts(self, value: object) -> bool:
         if isinstance(value, Part):
@@ -95,7 +95,7 @@ class CountRule(Rule):
 
 @attrs.frozen
 class NamesRule(Rule):
-    """Names, each of them once."""
+    """A list of distinct names."""
 
     most: int = 64
 
@@ -117,23 +117,23 @@ class NamesRule(Rule):
 
 @attrs.frozen
 class ScoreRule(Rule):
-    """The weighted list of scorers."""
+    """The list of weighted scorers."""
 
     def accepts(self, value: object) -> bool:
-        if not isinstance(value, tuple) or not 1 <= len(value) <= MOST_SCORERS:
+        if not isinstance(value, tuple) or not 1 <= len(value) <= MAX_SCORERS:
             return False
-        return all(isinstance(one, Weighted) for one in value)
+        return all(isinstance(term, Weighted) for term in value)
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "array", "minItems": 1, "maxItems": MOST_SCORERS, "items": {"$ref": "#/$defs/weighted"}}
+        return {"type": "array", "minItems": 1, "maxItems": MAX_SCORERS, "items": {"$ref": "#/$defs/weighted"}}
 
     def __str__(self) -> str:
-        return f"a list of 1 to {MOST_SCORERS} scorers"
+        return f"a list of 1 to {MAX_SCORERS} scorers"
 
 
 @attrs.frozen
 class Weighted:
-    """One term of the score: the keys that stand beside `use` and the scorer's own parameters."""
+    """One term of the score. In a file its keys are in one mapping with `use` and the scorer's parameters."""
 
     scorer: Scorer = parameter(Plugged("score"), help="the scorer")
     weight: float = parameter(Number(), 1.0, help="factor in the sum; negative = evict what scores high")
@@ -144,7 +144,7 @@ class Weighted:
     )
 
 
-BESIDE = tuple(field.name for field in attrs.fields(Weighted) if field.name != "scorer")
+TERM_KEYS = tuple(field.name for field in attrs.fields(Weighted) if field.name != "scorer")
 
 
 @attrs.frozen
@@ -153,7 +153,7 @@ class Compress:
 
     prefill: bool = parameter(Flag(), True, help="after a prompt, a prompt chunk or another turn")
     every: int | str = parameter(
-        EveryRule(), 128, help="while decoding, each time this many tokens have come on top of the budget"
+        EveryRule(), 128, help="while decoding, each time the budget is exceeded by this many tokens"
     )
 
 
@@ -162,9 +162,7 @@ class Protect:
     """Entries that are never evicted."""
 
     sinks: int | Part = parameter(CountRule(), 0, help="first tokens of the sequence, pads not counted")
-    recent: int | Part = parameter(
-        CountRule(), 0, help='last tokens of the sequence; "100%" = all that the sinks leave'
-    )
+    recent: int | Part = parameter(CountRule(), 0, help='last tokens of the sequence; "100%" = all but the sinks')
 
     prompt: bool = parameter(Flag(), False, help="all of the first prompt")
     regions: tuple[str, ...] = parameter(
@@ -173,24 +171,24 @@ class Protect:
 
     @property
     def by_place(self) -> bool:
-        """Whether spans of a request are protected, beside its first and last tokens."""
+        """Whether the prompt or regions of the request are protected."""
         return self.prompt or bool(self.regions)
 
     @property
     def total(self) -> int:
-        """Entries that are protected whatever the budget: shares of it are not counted."""
-        return sum(one for one in (self.sinks, self.recent) if isinstance(one, int))
+        """Protected entries that do not depend on the budget: shares of the budget are not counted."""
+        return sum(count for count in (self.sinks, self.recent) if isinstance(count, int))
 
     @property
     def scales(self) -> bool:
-        """Whether what is protected depends on the budget."""
+        """Whether the number of protected entries depends on the budget."""
         return isinstance(self.sinks, Part) or isinstance(self.recent, Part)
 
     def of(self, budget: int) -> tuple[int, int]:
-        """Sinks and recent entries under a budget of so many entries.
+        """Numbers of sink and recent entries under a budget of `budget` entries.
 
-        Shares are rounded down, and never take more than the budget leaves: a share of recent entries beside the
-        sinks, a share of sinks beside a number of recent entries.
+        Shares are rounded down and limited to what the other number leaves: recent entries to the budget without the
+        sinks; sinks, if only they are a share, to the budget without the recent entries.
         """
         sinks = self.sinks.of(budget) if isinstance(self.sinks, Part) else self.sinks
         recent = self.recent.of(budget) if isinstance(self.recent, Part) else self.recent
@@ -217,22 +215,22 @@ class Allocate:
 
     @property
     def divider(self) -> Allocator:
-        """What is asked when entries have been scored."""
+        """The allocator that divides the budget after scoring: the joint one, or the one over heads."""
         return self.heads if self.joint is None else self.joint
 
 
 @attrs.frozen
 class PolicySpec:
-    """The whole recipe. Immutable and without run state: one may serve many models and threads at once."""
+    """A complete policy. Immutable and without run state: many models and threads may use one at once."""
 
     name: str = parameter(Text(), help="a word to know the policy by")
     budget: Budget = parameter(BudgetRule(), help="entries kept per KV head, averaged over layers and heads")
     score: tuple[Weighted, ...] = parameter(ScoreRule(), help="weighted sum of scorers; larger = keep")
     allocate: Allocate = parameter(Nested(Allocate), help="how the budget is divided")
-    select: Selector = parameter(Plugged("select", default="topk"), help="which candidates stay")
-    merge: Merger = parameter(Plugged("merge", default="drop"), help="what becomes of evicted entries")
-    store: Codec = parameter(Plugged("store", default="plain"), help="how kept entries are held")
-    read: Reader = parameter(Plugged("read", default="all"), help="which held entries a decode step attends to")
+    select: Selector = parameter(Plugged("select", default="topk"), help="which candidates are kept")
+    merge: Merger = parameter(Plugged("merge", default="drop"), help="how evicted entries are merged or dropped")
+    store: Codec = parameter(Plugged("store", default="plain"), help="how kept entries are stored")
+    read: Reader = parameter(Plugged("read", default="all"), help="which entries a decode step attends to")
     compress: Compress = parameter(Nested(Compress), Compress(), help="when to compress")
     protect: Protect = parameter(Nested(Protect), Protect(), help="what is never evicted")
     summary: str = parameter(Text(), "", help="one line for people")

@@ -1,4 +1,4 @@
-"""The reference of policy files as Markdown, made from the classes that read them."""
+"""The reference of policy files as Markdown, generated from the classes that read them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,13 +8,13 @@ import attrs
 from kvpolicy.spec.policy import Allocate, Compress, PolicySpec, Protect, Weighted
 from kvpolicy.stages.contracts import STAGES
 from kvpolicy.stages.parameters import Nested, rule_of
-from kvpolicy.stages.registry.plugins import Record, registry
+from kvpolicy.stages.registry.plugins import RegisteredPlugin, registry
 
 _BLOCKS = {"compress": Compress, "protect": Protect, "allocate": Allocate, "score, beside `use`": Weighted}
 
 
 def reference_markdown() -> str:
-    """All keys of a policy file and all plugins that are installed, as one page."""
+    """All keys of a policy file and all installed plugins, as one page."""
     return "\n".join(_page()).rstrip() + "\n"
 
 
@@ -24,37 +24,37 @@ def _page() -> Iterator[str]:
     yield "## Top level\n"
     yield "`kvpolicy: 1` is required: the version of this form.\n"
     yield from _table(PolicySpec)
-    for name, kind in _BLOCKS.items():
+    for name, attrs_class in _BLOCKS.items():
         yield f"### {name}\n"
-        yield from _table(kind, without=("scorer",))
+        yield from _table(attrs_class, without=("scorer",))
     for stage in STAGES:
         yield f"## Stage `{stage}`\n"
-        for record in registry().plugins():
-            if record.stage == stage:
-                yield from _plugin(record)
+        for plugin in registry().plugins():
+            if plugin.stage == stage:
+                yield from _plugin(plugin)
 
 
-def _plugin(record: Record) -> Iterator[str]:
-    yield f"### {record.name}\n"
-    origin = f" ({record.kind.reference})" if record.kind.reference else ""
-    yield f"{record.summary}{origin}\n"
-    kind: Any = record.kind
-    if attrs.fields(kind):
-        yield from _table(kind)
+def _plugin(plugin: RegisteredPlugin) -> Iterator[str]:
+    yield f"### {plugin.name}\n"
+    origin = f" ({plugin.kind.reference})" if plugin.kind.reference else ""
+    yield f"{plugin.summary}{origin}\n"
+    plugin_class: Any = plugin.kind
+    if attrs.fields(plugin_class):
+        yield from _table(plugin_class)
 
 
-def _table(kind: Any, without: tuple[str, ...] = ()) -> Iterator[str]:
+def _table(attrs_class: Any, without: tuple[str, ...] = ()) -> Iterator[str]:
     yield "| key | must be | default | meaning |"
     yield "|---|---|---|---|"
-    for path, field in _fields(kind, ""):
+    for path, field in _fields(attrs_class, ""):
         if field.name not in without:
             rule = str(rule_of(field)).replace("|", "\\|")
             yield f"| `{path}` | {rule} | {_default(field)} | {field.metadata['help']} |"
     yield ""
 
 
-def _fields(kind: Any, prefix: str) -> "Iterator[tuple[str, attrs.Attribute[Any]]]":
-    for field in attrs.fields(kind):
+def _fields(attrs_class: Any, prefix: str) -> "Iterator[tuple[str, attrs.Attribute[Any]]]":
+    for field in attrs.fields(attrs_class):
         rule = rule_of(field)
         yield prefix + field.name, field
         if isinstance(rule, Nested) and rule.kind not in _BLOCKS.values():

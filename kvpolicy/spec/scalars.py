@@ -1,4 +1,4 @@
-"""What a bare word of a policy file means. Narrower than YAML: no octal, sexagesimal, timestamp, .nan."""
+"""Values of unquoted YAML scalars. A subset of YAML: no octal or sexagesimal numbers, timestamps or .nan."""
 
 import math
 import re
@@ -9,7 +9,7 @@ _WORDS: dict[str, bool | None] = {"": None, "~": None, "null": None, "true": Tru
 
 
 def resolve(text: str) -> str | int | float | bool | None:
-    """The value of an unquoted scalar; what is nothing else is text."""
+    """The value of an unquoted scalar: null, a bool or a number; any other scalar is text."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):

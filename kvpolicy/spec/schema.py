@@ -1,68 +1,68 @@
-"""JSON Schema of policy files, for editors: made from the classes that read them, third parties' included."""
+"""JSON Schema of policy files, for editors. Generated from the classes that read them, also those of third parties."""
 
 from typing import Any
 
-from kvpolicy.spec.policy import BESIDE, SCHEMA_VERSION, PolicySpec, Weighted
+from kvpolicy.spec.policy import SCHEMA_VERSION, TERM_KEYS, PolicySpec, Weighted
 from kvpolicy.spec.structure import VERSION_KEY
 from kvpolicy.stages.contracts import STAGES
 from kvpolicy.stages.parameters import object_schema
-from kvpolicy.stages.registry.plugins import Record, registry
+from kvpolicy.stages.registry.plugins import RegisteredPlugin, registry
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema (draft 2020-12) of a policy file, with every plugin that is installed here."""
-    whole = object_schema(PolicySpec)
+    """The schema (draft 2020-12) of a policy file, with all installed plugins."""
+    policy = object_schema(PolicySpec)
     version = {"const": SCHEMA_VERSION, "description": "version of the form of policy files"}
-    required = [key for key in whole["required"] if key != "name"]  # the file has one
+    required = [key for key in policy["required"] if key != "name"]  # the default is the name of the file
     definitions: dict[str, Any] = {}
     for stage in STAGES:
-        records = [record for record in registry().plugins() if record.stage == stage]
-        definitions[stage] = _choice(stage, records)
-        definitions |= {f"{stage}/{record.qualified}": _mapping(record) for record in records}
-    scorers = [record for record in registry().plugins() if record.stage == "score"]
+        plugins = [plugin for plugin in registry().plugins() if plugin.stage == stage]
+        definitions[stage] = _choice(stage, plugins)
+        definitions |= {f"{stage}/{plugin.qualified}": _mapping(plugin) for plugin in plugins}
+    scorers = [plugin for plugin in registry().plugins() if plugin.stage == "score"]
     definitions["weighted"] = _choice("weighted", scorers)
-    definitions |= {f"weighted/{record.qualified}": _weighted(record) for record in scorers}
+    definitions |= {f"weighted/{plugin.qualified}": _weighted(plugin) for plugin in scorers}
     return {
         "$schema": _DRAFT,
         "title": "kvpolicy policy",
-        **whole,
-        "properties": {VERSION_KEY: version, **whole["properties"]},
+        **policy,
+        "properties": {VERSION_KEY: version, **policy["properties"]},
         "required": [VERSION_KEY, *required],
         "$defs": definitions,
     }
 
 
-def _choice(definition: str, records: list[Record]) -> dict[str, Any]:
-    """Any of the plugins: as a mapping, or as a word where no parameter must be given."""
-    words = [name for record in records if not _parameters(record)["required"] for name in _names(record)]
-    mappings = [{"$ref": f"#/$defs/{definition}~1{record.qualified}"} for record in records]
+def _choice(definition: str, plugins: list[RegisteredPlugin]) -> dict[str, Any]:
+    """Any of the plugins: as a mapping, or as its name if no parameter is required."""
+    words = [name for plugin in plugins if not _parameters(plugin)["required"] for name in _names(plugin)]
+    mappings = [{"$ref": f"#/$defs/{definition}~1{plugin.qualified}"} for plugin in plugins]
     return {"anyOf": [{"enum": words}, *mappings]}
 
 
-def _mapping(record: Record) -> dict[str, Any]:
-    parameters = _parameters(record)
+def _mapping(plugin: RegisteredPlugin) -> dict[str, Any]:
+    parameters = _parameters(plugin)
     return {
         **parameters,
-        "description": record.summary,
-        "properties": {"use": {"enum": _names(record)}, **parameters["properties"]},
+        "description": plugin.summary,
+        "properties": {"use": {"enum": _names(plugin)}, **parameters["properties"]},
         "required": ["use", *parameters["required"]],
     }
 
 
-def _weighted(record: Record) -> dict[str, Any]:
-    scorer = _mapping(record)
+def _weighted(plugin: RegisteredPlugin) -> dict[str, Any]:
+    scorer = _mapping(plugin)
     terms = object_schema(Weighted)["properties"]
-    beside = {key: terms[key] for key in BESIDE}
-    return {**scorer, "properties": {**scorer["properties"], **beside}}
+    term_keys = {key: terms[key] for key in TERM_KEYS}
+    return {**scorer, "properties": {**scorer["properties"], **term_keys}}
 
 
-def _parameters(record: Record) -> dict[str, Any]:
-    return object_schema(record.kind)
+def _parameters(plugin: RegisteredPlugin) -> dict[str, Any]:
+    return object_schema(plugin.kind)
 
 
-def _names(record: Record) -> list[str]:
-    """What a file may call the plugin: `distribution:name` always, the name alone if no other has it."""
-    name = registry().reference(record.kind)
-    return list(dict.fromkeys((name, record.qualified)))
+def _names(plugin: RegisteredPlugin) -> list[str]:
+    """Names of the plugin in a file: `distribution:name`, and the name alone if no other plugin has it."""
+    name = registry().reference(plugin.kind)
+    return list(dict.fromkeys((name, plugin.qualified)))

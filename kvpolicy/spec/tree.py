@@ -1,4 +1,4 @@
-"""A policy as it was written, every value with its place: what YAML text and Python overrides both become."""
+"""A policy as it was written: values with their positions, from YAML text or Python overrides."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,20 +16,20 @@ Scalar = str | int | float | bool | None
 
 
 @attrs.frozen
-class Place:
-    """Where a value was written: a line of a file, or an override."""
+class SourcePosition:
+    """Where a value was written: line and column of a file, or an override."""
 
     label: str  # "rkv.yaml", "override"
     line: int = 0  # from 1; 0 = no file
     column: int = 0
-    home: str = ""  # the distribution that brought the file, whose plugins are meant where two have a name
+    distribution: str = ""  # that contains the file; its plugins are preferred if several have the same name
 
     def at(self, path: str) -> str:
         """`"rkv.yaml:7:11: score[0].queries"` or `"override budget"`."""
         if not self.line:
             return f"{self.label} {path}".rstrip()
-        position = f"{self.label}:{self.line}:{self.column}"
-        return f"{position}: {path}" if path else position
+        prefix = f"{self.label}:{self.line}:{self.column}"
+        return f"{prefix}: {path}" if path else prefix
 
 
 @attrs.frozen
@@ -37,59 +37,59 @@ class Item:
     """One value: a scalar, a list or a mapping of items."""
 
     value: "Scalar | tuple[Item, ...] | Mapping[str, Item]"
-    place: Place
-    keys: Mapping[str, Place] = attrs.field(factory=dict)  # where each key of a mapping stands
+    position: SourcePosition
+    keys: Mapping[str, SourcePosition] = attrs.field(factory=dict)  # positions of the keys of a mapping
 
     @property
     def plain(self) -> object:
-        """The value without places, as Python data."""
+        """The value as Python data, without positions."""
         if isinstance(self.value, Mapping):
             return {key: item.plain for key, item in self.value.items()}
         if isinstance(self.value, tuple):
             return tuple(item.plain for item in self.value)
         return self.value
 
-    def brought_by(self, home: str) -> "Item":
-        """The same, written in a file of the distribution `home`."""
+    def from_distribution(self, distribution: str) -> "Item":
+        """A copy, as if it was written in a file of this distribution."""
         value = self.value
         if isinstance(value, Mapping):
-            value = {key: item.brought_by(home) for key, item in value.items()}
+            value = {key: item.from_distribution(distribution) for key, item in value.items()}
         elif isinstance(value, tuple):
-            value = tuple(item.brought_by(home) for item in value)
-        return attrs.evolve(self, value=value, place=attrs.evolve(self.place, home=home))
+            value = tuple(item.from_distribution(distribution) for item in value)
+        return attrs.evolve(self, value=value, position=attrs.evolve(self.position, distribution=distribution))
 
     def only(self, keys: set[str]) -> "Item":
-        """A mapping cut down to `keys`; anything else as it is."""
+        """A mapping with only those of its keys that are in `keys`; other values unchanged."""
         if not isinstance(self.value, Mapping):
             return self
         return attrs.evolve(self, value={key: item for key, item in self.mapping() if key in keys})
 
     def mapping(self) -> Iterator[tuple[str, "Item"]]:
-        """Keys and items; none for what is not a mapping."""
+        """Keys and items; nothing if the value is not a mapping."""
         yield from self.value.items() if isinstance(self.value, Mapping) else ()
 
 
 @attrs.define
 class Problems:
-    """Collects everything that is wrong, so that one run shows all of it."""
+    """Collects the errors of a policy, so that one run reports all of them."""
 
-    _found: list[tuple[int, int, Problem]] = attrs.field(factory=list, init=False)
+    _located: list[tuple[int, int, Problem]] = attrs.field(factory=list, init=False)
     _cause: BaseException | None = attrs.field(default=None, init=False)
 
-    def add(self, place: Place, path: str, message: str, cause: BaseException | None = None) -> None:
-        """Note a problem at `place`, with the error that told of it if there is one."""
-        self._found.append((place.line, place.column, Problem(place.at(path), message)))
+    def add(self, position: SourcePosition, path: str, message: str, cause: BaseException | None = None) -> None:
+        """Add a problem at `position`; `cause` is the exception that reported it, if any."""
+        self._located.append((position.line, position.column, Problem(position.at(path), message)))
         self._cause = self._cause or cause
 
     def raise_any(self) -> None:
-        """Raise `PolicyError` with all problems in the order of the file, if there are any."""
-        if self._found:
-            ordered = sorted(self._found, key=lambda found: found[:2])
+        """Raise PolicyError with all problems, in the order of the file, if there are any."""
+        if self._located:
+            ordered = sorted(self._located, key=lambda located: located[:2])
             raise PolicyError([problem for _, _, problem in ordered]) from self._cause
 
 
 def below(path: str, key: str | int) -> str:
-    """The path of a part: `below("score", 0)` is `"score[0]"`, `below("pool", "size")` is `"pool.size"`."""
+    """The path of a member: `below("score", 0)` is `"score[0]"`, `below("pool", "size")` is `"pool.size"`."""
     if isinstance(key, str) and _WORD.fullmatch(key) and len(key) <= 60:
         return f"{path}.{key}" if path else key
     return f"{path}[{key if isinstance(key, int) else shown(key)}]"

@@ -1,4 +1,4 @@
-"""Whether a policy can be written as a file that can be read again: the reader has limits, whoever made the policy."""
+"""Checks that a policy built in Python is within the limits of policy files."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +10,21 @@ from kvpolicy.spec.tree import MAX_BYTES, MAX_DEPTH, MAX_EVENTS
 if TYPE_CHECKING:
     from kvpolicy.spec.policy import PolicySpec
 
-_AROUND = 8  # events for the version, and for the document itself
+_DOCUMENT_EVENTS = 8  # YAML events of the version and of the document itself
 
 
 def check_writable(spec: "PolicySpec") -> None:
-    """Refuses what the reader of policy files would refuse, were it written there.
+    """Check the limits of the policy file reader.
 
     Raises:
-        ParameterError: naming the limit that the policy is beyond, and by how much.
+        ParameterError: names the limit that is exceeded, and the actual number.
     """
-    from kvpolicy.spec.dump import plain, to_yaml  # noqa: PLC0415 - which knows policies, and these ask us
+    from kvpolicy.spec.dump import plain, to_yaml  # noqa: PLC0415 - circular import
 
     if _deeper(spec, MAX_DEPTH):
         raise ParameterError(f"a policy must be nested at most {MAX_DEPTH} deep, as in a file")
     data = plain(spec)
-    depth, events = _depth(data), _AROUND + _events(data)
+    depth, events = _depth(data), _DOCUMENT_EVENTS + _events(data)
     if depth > MAX_DEPTH:
         raise ParameterError(f"a policy must be nested at most {MAX_DEPTH} deep, as in a file: {depth}")
     if events > MAX_EVENTS:
@@ -34,20 +34,20 @@ def check_writable(spec: "PolicySpec") -> None:
         raise ParameterError(f"a policy must take at most {MAX_BYTES // 1024} KiB, as in a file: {size} bytes")
 
 
-def _deeper(value: object, most: int) -> bool:
-    """Whether parameters are nested more than `most` deep; looks no deeper than that."""
+def _deeper(value: object, limit: int) -> bool:
+    """Whether parameters are nested more than `limit` deep; looks no deeper than that."""
     if isinstance(value, tuple):
-        return most <= 0 or any(_deeper(part, most - 1) for part in value)
-    kind: Any = type(value)
-    if not attrs.has(kind):
+        return limit <= 0 or any(_deeper(member, limit - 1) for member in value)
+    attrs_class: Any = type(value)
+    if not attrs.has(attrs_class):
         return False
-    return most <= 0 or any(_deeper(getattr(value, one.name), most - 1) for one in attrs.fields(kind))
+    return limit <= 0 or any(_deeper(getattr(value, field.name), limit - 1) for field in attrs.fields(attrs_class))
 
 
 def _events(data: Any) -> int:
-    """Events of YAML: one for a scalar or a key, two around a list or a mapping."""
+    """Number of YAML events: one for a scalar or a key, two for a list or a mapping."""
     if isinstance(data, dict):
-        return 2 + sum(1 + _events(part) for part in data.values())
+        return 2 + sum(1 + _events(member) for member in data.values())
     return 2 + sum(map(_events, data)) if isinstance(data, list) else 1
 
 

@@ -1,4 +1,4 @@
-"""How the keys or the values of a layer are held."""
+"""Storage formats of the keys or the values of a layer."""
 
 import abc
 import sys
@@ -18,7 +18,7 @@ ALL = sys.maxsize
 
 @attrs.frozen
 class Column:
-    """One tensor of a store: what a slot, or a group of slots, holds under one name."""
+    """One named tensor of a store: its shape and dtype per slot, or per group of slots."""
 
     shape: tuple[int, ...]  # per slot or group; () for a scalar
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class Column:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes that one slot, or one group, takes."""
+        """Bytes of one slot or group."""
         count = 1
         for size in self.shape:
             count *= size
@@ -35,13 +35,13 @@ class Column:
 
 @attrs.frozen(eq=False)
 class Site:
-    """Where a codec or a reader is put to work: one managed layer of one model."""
+    """The layer that a codec or a reader is used in: one managed layer of one model."""
 
     geometry: Geometry
-    dtype: torch.dtype  # of the model's own keys and values
+    dtype: torch.dtype  # of the model's keys and values
     layer: int = 0  # ordinal among the managed layers
-    rotary: Rotary | None = None  # None = the model's rotation is not known
-    calibration: Mapping[str, Tensor] = attrs.field(factory=dict)  # what the plugin's `calibrate` gave for this layer
+    rotary: Rotary | None = None  # None = the rotary embedding is not known
+    calibration: Mapping[str, Tensor] = attrs.field(factory=dict)  # result of the plugin's `calibrate` for this layer
 
 
 @attrs.frozen(eq=False)
@@ -57,33 +57,33 @@ class Sample:
 
 
 class Format(abc.ABC):
-    """One half of the entries, their keys or their values, of one layer: which of them are packed, and how.
+    """Storage format of the keys or the values of one layer: which entries are packed, and how.
 
-    The oldest entries of a head are packed, the newest stay as the model gave them: the residual. With `length` entries
+    The oldest entries of a head are packed; the newest, the residual, stay in the model's dtype. With `length` entries
     in a head, `packed_length(length)` are packed: all but the newest `residual_length`, in whole steps of `step`.
-    Groups are packed independently of each other, so nothing that is packed has to be packed again when entries come.
+    Groups are packed independently, so packed entries are never packed again when entries are added.
     """
 
-    columns: Mapping[str, Column]  # what holds a group; the first dimension of a joint column is usually K
-    group_size: int = 1  # consecutive entries of a head that are packed together; divides `step` and `residual_length`
-    step: int = 1  # entries that are packed at one time
-    residual_length: int = 0  # newest entries that are never packed; ALL = none is ever packed
-    joint: bool = False  # whether a group holds the entries of all KV heads at one slot, which must then be as many
+    columns: Mapping[str, Column]  # columns of a group; the first dimension of a joint column is usually K
+    group_size: int = 1  # consecutive entries of a head packed together; divides `step` and `residual_length`
+    step: int = 1  # entries packed at a time
+    residual_length: int = 0  # newest entries, which are not packed; ALL = no entries are packed
+    joint: bool = False  # whether a group has one entry of every KV head; all heads then have equal lengths
 
     @abc.abstractmethod
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """Vectors [B, K, n, D] at positions [B, K, n], n a multiple of `group_size`, to the columns.
+        """Pack vectors [B, K, n, D] at positions [B, K, n], n a multiple of `group_size`, into columns.
 
         Each column is [B, K, n / group_size, *shape], or [B, 1, n / group_size, *shape] of a joint format. Empty slots
-        (position -1) hold any finite vector.
+        (position -1) have arbitrary finite vectors.
         """
 
     @abc.abstractmethod
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        """Columns back to vectors [B, K, n, D] in the model's dtype; `positions` [B, K, n] of the same slots."""
+        """Unpack columns to vectors [B, K, n, D] in the model's dtype; `positions` [B, K, n] are those of the slots."""
 
     def unpacking(self) -> "Unpacking | str":
-        """How a GPU decodes entries while it attends to them; or why it cannot, in a few words."""
+        """The tile function with which attention kernels unpack entries; or a short reason why there is none."""
         return "has no tile function"
 
     def packed_length(self, length: int) -> int:
@@ -91,11 +91,11 @@ class Format(abc.ABC):
         return max(0, length - self.residual_length) // self.step * self.step
 
     def residual_capacity(self, capacity: int) -> int:
-        """The most entries that are not packed at one time, while tokens come one by one up to `capacity`."""
+        """Largest residual while tokens are added one by one up to `capacity`."""
         return min(capacity, self.residual_length + self.step)
 
     def nbytes(self, capacity: int, geometry: Geometry, dtype: torch.dtype) -> float:
-        """Bytes for one head of up to `capacity` entries: groups, and the residual in `dtype`."""
+        """Bytes of one head with up to `capacity` entries: packed groups, and the residual in `dtype`."""
         packed = (
             self.packed_length(capacity)
             // self.group_size
@@ -107,7 +107,7 @@ class Format(abc.ABC):
 
 @attrs.frozen(eq=False)
 class AsIs(Format):
-    """Nothing is packed."""
+    """Stores all entries in the model's dtype; packs nothing."""
 
     columns: Mapping[str, Column] = attrs.field(factory=dict)
     residual_length: int = ALL
@@ -116,12 +116,12 @@ class AsIs(Format):
         return {}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        raise CacheError(f"no columns hold the {positions.numel()} entries asked for: {sorted(columns)}")
+        raise CacheError(f"no entries are packed: cannot decode {positions.numel()} entries from {sorted(columns)}")
 
 
 @attrs.frozen(eq=False)
 class Formats:
-    """How a layer holds its keys and its values."""
+    """Storage formats of the keys and the values of a layer."""
 
     keys: Format
     values: Format

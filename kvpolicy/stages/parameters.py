@@ -1,4 +1,4 @@
-"""Parameters of plugins and policies: one rule validates in Python, in YAML and in editors (JSON Schema)."""
+"""Parameters of plugins and policies. One rule validates them in Python, in YAML and, as JSON Schema, in editors."""
 
 import abc
 import math
@@ -9,29 +9,29 @@ import attrs
 
 from kvpolicy.errors import ParameterError, one_line, shown
 
-BEYOND = 10**18  # policy files have integers of at most 18 digits, and Python gets no longer ones in
-LARGEST = 10**9  # bound of a rule that gives none: more than any sequence has tokens, and sums of it fit 64 bits
+BEYOND = 10**18  # integers of policy files have at most 18 digits; the same limit holds in Python
+LARGEST = 10**9  # default bound: more tokens than any sequence has, and sums fit into 64 bits
 _REQUIRED = attrs.NOTHING
-# control characters would garble reports, half surrogates cannot be written at all
+# control characters would garble reports; unpaired surrogates cannot be encoded
 _FORBIDDEN = r"[\u0000-\u001f\u007f-\u009f\u2028\u2029\ud800-\udfff]"
 
 
 class Rule(abc.ABC):
-    """What a value must be. Doubles as an attrs validator; `str(rule)` completes "must be ...".
+    """A rule for the values of a parameter, and its attrs validator. `str(rule)` completes "must be ...".
 
-    Rules test `type(x) is int` rather than `isinstance`: `True` is no integer in a policy file.
+    Rules test `type(x) is int` rather than `isinstance`, because `True` is not an integer in a policy file.
     """
 
     @abc.abstractmethod
     def accepts(self, value: object) -> bool:
-        """Whether `value` keeps the rule."""
+        """Whether `value` satisfies the rule."""
 
     @abc.abstractmethod
     def schema(self) -> dict[str, Any]:
         """The rule as JSON Schema (draft 2020-12)."""
 
     def convert(self, value: Any) -> Any:
-        """`value` as it is held, in one form only: the digest of a policy goes by the form."""
+        """`value` in its canonical form: equal values must have the same form, because digests depend on it."""
         return value
 
     def __call__(self, _instance: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
@@ -43,8 +43,8 @@ class Rule(abc.ABC):
 class Integer(Rule):
     """An integer between two bounds, optionally odd.
 
-    A bound that is left out is `LARGEST` away from 0, so that no file can ask for more than memory and time allow
-    by a factor that nobody thought of. Give a bound where a plugin allocates or loops by the number.
+    The default bounds are -`LARGEST` and `LARGEST`. Set tighter ones where memory or time grows with the
+    number.
     """
 
     minimum: int = -LARGEST
@@ -71,7 +71,7 @@ class Integer(Rule):
 class Number(Rule):
     """A finite number between two bounds; `above` is an exclusive lower bound.
 
-    A bound that is left out is `LARGEST` away from 0: products of such numbers stay finite in float32.
+    The default bounds are -`LARGEST` and `LARGEST`: products of such numbers are finite in float32.
     """
 
     minimum: float = -float(LARGEST)
@@ -88,8 +88,8 @@ class Number(Rule):
         return self.minimum <= number <= self.maximum and (self.above is None or number > self.above)
 
     def schema(self) -> dict[str, Any]:
-        least = {"minimum": self.minimum} if self.above is None else {"exclusiveMinimum": self.above}
-        return {"type": "number", **least, "maximum": self.maximum}
+        lower = {"minimum": self.minimum} if self.above is None else {"exclusiveMinimum": self.above}
+        return {"type": "number", **lower, "maximum": self.maximum}
 
     def convert(self, value: Any) -> Any:
         if type(value) not in (int, float):
@@ -100,13 +100,13 @@ class Number(Rule):
             return math.inf
 
     def __str__(self) -> str:
-        least = f"from {self.minimum:g} to" if self.above is None else f"above {self.above:g}, up to"
-        return f"a number {least} {self.maximum:g}"
+        lower = f"from {self.minimum:g} to" if self.above is None else f"above {self.above:g}, up to"
+        return f"a number {lower} {self.maximum:g}"
 
 
 @attrs.frozen
 class Choice(Rule):
-    """One word, or one integer, of a list."""
+    """One of several words or integers."""
 
     words: tuple[str | int, ...]
 
@@ -152,7 +152,7 @@ class Text(Rule):
 
 @attrs.frozen
 class Nested(Rule):
-    """A mapping with parameters of its own, held as an attrs class."""
+    """A mapping with its own parameters, which are fields of the attrs class `kind`."""
 
     kind: type
 
@@ -168,9 +168,9 @@ class Nested(Rule):
 
 @attrs.frozen
 class Plugged(Rule):
-    """Another plugin, of the stage named (`score`, `select`, …): a scorer may be built on a scorer.
+    """A plugin of `stage` (`score`, `select`, …): a scorer may use another scorer.
 
-    `default` names the plugin that a policy file gets when it leaves the key out; `optional`: then it gets none.
+    `default` is the name of the plugin if the key is absent; with `optional` there may be none.
     """
 
     stage: str
@@ -188,21 +188,21 @@ class Plugged(Rule):
 
 
 def parameter(rule: Rule, default: Any = _REQUIRED, *, help: str) -> Any:
-    """An attrs field that keeps `rule`; must be given if it has no default. `help`: one line for the docs."""
+    """An attrs field with a rule; required if it has no default. `help` is one line for the documentation."""
     return attrs.field(default=default, converter=rule.convert, validator=rule, metadata={"rule": rule, "help": help})
 
 
 def rule_of(field: "attrs.Attribute[Any]") -> Rule:
-    """The rule that `parameter` put on an attrs field."""
+    """The rule of an attrs field made by `parameter`."""
     rule = field.metadata["rule"]
     if not isinstance(rule, Rule):
-        raise ParameterError(f"{field.name}: declare it with kvpolicy.stages.parameter")
+        raise ParameterError(f"{field.name}: must be declared with kvpolicy.stages.parameter")
     return rule
 
 
-def object_schema(kind: type) -> dict[str, Any]:
-    """JSON Schema of a mapping whose keys are the parameters of the attrs class `kind`."""
-    fields = attrs.fields(kind)
+def object_schema(attrs_class: type) -> dict[str, Any]:
+    """JSON Schema of a mapping whose keys are the parameters of an attrs class."""
+    fields = attrs.fields(attrs_class)
     return {
         "type": "object",
         "properties": {field.name: _property(field) for field in fields},
@@ -212,7 +212,7 @@ def object_schema(kind: type) -> dict[str, Any]:
 
 
 def is_required(field: "attrs.Attribute[Any]") -> bool:
-    """Whether a policy file must give the parameter."""
+    """Whether the parameter is required in a policy file."""
     rule = rule_of(field)
     if field.default is not attrs.NOTHING or (isinstance(rule, Plugged) and rule.default):
         return False
@@ -221,14 +221,14 @@ def is_required(field: "attrs.Attribute[Any]") -> bool:
 
 def _property(field: "attrs.Attribute[Any]") -> dict[str, Any]:
     rule = rule_of(field)
-    described = {**rule.schema(), "description": field.metadata["help"]}
+    schema = {**rule.schema(), "description": field.metadata["help"]}
     if isinstance(rule, Plugged) and rule.default:
-        described["default"] = rule.default
+        schema["default"] = rule.default
     if isinstance(field.default, (bool, int, float, str)):
-        described["default"] = field.default
-    return described
+        schema["default"] = field.default
+    return schema
 
 
-def _check_bounds(least: object, most: object) -> None:
-    if not (isinstance(least, (int, float)) and isinstance(most, (int, float)) and least <= most):  # NaN is neither
-        raise ParameterError(f"a rule must have a minimum and a maximum that is no less: from {least} to {most}")
+def _check_bounds(minimum: object, maximum: object) -> None:
+    if not (isinstance(minimum, (int, float)) and isinstance(maximum, (int, float)) and minimum <= maximum):
+        raise ParameterError(f"a rule must have a minimum <= its maximum: from {minimum} to {maximum}")

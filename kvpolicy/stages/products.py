@@ -1,34 +1,34 @@
-"""Products of queries and keys, the way a device is fast at."""
+"""Products of queries and keys, computed in the way that is fastest on the device."""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
-_LARGE = 2**15  # results of one product, from which on a CPU is slower at several products in one call
+_LARGE_PRODUCT = 2**15  # results per head; a CPU computes larger products faster one by one than batched
 
 
 def products(queries: Tensor, keys: Tensor, scaling: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Scaled q·k, [S, Q, D] and [S, T, D] to float32 [S, Q, T]; summed in float32.
+    """Scaled q·k: [S, Q, D] and [S, T, D] to float32 [S, Q, T], with float32 sums.
 
-    They are computed in `dtype`. By default bfloat16 stays what it is where the device multiplies it natively: the sums
-    are then rounded to bfloat16 once, after scaling. Everything else is computed in float32.
+    Computed in `dtype`. The default is bfloat16 for bfloat16 keys if the device multiplies it natively: the sums are
+    rounded to bfloat16 once, after scaling. Otherwise it is float32.
     """
-    dtype = dtype or _fast(keys)
+    dtype = dtype or _product_dtype(keys)
     queries, keys = queries.to(dtype), keys.to(dtype)
-    alone = len(keys) == 1 or keys.device.type != "cpu"
-    if alone or queries.shape[1] * keys.shape[1] < _LARGE:
+    in_one_call = len(keys) == 1 or keys.device.type != "cpu"
+    if in_one_call or queries.shape[1] * keys.shape[1] < _LARGE_PRODUCT:
         return _scaled(queries, keys, scaling)
-    return torch.cat([_scaled(*one, scaling) for one in zip(queries.split(1), keys.split(1), strict=True)])
+    return torch.cat([_scaled(*head, scaling) for head in zip(queries.split(1), keys.split(1), strict=True)])
 
 
 def _scaled(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    # `baddbmm`, because `alpha` scales before the result is rounded; what is added is nothing (`beta` = 0).
-    nothing = queries.new_empty(1, 1, 1)
-    return torch.baddbmm(nothing, queries, keys.transpose(1, 2), beta=0, alpha=scaling).float()
+    # `baddbmm`, because `alpha` scales before the result is rounded; with `beta` = 0 its first argument is ignored.
+    unused = queries.new_empty(1, 1, 1)
+    return torch.baddbmm(unused, queries, keys.transpose(1, 2), beta=0, alpha=scaling).float()
 
 
-def _fast(keys: Tensor) -> torch.dtype:
+def _product_dtype(keys: Tensor) -> torch.dtype:
     return keys.dtype if keys.dtype == torch.bfloat16 and multiplies_bfloat16(keys.device) else torch.float32
 
 

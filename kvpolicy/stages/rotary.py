@@ -1,4 +1,4 @@
-"""Rotary position embedding, applied and undone: for stores that hold keys as they were before it."""
+"""Rotary position embedding and its inverse, for stores that keep keys before rotation."""
 
 import attrs
 import torch
@@ -7,25 +7,25 @@ from torch import Tensor
 
 @attrs.frozen(eq=False)
 class Rotary:
-    """The rotation of one model: dimension i is paired with i + R/2 among the first R (`rotate_half`).
+    """The rotary embedding of a model: dimension i is paired with i + R/2 among the first R (`rotate_half`).
 
-    Rotation is orthogonal up to `scaling`, which YaRN-like embeddings multiply cosine and sine with.
+    Orthogonal up to `scaling`, the factor of YaRN-like embeddings on cosine and sine.
     """
 
     frequencies: Tensor  # [R/2] float32, radians per position
     scaling: float = 1.0
 
     def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """Vectors [..., D] as they are at integer positions [...]."""
-        return self._turned(vectors, positions, 1.0, self.scaling)
+        """Vectors [..., D] rotated to integer positions [...]."""
+        return self._rotated(vectors, positions, 1.0, self.scaling)
 
     def unrotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """Vectors [..., D] that `rotate` turned, as they were before."""
-        return self._turned(vectors, positions, -1.0, 1.0 / self.scaling)
+        """The inverse of `rotate`: vectors [..., D] at positions [...] before rotation."""
+        return self._rotated(vectors, positions, -1.0, 1.0 / self.scaling)
 
-    def _turned(self, vectors: Tensor, positions: Tensor, sense: float, factor: float) -> Tensor:
-        half = self.frequencies.shape[0]
+    def _rotated(self, vectors: Tensor, positions: Tensor, sign: float, factor: float) -> Tensor:
+        pairs = self.frequencies.shape[0]
         angles = positions[..., None].to(self.frequencies.dtype) * self.frequencies.to(vectors.device)
-        cos, sin = (angles.cos() * factor).to(vectors.dtype), (angles.sin() * sense * factor).to(vectors.dtype)
-        first, second, rest = vectors[..., :half], vectors[..., half : 2 * half], vectors[..., 2 * half :]
+        cos, sin = (angles.cos() * factor).to(vectors.dtype), (angles.sin() * sign * factor).to(vectors.dtype)
+        first, second, rest = vectors[..., :pairs], vectors[..., pairs : 2 * pairs], vectors[..., 2 * pairs :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)

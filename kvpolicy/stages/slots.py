@@ -1,20 +1,20 @@
-"""Moving between masks over slots, keep indices and the entries they name."""
+"""Conversions between masks over slots, keep indices and entries."""
 
 import torch
 from torch import Tensor
 
 
 def indices_of(mask: Tensor, width: int | None = None) -> Tensor:
-    """Keep indices of a mask: bool [B, K, T] to int64 [B, K, N], ascending, -1 behind a head's last one.
+    """Keep indices of a mask: bool [B, K, T] to int64 [B, K, N], ascending, padded with -1.
 
-    N is the largest count of any head: `width`, for which the host waits when it is not given.
+    N is `width`, the largest count of any head; without it the host waits for the device to compute it.
     """
     if width is None:
         width = int(mask.sum(-1).max()) if mask.numel() else 0
     slots = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
-    places = (mask.cumsum(-1) - 1).where(mask, width)  # the last column takes what is not kept
+    columns = (mask.cumsum(-1) - 1).where(mask, width)  # an extra last column for slots that are not kept
     indices = slots.new_full((*mask.shape[:-1], width + 1), -1)
-    return indices.scatter_(-1, places, slots)[..., :width]
+    return indices.scatter_(-1, columns, slots)[..., :width]
 
 
 def by_position(positions: Tensor) -> Tensor:
@@ -30,8 +30,8 @@ def gather(entries: Tensor, kept: Tensor) -> Tensor:
 
 
 def take(entries: Tensor, slots: Tensor) -> Tensor:
-    """The entries at slots that all exist: [B, K, T, ...] and [B, K, N] to [B, K, N, ...]."""
+    """The entries at valid slots (no -1): [B, K, T, ...] and [B, K, N] to [B, K, N, ...]."""
     batch, heads = slots.shape[:2]
     rows = torch.arange(batch, device=slots.device)[:, None, None]
-    columns = torch.arange(heads, device=slots.device)[None, :, None]
-    return entries[rows, columns, slots]
+    kv_heads = torch.arange(heads, device=slots.device)[None, :, None]
+    return entries[rows, kv_heads, slots]

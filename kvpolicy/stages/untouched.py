@@ -1,4 +1,4 @@
-"""Whether a plugin left alone what it was shown; asked by the conformance suite, and at run time by those who debug."""
+"""Checks that a plugin does not write to its inputs. Used by the conformance suite, and at run time in debug mode."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,57 +17,57 @@ DEBUG = "KVPOLICY_DEBUG"
 
 
 def debugging() -> bool:
-    """Whether the environment asks for checks that cost a copy of all that plugins see: `KVPOLICY_DEBUG=1`."""
+    """Whether `KVPOLICY_DEBUG=1` is set: inputs of plugins are copied and compared."""
     return os.environ.get(DEBUG, "") not in ("", "0")
 
 
 @contextmanager
-def watching(plugin: Plugin, shown: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
-    """Under `KVPOLICY_DEBUG=1`, `untouched` for the tensors that `shown` gives; else nothing."""
+def watching(plugin: Plugin, inputs: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
+    """In debug mode, `untouched` for the tensors that `inputs` returns; otherwise does nothing."""
     if not debugging():
         yield
         return
-    with untouched(plugin, shown()):
+    with untouched(plugin, inputs()):
         yield
 
 
 @contextmanager
-def untouched(plugin: Plugin, shown: Mapping[str, Tensor]) -> Iterator[None]:
-    """Refuses writes to tensors while the plugin is called.
+def untouched(plugin: Plugin, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Check that a plugin does not write to tensors while it is called.
 
     Raises:
-        PluginContractError: naming the plugin and the tensor, when a tensor holds other numbers afterwards, or was
-            written to in place, even with what it held before.
+        PluginContractError: names the plugin and a tensor whose values have changed, or that was written to in place,
+            even with the same values.
     """
-    before = {name: (tensor, tensor.clone(), _writes(tensor)) for name, tensor in shown.items()}
+    before = {name: (tensor, tensor.clone(), _write_count(tensor)) for name, tensor in inputs.items()}
     yield
-    for name, (tensor, copy, writes) in before.items():
-        if not _same(tensor, copy) or _writes(tensor) != writes:
+    for name, (tensor, snapshot, write_count) in before.items():
+        if not _same(tensor, snapshot) or _write_count(tensor) != write_count:
             raise contract_error(plugin, f"changed its input {name!r}, expected it to be read only")
 
 
 def tensors_of(view: View) -> dict[str, Tensor]:
-    """Everything in a view that a plugin could write to, what the view has computed from its entries included."""
+    """All tensors of a view, including those that it computes from its entries."""
     names = ("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes", "pinned", "regions")
-    own = {name: getattr(view, name) for name in (*names, "valid", "lengths", "age", "protected", "candidates")}
-    own.update(view.slot_state)
-    own.update({f"{name} of the row": state for name, state in view.row_state.items()})
+    tensors = {name: getattr(view, name) for name in (*names, "valid", "lengths", "age", "protected", "candidates")}
+    tensors.update(view.slot_state)
+    tensors.update({f"{name} of the row": state for name, state in view.row_state.items()})
     if view.queries is not None:
-        own["logits"] = view.logits
+        tensors["logits"] = view.logits
     if view.rotary is not None:
-        own["frequencies of the rotation"] = view.rotary.frequencies
-    return {name: tensor for name, tensor in own.items() if tensor is not None}
+        tensors["frequencies of the rotation"] = view.rotary.frequencies
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def tensors_of_query_logits(query_logits: QueryLogits, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Everything that a plugin sees of a forward, and its own state."""
-    seen = {
+    """All tensors of the logits of a forward, and the slot state of the plugin."""
+    tensors = {
         "logits": query_logits.logits,
         "log_votes": query_logits.log_votes,
         "own": query_logits.own,
         "probabilities": query_logits.probabilities,
     }
-    return {name: tensor for name, tensor in (seen | dict(state)).items() if tensor is not None}
+    return {name: tensor for name, tensor in (tensors | dict(state)).items() if tensor is not None}
 
 
 def tensors_of_prompt(prompt: Prompt) -> dict[str, Tensor]:
@@ -76,20 +76,20 @@ def tensors_of_prompt(prompt: Prompt) -> dict[str, Tensor]:
 
 
 def tensors_of_request(request: ReadRequest) -> dict[str, Tensor]:
-    """Everything in a request that a reader could write to."""
-    own = {name: getattr(request, name) for name in ("queries", "query_positions", "positions", "packed_lengths")}
-    columns = {f"{name} of the keys": one for name, one in request.packed.items()}
-    pages = {f"{name} of the pages": one for name, one in request.pages.items()}
-    return {name: tensor for name, tensor in (own | columns | pages).items() if tensor is not None}
+    """All tensors of a read request."""
+    tensors = {name: getattr(request, name) for name in ("queries", "query_positions", "positions", "packed_lengths")}
+    columns = {f"{name} of the keys": column for name, column in request.packed.items()}
+    pages = {f"{name} of the pages": column for name, column in request.pages.items()}
+    return {name: tensor for name, tensor in (tensors | columns | pages).items() if tensor is not None}
 
 
-def _writes(tensor: Tensor) -> int:
-    """How often a tensor, or one that shares its memory, was written to in place; not known in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no other count of writes
+def _write_count(tensor: Tensor) -> int:
+    """Number of in-place writes to the memory of a tensor; 0 for inference tensors, which do not count them."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no public counter
 
 
-def _same(tensor: Tensor, copy: Tensor) -> bool:
-    """Equal, where NaN equals NaN."""
-    if tensor.shape != copy.shape or tensor.dtype != copy.dtype:
+def _same(tensor: Tensor, snapshot: Tensor) -> bool:
+    """Whether two tensors are equal; NaN equals NaN."""
+    if tensor.shape != snapshot.shape or tensor.dtype != snapshot.dtype:
         return False
-    return bool(torch.isclose(tensor, copy, rtol=0, atol=0, equal_nan=True).all())
+    return bool(torch.isclose(tensor, snapshot, rtol=0, atol=0, equal_nan=True).all())

@@ -1,4 +1,4 @@
-"""The built-in plugins: one published method a file, in plain torch. They come in as any third party's do."""
+"""The built-in plugins: one published method per file, in plain torch. They are loaded like those of third parties."""
 
 from kvpolicy.stages import Plugin, hookimpl
 from kvpolicy_plugins.allocators.adaptive import Adaptive

@@ -46,7 +46,7 @@ class Case:
         parts = (v[name].item() for name in ("sink", "critical", "recent"))
         self.reader = LatentTopK(*parts, v["score_rank"].item() / v["rank"].item(), dense_first=0, dense_last=0)
 
-    def question(self):
+    def request(self):
         packed_lengths = torch.full(self.keys.shape[:2], self.keys.shape[2])
         packed = self.formats.keys.encode(self.keys, self.positions)
         held = {"format": self.formats.keys, "packed_lengths": packed_lengths, "packed": packed}
@@ -54,7 +54,7 @@ class Case:
 
     def chosen(self):
         """Slots [B, K, n] that are read."""
-        found = self.reader.choose(self.question())
+        found = self.reader.choose(self.request())
         return torch.arange(self.keys.shape[2]).expand(self.positions.shape) if found is None else found
 
 
@@ -82,14 +82,14 @@ def check_values(v, case):
 
 
 def check_reading(v, case):
-    tight(case.reader.latent_query(case.question()), v["q_latent"])
-    tight(case.reader.scores(case.question()), v["scores"])
+    tight(case.reader.latent_query(case.request()), v["q_latent"])
+    tight(case.reader.scores(case.request()), v["scores"])
     same(case.chosen(), v["selected"][:, None].expand(-1, case.kv_heads, -1))
 
 
 def check_attention(v, case):
     chosen = case.chosen()
-    latents = case.question().packed["latent"]
+    latents = case.request().packed["latent"]
     places = case.positions.gather(2, chosen)
     keys = case.formats.keys.decode({"latent": gather(latents, chosen[:, :1])}, places)
     columns = case.formats.values.encode(v["v"], case.positions)

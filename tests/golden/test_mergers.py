@@ -12,7 +12,7 @@ from kvpolicy_plugins.mergers.pivot import Pivot
 from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, nearest
 from kvpolicy_plugins.mergers.tome import ToMe
 from kvpolicy_plugins.mergers.weighted import Weighted
-from kvpolicy_plugins.mergers.weightedkv import handed_on
+from kvpolicy_plugins.mergers.weightedkv import merged_values
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.views import keep, view_of
 
@@ -64,7 +64,7 @@ def check_reference(v):
         takers[0, head, places[v["d2o_selected"]]] = True
     same(entries.changed, takers)
 
-    close(handed_on(view, kept, v["avg_attention"][None]), merged[2], atol=1e-12, rtol=1e-9)
+    close(merged_values(view, kept, v["avg_attention"][None]), merged[2], atol=1e-12, rtol=1e-9)
 
 
 def check_tome(v):

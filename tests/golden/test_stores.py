@@ -51,9 +51,9 @@ def attention(queries, keys, values, scale):
 def check_kivi(v):
     bits, group = number(v, "bits"), number(v, "group_size")
     formats = Kivi(bits, group=group, residual=group, scales="full").formats(site_of(v["k"]))
-    for name, half in (("k", formats.keys), ("v", formats.values)):
+    for name, kv_format in (("k", formats.keys), ("v", formats.values)):
         check_kivi_arithmetic(v, name, bits, group)
-        check_kivi_format(v, name, bits, half)
+        check_kivi_format(v, name, bits, kv_format)
     words = v["k_codes"].mT
     exactly(pack(words, bits).view(torch.int32), v["k_packed_kernel"])
     exactly(v["k_packed_kernel"].mT, v["k_packed"])
@@ -76,11 +76,11 @@ def check_kivi_arithmetic(v, name, bits, group):
     close(decoded, v[f"{name}_dequant"], atol=2 * unit, rtol=0)
 
 
-def check_kivi_format(v, name, bits, half):
+def check_kivi_format(v, name, bits, kv_format):
     """What is held: computed in float32, where half precision rounds some quotients to a neighbouring code."""
     vectors, exact = v[name], v[name].dtype == torch.float32
     at = places(vectors)
-    columns = half.encode(vectors, at)
+    columns = kv_format.encode(vectors, at)
     codes = unpack(columns["codes"], bits, vectors.shape[-1]).view(vectors.shape).int()
     apart = (codes - v[f"{name}_codes"].int()).abs()
     assert apart.max() <= (0 if exact else 1)
@@ -88,7 +88,7 @@ def check_kivi_format(v, name, bits, half):
     assert (apart > 0).float().mean() <= eps * 2**bits
     close(columns["scale"], v[f"{name}_scale"], atol=0, rtol=0 if exact else eps)
     exactly(columns["minimum"], v[f"{name}_min"])
-    decoded = half.decode(columns, at)
+    decoded = kv_format.decode(columns, at)
     unit = eps * vectors.abs().max().item()
     close(decoded[apart == 0], v[f"{name}_dequant"][apart == 0], atol=2 * unit, rtol=0)
 
@@ -106,7 +106,7 @@ class KVTensor:
         self.columns = {name: torch.cat([column, new[name]], 2) for name, column in self.columns.items()}
         self.packed_lengths = due.stop
 
-    def held(self, length):
+    def entries(self, length):
         packed = self.form.decode(self.columns, places(self.vectors)[..., : self.packed_lengths])
         return torch.cat([packed, self.vectors[:, :, self.packed_lengths : length]], 2)
 
@@ -124,17 +124,17 @@ def check_kivi_decode(v):
         scales="full",
     )
     formats = codec.formats(site_of(keys, v["q"].shape[1]))
-    halves = KVTensor(formats.keys, keys), KVTensor(formats.values, values)
+    kv_tensors = KVTensor(formats.keys, keys), KVTensor(formats.values, values)
     states = []
     for step in range(v["q"].shape[2] + 1):
         length = prefill + step
         if step:
-            held = [half.held(length) for half in halves]
-            out = attention(v["q"][:, :, step - 1 : step], *held, keys.shape[-1] ** -0.5)
+            entries = [kv_tensor.entries(length) for kv_tensor in kv_tensors]
+            out = attention(v["q"][:, :, step - 1 : step], *entries, keys.shape[-1] ** -0.5)
             close(out, v["out"][:, :, step - 1 : step], atol=1e-12, rtol=1e-10)
-        for half in halves:
-            half.pack(length)
-        states.append([count for half in halves for count in half.counts(length)])
+        for kv_tensor in kv_tensors:
+            kv_tensor.pack(length)
+        states.append([count for kv_tensor in kv_tensors for count in kv_tensor.counts(length)])
     same(torch.tensor(states), v["state_kq_kres_vq_vres"])
 
 
@@ -143,28 +143,28 @@ def check_tada(v):
     site = site_of(v["k"], v["q"].shape[1])
     codec = Tada(bits, group=group, residual=residual, batch=1, scales="full")
     formats = codec.formats(site)
-    hats = [check_tada_half(v, "k", formats.keys), check_tada_half(v, "v", formats.values)]
+    hats = [check_tada_format(v, "k", formats.keys), check_tada_format(v, "v", formats.values)]
     close(attention(v["q"], *hats, site.geometry.head_dim**-0.5), v["out"], atol=1e-12, rtol=1e-10)
-    half = Tada(bits, group=group, residual=residual, batch=1).formats(site).keys
-    held = 8 * sum(column.bytes_per_slot for column in half.columns.values())
+    kv_format = Tada(bits, group=group, residual=residual, batch=1).formats(site).keys
+    held = 8 * sum(column.bytes_per_slot for column in kv_format.columns.values())
     numbers = site.geometry.kv_heads * site.geometry.head_dim
     assert math.isclose(held / numbers, number(v, "compressed_bits_per_element"))
 
 
-def check_tada_half(v, name, half):
+def check_tada_format(v, name, kv_format):
     vectors = v[name]
-    packed = half.packed_length(vectors.shape[2])
+    packed = kv_format.packed_length(vectors.shape[2])
     at = places(vectors)[..., :packed]
-    columns = half.encode(vectors[:, :, :packed], at)
+    columns = kv_format.encode(vectors[:, :, :packed], at)
     close(columns["mean"][:, 0], v[f"{name}_mean"], atol=1e-12)
-    same(unpack(columns["codes"][:, 0], half.bits, half.dim).movedim(2, 1), v[f"{name}_codes"])
+    same(unpack(columns["codes"][:, 0], kv_format.bits, kv_format.dim).movedim(2, 1), v[f"{name}_codes"])
     close(columns["scale"][:, 0].movedim(2, 1), v[f"{name}_scale"], atol=1e-12)
     close(columns["minimum"][:, 0].movedim(2, 1), v[f"{name}_zero"], atol=1e-12)
-    hat = torch.cat([half.decode(columns, at), vectors[:, :, packed:]], 2)
+    hat = torch.cat([kv_format.decode(columns, at), vectors[:, :, packed:]], 2)
     close(hat, v[f"{name}_hat"], atol=1e-12)
     close((hat - vectors)[:, :, :packed].square().mean(), v[f"{name}_mse_centered"], atol=0, rtol=1e-9)
-    groups = vectors[:, :, :packed].unflatten(-1, (-1, half.group))
-    raw = dequantise(*quantise(groups, -1, half.bits, groups.dtype), groups.dtype)
+    groups = vectors[:, :, :packed].unflatten(-1, (-1, kv_format.group))
+    raw = dequantise(*quantise(groups, -1, kv_format.bits, groups.dtype), groups.dtype)
     close((raw - groups).square().mean(), v[f"{name}_mse_uncentered"], atol=0, rtol=1e-9)
     return hat
 
@@ -172,11 +172,11 @@ def check_tada_half(v, name, half):
 def check_rotation_codebook(v):
     bits, dim = number(v, "bits"), v["x"].shape[-1]
     vectors = v["x"].reshape(1, 1, -1, dim)
-    half = Rotated(tuple(v["signs"].tolist()), vectors.dtype, vectors.dtype, bits)
-    columns = half.encode(vectors, places(vectors))
+    kv_format = Rotated(tuple(v["signs"].tolist()), vectors.dtype, vectors.dtype, bits)
+    columns = kv_format.encode(vectors, places(vectors))
     close(columns["norm"].flatten(), v["norm"].flatten(), atol=0, rtol=1e-12)
     same(unpack(columns["codes"], bits, dim).view(v["codes"].shape), v["codes"])
-    hat = half.decode(columns, places(vectors)).view(v["x"].shape)
+    hat = kv_format.decode(columns, places(vectors)).view(v["x"].shape)
     close(hat, v["x_hat"], atol=1e-9, rtol=1e-9)
     relative = (hat - v["x"]).square().sum() / v["x"].square().sum()
     close(relative, v["relative_mse"], atol=0, rtol=1e-9)

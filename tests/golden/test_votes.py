@@ -173,7 +173,7 @@ def check_released_code(v):
     view = view_of(keys, values=values, queries=queries)
     scores = view.logits.exp()[:, :, 0].tril()
     close(scores, v["exp_attn0"], atol=5e-3, rtol=5e-3)
-    view = followed(merger, view, scores[..., -window:, :].log(), fresh_state(merger, view))
+    view = observed(merger, view, scores[..., -window:, :].log(), fresh_state(merger, view))
     entries = step_of(v, merger, view, cfg, 0)
     for step in range(1, cfg["steps"] + 1):
         query = v[f"q{step}"]
@@ -184,7 +184,7 @@ def check_released_code(v):
         fills = {one.name: one.fill for one in merger.slot_state()}
         state = {name: longer(one, fills[name]) for name, one in entries.slot_state.items()}
         logits = view.logits[:, :, 0] - view.log_votes[:, :, None]
-        entries = step_of(v, merger, followed(merger, view, logits, state), cfg, step)
+        entries = step_of(v, merger, observed(merger, view, logits, state), cfg, step)
 
 
 def held(entries):
@@ -200,7 +200,7 @@ def longer(carried, fill):
     return torch.cat([carried, torch.full_like(carried[..., :1], fill)], -1)
 
 
-def followed(merger, view, logits, state):
+def observed(merger, view, logits, state):
     return attrs.evolve(view, slot_state=merger.observe_forward(QueryLogits(logits[:, :, None]), state))
 
 

@@ -71,7 +71,7 @@ def test_the_first_prompt_stays_and_what_comes_after_it_is_evicted(chunks, rest)
 
 @pytest.mark.parametrize("rest", [{}, JOINT], ids=str)
 def test_a_prompt_beyond_the_budget_is_said_once_and_memory_stays_bounded(rest):
-    message = "the budget of 22 tokens is 12 entries, but 22 are held: as many are protected"
+    message = "the budget of 22 tokens is 12 entries, but 22 are held because they are protected"
     with pytest.warns(BudgetWarning, match=message) as said:
         found = run(protecting(budget=12, prompt=True, **rest), (22,), 40, None)
     assert len(said) == 1
@@ -198,7 +198,7 @@ def test_bytes_of_regions_are_counted():
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
-        (None, r"the policy protects regions \(system\), and none is given"),
+        (None, r"the policy protects regions \(system\), but none is given"),
         ({"sytem": (0, 3)}, "no region 'system' is given; did you mean 'sytem'"),
         ({"system": (0, 5), "tools": (4, 9)}, "regions 'system' and 'tools' overlap at token 4"),
         ({"system": (5, 3)}, "region 'system' must be ranges"),
@@ -206,7 +206,7 @@ def test_bytes_of_regions_are_counted():
         ({"system": (0.0, 3)}, "region 'system' must be a token range|region 'system' must be ranges"),
         ({"system": "0-3"}, "region 'system' must be a token range"),
         ({"system": [(0, 3, 4)]}, "region 'system' must be ranges"),
-        ({}, "regions must have names"),
+        ({}, "regions must have at least one name"),
         ({3: (0, 1)}, "the name of a region must be a word"),
         ([], "regions must be a mapping"),
         ("system", "regions must be a mapping"),
@@ -221,7 +221,7 @@ def test_wrong_regions_are_refused_when_the_cache_is_made(regions, message):
 def test_regions_of_another_batch_are_refused_before_anything_changes():
     with protecting(regions=["system"]).attach(model()) as attachment, torch.no_grad():
         cache = attachment.cache(regions=[REGIONS, REGIONS])
-        with pytest.raises(RegionError, match="regions of 2 rows do not go with a batch of 3"):
+        with pytest.raises(RegionError, match="regions of 2 rows do not match a batch of 3"):
             attachment.model(prompt(40, 40, 40)[0], past_key_values=cache)
         cache.reset()
         attachment.model(prompt(40, 40)[0], past_key_values=cache)

@@ -132,7 +132,7 @@ def test_the_tokenizer_is_compared_if_it_is_given(attachment, tmp_path):
     others += [tokenizer("a", "b", eos_token=token) for token in ("b", "[PAD]")]
     for other in others:
         refused(attachment, tmp_path / "with", "another tokenizer", tokenizer=other)
-    refused(attachment, tmp_path / "without", "says nothing of a tokenizer", tokenizer=own)
+    refused(attachment, tmp_path / "without", "has no digest of a tokenizer", tokenizer=own)
 
 
 @pytest.mark.parametrize("given", [7, "bert", object()], ids=["number", "text", "object"])

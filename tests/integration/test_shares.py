@@ -131,7 +131,7 @@ def test_a_share_below_what_is_protected_is_said_once():
     """512 absolute recent entries of 10 % of some hundred tokens; once, whatever the layers, steps and caches."""
     policy = kvpolicy.load("h2o", budget="10%", protect={"recent": 30})
     (message,) = said(policy, 80, 70)
-    assert message.startswith("policy h2o: 10% of 80 tokens is 8 entries, but 30 are held: as many are protected; ")
+    assert message.startswith("policy h2o: 10% of 80 tokens is 8 entries, but 30 are held because they are protected; ")
     assert len(said(kvpolicy.load("h2o", budget="10%", protect={"recent": 512}), 80)) == 1
     assert len(said(kvpolicy.load("snapkv", budget="10%"), 80)) == 1
 

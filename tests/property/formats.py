@@ -1,4 +1,4 @@
-"""Strategies: halves of quantised stores, and vectors of every kind for them."""
+"""Strategies: formats of quantised stores, and vectors of every kind for them."""
 
 import torch
 from hypothesis import strategies as st
@@ -43,20 +43,20 @@ codecs = st.one_of(
 
 
 @st.composite
-def halves(draw, kinds=codecs, contents=tuple(CONTENTS), dtypes=FLOATS, least=0):
-    """One half of a layer's store, and vectors [B, K, n, D] with their positions: B 1-3, K 1-4, D 8-64."""
+def kv_formats(draw, kinds=codecs, contents=tuple(CONTENTS), dtypes=FLOATS, least=0):
+    """A format of keys or values, and vectors [B, K, n, D] with their positions: B 1-3, K 1-4, D 8-64."""
     batch, heads, dim = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from((8, 16, 64)))
     dtype = draw(st.sampled_from(dtypes))
     formats = draw(kinds).formats(Site(Geometry((0,), heads, heads, dim), dtype))
-    half = draw(st.sampled_from((formats.keys, formats.values)))
-    shape = batch, heads, half.group_size * draw(st.integers(least, 5)), dim
+    kv_format = draw(st.sampled_from((formats.keys, formats.values)))
+    shape = batch, heads, kv_format.group_size * draw(st.integers(least, 5)), dim
     vectors = ({**CONTENTS, **EXTREME}[draw(st.sampled_from(contents))])(draw(generators), *shape)
     largest = torch.finfo(dtype).max
-    return half, vectors.double().clamp(-largest, largest).to(dtype), torch.arange(shape[2]).expand(shape[:3])
+    return kv_format, vectors.double().clamp(-largest, largest).to(dtype), torch.arange(shape[2]).expand(shape[:3])
 
 
-def through(half, vectors, at):
-    return half.decode(half.encode(vectors, at), at)
+def through(kv_format, vectors, at):
+    return kv_format.decode(kv_format.encode(vectors, at), at)
 
 
 def affine(scales):

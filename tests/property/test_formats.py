@@ -12,7 +12,7 @@ from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.kivi import Kivi
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.tada import Tada
-from tests.property.formats import EXTREME, GROUP, halves, through
+from tests.property.formats import EXTREME, GROUP, kv_formats, through
 from tests.property.layers import generators
 
 
@@ -31,52 +31,53 @@ def test_more_bits_are_closer(kinds, random):
     at = torch.arange(vectors.shape[2]).expand(vectors.shape[:3])
     for name in ("keys", "values"):
         formats = [getattr(one.formats(Site(Geometry((0,), 4, 4, 32), torch.float32)), name) for one in kinds]
-        errors = [(through(half, vectors, at) - vectors).square().mean().item() for half in formats]
+        errors = [(through(kv_format, vectors, at) - vectors).square().mean().item() for kv_format in formats]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < errors[0] / 10
 
 
-@given(halves(), st.randoms(use_true_random=False))
-def test_rows_and_heads_may_come_in_any_order(given_half, shuffle):
-    half, vectors, at = given_half
+@given(kv_formats(), st.randoms(use_true_random=False))
+def test_rows_and_heads_may_come_in_any_order(given_format, shuffle):
+    kv_format, vectors, at = given_format
     rows, heads = (shuffle.sample(range(size), size) for size in vectors.shape[:2])
-    decoded = through(half, vectors, at)
+    decoded = through(kv_format, vectors, at)
     atol = 4 * torch.finfo(vectors.dtype).eps * float(decoded.abs().max()) if vectors.numel() else 0.0
-    assert_close(through(half, vectors[rows], at), decoded[rows], rtol=0, atol=atol)
-    if not half.joint:  # a sum over the heads is rounded by their order
-        assert_close(through(half, vectors[:, heads], at), decoded[:, heads], rtol=0, atol=atol)
+    assert_close(through(kv_format, vectors[rows], at), decoded[rows], rtol=0, atol=atol)
+    if not kv_format.joint:  # a sum over the heads is rounded by their order
+        assert_close(through(kv_format, vectors[:, heads], at), decoded[:, heads], rtol=0, atol=atol)
 
 
-@given(halves(contents=tuple(EXTREME), least=1))
-def test_what_is_decoded_is_finite(given_half):
-    half, vectors, at = given_half
+@given(kv_formats(contents=tuple(EXTREME), least=1))
+def test_what_is_decoded_is_finite(given_format):
+    kv_format, vectors, at = given_format
     before = vectors.clone()
-    decoded = through(half, vectors, at)
+    decoded = through(kv_format, vectors, at)
     assert decoded.isfinite().all()
     assert decoded.dtype == vectors.dtype
     assert decoded.shape == vectors.shape
     assert torch.equal(vectors, before)
 
 
-@given(halves(contents=("zero",)))
-def test_zero_stays_zero(given_half):
-    half, vectors, at = given_half
-    assert not through(half, vectors, at).any()
+@given(kv_formats(contents=("zero",)))
+def test_zero_stays_zero(given_format):
+    kv_format, vectors, at = given_format
+    assert not through(kv_format, vectors, at).any()
 
 
-@given(halves(least=1), st.integers(0, 300))
-def test_bytes_are_those_of_the_tensors(given_half, capacity):
-    half, vectors, at = given_half
+@given(kv_formats(least=1), st.integers(0, 300))
+def test_bytes_are_those_of_the_tensors(given_format, capacity):
+    kv_format, vectors, at = given_format
     geometry = Geometry((0,), vectors.shape[1], vectors.shape[1], vectors.shape[-1])
-    units = vectors.shape[2] // half.group_size
-    held = sum(column.nbytes for column in half.encode(vectors, at).values())
-    assert held == units * vectors.shape[0] * unit_bytes(half, geometry)
-    packed = half.packed_length(capacity) // half.group_size * unit_bytes(half, geometry) / geometry.kv_heads
-    tail = half.residual_capacity(capacity) * geometry.head_dim * vectors.dtype.itemsize
-    assert math.isclose(half.nbytes(capacity, geometry, vectors.dtype), packed + tail)
+    groups = vectors.shape[2] // kv_format.group_size
+    held = sum(column.nbytes for column in kv_format.encode(vectors, at).values())
+    assert held == groups * vectors.shape[0] * group_bytes(kv_format, geometry)
+    num_groups = kv_format.packed_length(capacity) // kv_format.group_size
+    packed = num_groups * group_bytes(kv_format, geometry) / geometry.kv_heads
+    residual = kv_format.residual_capacity(capacity) * geometry.head_dim * vectors.dtype.itemsize
+    assert math.isclose(kv_format.nbytes(capacity, geometry, vectors.dtype), packed + residual)
 
 
-def unit_bytes(half, geometry):
-    """Bytes of one unit of all KV heads."""
-    one = sum(column.bytes_per_slot for column in half.columns.values())
-    return one if half.joint else one * geometry.kv_heads
+def group_bytes(kv_format, geometry):
+    """Bytes of one group of all KV heads."""
+    one = sum(column.bytes_per_slot for column in kv_format.columns.values())
+    return one if kv_format.joint else one * geometry.kv_heads

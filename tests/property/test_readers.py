@@ -32,7 +32,7 @@ def page_readers(draw, groups=("max", "mean", "sum")):
 
 
 @st.composite
-def latent_questions(draw):
+def latent_requests(draw):
     """Rows of different lengths, whose newest 0, 3 or 7 entries are not packed."""
     sample = draw(samples())
     slots = sample.keys.shape[2]
@@ -50,10 +50,10 @@ def asked_for_pages(view, reader):
     return ReadRequest(view.queries[:, :, -1], newest, view.positions, view.geometry, pages=pages)
 
 
-def read_slots(reader, question):
+def read_slots(reader, request):
     """[B][K] lists of the slots that are read; checks their order."""
-    chosen = reader.choose(question)
-    lengths = (question.positions >= 0).sum(-1).tolist()
+    chosen = reader.choose(request)
+    lengths = (request.positions >= 0).sum(-1).tolist()
     if chosen is None:
         return [[list(range(length)) for length in row] for row in lengths]
     found = [[[slot for slot in head if slot >= 0] for head in row] for row in chosen.tolist()]
@@ -68,72 +68,72 @@ def read_slots(reader, question):
     return found
 
 
-@given(latent_questions(), latent_readers)
-def test_latent_topk_reads_what_a_plain_search_finds(question, reader):
-    scores = reader.scores(question).float().tolist()
+@given(latent_requests(), latent_readers)
+def test_latent_topk_reads_what_a_plain_search_finds(request, reader):
+    scores = reader.scores(request).float().tolist()
     most = reader.sinks + reader.critical + reader.recent
-    for row, heads in enumerate(read_slots(reader, question)):
-        length, packed_lengths = int((question.positions[row, 0] >= 0).sum()), int(question.packed_lengths[row, 0])
+    for row, heads in enumerate(read_slots(reader, request)):
+        length, packed_lengths = int((request.positions[row, 0] >= 0).sum()), int(request.packed_lengths[row, 0])
         middle = range(reader.sinks, min(packed_lengths, length - reader.recent))
         best = sorted(middle, key=lambda slot: (-scores[row][slot], slot))[: reader.critical]
         expected = sorted({*range(length)} - {*middle} | {*best})
-        whole = length < reader.min_length or question.positions.shape[2] <= most
+        whole = length < reader.min_length or request.positions.shape[2] <= most
         assert heads == [list(range(length)) if whole else expected] * len(heads)
 
 
-@given(latent_questions(), latent_readers)
-def test_latent_topk_reads_the_first_the_last_and_as_many_as_it_says(question, reader):
+@given(latent_requests(), latent_readers)
+def test_latent_topk_reads_the_first_the_last_and_as_many_as_it_says(request, reader):
     most = reader.sinks + reader.critical + reader.recent
-    residual = question.format.residual_length
-    for row, heads in enumerate(read_slots(reader, question)):
-        length = int((question.positions[row, 0] >= 0).sum())
+    residual = request.format.residual_length
+    for row, heads in enumerate(read_slots(reader, request)):
+        length = int((request.positions[row, 0] >= 0).sum())
         read = set(heads[0])
         assert read >= {*range(min(length, reader.sinks)), *range(max(0, length - reader.recent), length)}
-        assert read >= {*range(int(question.packed_lengths[row, 0]), length)}
+        assert read >= {*range(int(request.packed_lengths[row, 0]), length)}
         if length < reader.min_length:
             assert len(read) == length
         elif residual <= reader.recent:
             assert len(read) == min(length, most)
 
 
-@given(latent_questions(), latent_readers, generators)
-def test_latent_topk_reads_of_a_row_what_it_would_read_alone(question, reader, random):
+@given(latent_requests(), latent_readers, generators)
+def test_latent_topk_reads_of_a_row_what_it_would_read_alone(request, reader, random):
     decisions = Decisions()
     with decisions.watched():
-        together = read_slots(reader, question)
+        together = read_slots(reader, request)
     rows = torch.randperm(len(together), generator=random)
     with decisions.followed():
-        assert read_slots(reader, only_rows(question, rows)) == [together[row] for row in rows.tolist()]
+        assert read_slots(reader, only_rows(request, rows)) == [together[row] for row in rows.tolist()]
         for row in range(len(together)):
-            length = int((question.positions[row, 0] >= 0).sum())
-            alone = only_rows(question, [row])
+            length = int((request.positions[row, 0] >= 0).sum())
+            alone = only_rows(request, [row])
             alone = attrs.evolve(alone, positions=alone.positions[..., :length])
             assert read_slots(reader, alone) == [together[row]]
 
 
-@given(latent_questions(), latent_readers, st.integers(1, 5))
-def test_what_one_query_leaves_the_next_may_read(question, reader, seed):
-    """Nothing is destroyed: after any other question, the first one is answered as before."""
-    before = read_slots(reader, question)
+@given(latent_requests(), latent_readers, st.integers(1, 5))
+def test_what_one_query_leaves_the_next_may_read(request, reader, seed):
+    """Nothing is destroyed: after any other request, the first one is answered as before."""
+    before = read_slots(reader, request)
     random = torch.Generator().manual_seed(seed)
-    reader.choose(attrs.evolve(question, queries=torch.randn(question.queries.shape, generator=random).double()))
-    assert read_slots(reader, question) == before
+    reader.choose(attrs.evolve(request, queries=torch.randn(request.queries.shape, generator=random).double()))
+    assert read_slots(reader, request) == before
 
 
-@given(latent_questions(), st.sampled_from((torch.nan, 1e30)))
-def test_units_of_no_entry_are_never_scored(question, junk):
+@given(latent_requests(), st.sampled_from((torch.nan, 1e30)))
+def test_slots_without_entries_are_never_scored(request, junk):
     reader = LatentTopK(1, 3, 2)
-    units = torch.arange(question.packed["latent"].shape[2])
-    behind = (units >= question.packed_lengths[:, :1])[:, None, :, None].any(1)
-    latents = question.packed["latent"].masked_fill(behind[:, None], junk)
-    assert read_slots(reader, attrs.evolve(question, packed={"latent": latents})) == read_slots(reader, question)
+    slots = torch.arange(request.packed["latent"].shape[2])
+    behind = (slots >= request.packed_lengths[:, :1])[:, None, :, None].any(1)
+    latents = request.packed["latent"].masked_fill(behind[:, None], junk)
+    assert read_slots(reader, attrs.evolve(request, packed={"latent": latents})) == read_slots(reader, request)
 
 
 @given(layers(contents=("normal", "clustered", "whole numbers", "all equal")), page_readers())
 def test_no_key_of_a_page_answers_better_than_its_bound(view, reader):
-    question = asked_for_pages(view, reader)
-    bounds = reader.bounds(question)
-    logits = question.queries.unflatten(1, (view.keys.shape[1], -1)) @ view.keys.transpose(-1, -2)
+    request = asked_for_pages(view, reader)
+    bounds = reader.bounds(request)
+    logits = request.queries.unflatten(1, (view.keys.shape[1], -1)) @ view.keys.transpose(-1, -2)
     full = bounds.shape[-1] * reader.page
     worth = {"max": logits.amax(2), "mean": logits.mean(2), "sum": logits.sum(2)}[reader.group]
     largest = worth[..., :full].unflatten(-1, (-1, reader.page)).amax(-1) if full else bounds
@@ -143,19 +143,19 @@ def test_no_key_of_a_page_answers_better_than_its_bound(view, reader):
 @given(layers(), page_readers())
 def test_a_page_of_one_entry_is_bounded_by_its_own_answer(view, reader):
     one = attrs.evolve(reader, page=1)
-    question = asked_for_pages(view, one)
-    logits = question.queries.unflatten(1, (view.keys.shape[1], -1)) @ view.keys.transpose(-1, -2)
+    request = asked_for_pages(view, one)
+    logits = request.queries.unflatten(1, (view.keys.shape[1], -1)) @ view.keys.transpose(-1, -2)
     reduced = {"max": logits.amax(2), "mean": logits.mean(2), "sum": logits.sum(2)}[reader.group]
-    assert_close(one.bounds(question), reduced, atol=1e-4, rtol=1e-4)
+    assert_close(one.bounds(request), reduced, atol=1e-4, rtol=1e-4)
 
 
 @given(layers(), page_readers())
 def test_pages_reads_what_a_plain_search_finds(view, reader):
-    question = asked_for_pages(view, reader)
-    bounds = reader.bounds(question).tolist()
-    for row, heads in enumerate(read_slots(reader, question)):
+    request = asked_for_pages(view, reader)
+    bounds = reader.bounds(request).tolist()
+    for row, heads in enumerate(read_slots(reader, request)):
         for head, found in enumerate(heads):
-            length = int((question.positions[row, head] >= 0).sum())
+            length = int((request.positions[row, head] >= 0).sum())
             if length <= reader.budget:
                 assert found == list(range(length))
                 continue
@@ -169,23 +169,23 @@ def test_pages_reads_what_a_plain_search_finds(view, reader):
 
 @given(layers(contents=("normal", "clustered")), page_readers(), generators)
 def test_heads_and_rows_choose_their_pages_apart(view, reader, random):
-    question, decisions = asked_for_pages(view, reader), Decisions()
+    request, decisions = asked_for_pages(view, reader), Decisions()
     with decisions.watched():
-        together = read_slots(reader, question)
+        together = read_slots(reader, request)
     order = torch.randperm(view.keys.shape[1], generator=random)
     swapped = attrs.evolve(
-        question,
-        queries=question.queries.unflatten(1, (len(order), -1))[:, order].flatten(1, 2),
-        positions=question.positions[:, order],
-        pages={name: column[:, order] for name, column in question.pages.items()},
+        request,
+        queries=request.queries.unflatten(1, (len(order), -1))[:, order].flatten(1, 2),
+        positions=request.positions[:, order],
+        pages={name: column[:, order] for name, column in request.pages.items()},
     )
     assert read_slots(reader, swapped) == [[row[head] for head in order.tolist()] for row in together]
     for row in range(len(together)):
         alone = attrs.evolve(
-            question,
-            queries=question.queries[[row]],
-            positions=question.positions[[row]],
-            pages={name: column[[row]] for name, column in question.pages.items()},
+            request,
+            queries=request.queries[[row]],
+            positions=request.positions[[row]],
+            pages={name: column[[row]] for name, column in request.pages.items()},
         )
         with decisions.followed():
             assert read_slots(reader, alone) == [together[row]]
@@ -199,11 +199,11 @@ def test_with_room_for_everything_everything_is_read(view, page):
 
 @given(layers(), page_readers(), st.sampled_from((torch.nan, -1e30, 1e30)))
 def test_pages_that_are_not_full_are_never_judged(view, reader, junk):
-    question = asked_for_pages(view, reader)
-    pages = torch.arange(question.pages["minimum"].shape[2])
-    behind = pages >= (question.positions >= 0).sum(-1, keepdim=True) // reader.page
-    other = {name: column.masked_fill(behind[..., None], junk) for name, column in question.pages.items()}
-    assert read_slots(reader, attrs.evolve(question, pages=other)) == read_slots(reader, question)
+    request = asked_for_pages(view, reader)
+    pages = torch.arange(request.pages["minimum"].shape[2])
+    behind = pages >= (request.positions >= 0).sum(-1, keepdim=True) // reader.page
+    other = {name: column.masked_fill(behind[..., None], junk) for name, column in request.pages.items()}
+    assert read_slots(reader, attrs.evolve(request, pages=other)) == read_slots(reader, request)
 
 
 @given(scored(), st.integers(0, 90))

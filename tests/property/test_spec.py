@@ -13,7 +13,7 @@ from kvpolicy.errors import ParameterError, PolicyError
 from kvpolicy.spec.budget import Budget, Part
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.spec.policy import BESIDE, BudgetRule, CountRule, EveryRule, NamesRule, PolicySpec, ScoreRule, Weighted
+from kvpolicy.spec.policy import TERM_KEYS, BudgetRule, CountRule, EveryRule, NamesRule, PolicySpec, ScoreRule, Weighted
 from kvpolicy.spec.reader import read
 from kvpolicy.spec.schema import json_schema
 from kvpolicy.spec.tree import Problems
@@ -108,7 +108,7 @@ def values_of(field, depth):
 
 
 def weighted(scorer):
-    beside = {field.name: values(rule_of(field)) for field in attrs.fields(Weighted) if field.name in BESIDE}
+    beside = {field.name: values(rule_of(field)) for field in attrs.fields(Weighted) if field.name in TERM_KEYS}
     return st.builds(Weighted, st.just(scorer), **beside)
 
 

@@ -20,11 +20,11 @@ from tests.property.layers import generators
 from tests.property.votes import (
     KEYS,
     attend,
-    followed,
     hidden,
     keepkvs,
     layer_queries,
     members_of,
+    observed,
     raw_logits,
     some_kept,
     views,
@@ -46,7 +46,7 @@ def test_the_newest_query_gets_what_it_got(view, random, threshold, key, scale_m
         layer = attrs.evolve(layer, queries=one)
         merger = KeepKV(threshold, alpha=0, key=key, scale_max=scale_max if precise == torch.float64 else 1.0)
         queries = newest_queries(layer)
-        entries = merger.merge(followed(merger, layer, queries[:, :, :, None]), kept)
+        entries = merger.merge(observed(merger, layer, queries[:, :, :, None]), kept)
         shown = members_of(layer, kept, threshold).member
         before = attend(
             queries, layer.keys, layer.values.masked_fill(~view.valid[..., None], 0), hidden(layer.log_votes, shown)
@@ -65,7 +65,7 @@ def test_least_squares_give_each_head_its_mass(view, random):
     assume(queries.shape[2] <= queries.shape[3])
     kept = some_kept(view, random)
     merger = KeepKV(-1, key="additive", gqa="lstsq")
-    entries = merger.merge(followed(merger, layer, queries[:, :, :, None]), kept)
+    entries = merger.merge(observed(merger, layer, queries[:, :, :, None]), kept)
     _, before = attend(queries, layer.keys, layer.values, hidden(layer.log_votes, view.valid))
     _, after = attend(queries, entries.keys, entries.values, hidden(entries.log_votes, kept >= 0))
     some = view.valid.any(-1)
@@ -76,7 +76,7 @@ def test_least_squares_give_each_head_its_mass(view, random):
 def test_keepkv_counts_votes_and_keeps_scores(view, random, merger):
     """Invariants 2 and 8: votes are those of the members, and a group's votes times its score is their sum."""
     layer = with_votes(view, random)
-    layer = followed(merger, layer, torch.randn(*newest_queries(layer)[:, :, :, None].shape, generator=random).double())
+    layer = observed(merger, layer, torch.randn(*newest_queries(layer)[:, :, :, None].shape, generator=random).double())
     kept = some_kept(view, random)
     groups = members_of(layer, kept, merger.threshold)
     entries = merger.merge(layer, kept)
@@ -99,7 +99,7 @@ def test_keepkv_counts_votes_and_keeps_scores(view, random, merger):
 def test_what_is_not_merged_is_bit_for_bit_what_it_was(view, random, merger, dtype):
     """Invariant 3; also, that `changed` is where others joined."""
     layer = attrs.evolve(view, keys=view.keys.to(dtype), values=view.values.to(dtype))
-    layer = followed(
+    layer = observed(
         merger, attrs.evolve(layer, log_votes=torch.rand(view.positions.shape, generator=random)), layer_queries(view)
     )
     kept = some_kept(view, random)
@@ -121,7 +121,7 @@ def test_what_is_not_merged_is_bit_for_bit_what_it_was(view, random, merger, dty
 @given(views, generators, st.one_of(keepkvs, window_fits))
 def test_values_stay_between_those_of_the_members(view, random, merger):
     """Invariant 5."""
-    layer = followed(merger, with_votes(view, random), layer_queries(view))
+    layer = observed(merger, with_votes(view, random), layer_queries(view))
     kept = some_kept(view, random)
     entries = merger.merge(layer, kept)
     lowest, highest = layer.values[view.valid].amin(0), layer.values[view.valid].amax(0)
@@ -134,7 +134,7 @@ def test_values_stay_between_those_of_the_members(view, random, merger):
 @given(views, generators, st.one_of(keepkvs, window_fits))
 def test_no_votes_are_votes_of_one(view, random, merger):
     """Invariant 7."""
-    layer = followed(merger, view, layer_queries(view))
+    layer = observed(merger, view, layer_queries(view))
     kept = some_kept(view, random)
     ones = attrs.evolve(layer, log_votes=torch.zeros(view.positions.shape))
     found, expected = merger.merge(layer, kept), merger.merge(ones, kept)
@@ -146,7 +146,7 @@ def test_no_votes_are_votes_of_one(view, random, merger):
 def test_an_unreachable_threshold_is_plain_eviction(view, random, merger):
     """Invariant 9."""
     merger = attrs.evolve(merger, threshold=1.001)
-    layer = followed(merger, with_votes(view, random), layer_queries(view))
+    layer = observed(merger, with_votes(view, random), layer_queries(view))
     kept = some_kept(view, random)
     found, expected = merger.merge(layer, kept), Drop().merge(layer, kept)
     for name in ("keys", "values", "log_votes"):

@@ -66,7 +66,7 @@ def raw_logits(view, queries):
     return logits.masked_fill(~view.valid[:, :, None, None], -torch.inf)
 
 
-def followed(merger, view, queries):
+def observed(merger, view, queries):
     """The view after a forward of `queries` [B, K, G, W, D] that see everything."""
     logits = to_float(raw_logits(view, queries))
     state = {name: one.to(logits.dtype) for name, one in fresh_state(merger, view).items()}

@@ -1,4 +1,4 @@
-"""Where the slots of one layer lie: a segment per (row, KV head) in a flat storage."""
+"""Layout of the slots of one layer: a segment per (row, KV head) in a flat storage."""
 
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -11,19 +11,19 @@ PerSegment = tuple[tuple[int, ...], ...]  # one number per (row, KV head): [B][K
 
 
 def per_segment(rows: int, heads: int, value: Callable[[int, int], int]) -> PerSegment:
-    """A table filled by `value(row, head)`."""
+    """`value(row, head)` for every segment."""
     return tuple(tuple(value(row, head) for head in range(heads)) for row in range(rows))
 
 
 @attrs.frozen
 class Layout:
-    """Capacities of all segments, in slots; they follow each other without gaps, row by row, head by head."""
+    """Capacities of all segments, in slots. Segments are contiguous, ordered by row, then by head."""
 
     capacity: PerSegment
 
     @classmethod
     def even(cls, rows: int, heads: int, capacity: int) -> "Layout":
-        """Every segment with the same capacity: the storage can then be seen as [B, K, capacity]."""
+        """A layout with equal capacities: the storage can be viewed as [B, K, capacity]."""
         return cls(per_segment(rows, heads, lambda _row, _head: capacity))
 
     @property
@@ -43,7 +43,7 @@ class Layout:
 
     @cached_property
     def uniform(self) -> int | None:
-        """The capacity that all segments share, None when they differ."""
+        """The capacity of all segments; None if they differ."""
         sizes = {size for row in self.capacity for size in row}
         return sizes.pop() if len(sizes) == 1 else None
 
@@ -53,11 +53,11 @@ class Layout:
         starts: list[tuple[int, ...]] = []
         start = 0
         for row in self.capacity:
-            line = []
+            row_starts = []
             for size in row:
-                line.append(start)
+                row_starts.append(start)
                 start += size
-            starts.append(tuple(line))
+            starts.append(tuple(row_starts))
         return tuple(starts)
 
     def offsets_on(self, device: torch.device) -> Tensor:
@@ -69,30 +69,32 @@ class Layout:
         return torch.tensor(numbers, dtype=torch.long, device=device).reshape(self.rows, self.heads)
 
     def with_each(self, number: int) -> PerSegment:
-        """A table with the same number for every segment."""
+        """The same number for every segment."""
         return per_segment(self.rows, self.heads, lambda _row, _head: number)
 
     def with_room(self, needed: PerSegment, limit: int) -> "Layout":
-        """A layout in which `needed` entries have room; this one, if they have.
+        """A layout with room for `needed` entries; this one, if it has room.
 
-        What grows gets a quarter more than it needs, but not beyond `limit` slots (on average over the heads of a row,
-        where they differ); the first entries get what they need.
+        Segments that grow get a quarter more than needed, but at most `limit` slots (on average over the heads of a row
+        if they differ). Empty segments get exactly what is needed.
         """
         if self.uniform is None:
-            return Layout(tuple(map(partial(_room, limit=limit), needed, self.capacity)))
-        most = max((max(row) for row in needed), default=0)
-        if most <= self.uniform:
+            return Layout(tuple(map(partial(_row_capacities, limit=limit), needed, self.capacity)))
+        longest = max((max(row) for row in needed), default=0)
+        if longest <= self.uniform:
             return self
-        return Layout.even(self.rows, self.heads, max(most, min(_grown(most), limit)) if self.uniform else most)
+        return Layout.even(
+            self.rows, self.heads, max(longest, min(_grown(longest), limit)) if self.uniform else longest
+        )
 
 
-def _room(needed: tuple[int, ...], capacity: tuple[int, ...], *, limit: int) -> tuple[int, ...]:
-    """Capacities of one row, in which heads differ; a head that has room keeps what it has."""
+def _row_capacities(needed: tuple[int, ...], capacity: tuple[int, ...], *, limit: int) -> tuple[int, ...]:
+    """Capacities of one row whose heads differ; a head with enough room keeps its capacity."""
     average = -(-sum(needed) // len(needed))
     spare = max(0, min(_grown(average), limit) - average)
     return tuple(count + spare if count > size else size for count, size in zip(needed, capacity, strict=True))
 
 
 def _grown(needed: int) -> int:
-    """Slots for `needed` entries and some to come: few appends copy, and little is held that is not used."""
+    """Slots for `needed` and some later entries: a compromise between copies and unused memory."""
     return needed + max(needed // 4, 16)

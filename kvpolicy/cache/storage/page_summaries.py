@@ -1,4 +1,4 @@
-"""What a reader keeps about pages of keys, beside the keys."""
+"""Page summaries: what a reader stores per page of keys."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from kvpolicy.stages import Format
 
 
 class PageSummaries:
-    """A store of one item per complete page of each segment; without a format it stays empty."""
+    """A store with one summary per complete page of each segment; empty without a format."""
 
     def __init__(self, form: Format | None, rows: int, heads: int, device: torch.device) -> None:
         self.form = form
@@ -30,31 +30,33 @@ class PageSummaries:
         return self.store.nbytes
 
     def complete(self, keys: KVTensor, slots: SlotStore, limit: int) -> bool:
-        """Make the pages whose last entry has come, if any has; storage need not grow beyond `limit` slots."""
+        """Add summaries of newly complete pages; returns whether there are any. `limit` bounds the storage in slots."""
         if self.form is None:
             return False
-        size, have, lengths = self.form.group_size, self.store.lengths, slots.lengths
-        counts = per_segment(slots.layout.rows, slots.layout.heads, lambda b, k: lengths[b][k] // size - have[b][k])
-        most = max((max(row) for row in counts), default=0)
-        if not most:
+        size, num_pages, lengths = self.form.group_size, self.store.lengths, slots.lengths
+        new_pages = per_segment(
+            slots.layout.rows, slots.layout.heads, lambda b, k: lengths[b][k] // size - num_pages[b][k]
+        )
+        most_pages = max((max(row) for row in new_pages), default=0)
+        if not most_pages:
             return False
-        everything = RowSegments(range(slots.layout.rows))
-        first = torch.tensor(have, device=slots.device)[..., None] * size
-        places = (first + torch.arange(most * size, device=slots.device)).clamp(max=slots.longest - 1)
-        positions = slots.padded(POSITIONS, everything.rows)
-        vectors = keys.pick(everything, places, positions)
-        self.store.extend(self.form.encode(vectors, positions.gather(2, places)), counts, limit // size)
+        all_rows = RowSegments(range(slots.layout.rows))
+        first = torch.tensor(num_pages, device=slots.device)[..., None] * size
+        slot_indices = (first + torch.arange(most_pages * size, device=slots.device)).clamp(max=slots.longest - 1)
+        positions = slots.padded(POSITIONS, all_rows.rows)
+        vectors = keys.pick(all_rows, slot_indices, positions)
+        self.store.extend(self.form.encode(vectors, positions.gather(2, slot_indices)), new_pages, limit // size)
         return True
 
     def summary(self, keys: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """The columns of the complete pages of keys [rows, K, N, D]; for `replace`."""
+        """Columns of the complete pages of keys [rows, K, N, D], for `replace`."""
         if self.form is None:
             return {}
-        most = keys.shape[2] // self.form.group_size * self.form.group_size
-        return self.form.encode(keys[:, :, :most], positions[:, :, :most])
+        length = keys.shape[2] // self.form.group_size * self.form.group_size
+        return self.form.encode(keys[:, :, :length], positions[:, :, :length])
 
     def replace(self, rows: Sequence[int], columns: Mapping[str, Tensor], lengths: PerSegment, layout: Layout) -> None:
-        """Give some rows, with `lengths` entries, the pages in `columns`."""
+        """Replace the summaries of some rows, which have `lengths` entries, by `columns`."""
         if self.form is None:
             return
         size = self.form.group_size
@@ -63,26 +65,26 @@ class PageSummaries:
         self.store.replace(rows, columns, pages, Layout(room))
 
     def selected(self, rows: Sequence[int]) -> Self:
-        """The pages of the rows named, in that order, in a storage of their own."""
+        """Summaries of the given rows, in that order, in a new storage."""
         other = copy.copy(self)
         other.store = self.store.selected(rows)
         return other
 
     def describe(self) -> Described:
-        """The state of their store."""
+        """The state of the store."""
         return self.store.describe()
 
     def restore(self, contents: Contents) -> None:
-        """Take the state that is written there; there are as many rows, and nothing in them."""
+        """Restore the state; the store has the same rows, which are empty."""
         self.store.restore(contents)
 
     def check_integrity(self, lengths: PerSegment) -> None:
-        """Raise CacheError when there are pages of entries that are not held."""
+        """Raise CacheError if there are summaries of more entries than a segment has."""
         self.store.check_integrity()
         if self.form and any(
-            n * self.form.group_size > t
-            for ns, ts in zip(self.store.lengths, lengths, strict=True)
-            for n, t in zip(ns, ts, strict=True)
+            page_count * self.form.group_size > entry_count
+            for page_counts, entry_counts in zip(self.store.lengths, lengths, strict=True)
+            for page_count, entry_count in zip(page_counts, entry_counts, strict=True)
         ):
             raise CacheError(
                 f"{self.store.lengths} pages of {self.form.group_size} entries, but only {lengths} entries"

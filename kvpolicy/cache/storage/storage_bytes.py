@@ -1,4 +1,4 @@
-"""Bytes of storage, counted once however many tensors share it."""
+"""Bytes of tensor storages, each counted once."""
 
 from collections.abc import Iterable
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def bytes_of(tensors: Iterable[object], counted: set[int] | None = None) -> int:
-    """Bytes of the storages of the tensors among these objects, less those `counted` already, which grow by them."""
-    storages = [one.untyped_storage() for one in tensors if isinstance(one, Tensor)]
-    found = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    """Bytes of the storages of the tensors among `tensors` that are not in `counted` (pointers), which is updated."""
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     counted = set() if counted is None else counted
-    fresh = found.keys() - counted
-    counted |= fresh
-    return sum(found[place] for place in fresh)
+    new = sizes.keys() - counted
+    counted |= new
+    return sum(sizes[pointer] for pointer in new)

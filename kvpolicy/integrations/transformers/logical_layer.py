@@ -1,4 +1,4 @@
-"""What transformers asks of a cache layer that is no tensor: lengths, in tokens seen, and rows."""
+"""The part of transformers' cache layer interface about logical lengths and rows."""
 
 import abc
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from kvpolicy.errors import CacheError
 
 
 class LogicalLayer(CacheLayerMixin):
-    """Answers for a layer that has seen `seq_len` tokens of each row, whatever it still holds of them."""
+    """A layer that reports `seq_len` tokens, its logical length, independent of the entries it still has."""
 
     is_sliding = False
     seq_len: int  # pads included
@@ -23,9 +23,9 @@ class LogicalLayer(CacheLayerMixin):
 
     @abc.abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows named, in that order; a row may be named more than once.
+        """Keep the given rows, in that order; rows may be repeated.
 
-        Raises CacheError, before any change, when there is no such row.
+        Raises CacheError, before any change, if there is no such row.
         """
 
     def get_seq_length(self) -> int:
@@ -33,14 +33,14 @@ class LogicalLayer(CacheLayerMixin):
         return self.seq_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the model's own mask: logical, so right until the first eviction.
+        """Logical length and offset of the model's own mask, which is valid until the first eviction.
 
-        Afterwards the mask only tells which new tokens are pads.
+        After it the mask only tells which new tokens are pads.
         """
         return self.seq_len + query_length, 0
 
     def get_max_length(self) -> int:
-        """No bound on the tokens that may be seen."""
+        """-1: the number of tokens is not bounded."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -48,30 +48,30 @@ class LogicalLayer(CacheLayerMixin):
         self.select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, beside each other."""
+        """Repeat each row `repeats` times (a, a, b, b)."""
         self.select_rows(repeated(len(self.num_tokens), repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows named."""
+        """Keep the given rows."""
         if self.num_tokens:
             self.select_rows(selected(len(self.num_tokens), indices))
 
 
 def repeated(rows: int, repeats: int) -> list[int]:
-    """Each of the rows `repeats` times, beside each other."""
+    """Row indices with each row repeated `repeats` times (a, a, b, b)."""
     return [row for row in range(rows) for _ in range(repeats)]
 
 
 def selected(rows: int, indices: Tensor) -> list[int]:
-    """The rows that an index [n] of numbers, or [rows] of bool, names. Raises CacheError when there is no such row."""
+    """Row numbers of an index: int [n] or bool [rows]. Raises CacheError if there is no such row."""
     try:
-        found: list[int] = torch.arange(rows)[indices.cpu()].tolist()
+        selection: list[int] = torch.arange(rows)[indices.cpu()].tolist()
     except IndexError as error:
-        raise CacheError(f"the cache holds {rows} rows, others were named: {error}") from error
-    return found
+        raise CacheError(f"the cache holds {rows} rows, other rows were selected: {error}") from error
+    return selection
 
 
-def require_rows(held: int, rows: Sequence[int]) -> None:
-    """Raise CacheError unless `rows` are among those held, and there is one."""
-    if not rows or min(rows) < 0 or max(rows) >= held:
-        raise CacheError(f"the cache holds {held} rows, others were named: {list(rows)}")
+def require_rows(count: int, rows: Sequence[int]) -> None:
+    """Raise CacheError if `rows` is empty or has a row that is not in the cache of `count` rows."""
+    if not rows or min(rows) < 0 or max(rows) >= count:
+        raise CacheError(f"the cache holds {count} rows, other rows were selected: {list(rows)}")

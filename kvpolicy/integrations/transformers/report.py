@@ -1,4 +1,4 @@
-"""What a policy did, for people (a table) and for programs (a dictionary)."""
+"""Reports of a policy's effect, as a table and as a dictionary."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,21 +14,21 @@ from kvpolicy.plan.plan import Plan
 _NAMES = {
     "entries": "entries of the layers above",
     "window": "queries observed for scorers and mergers",
-    "state": "what is carried beside them",
+    "state": "state of plugins",
     "other_layers": "layers that the policy does not manage",
-    "static": "steps of fixed shapes",
+    "static": "static decode steps",
 }
 
 
 @attrs.frozen
 class Report:
-    """One line per managed layer. `held` and `read` are in entries per KV head, averaged over rows and heads."""
+    """Statistics per managed layer. `held` and `read` are entries per KV head, averaged over rows and heads."""
 
     policy: str
     layers: tuple[LayerStats, ...]
     stock_bytes: int = 0  # of layers that the policy does not manage: those with a sliding window
-    static_bytes: int = 0  # of steps of fixed shapes, beside the entries that stand in their storage
-    forwards_without_cache: int = 0  # of the attached model, that used another cache than the policy's
+    static_bytes: int = 0  # of static decode steps, besides the entries in their storage
+    forwards_without_cache: int = 0  # of the attached model, with another cache than the policy's
 
     @classmethod
     def of(
@@ -40,18 +40,18 @@ class Report:
         static_bytes: int = 0,
         forwards_without_cache: int = 0,
     ) -> "Report":
-        """The state right now; later tokens do not change it."""
-        layers = tuple(attrs.evolve(one) for one in stats)
+        """A report of the current state; later tokens do not change it."""
+        layers = tuple(attrs.evolve(layer_stats) for layer_stats in stats)
         return cls(plan.spec.name, layers, stock_bytes, static_bytes, forwards_without_cache)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is held for the cache, for all rows: the sum of `parts`."""
+        """Total bytes of the cache, for all rows: the sum of `parts`."""
         return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes by what they are for: entries, observation window, state, layers not managed, fixed shapes."""
+        """Bytes by purpose: entries, observation window, state, layers that are not managed, static steps."""
         return {
             "entries": sum(layer.entry_bytes for layer in self.layers),
             "window": sum(layer.window_bytes for layer in self.layers),

@@ -1,4 +1,4 @@
-"""What a cache holds does not depend on the modes of the caller: inference mode, autocast, compilation."""
+"""Makes cache contents independent of the caller's modes: inference mode, autocast, compilation."""
 
 import contextlib
 import functools
@@ -12,23 +12,23 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def exact(kind: str) -> contextlib.AbstractContextManager[None]:
-    """Tensors made inside can be written to later, and numbers keep their type, on devices of this kind.
+def exact(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Context without inference mode and autocast, on this type of device.
 
-    Those made in inference mode could not be written to outside of it; autocast would compute scores in 16 bits.
+    Tensors made in inference mode cannot be written to outside it, and autocast would compute scores in 16 bits.
     """
-    usual = not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(kind)
-    return contextlib.nullcontext() if usual else _exact(kind)
+    is_exact = not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(device_type)
+    return contextlib.nullcontext() if is_exact else _exact(device_type)
 
 
 @contextlib.contextmanager
-def _exact(kind: str) -> Iterator[None]:
+def _exact(device_type: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(mode=False))
             stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
 
@@ -44,7 +44,7 @@ def exactly(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[
 
 
 def taking_states(update: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's `update(keys, values, …)`: exact, given states in the type that is held, and left out of graphs."""
+    """Wraps a layer's `update(keys, values, …)`: exact, with states in the plan's dtype, excluded from compilation."""
     exact_update = exactly(update)
 
     @outside_graphs
@@ -57,7 +57,7 @@ def taking_states(update: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that `torch.compile` leaves as it is: its work differs from call to call, by what is held."""
+    """A function that `torch.compile` does not compile, because its work depends on the entries in the cache."""
     left_out: Callable[..., Any] = torch.compiler.disable(function)
 
     @functools.wraps(function)
@@ -70,6 +70,6 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def widened(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """States in the type that is held, where autocast made them narrower and nothing is lost; else as they are."""
+    """States cast to the plan's dtype if autocast made them narrower; otherwise unchanged."""
     narrower = states.dtype != dtype and torch.promote_types(states.dtype, dtype) == dtype
     return states.to(dtype) if narrower and torch.is_autocast_enabled(states.device.type) else states

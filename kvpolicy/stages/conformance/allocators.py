@@ -1,4 +1,4 @@
-"""Allocators: every budget is spent exactly, and on entries that exist."""
+"""Checks for allocators: budgets are spent exactly, and no head gets more candidates than it has."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def gives_no_more_than_there_is(allocator: Allocator, _promises: Promises) -> No
 
 
 def divides_by_length_only_if_it_says_so(allocator: Allocator, _promises: Promises) -> None:
-    """What does not follow from the length is asked for once, not for every token."""
+    """The runtime calls allocators that do not depend on the length once, not for every token."""
     if not isinstance(allocator, LayerAllocator) or allocator.follows_length:
         return
     for layers, budget in ((1, 8), (7, 9), (32, 333)):
@@ -43,26 +43,28 @@ def divides_by_length_only_if_it_says_so(allocator: Allocator, _promises: Promis
 
 
 def keeps_heads_even(allocator: Allocator, _promises: Promises) -> None:
-    """A layer that is not ragged has one length for all heads."""
+    """Without `ragged`, all heads of a layer have the same length."""
     if allocator.ragged or isinstance(allocator, LayerAllocator):
         return
     scores, candidates = torch.arange(24, dtype=torch.float32).reshape(1, 3, 8), torch.ones(1, 3, 8, dtype=torch.bool)
     layers, room = [(scores, candidates)], torch.full((1, 1, 3), 8)
     total = torch.tensor([15]) if isinstance(allocator, JointAllocator) else torch.tensor([[15]])
-    counts = allocator.allocate(_shown(allocator, layers, room, total, torch.zeros_like(room), torch.tensor([8])))
+    counts = allocator.allocate(
+        _build_request(allocator, layers, room, total, torch.zeros_like(room), torch.tensor([8]))
+    )
     if counts.tolist() != [[[5, 5, 5]]]:
         raise contract_error(allocator, f"gave {counts.tolist()}, expected 5 for each head: ragged is False")
 
 
 def keeps_rows_apart(allocator: Allocator, _promises: Promises) -> None:
     for request in _requests(allocator):
-        everything = _checked(allocator, request)
+        counts = _checked(allocator, request)
         for row in range(len(request.tokens)):
-            part = slice(row, row + 1)
-            alone = allocator.allocate(_rows_of(request, part))
-            if not torch.equal(alone, everything[:, part]):
+            index = slice(row, row + 1)
+            alone = allocator.allocate(_rows_of(request, index))
+            if not torch.equal(alone, counts[:, index]):
                 raise contract_error(
-                    allocator, f"gave a row alone {alone.tolist()}, expected {everything[:, part].tolist()}"
+                    allocator, f"gave {alone.tolist()} for a row alone, expected {counts[:, index].tolist()}"
                 )
 
 
@@ -70,12 +72,12 @@ def keeps_layers_apart(allocator: Allocator, _promises: Promises) -> None:
     if isinstance(allocator, (LayerAllocator, JointAllocator)):
         return
     for request in _requests(allocator):
-        everything = _checked(allocator, request)
+        counts = _checked(allocator, request)
         for layer in range(len(request.room)):
             alone = allocator.allocate(_layer_of(request, layer))
-            if not torch.equal(alone, everything[layer : layer + 1]):
+            if not torch.equal(alone, counts[layer : layer + 1]):
                 raise contract_error(
-                    allocator, f"gave a layer alone {alone.tolist()}, expected {everything[layer].tolist()}"
+                    allocator, f"gave {alone.tolist()} for a layer alone, expected {counts[layer].tolist()}"
                 )
 
 
@@ -110,15 +112,15 @@ def _of_lengths() -> list[AllocationRequest]:
 
 
 def _of_scores(allocator: Allocator) -> list[AllocationRequest]:
-    """Scores that are ordinary, all equal, or have infinities and NaN; budgets from 0 to too many."""
+    """Requests with finite, equal and non-finite scores, and with budgets from 0 to more than all candidates."""
     view = sample_view()
-    ordinary, candidates = view.keys.square().sum(-1), view.candidates
-    wild = ordinary.clone()
-    wild[..., 2::5], wild[..., 3::5], wild[..., 4::7] = torch.inf, -torch.inf, torch.nan
+    finite, candidates = view.keys.square().sum(-1), view.candidates
+    non_finite = finite.clone()
+    non_finite[..., 2::5], non_finite[..., 3::5], non_finite[..., 4::7] = torch.inf, -torch.inf, torch.nan
     room, protected = candidates.sum(-1), view.protected.sum(-1)
     tokens = view.positions.amax((1, 2)) + 1
     requests = []
-    for first, second in ((ordinary, -ordinary), (torch.zeros_like(ordinary), wild)):
+    for first, second in ((finite, -finite), (torch.zeros_like(finite), non_finite)):
         layers = [(scores.masked_fill(~candidates, -torch.inf), candidates) for scores in (first, second)]
         rooms, kept = torch.stack([room, room]), torch.stack([protected, protected])
         for budget in ((0, 1, 2), (15, 16, 17), (100, 100, 100)):
@@ -126,14 +128,14 @@ def _of_scores(allocator: Allocator) -> list[AllocationRequest]:
             total = (2 * wanted).minimum(rooms.sum((0, 2)))
             if not isinstance(allocator, JointAllocator):
                 total = torch.stack([wanted, wanted.flip(0)]).minimum(rooms.sum(-1))
-            requests.append(_shown(allocator, layers, rooms, total, kept, tokens))
+            requests.append(_build_request(allocator, layers, rooms, total, kept, tokens))
     return requests
 
 
-def _shown(
+def _build_request(
     allocator: Allocator, layers: _Layers, room: Tensor, total: Tensor, protected: Tensor, tokens: Tensor
 ) -> AllocationRequest:
-    """The request, with single scores only where the allocator says that it reads them."""
+    """An allocation request; it has scores only if the allocator declares that it reads them."""
     won = _owners_of_all(layers) if isinstance(allocator, JointAllocator) else _owners_in_each(layers)
     request = AllocationRequest(room, total, protected, tokens, won)
     if not allocator.reads_scores:
@@ -143,8 +145,8 @@ def _shown(
 
 
 def _owners_in_each(layers: _Layers) -> Callable[[Tensor], Tensor]:
-    each = [_owners_of_all([layer]) for layer in layers]
-    return lambda best: torch.cat([own(count) for own, count in zip(each, best, strict=True)])
+    owners_by_layer = [_owners_of_all([layer]) for layer in layers]
+    return lambda best: torch.cat([owners(count) for owners, count in zip(owners_by_layer, best, strict=True)])
 
 
 def _owners_of_all(layers: _Layers) -> Callable[[Tensor], Tensor]:
@@ -162,49 +164,51 @@ def _owners_of_all(layers: _Layers) -> Callable[[Tensor], Tensor]:
 
 
 def _owners(layers: _Layers, row: int) -> list[tuple[int, int]]:
-    """Layer and head of each candidate of a row, the best one first."""
-    listed = [
+    """Layer and head of each candidate of a row, best first."""
+    ranked = [
         ((not math.isnan(score), score), (layer, head))  # NaN ranks below all numbers
         for layer, (scores, candidates) in enumerate(layers)
-        for head, (line, inside) in enumerate(zip(scores[row].tolist(), candidates[row].tolist(), strict=True))
-        for score, there in zip(line, inside, strict=True)
-        if there
+        for head, (head_scores, head_candidates) in enumerate(
+            zip(scores[row].tolist(), candidates[row].tolist(), strict=True)
+        )
+        for score, is_candidate in zip(head_scores, head_candidates, strict=True)
+        if is_candidate
     ]
-    listed.sort(key=lambda candidate: candidate[0] if candidate[0][0] else (False, 0.0), reverse=True)
-    return [owner for _, owner in listed]
+    ranked.sort(key=lambda candidate: candidate[0] if candidate[0][0] else (False, 0.0), reverse=True)
+    return [owner for _, owner in ranked]
 
 
-def _rows_of(request: AllocationRequest, part: slice) -> AllocationRequest:
-    """The rows named, as if there were no others."""
-    own = _selected(request, lambda tensor: tensor[part], lambda tensor: tensor[:, part])
-    before, rows = request.won, len(request.tokens)
+def _rows_of(request: AllocationRequest, rows: slice) -> AllocationRequest:
+    """The request for some rows alone."""
+    selected = _selected(request, lambda tensor: tensor[rows], lambda tensor: tensor[:, rows])
+    won_by_all, row_count = request.won, len(request.tokens)
 
     def won(best: Tensor) -> Tensor:
-        everything = torch.zeros((*best.shape[:-1], rows), dtype=torch.int64)
-        everything[..., part] = best
-        return before(everything)[:, part]
+        all_rows = torch.zeros((*best.shape[:-1], row_count), dtype=torch.int64)
+        all_rows[..., rows] = best
+        return won_by_all(all_rows)[:, rows]
 
-    return attrs.evolve(own, won=won)
+    return attrs.evolve(selected, won=won)
 
 
 def _layer_of(request: AllocationRequest, layer: int) -> AllocationRequest:
-    """One layer, as if there were no other."""
-    before, layers = request.won, len(request.room)
-    part = slice(layer, layer + 1)
+    """The request for one layer alone."""
+    won_by_all, layer_count = request.won, len(request.room)
+    index = slice(layer, layer + 1)
 
     def won(best: Tensor) -> Tensor:
-        everything = torch.zeros((layers, best.shape[-1]), dtype=torch.int64)
-        everything[part] = best
-        return before(everything)[part]
+        all_layers = torch.zeros((layer_count, best.shape[-1]), dtype=torch.int64)
+        all_layers[index] = best
+        return won_by_all(all_layers)[index]
 
     return attrs.evolve(
         request,
-        room=request.room[part],
-        total=request.total[part],
-        protected=request.protected[part],
+        room=request.room[index],
+        total=request.total[index],
+        protected=request.protected[index],
         won=won,
-        scores=request.scores[part],
-        candidates=request.candidates[part],
+        scores=request.scores[index],
+        candidates=request.candidates[index],
     )
 
 

@@ -1,4 +1,4 @@
-"""What holds for plugins of all stages."""
+"""Checks for plugins of all stages."""
 
 import copy
 import pickle
@@ -20,24 +20,24 @@ def can_be_named_in_a_policy(plugin: Plugin, _promises: Promises) -> None:
 
 
 def is_frozen(plugin: Plugin, _promises: Promises) -> None:
-    fields = attrs.fields(type(plugin))  # type: ignore[arg-type]  # `admit` sees to it
+    fields = attrs.fields(type(plugin))  # type: ignore[arg-type]  # `admit` has checked that it is an attrs class
     for name in [*(field.name for field in fields), "anything"]:
         try:
             setattr(plugin, name, None)
         except AttributeError:  # attrs.exceptions.FrozenInstanceError derives from it
             continue
-        raise contract_error(plugin, f"lets {name!r} be set, expected an instance that never changes")
+        raise contract_error(plugin, f"lets {name!r} be set, expected an immutable instance")
 
 
 def equals_its_copies(plugin: Plugin, _promises: Promises) -> None:
-    """A policy travels between processes and is a key of caches."""
-    for what, other in (
+    """Policies are sent between processes and used as cache keys."""
+    for description, duplicate in (
         ("copy", copy.deepcopy(plugin)),
         ("pickled copy", pickle.loads(pickle.dumps(plugin))),  # noqa: S301
         ("evolved copy", attrs.evolve(plugin)),  # type: ignore[misc]
     ):
-        if other != plugin or hash(other) != hash(plugin):
-            raise contract_error(plugin, f"does not equal its {what} {other!r}, or has another hash")
+        if duplicate != plugin or hash(duplicate) != hash(plugin):
+            raise contract_error(plugin, f"does not equal its {description} {duplicate!r}, or has another hash")
 
 
 CHECKS = (can_be_named_in_a_policy, is_frozen, equals_its_copies)

@@ -1,4 +1,4 @@
-"""Mergers: as many entries as were kept, nothing changed without saying so, and state as it was declared."""
+"""Checks for mergers: one entry per keep index, changed entries are marked, and state is as declared."""
 
 from collections.abc import Mapping
 
@@ -33,15 +33,15 @@ def returns_the_kept_slots(merger: Merger, _promises: Promises) -> None:
 def gives_finite_entries(merger: Merger, _promises: Promises) -> None:
     for view, kept in _samples(merger):
         for keys in (torch.ones_like(view.keys), torch.zeros_like(view.keys), 100 * view.keys):
-            odd = attrs.evolve(view, keys=keys)
-            _check_entries(merger, odd, kept, merger.merge(odd, kept))
+            special = attrs.evolve(view, keys=keys)
+            _check_entries(merger, special, kept, merger.merge(special, kept))
 
 
 def copes_with_nothing_to_keep(merger: Merger, _promises: Promises) -> None:
     view = _view(merger, lengths=((9, 9), (0, 0), (2, 0)))
-    head = torch.zeros_like(view.valid)
-    head[0, 0] = view.valid[0, 0]
-    for mask in (view.valid, head, torch.zeros_like(head)):
+    one_head = torch.zeros_like(view.valid)
+    one_head[0, 0] = view.valid[0, 0]
+    for mask in (view.valid, one_head, torch.zeros_like(one_head)):
         kept = indices_of(mask)
         _check_entries(merger, view, kept, merger.merge(view, kept))
 
@@ -53,7 +53,9 @@ def says_what_it_changed(merger: Merger, _promises: Promises) -> None:
         same &= kept >= 0
         for name in ("keys", "values"):
             if not torch.equal(getattr(entries, name)[same], gather(getattr(view, name), kept)[same]):
-                raise contract_error(merger, f"returned other {name} than those of kept slots, without `changed`")
+                raise contract_error(
+                    merger, f"returned {name} that are not marked in `changed`, but differ from the kept slots"
+                )
 
 
 def changes_nothing_if_all_is_kept(merger: Merger, _promises: Promises) -> None:
@@ -69,41 +71,39 @@ def moves_entries_bit_for_bit(merger: Merger, promises: Promises) -> None:
 
 def keeps_rows_apart(merger: Merger, _promises: Promises) -> None:
     for view, kept in _samples(merger):
-        together = _parts(merger.merge(view, kept))
+        batched = _tensors_of(merger.merge(view, kept))
         for row in range(kept.shape[0]):
-            alone = _parts(merger.merge(rows_of(view, [row]), kept[[row]]))
-            _expect_same(merger, kept[[row]], alone, _taken(together, [row]), f"for row {row} alone")
+            alone = _tensors_of(merger.merge(rows_of(view, [row]), kept[[row]]))
+            _expect_same(merger, kept[[row]], alone, _select_rows(batched, [row]), f"for row {row} alone")
 
 
 def ignores_empty_slots(merger: Merger, _promises: Promises) -> None:
     for view, kept in _samples(merger):
-        found, expected = (_parts(merger.merge(one, kept)) for one in (with_junk(view), view))
-        _expect_same(merger, kept, found, expected, "with other empty slots")
+        actual, expected = (_tensors_of(merger.merge(sample, kept)) for sample in (with_junk(view), view))
+        _expect_same(merger, kept, actual, expected, "when the contents of empty slots differ")
 
 
 def is_deterministic(merger: Merger, _promises: Promises) -> None:
     for (view, kept), (again, _) in zip(_samples(merger), _samples(merger), strict=True):
-        first, second = _parts(merger.merge(view, kept)), _parts(merger.merge(again, kept))
+        first, second = _tensors_of(merger.merge(view, kept)), _tensors_of(merger.merge(again, kept))
         if not all(torch.equal(first[name], second[name]) for name in first):
             raise contract_error(merger, "gave other entries the second time")
 
 
 def leaves_its_input_alone(merger: Merger, _promises: Promises) -> None:
-    """The entries are written where the view's tensors are, so they must be tensors of their own."""
+    """The runtime writes the entries over the tensors of the view, so they must not share memory with them."""
     for view, kept in _samples(merger):
-        mine = tensors_of(view)
-        with untouched(merger, {**mine, "kept": kept}):
+        inputs = tensors_of(view)
+        with untouched(merger, {**inputs, "kept": kept}):
             entries = merger.merge(view, kept)
-        taken = {tensor.untyped_storage().data_ptr() for tensor in mine.values() if tensor.numel()}
-        for name, tensor in _parts(entries).items():
-            if tensor.numel() and tensor.untyped_storage().data_ptr() in taken:
-                raise contract_error(
-                    merger, f"returned {name} in the memory of its input, expected a tensor of its own"
-                )
+        input_pointers = {tensor.untyped_storage().data_ptr() for tensor in inputs.values() if tensor.numel()}
+        for name, tensor in _tensors_of(entries).items():
+            if tensor.numel() and tensor.untyped_storage().data_ptr() in input_pointers:
+                raise contract_error(merger, f"returned {name} in the memory of its input, expected a new tensor")
 
 
 def _view(merger: Merger, **sizes: tuple[tuple[int, ...], ...]) -> View:
-    """What the merger is shown by a cache that has been observed for one forward."""
+    """A view after one observed forward."""
     view = sample_view(merger, **sizes)
     if not needs_of(merger).forward_queries:
         return view
@@ -112,23 +112,23 @@ def _view(merger: Merger, **sizes: tuple[tuple[int, ...], ...]) -> View:
 
 
 def _samples(merger: Merger) -> list[tuple[View, Tensor]]:
-    """A third of the entries kept, only the protected ones, and a cache of which nothing was seen."""
+    """Samples: a third of the candidates kept; only protected entries kept; no forward observed."""
     view, fresh = _view(merger), sample_view(merger)
     some = view.protected | (view.candidates & (view.positions % 3 == 0))
     return [(view, indices_of(some)), (view, indices_of(view.protected)), (fresh, indices_of(some))]
 
 
 def _check_entries(merger: Merger, view: View, kept: Tensor, entries: Entries) -> None:
-    """Shapes, dtypes and finite numbers."""
+    """Check shapes, dtypes, and that numbers are finite."""
     sizes, device = dict(zip(("batch", "kv_heads", "kept"), kept.shape, strict=True)), view.keys.device
-    for found, source in ((entries.keys, view.keys), (entries.values, view.values)):
-        check_tensor(merger, found, {**sizes, "head_dim": source.shape[-1]}, source.dtype, device)
-        _expect_finite(merger, "entries", found)
+    for actual, source in ((entries.keys, view.keys), (entries.values, view.values)):
+        check_tensor(merger, actual, {**sizes, "head_dim": source.shape[-1]}, source.dtype, device)
+        _expect_finite(merger, "entries", actual)
     if merger.votes:
         check_tensor(merger, entries.log_votes, sizes, torch.float32, device)
         _expect_finite(merger, "log-votes", torch.as_tensor(entries.log_votes)[kept >= 0])
     elif entries.log_votes is not None:
-        raise contract_error(merger, "returned log-votes, expected `votes` to say so")
+        raise contract_error(merger, "returned log-votes, expected `votes` to be True")
     if entries.changed is not None:
         check_tensor(merger, entries.changed, sizes, torch.bool, device)
     expect_declared(merger, "returned slot state", entries.slot_state, merger.slot_state())
@@ -139,40 +139,45 @@ def _check_entries(merger: Merger, view: View, kept: Tensor, entries: Entries) -
             _expect_finite(merger, "state", state.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0))
 
 
-def _expect_finite(merger: Merger, what: str, found: Tensor) -> None:
-    if not found.isfinite().all():
-        raise contract_error(merger, f"returned {what} that are not finite")
+def _expect_finite(merger: Merger, name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise contract_error(merger, f"returned {name} that are not finite")
 
 
 def _expect_gather(merger: Merger, view: View, kept: Tensor) -> None:
     entries = merger.merge(view, kept)
     for name in ("keys", "values"):
         if not torch.equal(getattr(entries, name), gather(getattr(view, name), kept)):
-            raise contract_error(merger, f"returned other {name} than those of the kept slots")
+            raise contract_error(merger, f"returned {name} that differ from the kept slots")
     if merger.votes and view.log_votes is not None:
         expect_close(
             merger, torch.as_tensor(entries.log_votes), gather(view.log_votes, kept), "for votes of kept slots"
         )
 
 
-def _parts(entries: Entries) -> dict[str, Tensor]:
-    """Every tensor of the entries, by name."""
-    own = {"keys": entries.keys, "values": entries.values, "log_votes": entries.log_votes, "changed": entries.changed}
+def _tensors_of(entries: Entries) -> dict[str, Tensor]:
+    """All tensors of the entries, by name."""
+    tensors = {
+        "keys": entries.keys,
+        "values": entries.values,
+        "log_votes": entries.log_votes,
+        "changed": entries.changed,
+    }
     states = {f"{name} of the slots": state for name, state in entries.slot_state.items()}
     rows = {f"{name} of the row": state for name, state in entries.row_state.items()}
-    return {name: part for name, part in {**own, **states, **rows}.items() if part is not None}
+    return {name: tensor for name, tensor in {**tensors, **states, **rows}.items() if tensor is not None}
 
 
-def _taken(parts: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-    return {name: part[rows] for name, part in parts.items()}
+def _select_rows(tensors: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+    return {name: tensor[rows] for name, tensor in tensors.items()}
 
 
 def _expect_same(
-    merger: Merger, kept: Tensor, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], when: str
+    merger: Merger, kept: Tensor, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], condition: str
 ) -> None:
-    for name, part in found.items():
-        held = kept >= 0 if part.ndim > 1 else torch.ones_like(part, dtype=torch.bool)
-        expect_close(merger, part[held], expected[name][held], when)
+    for name, tensor in actual.items():
+        valid = kept >= 0 if tensor.ndim > 1 else torch.ones_like(tensor, dtype=torch.bool)
+        expect_close(merger, tensor[valid], expected[name][valid], condition)
 
 
 CHECKS = (

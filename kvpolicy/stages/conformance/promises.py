@@ -1,12 +1,12 @@
-"""What a plugin claims beyond its contract, or may not be held to."""
+"""Properties of a plugin that the conformance suite cannot find out."""
 
 import attrs
 
 
 @attrs.frozen
 class Promises:
-    """Told by the author of a plugin, because no check can find it out."""
+    """Declared by the author of a plugin: which checks apply to it."""
 
-    heads_apart: bool = True  # a scorer scores each KV head from that head alone
-    gathers: bool = False  # a merger moves the kept entries bit for bit
-    error: float = 0.0  # a codec's largest error of a round trip, relative to the largest magnitude
+    heads_apart: bool = True  # scorer: scores of a KV head depend on that head alone
+    gathers: bool = False  # merger: kept entries are moved bit for bit
+    error: float = 0.0  # codec: largest round-trip error, relative to the largest magnitude

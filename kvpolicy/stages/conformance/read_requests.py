@@ -1,4 +1,4 @@
-"""Questions that readers are tried on: a decode step over random entries, held as a store of theirs holds them."""
+"""Sample read requests for readers: a decode step over random entries, packed by a store that the reader supports."""
 
 from collections.abc import Iterator
 
@@ -14,15 +14,15 @@ from kvpolicy.stages.registry.plugins import registry
 from kvpolicy.stages.rotary import Rotary
 
 GEOMETRY = Geometry(managed=tuple(range(8)), query_heads=4, kv_heads=2, head_dim=64)
-MIDDLE = 4  # the first and the last layers may be read in full
-JUNK = 997.0  # what an empty slot may hold
+MIDDLE = 4  # a layer in the middle: readers may read the first and the last layers in full
+JUNK = 997.0  # a number in empty slots
 _ROTARY = Rotary(10000.0 ** -torch.linspace(0, 31 / 32, 32, dtype=torch.float32))
-_ALIKE = ((701, 701), (620, 620), (701, 701), (45, 45))
-_RAGGED = ((701, 701), (620, 45), (128, 701), (45, 701))
+_EQUAL_LENGTHS = ((701, 701), (620, 620), (701, 701), (45, 45))
+_RAGGED_LENGTHS = ((701, 701), (620, 45), (128, 701), (45, 701))
 
 
 def requests(reader: Reader, junk: float = 0.0) -> Iterator[ReadRequest]:
-    """Rows and heads of different lengths, in two dtypes; then the first and the last layer."""
+    """Requests with rows and heads of different lengths, in two dtypes; then of the first and the last layer."""
     for dtype in (torch.float32, torch.bfloat16):
         yield _request(reader, junk, dtype, MIDDLE)
     for layer in (0, GEOMETRY.layers - 1):
@@ -30,33 +30,33 @@ def requests(reader: Reader, junk: float = 0.0) -> Iterator[ReadRequest]:
 
 
 def _request(reader: Reader, junk: float, dtype: torch.dtype, layer: int) -> ReadRequest:
-    form, site = _keys_format(reader, dtype, layer)
-    keys, positions = entries(dtype, junk, _ALIKE if form.joint else _RAGGED)
+    key_format, site = _keys_format(reader, dtype, layer)
+    keys, positions = entries(dtype, junk, _EQUAL_LENGTHS if key_format.joint else _RAGGED_LENGTHS)
     lengths = (positions >= 0).sum(-1)
-    packed_lengths = torch.tensor([[form.packed_length(length) for length in row] for row in lengths.tolist()])
-    most, pages = int(packed_lengths.max()), reader.pages(site)
+    packed_lengths = torch.tensor([[key_format.packed_length(length) for length in row] for row in lengths.tolist()])
+    longest, pages = int(packed_lengths.max()), reader.pages(site)
     return ReadRequest(
         queries=_normal(2, len(keys), GEOMETRY.query_heads, GEOMETRY.head_dim).to(dtype),
         query_positions=lengths.amax(-1) - 1,
         positions=positions,
         geometry=GEOMETRY,
         layer=layer,
-        format=form,
-        packed_lengths=packed_lengths if most else None,
-        packed=form.encode(keys[:, :, :most], positions[:, :, :most]) if most else {},
-        pages={} if pages is None else whole_units(pages, keys, positions),
+        format=key_format,
+        packed_lengths=packed_lengths if longest else None,
+        packed=key_format.encode(keys[:, :, :longest], positions[:, :, :longest]) if longest else {},
+        pages={} if pages is None else complete_groups(pages, keys, positions),
     )
 
 
 def _keys_format(reader: Reader, dtype: torch.dtype, layer: int) -> tuple[Format, Site]:
-    """How keys are held by the first store that the reader can read."""
+    """The key format of the first store that the reader supports, and its site."""
     site = Site(GEOMETRY, dtype, layer, _ROTARY)
     if not reader.stores:
         return AsIs(), site
-    known = registry()
-    codec = known.find(Codec.stage, reader.stores[0], known.owner(type(reader)))()
+    plugins = registry()
+    codec = plugins.find(Codec.stage, reader.stores[0], plugins.owner(type(reader)))()
     if not isinstance(codec, Codec):
-        raise contract_error(reader, f"reads the store {codec.name!r}, which is no codec")
+        raise contract_error(reader, f"reads the store {codec.name!r}, which is not a codec")
     if codec.calibrated:
         queries, keys, values = (_normal(seed, 1, heads, 160, 64) for seed, heads in ((3, 4), (4, 2), (5, 2)))
         sample = Sample(GEOMETRY, 64**-0.5, _ROTARY, queries, keys, values)
@@ -65,21 +65,21 @@ def _keys_format(reader: Reader, dtype: torch.dtype, layer: int) -> tuple[Format
 
 
 def entries(
-    dtype: torch.dtype, junk: float = 0.0, lengths: tuple[tuple[int, ...], ...] = _ALIKE
+    dtype: torch.dtype, junk: float = 0.0, lengths: tuple[tuple[int, ...], ...] = _EQUAL_LENGTHS
 ) -> tuple[Tensor, Tensor]:
     """Keys [B, K, T, D] and positions [B, K, T]."""
-    held = torch.tensor(lengths)
-    slots = int(held.max())
-    positions = torch.arange(slots).expand(*held.shape, slots)
-    positions = positions.where(positions < held[..., None], -1)
+    counts = torch.tensor(lengths)
+    slots = int(counts.max())
+    positions = torch.arange(slots).expand(*counts.shape, slots)
+    positions = positions.where(positions < counts[..., None], -1)
     keys = _normal(1, *positions.shape, GEOMETRY.head_dim)
     return keys.masked_fill(positions[..., None] < 0, junk).to(dtype), positions
 
 
-def whole_units(form: Format, keys: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    """The columns of all units that are full in the longest head."""
-    count = keys.shape[2] // form.group_size * form.group_size
-    return form.encode(keys[:, :, :count], positions[:, :, :count])
+def complete_groups(page_format: Format, keys: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """The columns of all complete groups of the longest head."""
+    length = keys.shape[2] // page_format.group_size * page_format.group_size
+    return page_format.encode(keys[:, :, :length], positions[:, :, :length])
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
@@ -87,9 +87,9 @@ def _normal(seed: int, *shape: int) -> Tensor:
 
 
 def row_alone(request: ReadRequest, row: int) -> ReadRequest:
-    """One row of a request, in tensors of its own length."""
+    """A request with one row, in tensors of its own length."""
     slots = int((request.positions[row] >= 0).sum(-1).max())
-    packed = (
+    groups = (
         0 if request.packed_lengths is None else int(request.packed_lengths[row].max()) // request.format.group_size
     )
     return attrs.evolve(
@@ -98,6 +98,6 @@ def row_alone(request: ReadRequest, row: int) -> ReadRequest:
         query_positions=request.query_positions[[row]],
         positions=request.positions[[row]][..., :slots],
         packed_lengths=None if request.packed_lengths is None else request.packed_lengths[[row]],
-        packed={name: column[[row], :, :packed] for name, column in request.packed.items()},
+        packed={name: column[[row], :, :groups] for name, column in request.packed.items()},
         pages={name: column[[row]] for name, column in request.pages.items()},
     )

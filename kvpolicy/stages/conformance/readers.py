@@ -1,4 +1,4 @@
-"""Readers: slots that hold entries, in order, and the same ones whatever lies beside them."""
+"""Checks for readers: they choose valid slots, in order, independent of other rows and of empty slots."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from kvpolicy.stages.conformance.read_requests import (
     GEOMETRY,
     JUNK,
     MIDDLE,
+    complete_groups,
     entries,
     requests,
     row_alone,
-    whole_units,
 )
 from kvpolicy.stages.contracts import Reader, ReadRequest
 from kvpolicy.stages.declared import pages_of
@@ -33,23 +33,23 @@ def chooses_held_slots_in_order(reader: Reader, _promises: Promises) -> None:
 
 def reads_something_of_every_head(reader: Reader, _promises: Promises) -> None:
     for request in requests(reader):
-        lost = ~_read(reader, request).any(-1) & (request.positions >= 0).any(-1)
-        if lost.any():
-            raise contract_error(reader, f"chose nothing in {int(lost.sum())} heads that hold entries")
+        unread = ~_read(reader, request).any(-1) & (request.positions >= 0).any(-1)
+        if unread.any():
+            raise contract_error(reader, f"chose nothing in {int(unread.sum())} heads that have entries")
 
 
 def encodes_pages_to_their_columns(reader: Reader, _promises: Promises) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        form = pages_of(reader, Site(GEOMETRY, dtype, MIDDLE))
-        if form is None:
+        page_format = pages_of(reader, Site(GEOMETRY, dtype, MIDDLE))
+        if page_format is None:
             return
         keys, positions = entries(dtype)
-        pages = whole_units(form, keys, positions)
-        if pages.keys() != form.columns.keys():
-            raise contract_error(reader, f"encoded pages to {sorted(pages)}, expected {sorted(form.columns)}")
-        for name, column in form.columns.items():
-            row = (*keys.shape[:2], keys.shape[2] // form.group_size, *column.shape)
-            sizes = {f"{name}[{index}]": size for index, size in enumerate(row)}
+        pages = complete_groups(page_format, keys, positions)
+        if pages.keys() != page_format.columns.keys():
+            raise contract_error(reader, f"encoded pages to {sorted(pages)}, expected {sorted(page_format.columns)}")
+        for name, column in page_format.columns.items():
+            shape = (*keys.shape[:2], keys.shape[2] // page_format.group_size, *column.shape)
+            sizes = {f"{name}[{index}]": size for index, size in enumerate(shape)}
             check_tensor(reader, pages[name], sizes, column.dtype, keys.device)
 
 
@@ -65,7 +65,7 @@ def keeps_rows_apart(reader: Reader, _promises: Promises) -> None:
 def ignores_empty_slots(reader: Reader, _promises: Promises) -> None:
     for request, *others in zip(*(requests(reader, junk) for junk in (0.0, JUNK, -JUNK)), strict=True):
         if any(not torch.equal(_read(reader, other), _read(reader, request)) for other in others):
-            raise contract_error(reader, "chose other entries with other empty slots")
+            raise contract_error(reader, "chose other entries when the contents of empty slots differ")
 
 
 def is_deterministic(reader: Reader, _promises: Promises) -> None:
@@ -83,22 +83,22 @@ def leaves_its_input_alone(reader: Reader, _promises: Promises) -> None:
 def _expect_in_order(reader: Reader, chosen: Tensor, positions: Tensor) -> None:
     lengths = (positions >= 0).sum(-1, keepdim=True)
     if ((chosen < -1) | (chosen >= lengths)).any():
-        raise contract_error(reader, "chose slots that hold nothing")
-    behind = positions.shape[-1]
-    slots = chosen.masked_fill(chosen < 0, behind)
-    if ((slots[..., 1:] <= slots[..., :-1]) & (slots[..., 1:] < behind)).any():
-        raise contract_error(reader, "chose slots that are not ascending, with -1 behind a head's last one")
+        raise contract_error(reader, "chose empty slots")
+    end = positions.shape[-1]
+    slots = chosen.masked_fill(chosen < 0, end)
+    if ((slots[..., 1:] <= slots[..., :-1]) & (slots[..., 1:] < end)).any():
+        raise contract_error(reader, "chose slots that are not ascending and padded with -1 at the end")
 
 
 def _read(reader: Reader, request: ReadRequest) -> Tensor:
-    """[B, K, T] bool: what is attended."""
-    held = request.positions >= 0
+    """[B, K, T] bool: slots that are attended."""
+    valid = request.positions >= 0
     chosen = reader.choose(request)
     if chosen is None:
-        return held
-    behind = request.positions.shape[-1]
-    marked = torch.zeros(*held.shape[:2], behind + 1, dtype=torch.bool)
-    return marked.scatter_(-1, chosen.where(chosen >= 0, behind), value=True)[..., :behind]
+        return valid
+    slots = request.positions.shape[-1]
+    attended = torch.zeros(*valid.shape[:2], slots + 1, dtype=torch.bool)
+    return attended.scatter_(-1, chosen.where(chosen >= 0, slots), value=True)[..., :slots]
 
 
 CHECKS = (

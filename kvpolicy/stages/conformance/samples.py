@@ -1,4 +1,4 @@
-"""Small inputs that plugins are tried on. Random, but the same in every run."""
+"""Small random inputs for the checks of plugins, the same in every run."""
 
 from collections.abc import Callable
 
@@ -16,17 +16,17 @@ from kvpolicy.stages.slots import take
 from kvpolicy.stages.view import View
 
 KV_HEADS, GROUP, DIM = 2, 2, 16
-LENGTHS = ((23, 23), (14, 14), (23, 9))  # alike, padded, ragged
+LENGTHS = ((23, 23), (14, 14), (23, 9))  # equal, padded, ragged
 SINKS, RECENT = 1, 3
-WINDOW = 4  # queries of whoever reads what others observe
-_JUNK = 997.0  # what an empty slot may hold
+WINDOW = 4  # observed queries for mergers that read the window of other plugins
+_JUNK = 997.0  # a number in empty slots
 
 
 def sample_view(observer: Observer | None = None, *, lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> View:
-    """A layer of `lengths` (entries per row and head), with what `observer` needs and the state of a new cache."""
+    """A layer with `lengths` entries per row and head, the inputs that `observer` needs, and the initial slot state."""
     random = torch.Generator().manual_seed(1)
-    held = torch.tensor(lengths)
-    batch, heads, slots = *held.shape, int(held.max())
+    counts = torch.tensor(lengths)
+    batch, heads, slots = *counts.shape, int(counts.max())
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float32)
@@ -35,7 +35,7 @@ def sample_view(observer: Observer | None = None, *, lengths: tuple[tuple[int, .
     view = View(
         keys=normal(batch, heads, slots, DIM),
         values=normal(batch, heads, slots, DIM),
-        positions=positions.where(positions < held[..., None], -1),
+        positions=positions.where(positions < counts[..., None], -1),
         geometry=Geometry((0,), heads * GROUP, heads, DIM),
         scaling=DIM**-0.5,
         sinks=SINKS,
@@ -51,17 +51,19 @@ def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> 
     queries = normal(batch, heads * GROUP, window, DIM) if window else None
     attention = normal(batch, heads, GROUP, slots).abs() if needs.attention else None
     shape, states = view.positions.shape, slot_state_of(observer)
-    state = {one.name: torch.full(shape, one.fill, dtype=torch.float32) for one in states}
+    state = {declared.name: torch.full(shape, declared.fill, dtype=torch.float32) for declared in states}
     view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
     if not isinstance(observer, Merger):
         return view
-    rows = {one.name: torch.full((batch,), one.fill, dtype=torch.float32) for one in row_state_of(observer)}
+    rows = {
+        declared.name: torch.full((batch,), declared.fill, dtype=torch.float32) for declared in row_state_of(observer)
+    }
     votes = normal(*view.positions.shape).abs() if observer.votes else None
     return attrs.evolve(view, row_state=rows, log_votes=votes)
 
 
 def query_logits_of(observer: Observer, view: View) -> QueryLogits:
-    """What as many queries as `observer` follows see: the newest of them everything, one before it one entry less."""
+    """Logits of the queries that `observer` needs: the newest sees all entries, each earlier one an entry less."""
     count = needs_of(observer).forward_queries
     logits = _random_logits(view, count)
     back = torch.arange(count - 1, -1, -1)[:, None]
@@ -92,7 +94,7 @@ def _random_logits(view: View, count: int) -> Tensor:
 
 
 def with_junk(view: View) -> View:
-    """The same layer, with other contents in its empty slots."""
+    """The view with other contents in its empty slots."""
     empty = ~view.valid
     attention, votes = view.attention, view.log_votes
     return attrs.evolve(
@@ -105,30 +107,30 @@ def with_junk(view: View) -> View:
 
 
 def rows_of(view: View, rows: list[int]) -> View:
-    """The view of some rows alone, without slots that are empty in all of them."""
+    """The view of some rows, without slots that are empty in all of them."""
     slots = int(view.lengths[rows].max())
 
-    def part(tensor: Tensor | None) -> Tensor | None:
+    def select(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[rows]
 
-    def cut(tensor: Tensor) -> Tensor:
+    def select_entries(tensor: Tensor) -> Tensor:
         return tensor[rows][:, :, :slots]
 
     return attrs.evolve(
         view,
-        keys=cut(view.keys),
-        values=cut(view.values),
-        positions=cut(view.positions),
-        queries=part(view.queries),
+        keys=select_entries(view.keys),
+        values=select_entries(view.values),
+        positions=select_entries(view.positions),
+        queries=select(view.queries),
         attention=None if view.attention is None else view.attention[rows][..., :slots],
-        log_votes=None if view.log_votes is None else cut(view.log_votes),
-        slot_state={name: cut(state) for name, state in view.slot_state.items()},
+        log_votes=None if view.log_votes is None else select_entries(view.log_votes),
+        slot_state={name: select_entries(state) for name, state in view.slot_state.items()},
         row_state={name: state[rows] for name, state in view.row_state.items()},
     )
 
 
 def shuffled(view: View) -> tuple[View, Tensor]:
-    """The view with the entries of every head in another order, and which slot of it each of them came from."""
+    """The view with the entries of each head shuffled, and the original slot of each entry."""
     random = torch.Generator().manual_seed(3)
     drawn = torch.rand(view.positions.shape, generator=random, dtype=torch.float32)
     slots = drawn.masked_fill(~view.valid, 2.0).argsort(dim=-1, stable=True)  # empty slots stay last
@@ -152,7 +154,7 @@ def shuffled(view: View) -> tuple[View, Tensor]:
 
 
 def heads_swapped(view: View) -> View:
-    """The view with its KV heads, and the query heads that belong to them, in the opposite order."""
+    """The view with its KV heads, and their query heads, in reverse order."""
 
     def swapped(tensor: Tensor) -> Tensor:
         return tensor.flip(1)
@@ -173,14 +175,14 @@ def heads_swapped(view: View) -> View:
 
 
 def scored(scorer: Scorer, view: View) -> Tensor:
-    """What the runtime does: observe, then score with the new state in view; [B, K, T] float32."""
+    """Scores as the runtime computes them: observe, then score with the new slot state; [B, K, T] float32."""
     state = {**view.slot_state, **scorer.observe(view)}
     return scorer.score(attrs.evolve(view, slot_state=state))
 
 
-def expect_close(plugin: Plugin, found: Tensor, expected: Tensor, when: str) -> None:
-    """Refuses a difference that rounding does not explain; NaN equals NaN."""
+def expect_close(plugin: Plugin, actual: Tensor, expected: Tensor, condition: str) -> None:
+    """Raise PluginContractError for differences beyond rounding; NaN equals NaN."""
     try:
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     except AssertionError as error:
-        raise contract_error(plugin, f"gives something else {when}: {one_line(error)}") from error
+        raise contract_error(plugin, f"gives a different result {condition}: {one_line(error)}") from error

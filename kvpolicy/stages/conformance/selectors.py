@@ -1,4 +1,4 @@
-"""Selectors: as many as asked, candidates only, the best ones."""
+"""Checks for selectors: they choose the requested number of candidates, the best ones."""
 
 import torch
 from torch import Tensor
@@ -16,13 +16,13 @@ def chooses_as_many_as_asked(selector: Selector, _promises: Promises) -> None:
         sizes = dict(zip(("batch", "kv_heads", "seq"), scores.shape, strict=True))
         check_tensor(selector, chosen, sizes, torch.bool, scores.device)
         if (chosen & ~candidates).any():
-            raise contract_error(selector, "chose slots that are no candidates")
+            raise contract_error(selector, "chose slots that are not candidates")
         if not torch.equal(chosen.sum(-1), counts):
             raise contract_error(selector, f"chose {chosen.sum(-1).tolist()} entries, expected {counts.tolist()}")
 
 
 def chooses_the_best(selector: Selector, _promises: Promises) -> None:
-    """No candidate is left that scores higher than one chosen; NaN counts as less than anything."""
+    """No candidate that is not chosen scores higher than a chosen one; NaN is less than any number."""
     for scores, candidates, counts in _samples():
         chosen = selector.select(scores, candidates, counts)
         worth = scores.double().nan_to_num(nan=-torch.inf, posinf=1e300, neginf=-1e300)
@@ -49,8 +49,8 @@ def keeps_rows_apart(selector: Selector, _promises: Promises) -> None:
     for scores, candidates, counts in _samples():
         together = selector.select(scores, candidates, counts)
         for row in range(len(counts)):
-            part = slice(row, row + 1)
-            if not torch.equal(selector.select(scores[part], candidates[part], counts[part]), together[part]):
+            index = slice(row, row + 1)
+            if not torch.equal(selector.select(scores[index], candidates[index], counts[index]), together[index]):
                 raise contract_error(selector, f"chose other entries for row {row} alone")
 
 
@@ -65,12 +65,12 @@ def _samples() -> list[tuple[Tensor, Tensor, Tensor]]:
     """Scores with and without ties, infinities and NaN; counts from none to all."""
     view = sample_view()
     room = view.candidates.sum(-1)
-    ordinary = view.keys.square().sum(-1)
-    wild = ordinary.clone()
-    wild[..., 2::5], wild[..., 3::5], wild[..., 4::7] = torch.inf, -torch.inf, torch.nan
+    finite = view.keys.square().sum(-1)
+    non_finite = finite.clone()
+    non_finite[..., 2::5], non_finite[..., 3::5], non_finite[..., 4::7] = torch.inf, -torch.inf, torch.nan
     return [
         (scores, view.candidates, counts)
-        for scores in (ordinary, ordinary.round(), wild, torch.full_like(ordinary, torch.nan))
+        for scores in (finite, finite.round(), non_finite, torch.full_like(finite, torch.nan))
         for counts in (room // 2, torch.zeros_like(room), room, room.clamp(max=1))
     ]
 

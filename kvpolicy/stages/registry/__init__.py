@@ -1,1 +1,1 @@
-"""All plugins and policies by name, and how they are found."""
+"""Discovery of plugins and policies, and look-up by name."""

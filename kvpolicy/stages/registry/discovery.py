@@ -1,4 +1,4 @@
-"""Finds the distributions that offer plugins, and brings each in on its own: a broken one breaks no other."""
+"""Finds distributions with plugins and loads each of them separately: an error in one does not affect others."""
 
 import importlib
 import itertools
@@ -20,12 +20,12 @@ from kvpolicy.stages.registry.hooks import PROJECT, Hooks
 GROUP = "kvpolicy"
 ALLOW = "KVPOLICY_PLUGINS"
 BUILT_IN = "kvpolicy_plugins"
-_MOST = 1000  # plugins or policies of one distribution
+_MAX_OFFERS = 1000  # plugins or policies of one distribution
 
 
 @attrs.frozen
 class Source:
-    """One place that plugins come from: an entry point, or the built-in module."""
+    """A source of plugins: an entry point, or the built-in module."""
 
     name: str  # of the entry point
     distribution: str
@@ -39,16 +39,16 @@ class Source:
 
 @attrs.frozen
 class Offer:
-    """What a source gives."""
+    """Plugins and policies of a source."""
 
     source: Source
-    kinds: tuple[type[Plugin], ...]
+    plugin_classes: tuple[type[Plugin], ...]
     policies: dict[str, Path]
 
 
 @attrs.frozen
 class Broken:
-    """A source that gives nothing, and why."""
+    """A source that cannot be loaded, and the error."""
 
     source: Source
     error: PluginError
@@ -58,21 +58,21 @@ class Broken:
 
 
 def discover() -> Iterator[Offer | Broken]:
-    """Every source in turn, the built-in one first. Imports plugins: never called at `import kvpolicy`."""
-    yield _bring_in(built_in())
+    """All sources, the built-in one first. Imports plugins, so it is not called at `import kvpolicy`."""
+    yield _load(built_in())
     by_name: dict[str, list[Source]] = {}
     for source in _allowed(_installed()):
-        if normalised(source.distribution) == PROJECT:  # its plugins could not be told from the built-in ones
-            error = PluginError(f"{source}: a distribution of this name offers no plugins of its own")
+        if normalised(source.distribution) == PROJECT:  # its plugins would have the names of the built-in ones
+            error = PluginError(f"{source}: a distribution of this name cannot offer plugins")
             yield Broken(source, error)
             continue
         by_name.setdefault(source.name, []).append(source)
     for sources in by_name.values():
-        yield _clash(sources) if len(sources) > 1 else _bring_in(sources[0])
+        yield _clash(sources) if len(sources) > 1 else _load(sources[0])
 
 
 def built_in() -> Source:
-    """The plugins that come with kvpolicy, through the same hook as everyone else's."""
+    """The source of the built-in plugins, loaded through the same hooks as others."""
     try:
         version = metadata.version(PROJECT)
     except metadata.PackageNotFoundError:
@@ -81,7 +81,7 @@ def built_in() -> Source:
 
 
 def normalised(distribution: str) -> str:
-    """The name of a distribution as packaging tools compare it."""
+    """The normalised name of a distribution, as packaging tools compare it."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
@@ -89,19 +89,19 @@ def _installed() -> Iterator[Source]:
     seen = set()
     for distribution in metadata.distributions():
         try:
-            points = [point for point in distribution.entry_points if point.group == GROUP]
+            entry_points = [entry_point for entry_point in distribution.entry_points if entry_point.group == GROUP]
             name, version = distribution.metadata["Name"], distribution.version
-            known = normalised(name)
-        except Exception:  # noqa: BLE001, S112 - damaged files of a distribution that need not concern us
+            key = normalised(name)
+        except Exception:  # noqa: BLE001, S112 - damaged metadata of any installed distribution
             continue
-        if points and known not in seen:  # an earlier folder of sys.path hides a later one
-            seen.add(known)
-            yield from (Source(point.name, name, version, point.load) for point in points)
+        if entry_points and key not in seen:  # an earlier folder of sys.path hides a later one
+            seen.add(key)
+            yield from (Source(entry_point.name, name, version, entry_point.load) for entry_point in entry_points)
 
 
 def _allowed(sources: Iterator[Source]) -> Iterator[Source]:
-    listed = os.environ.get(ALLOW)
-    names = None if listed is None else {name.strip() for name in listed.split(",")}
+    setting = os.environ.get(ALLOW)
+    names = None if setting is None else {name.strip() for name in setting.split(",")}
     return (source for source in sources if names is None or source.name in names)
 
 
@@ -111,32 +111,32 @@ def _clash(sources: list[Source]) -> Broken:
     return Broken(sources[0], PluginError(message))
 
 
-def _bring_in(source: Source) -> Offer | Broken:
+def _load(source: Source) -> Offer | Broken:
     try:
         hooks = _hooks(source)
-        kinds = [admit(kind) for kind in _few(hooks.kvpolicy_stages())]
-        packages = _few(hooks.kvpolicy_policies())
-        _check_distinct(kinds)
-        policies = dict(found for package in packages for found in _policies(package))
-        return Offer(source, tuple(kinds), policies)
+        plugin_classes = [admit(plugin_class) for plugin_class in _bounded_list(hooks.kvpolicy_stages())]
+        packages = _bounded_list(hooks.kvpolicy_policies())
+        _check_distinct(plugin_classes)
+        policies = dict(policy for package in packages for policy in _policies(package))
+        return Offer(source, tuple(plugin_classes), policies)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - whatever a third party's import does, others must work
+    except BaseException as error:  # noqa: BLE001 - an import of a third party may raise anything
         broken = PluginError(f"{source}: {described(error)}")
         broken.__cause__ = error
         return Broken(source, broken)
 
 
-def _few(given: Iterable[Iterable[Any]]) -> list[Any]:
-    """All that the hooks of a distribution give, which may come from a generator without end."""
-    found = list(itertools.islice(itertools.chain.from_iterable(given), _MOST + 1))
-    if len(found) > _MOST:
-        raise PluginError(f"a hook gives more than {_MOST} things")
-    return found
+def _bounded_list(results: Iterable[Iterable[Any]]) -> list[Any]:
+    """The results of all hooks of a distribution; an error if there are too many, as from an endless generator."""
+    items = list(itertools.islice(itertools.chain.from_iterable(results), _MAX_OFFERS + 1))
+    if len(items) > _MAX_OFFERS:
+        raise PluginError(f"hooks return more than {_MAX_OFFERS} items")
+    return items
 
 
 def _hooks(source: Source) -> Any:
-    manager = pluggy.PluginManager(PROJECT)  # one each: pluggy forgets all plugins when one fails
+    manager = pluggy.PluginManager(PROJECT)  # one manager per source: pluggy drops all plugins when one fails
     manager.add_hookspecs(Hooks)
     plugin = source.load()
     manager.register(plugin, source.name)
@@ -146,11 +146,11 @@ def _hooks(source: Source) -> Any:
     return manager.hook
 
 
-def _check_distinct(kinds: list[type[Plugin]]) -> None:
-    seen: dict[tuple[str, str], type[Plugin]] = {}
-    for kind in kinds:
-        if seen.setdefault((kind.stage, kind.name), kind) is not kind:
-            raise PluginError(f"two plugins of the stage {kind.stage!r} have the name {kind.name!r}")
+def _check_distinct(plugin_classes: list[type[Plugin]]) -> None:
+    first: dict[tuple[str, str], type[Plugin]] = {}
+    for plugin_class in plugin_classes:
+        if first.setdefault((plugin_class.stage, plugin_class.name), plugin_class) is not plugin_class:
+            raise PluginError(f"two plugins of the stage {plugin_class.stage!r} have the name {plugin_class.name!r}")
 
 
 def _policies(package: str) -> Iterator[tuple[str, Path]]:

@@ -1,7 +1,7 @@
 """The hooks that a distribution implements to offer plugins and policies.
 
 A distribution names a module in the entry-point group `kvpolicy`; the module defines one or both functions
-below and marks each with `@kvpolicy.hookimpl`. The built-in plugins come in the same way.
+below and marks each with `@kvpolicy.hookimpl`. The built-in plugins use the same hooks.
 """
 
 from collections.abc import Iterable

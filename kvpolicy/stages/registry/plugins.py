@@ -1,4 +1,4 @@
-"""All plugins and policies by name. Filled once, when the first policy is read."""
+"""Look-up of plugins and policies by name. The registry is filled once, when the first policy is read."""
 
 import functools
 from collections.abc import Iterable
@@ -14,14 +14,14 @@ from kvpolicy.stages.registry.hooks import PROJECT
 
 
 @attrs.frozen
-class Record:
-    """One plugin, as lists show it."""
+class RegisteredPlugin:
+    """A plugin class with its name, stage and distribution."""
 
     name: str
     stage: str
     distribution: str
     version: str
-    kind: type[Plugin]
+    kind: type[Plugin]  # the plugin class
 
     @property
     def summary(self) -> str:
@@ -30,123 +30,128 @@ class Record:
 
     @property
     def qualified(self) -> str:
-        """`distribution:name`, which no other plugin of the stage has."""
+        """`distribution:name`, unique within the stage."""
         return f"{normalised(self.distribution)}:{self.name}"
 
 
 @attrs.frozen
 class Registry:
-    """Finds plugin classes and policy files by the names that policies use."""
+    """Plugin classes and policy files by name."""
 
     offers: tuple[Offer, ...]
     broken: tuple[Broken, ...]
 
-    def find(self, stage: str, name: str, home: str = "") -> type[Plugin]:
-        """The plugin class of `stage` called `name`, or `distribution:name` where two have the name.
+    def find(self, stage: str, name: str, distribution: str = "") -> type[Plugin]:
+        """The plugin class of `stage` with this name, or with this `distribution:name`.
 
-        Where two have it, `home` says whose is meant: a policy file that a distribution brings along means its own
-        plugins first, then the built-in ones, whatever else is installed beside it.
+        If several plugins have the name, those of `distribution` are preferred, then the built-in ones: a policy file
+        of a distribution uses its own plugins, independent of what else is installed.
 
         Raises:
-            PluginError: no such plugin, more than one, or a distribution that should have it is broken.
+            PluginError: no plugin has the name, or several have it; lists distributions that could not be loaded.
         """
-        found = [one for one in self._of(stage) if name in (one.name, one.qualified)]
-        if len(found) > 1 and home:
-            nearest = [one for owner in (home, PROJECT) for one in found if normalised(one.distribution) == owner]
-            found = nearest[:1] or found
-        if len(found) > 1:
-            choices = " or ".join(repr(one.qualified) for one in found)
+        matches = [plugin for plugin in self._of(stage) if name in (plugin.name, plugin.qualified)]
+        if len(matches) > 1 and distribution:
+            preferred = [
+                plugin
+                for owner in (distribution, PROJECT)
+                for plugin in matches
+                if normalised(plugin.distribution) == owner
+            ]
+            matches = preferred[:1] or matches
+        if len(matches) > 1:
+            choices = " or ".join(repr(plugin.qualified) for plugin in matches)
             raise PluginError(f"more than one plugin has the name {shown(name)}; write {choices}")
-        if not found:
-            raise self._unknown(stage, name) from next(iter(self._suspects(name)), None)
-        return found[0].kind
+        if not matches:
+            raise self._unknown(stage, name) from next(iter(self._load_errors(name)), None)
+        return matches[0].kind
 
     def names(self, stage: str) -> tuple[str, ...]:
-        """What `find` accepts for `stage`, sorted; `distribution:name` where two have the name."""
+        """Sorted names of the plugins of `stage`; `distribution:name` for names that several plugins have."""
         return tuple(sorted(_distinct(self._of(stage))))
 
-    def reference(self, kind: type[Plugin]) -> str:
-        """The name under which `find` gives `kind`."""
-        return self._references.get(kind, kind.name)
+    def reference(self, plugin_class: type[Plugin]) -> str:
+        """The name with which `find` returns `plugin_class`."""
+        return self._references.get(plugin_class, plugin_class.name)
 
-    def identity(self, kind: type[Plugin]) -> str:
-        """A name for `kind` that does not depend on what else is installed."""
-        record = self._records.get(kind)
-        return kind.name if record is None or record.distribution == PROJECT else record.qualified
+    def identity(self, plugin_class: type[Plugin]) -> str:
+        """A name of `plugin_class` that does not depend on what else is installed."""
+        plugin = self._by_class.get(plugin_class)
+        return plugin_class.name if plugin is None or plugin.distribution == PROJECT else plugin.qualified
 
-    def owner(self, kind: type[Plugin]) -> str:
-        """The distribution that offers `kind`; the project's own for a class that nobody offers."""
-        record = self._records.get(kind)
-        return PROJECT if record is None else normalised(record.distribution)
+    def owner(self, plugin_class: type[Plugin]) -> str:
+        """The distribution of `plugin_class`; `kvpolicy` for a class that is not registered."""
+        plugin = self._by_class.get(plugin_class)
+        return PROJECT if plugin is None else normalised(plugin.distribution)
 
     def policies(self) -> dict[str, Path]:
-        """The installed policies by name, sorted; `distribution:name` where two have the name."""
+        """Installed policies, sorted by name; `distribution:name` for names that several policies have."""
         named = [(offer, name) for offer in self.offers for name in offer.policies]
-        several = {name for _, name in named if [other for _, other in named].count(name) > 1}
+        ambiguous = {name for _, name in named if [other for _, other in named].count(name) > 1}
         paths = {}
         for offer, name in named:
-            owner = f"{normalised(offer.source.distribution)}:" if name in several else ""
+            owner = f"{normalised(offer.source.distribution)}:" if name in ambiguous else ""
             paths[owner + name] = offer.policies[name]
         return dict(sorted(paths.items()))
 
     def policy(self, name: str) -> Path | None:
-        """The installed policy of that name, or `distribution:name`; None if there is none, or more than one."""
+        """The installed policy of this name or `distribution:name`; None if there is none, or several."""
         qualified = {
-            f"{normalised(offer.source.distribution)}:{one}": path
+            f"{normalised(offer.source.distribution)}:{policy_name}": path
             for offer in self.offers
-            for one, path in offer.policies.items()
+            for policy_name, path in offer.policies.items()
         }
         return self.policies().get(name) or qualified.get(name)
 
-    def home(self, path: Path) -> str:
-        """The distribution that brought the policy file, empty for a file of the user's own."""
-        homes = (offer.source.distribution for offer in self.offers if path in offer.policies.values())
-        return normalised(next(homes, ""))
+    def distribution_of(self, path: Path) -> str:
+        """The distribution of an installed policy file; empty for other files."""
+        distributions = (offer.source.distribution for offer in self.offers if path in offer.policies.values())
+        return normalised(next(distributions, ""))
 
-    def plugins(self) -> tuple[Record, ...]:
-        """Every plugin, in the order of the stages, then of their names."""
-        return tuple(record for stage in STAGES for _, record in sorted(_distinct(self._of(stage)).items()))
+    def plugins(self) -> tuple[RegisteredPlugin, ...]:
+        """All plugins, ordered by stage, then by name."""
+        return tuple(plugin for stage in STAGES for _, plugin in sorted(_distinct(self._of(stage)).items()))
 
-    def _of(self, stage: str) -> list[Record]:
-        return [one for one in self._records.values() if one.stage == stage]
+    def _of(self, stage: str) -> list[RegisteredPlugin]:
+        return [plugin for plugin in self._by_class.values() if plugin.stage == stage]
 
     @cached_property
-    def _records(self) -> dict[type[Plugin], Record]:
-        """By class: policies are written and compared by the names of their plugins, many times over.
-
-        A class that a second distribution offers, too, is the first one's.
-        """
-        found: dict[type[Plugin], Record] = {}
+    def _by_class(self) -> dict[type[Plugin], RegisteredPlugin]:
+        """Registered plugins by class. If several distributions offer a class, it belongs to the first."""
+        plugins: dict[type[Plugin], RegisteredPlugin] = {}
         for offer in self.offers:
-            for kind in offer.kinds:
-                record = Record(kind.name, kind.stage, offer.source.distribution, offer.source.version, kind)
-                found.setdefault(kind, record)
-        return found
+            for plugin_class in offer.plugin_classes:
+                source = offer.source
+                plugin = RegisteredPlugin(
+                    plugin_class.name, plugin_class.stage, source.distribution, source.version, plugin_class
+                )
+                plugins.setdefault(plugin_class, plugin)
+        return plugins
 
     @cached_property
     def _references(self) -> dict[type[Plugin], str]:
-        return {record.kind: name for stage in STAGES for name, record in _distinct(self._of(stage)).items()}
+        return {plugin.kind: name for stage in STAGES for name, plugin in _distinct(self._of(stage)).items()}
 
-    def _suspects(self, name: str) -> list[PluginError]:
-        """Why plugins that might have had the name are not there; the entry point of that name first."""
-        named = sorted(self.broken, key=lambda one: one.source.name != name)
-        return [one.error for one in named]
+    def _load_errors(self, name: str) -> list[PluginError]:
+        """Errors of sources that could not be loaded; first that of the entry point with this name, if any."""
+        ordered = sorted(self.broken, key=lambda source: source.source.name != name)
+        return [source.error for source in ordered]
 
     def _unknown(self, stage: str, name: str) -> PluginError:
-        broken = "".join(f"; not loaded: {error}" for error in self._suspects(name))
+        broken = "".join(f"; not loaded: {error}" for error in self._load_errors(name))
         known = did_you_mean(name, self.names(stage), "installed")
         return PluginError(f"unknown name {shown(name)}{known}{broken}")
 
 
 @functools.cache
 def registry() -> Registry:
-    """The registry of this process; `registry.cache_clear()` makes the next call look again."""
-    found = list(discover())
-    offers = tuple(one for one in found if isinstance(one, Offer))
-    return Registry(offers, tuple(one for one in found if isinstance(one, Broken)))
+    """The registry of this process; after `registry.cache_clear()` the next call repeats the discovery."""
+    sources = list(discover())
+    offers = tuple(source for source in sources if isinstance(source, Offer))
+    return Registry(offers, tuple(source for source in sources if isinstance(source, Broken)))
 
 
-def _distinct(records: Iterable[Record]) -> dict[str, Record]:
-    listed = list(records)
-    names = [record.name for record in listed]
-    return {(one.qualified if names.count(one.name) > 1 else one.name): one for one in listed}
+def _distinct(plugins: Iterable[RegisteredPlugin]) -> dict[str, RegisteredPlugin]:
+    all_plugins = list(plugins)
+    names = [plugin.name for plugin in all_plugins]
+    return {(plugin.qualified if names.count(plugin.name) > 1 else plugin.name): plugin for plugin in all_plugins}

@@ -1,4 +1,4 @@
-"""More for the layers and heads that need it."""
+"""Allocator `global`: divides the whole budget over layers and heads by their scores."""
 
 from typing import ClassVar
 
@@ -22,19 +22,19 @@ class GlobalRanking(JointAllocator):
     name: ClassVar[str] = "global"
     reference: ClassVar[str] = "arXiv:2505.23416"
 
-    floor: float = parameter(Number(minimum=0, maximum=1), 0.0, help="part of the budget shared out equally")
+    floor: float = parameter(Number(minimum=0, maximum=1), 0.0, help="share of the budget that is divided equally")
 
     def allocate(self, request: AllocationRequest) -> Tensor:
         room, total = request.room, request.total
         owned = request.won(total).double()
         if not self.floor:
             return owned.long()
-        equal = water_fill(_in_one(room), total)
-        shares = (1 - self.floor) * _in_one(owned) + self.floor * equal
+        equal = water_fill(_flatten_layers(room), total)
+        shares = (1 - self.floor) * _flatten_layers(owned) + self.floor * equal
         counts: Tensor = apportion(shares, total).unflatten(1, (room.shape[0], -1))
         return counts.transpose(0, 1)
 
 
-def _in_one(counts: Tensor) -> Tensor:
+def _flatten_layers(counts: Tensor) -> Tensor:
     """[L, B, K] as [B, L·K]."""
     return counts.transpose(0, 1).flatten(1)

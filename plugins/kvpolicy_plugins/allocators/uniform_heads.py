@@ -1,4 +1,4 @@
-"""The same for every head."""
+"""Allocator `uniform` over heads: equal budgets."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 
 @attrs.frozen
 class UniformHeads(HeadAllocator):
-    """Every head of a layer keeps as many candidates as every other; what one cannot fill, the others get."""
+    """Every head of a layer keeps equally many candidates; what a head cannot use is divided among the others."""
 
     name: ClassVar[str] = "uniform"
     ragged: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""The same for every layer."""
+"""Allocator `uniform` over layers: equal budgets."""
 
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from kvpolicy.stages import AllocationRequest, LayerAllocator
 
 @attrs.frozen
 class UniformLayers(LayerAllocator):
-    """Every layer keeps as many entries as every other."""
+    """Every layer keeps equally many entries."""
 
     name: ClassVar[str] = "uniform"
     follows_length: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Numbers of 8 bits with an exponent of their own."""
+"""Codec `fp8`: float8 with a scale per vector."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -12,12 +12,12 @@ from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max
-_NO_EXPONENT_TOP = -0x4001  # all bits of an int16 but the top one of a half's exponent
+_ALL_BUT_TOP_EXPONENT_BIT = -0x4001  # mask over the bits of a float16
 
 
 @attrs.frozen(eq=False)
 class Scaled(Format):
-    """Each vector over its largest magnitude, in float8_e4m3fn."""
+    """Each vector divided by its largest magnitude, in float8_e4m3fn."""
 
     dim: int  # D
     dtype: torch.dtype  # of the model's own vectors
@@ -26,21 +26,21 @@ class Scaled(Format):
 
     @columns.default
     def _columns(self) -> dict[str, Column]:
-        # Bytes rather than float8: few operations of torch know that dtype.
+        # Bytes rather than float8, because few operations of torch support that dtype.
         return {"codes": Column((self.dim,), torch.uint8), "peak": Column((), torch.float16)}
 
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
         exact = vectors.to(compute_dtype(vectors.dtype))
         peak = cast_clamped(exact.abs().amax(-1), torch.float16)
         scale = (peak.to(exact.dtype) / _LARGEST)[..., None]
-        # What rounding the peak puts above the largest code becomes NaN with some versions of torch.
+        # Clamped, because rounding the peak may exceed the largest code, which is NaN in some versions of torch.
         codes = (exact / scale.masked_fill(scale == 0, torch.inf)).clamp_(-_LARGEST, _LARGEST)
         return {"codes": codes.to(_E4M3).view(torch.uint8), "peak": peak}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
         exact = compute_dtype(self.dtype)
         scale = columns["peak"].to(exact) * (256 / _LARGEST)
-        return cast_clamped(_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
+        return cast_clamped(_bytes_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
 
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.quantise.unpack import scaled_fp8
@@ -50,26 +50,26 @@ class Scaled(Format):
 
 @attrs.frozen
 class Fp8(Codec):
-    """Float8 (e4m3) with one float16 scale for each token and head: half the size, and next to no loss.
+    """Float8 (e4m3) with one float16 scale for each token and head: half the size, with little loss.
 
-    A scale for a whole tensor, chosen at the first tokens, saturates with larger ones that come later; a scale for
-    each vector never does.
+    A scale of a whole tensor, chosen at the first tokens, saturates when larger numbers come later; a scale per
+    vector does not.
     """
 
     name: ClassVar[str] = "fp8"
     reference: ClassVar[str] = "arXiv:2209.05433"
 
-    residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries stay as they are")
+    residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries are not packed")
 
     def formats(self, site: Site) -> Formats:
-        one = Scaled(site.geometry.head_dim, site.dtype, self.residual)
-        return Formats(one, one)
+        scaled = Scaled(site.geometry.head_dim, site.dtype, self.residual)
+        return Formats(scaled, scaled)
 
 
-def _over_256(codes: Tensor) -> Tensor:
-    """Float8 numbers, given as bytes, over 256, in float16: exact, and much faster than a conversion on a CPU.
+def _bytes_over_256(codes: Tensor) -> Tensor:
+    """Float8 numbers, given as bytes, divided by 256, in float16: exact, and much faster than a conversion on a CPU.
 
-    Sign to sign, exponent and mantissa to the places below the top exponent bit; the biases differ by 8, hence 256.
+    The sign keeps its bit, exponent and mantissa move below the top exponent bit. The biases differ by 8, hence 256.
     """
     shifted = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-    return shifted.bitwise_and_(_NO_EXPONENT_TOP).view(torch.float16)
+    return shifted.bitwise_and_(_ALL_BUT_TOP_EXPONENT_BIT).view(torch.float16)

@@ -1,4 +1,4 @@
-"""Keys quantised per channel, values per token."""
+"""Codec `kivi`: keys quantised per channel, values per token."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -36,7 +36,7 @@ from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 @attrs.frozen(eq=False)
 class PerChannel(Format):
-    """Each channel of `unit` consecutive tokens is one group."""
+    """Each channel of `group_size` consecutive tokens is a quantisation group."""
 
     dim: int  # D
     dtype: torch.dtype  # of the model's own vectors
@@ -49,11 +49,11 @@ class PerChannel(Format):
 
     @columns.default
     def _columns(self) -> dict[str, Column]:
-        each = Column((self.dim,), self.stored)
+        scales = Column((self.dim,), self.stored)
         codes = Column((self.group_size, packed_size(self.dim, self.bits)), torch.uint8)
-        return {"codes": codes, "scale": each, "minimum": each}
+        return {"codes": codes, "scale": scales, "minimum": scales}
 
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
         codes, scale, minimum = quantise_channels(vectors, self.group_size, self.bits, self.stored)
         return {"codes": codes, "scale": scale, "minimum": minimum}
 
@@ -64,13 +64,13 @@ class PerChannel(Format):
         from kvpolicy_kernels.quantise.unpack import per_channel
 
         codes = PackedColumn(self.group_size * packed_size(self.dim, self.bits), torch.uint8)
-        each = PackedColumn(self.dim, self.stored, shared=True)
-        return Unpacking(per_channel, (codes, each, each), self.group_size, (self.bits, self.group_size))
+        scales = PackedColumn(self.dim, self.stored, shared=True)
+        return Unpacking(per_channel, (codes, scales, scales), self.group_size, (self.bits, self.group_size))
 
 
 @attrs.frozen(eq=False)
 class PerToken(Format):
-    """Each `group` of neighbouring channels of a token is one group."""
+    """Each `group` of neighbouring channels of a token is a quantisation group."""
 
     dim: int  # D
     dtype: torch.dtype  # of the model's own vectors
@@ -83,11 +83,11 @@ class PerToken(Format):
 
     @columns.default
     def _columns(self) -> dict[str, Column]:
-        each = Column((self.dim // self.group,), self.stored)
+        scales = Column((self.dim // self.group,), self.stored)
         codes = Column((packed_size(self.dim, self.bits),), torch.uint8)
-        return {"codes": codes, "scale": each, "minimum": each}
+        return {"codes": codes, "scale": scales, "minimum": scales}
 
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
         codes, scale, minimum = quantise_tokens(vectors, self.group, self.bits, self.stored)
         return {"codes": codes, "scale": scale, "minimum": minimum}
 
@@ -101,17 +101,17 @@ class PerToken(Format):
         if self.group.bit_count() != 1:
             return f"has groups of {self.group} channels, not a power of two"
         codes = PackedColumn(packed_size(self.dim, self.bits), torch.uint8)
-        each = PackedColumn(self.dim // self.group, self.stored)
-        return Unpacking(per_token, (codes, each, each), options=(self.bits, self.group))
+        scales = PackedColumn(self.dim // self.group, self.stored)
+        return Unpacking(per_token, (codes, scales, scales), options=(self.bits, self.group))
 
 
 @attrs.frozen
 class Kivi(Codec):
     """Asymmetric quantisation, keys along the tokens of a channel, values along the channels of a token (KIVI).
 
-    Keys have outlier channels, values have none, so a group never mixes an outlier with ordinary numbers.
-    The newest entries stay as they are: values the newest `residual`; keys until `residual` of them have come, and
-    then all of those are quantised at once (algorithm 1).
+    Keys have outlier channels, values have none, so a group never has both outliers and ordinary numbers.
+    The newest entries are not packed: of the values the newest `residual`; of the keys all until there are `residual`
+    of them, which are then quantised at once (algorithm 1).
     """
 
     name: ClassVar[str] = "kivi"
@@ -122,7 +122,7 @@ class Kivi(Codec):
     group: int = parameter(
         Integer(minimum=1, maximum=MOST_CHANNELS), 32, help="tokens of a key group, and channels of a value group"
     )
-    residual: int = parameter(Integer(minimum=1), 128, help="how many of the newest entries stay as they are")
+    residual: int = parameter(Integer(minimum=1), 128, help="how many of the newest entries are not packed")
     scales: str = parameter(SCALES, "half", help="scales and minima in float16, or in the model's own precision")
 
     def __attrs_post_init__(self) -> None:

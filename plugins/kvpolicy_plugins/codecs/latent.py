@@ -1,4 +1,4 @@
-"""Keys in a latent basis that all heads of a layer share."""
+"""Codec `latent`: keys in a low-rank basis shared by all heads of a layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -14,7 +14,7 @@ from kvpolicy_plugins.codecs.shared.affine import BITS, SCALES, cast_clamped, ch
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 _SIGNS = 8
-_TOLERANCE = 1e-3  # float32 rounds the numbers of a basis, a thousand of them are summed
+_TOLERANCE = 1e-3  # rounding errors of a basis in float32, over about a thousand terms
 
 
 @attrs.frozen
@@ -22,11 +22,11 @@ class Latent(Codec):
     """Keys in a low-rank basis found before rotation, values quantised, as in SALS.
 
     1. Calibration: the eigenvectors U of KᵀK, where a row of K is one token's keys of all heads, not rotated;
-    2. of a key k the latent Uᵀ k is kept, in the model's dtype: r numbers for all heads of an entry together;
-    3. to be read, a key is U Uᵀ k, rotated to the position of its entry;
-    4. values are quantised in groups along the head dimension, each entry on its own.
+    2. of a key k the latent Uᵀ k is stored, in the model's dtype: r numbers for all heads of an entry together;
+    3. a decoded key is U Uᵀ k, rotated to the position of its entry;
+    4. values are quantised in groups along the head dimension, each entry separately.
 
-    Rotation spreads the variance of keys over more dimensions: this is why it is undone before step 1 and step 2.
+    Rotation is undone before steps 1 and 2, because it spreads the variance of keys over more dimensions.
     """
 
     name: ClassVar[str] = "latent"
@@ -38,7 +38,7 @@ class Latent(Codec):
         Integer(minimum=1, maximum=MOST_CHANNELS), 32, help="channels of a value that share a scale"
     )
     scales: str = parameter(SCALES, "half", help="scales and minima in float16, or in the model's own precision")
-    residual: int = parameter(Integer(minimum=0), 0, help="newest entries that are kept exactly")
+    residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries are not packed")
 
     @property
     def joint(self) -> bool:
@@ -54,11 +54,11 @@ class Latent(Codec):
 
     def check_calibration(self, site: Site) -> None:
         super().check_calibration(site)
-        if (basis := site.calibration.get("basis")) is not None:  # `formats` asks for one in words of its own
+        if (basis := site.calibration.get("basis")) is not None:  # `formats` reports a missing basis
             _check_orthonormal(self._checked(basis, site))
 
     def formats(self, site: Site) -> Formats:
-        rotary, heads = _known(site.rotary), site.geometry.kv_heads
+        rotary, heads = _require_rotary(site.rotary), site.geometry.kv_heads
         basis = self._checked(site.calibration.get("basis"), site)
         arithmetic = torch.promote_types(site.dtype, torch.float32)
         keys = LatentKeys(rotary, basis.to(arithmetic), heads, site.dtype, self.residual)
@@ -96,9 +96,9 @@ class Latent(Codec):
 
 
 def _check_orthonormal(basis: Tensor) -> None:
-    """Raise ParameterError unless UᵀU is the identity, as far as eight vectors of random signs can tell.
+    """Raise ParameterError unless UᵀU is the identity, tested with eight vectors of random signs.
 
-    A column that is not as it was shows in all of them, for the cost of eight tokens.
+    A changed column changes all of these products, whose cost is that of eight tokens.
     """
     random = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (basis.shape[1], _SIGNS), generator=random).mul(2).sub(1).double().to(basis.device)
@@ -113,10 +113,10 @@ def joint_spectrum(sample: Sample) -> tuple[Tensor, Tensor]:
 
     Not centred. The component of an eigenvector that is largest in magnitude is positive.
     """
-    rotary, positions = _known(sample.rotary), torch.arange(sample.keys.shape[2], device=sample.keys.device)
+    rotary, positions = _require_rotary(sample.rotary), torch.arange(sample.keys.shape[2], device=sample.keys.device)
     width = sample.keys.shape[1] * sample.keys.shape[3]
     products = torch.zeros(width, width, dtype=torch.float64, device=sample.keys.device)
-    for sequence in sample.keys:  # one at a time: all of them in float64 could be too much
+    for sequence in sample.keys:  # one at a time, to limit memory in float64
         rows = rotary.unrotate(sequence.double(), positions).transpose(0, 1).flatten(1)
         products += rows.T @ rows
     eigenvalues, vectors = torch.linalg.eigh(products)
@@ -124,18 +124,18 @@ def joint_spectrum(sample: Sample) -> tuple[Tensor, Tensor]:
     return eigenvalues.flip(0).clamp(min=0), (vectors * largest.sign()).flip(1)
 
 
-def _known(rotary: Rotary | None) -> Rotary:
+def _require_rotary(rotary: Rotary | None) -> Rotary:
     if rotary is None:
-        raise ParameterError("latent: must know how the model rotates its keys, to undo it: the rotation is not known")
+        raise ParameterError("latent: needs the rotary embedding of the model, to undo it: it is not known")
     return rotary
 
 
 @attrs.frozen(eq=False)
 class LatentKeys(Format):
-    """What SALS keeps of the keys of one entry: k̃ = Uᵀ k, k the keys of all heads before rotation, side by side."""
+    """Latent keys of SALS: k̃ = Uᵀ k per entry, with k the concatenated keys of all heads before rotation."""
 
     rotary: Rotary
-    basis: Tensor  # U, [K·D, r] in the dtype of the arithmetic, orthonormal columns, the most telling first
+    basis: Tensor  # U, [K·D, r] in the dtype of the arithmetic, orthonormal columns by descending eigenvalue
     heads: int  # K
     dtype: torch.dtype  # of the model's keys, and of the latents
     residual_length: int = 0
@@ -166,19 +166,19 @@ class LatentKeys(Format):
         return self.rotary.unrotate(vectors.to(self.basis.dtype), positions)
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Latents [..., r] of vectors before rotation, those of all KV heads side by side, [..., K·D]."""
+        """Latents [..., r] of concatenated vectors of all KV heads before rotation, [..., K·D]."""
         return vectors @ self._basis_on(vectors.device)
 
     def _basis_on(self, device: torch.device) -> Tensor:
-        """The basis where it is needed: calibration need not be on the device of the model."""
+        """The basis on a device: the calibration may be on another one than the model."""
         if device not in self._copies:
             self._copies[device] = self.basis.to(device)
         return self._copies[device]
 
 
 def _common(positions: Tensor) -> Tensor:
-    """[B, 1, n] if all heads hold the same positions, which saves most of the rotation's angles; else as they are."""
+    """Positions [B, 1, n] if those of all heads are equal, to compute fewer angles; otherwise unchanged."""
     first = positions[:, :1]
-    # Only a host can look without making a device wait.
+    # Only compared on a CPU: elsewhere it would synchronise the device.
     alike = positions.device.type == "cpu" and torch.equal(positions, first.expand_as(positions))
     return first if alike else positions

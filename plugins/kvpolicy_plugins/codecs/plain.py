@@ -1,4 +1,4 @@
-"""Entries as they are."""
+"""Codec `plain`: packs nothing."""
 
 from typing import ClassVar
 
@@ -13,5 +13,5 @@ class Plain(Codec):
 
     name: ClassVar[str] = "plain"
 
-    def formats(self, site: Site) -> Formats:  # noqa: ARG002 the same everywhere
+    def formats(self, site: Site) -> Formats:  # noqa: ARG002 the same for all layers
         return Formats(AsIs(), AsIs())

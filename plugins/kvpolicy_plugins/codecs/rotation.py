@@ -1,4 +1,4 @@
-"""Rotated vectors all look alike, so that one codebook fits them."""
+"""Codec `rotation`: randomly rotated vectors, quantised with one codebook."""
 
 import functools
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
 from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
 from kvpolicy_plugins.shared.limits import SEED
 
-_BLOCK = 32  # up to here a matrix product is faster than halving on
+_BLOCK = 32  # up to this size a matrix product is faster than further halving
 
 
 @attrs.frozen(eq=False)
@@ -34,21 +34,21 @@ class Rotated(Format):
         codes = Column((packed_size(len(self.signs), self.bits),), torch.uint8)
         return {"codes": codes, "norm": Column((), self.stored)}
 
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
         exact = vectors.to(compute_dtype(vectors.dtype))
         norm = exact.norm(dim=-1).clamp(max=torch.finfo(exact.dtype).max / 4)  # leaves room to decode
         directions = exact / norm.masked_fill(norm == 0, 1)[..., None]
         rotated = hadamard(directions * _tensor(self.signs, exact.dtype, exact.device))
         codes = torch.zeros(rotated.shape, dtype=torch.uint8, device=rotated.device)
-        for edge in edges_between(codebook(self.bits)):  # many times faster than a search for each number
+        for edge in edges_between(codebook(self.bits)):  # many times faster than a binary search
             codes += rotated > edge
         return {"codes": pack(codes, self.bits), "norm": cast_clamped(norm, self.stored)}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
         dim, exact, device = len(self.signs), compute_dtype(self.dtype), columns["codes"].device
         pairs = unpack(columns["codes"], 2 * self.bits, -(-dim // 2))
-        found = _pairs(self.bits, exact, device).index_select(0, pairs.flatten().int())
-        rotated = torch.view_as_real(found).view(*pairs.shape, 2).flatten(-2)[..., :dim]
+        complex_levels = _pairs(self.bits, exact, device).index_select(0, pairs.flatten().int())
+        rotated = torch.view_as_real(complex_levels).view(*pairs.shape, 2).flatten(-2)[..., :dim]
         norm = columns["norm"].to(exact)[..., None] / dim
         return cast_clamped(hadamard(rotated).mul_(_tensor(self.signs, exact, device)).mul_(norm), self.dtype)
 
@@ -58,8 +58,8 @@ class Rotation(Codec):
     """A random rotation, then the best scalar codebook for normal numbers (TurboQuant, section 3.1).
 
     With random signs s and the Hadamard matrix H, the coordinates of √D · H (s · x) / ‖x‖ are nearly standard normal,
-    whatever x is. Nothing is calibrated; what a vector keeps of its own is its norm. Neither the paper's
-    second stage, which spends a bit to make inner products unbiased, nor its mixed widths are there.
+    for every x. There is no calibration, and only the norm is stored per vector. The second stage of the paper,
+    one bit for unbiased inner products, and its mixed widths are not implemented.
     """
 
     name: ClassVar[str] = "rotation"
@@ -67,7 +67,7 @@ class Rotation(Codec):
 
     bits: int = parameter(Integer(minimum=1, maximum=4), 4, help="bits per number")
     seed: int = parameter(SEED, 0, help="seed of the random signs")
-    residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries stay as they are")
+    residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries are not packed")
     scales: str = parameter(SCALES, "half", help="norms in float16, or in the model's own precision")
 
     def formats(self, site: Site) -> Formats:
@@ -76,8 +76,8 @@ class Rotation(Codec):
             raise ParameterError(f"rotation: must have a head dimension that is a power of two: {dim}")
         random = torch.Generator().manual_seed(self.seed)
         signs = tuple((2 * torch.randint(2, (dim,), generator=random) - 1).tolist())
-        one = Rotated(signs, site.dtype, scale_dtype(self.scales, site.dtype), self.bits, self.residual)
-        return Formats(one, one)
+        rotated = Rotated(signs, site.dtype, scale_dtype(self.scales, site.dtype), self.bits, self.residual)
+        return Formats(rotated, rotated)
 
 
 def hadamard(vectors: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ def hadamard(vectors: Tensor) -> Tensor:
     return product
 
 
-# Constants of a device: a transfer at every token would take longer than the work itself. They outlive the
-# `torch.inference_mode` in which they may be made, and must be of use outside of it.
+# Constants are cached per device: a transfer per token would take longer than the computation. They are made outside
+# inference mode, so that they can be used outside of it later.
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
 def _tensor(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -104,7 +104,7 @@ def _tensor(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
 def _pairs(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Complex [4^bits]: the numbers of two neighbouring codes, found together in half the time."""
+    """Complex [4^bits]: the levels of two neighbouring codes, so that one look-up serves both."""
     numbers = _tensor(codebook(bits), dtype, device)
     second, first = torch.meshgrid(numbers, numbers, indexing="ij")
     return torch.complex(first, second).flatten()

@@ -1,4 +1,4 @@
-"""What is common to all heads is held once, and what is left is quantised."""
+"""Codec `tada`: the mean over the heads, and quantised differences from it."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -56,14 +56,14 @@ class Centred(Format):
 
     @columns.default
     def _columns(self) -> dict[str, Column]:
-        each = Column((self.heads, self.dim // self.group), self.stored)
+        scales = Column((self.heads, self.dim // self.group), self.stored)
         codes = Column((self.heads, packed_size(self.dim, self.bits)), torch.uint8)
-        return {"mean": Column((self.dim,), self.stored), "codes": codes, "scale": each, "minimum": each}
+        return {"mean": Column((self.dim,), self.stored), "codes": codes, "scale": scales, "minimum": scales}
 
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 wherever they stand
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
         exact = vectors.to(compute_dtype(vectors.dtype)).movedim(1, 2)
         mean = cast_clamped(exact.mean(2), self.stored)
-        # From the mean as it is held, so that rounding it costs nothing.
+        # From the stored mean, so that its rounding adds no error.
         differences = mean.to(exact.dtype)[:, :, None] - exact
         codes, scale, minimum = quantise_tokens(differences, self.group, self.bits, self.stored)
         columns = {"mean": mean, "codes": codes, "scale": scale, "minimum": minimum}
@@ -81,20 +81,20 @@ class Centred(Format):
 
         if self.group.bit_count() != 1:
             return f"has groups of {self.group} channels, not a power of two"
-        each = PackedColumn(self.heads * self.dim // self.group, self.stored)
+        scales = PackedColumn(self.heads * self.dim // self.group, self.stored)
         codes = PackedColumn(self.heads * packed_size(self.dim, self.bits), torch.uint8)
-        columns = PackedColumn(self.dim, self.stored), codes, each, each
+        columns = PackedColumn(self.dim, self.stored), codes, scales, scales
         return Unpacking(centred, columns, options=(self.bits, self.group, self.heads), joint=True)
 
 
 @attrs.frozen
 class Tada(Codec):
-    """The mean over the heads is held in 16 bits, the differences from it in few (TaDA).
+    """Stores the mean over the heads in 16 bits, and the differences from it in few bits (TaDA).
 
-    Heads of a token share their outliers, so the differences have none. The newest `residual` entries stay as they
-    are, and what exceeds them is compressed `batch` entries at one time. With `bits: auto` a calibration chooses the
-    bits of each layer: those of at most `mean_bits` on average with the least sum of relative errors of the
-    attention's output; the paper searches at random for them, here the search is exact.
+    Heads of a token share their outliers, so the differences have none. The newest `residual` entries are not packed;
+    older ones are packed `batch` entries at a time. With `bits: auto` a calibration chooses the bits of each layer: at
+    most `mean_bits` on average, with the least sum of relative errors of the attention output. The search is exact;
+    the paper samples at random.
 
     Relative to 16 bits an entry takes bits/16 + 1/K + 2/g: with few KV heads K, or short groups g, the mean and the
     scales weigh more than the codes.
@@ -105,8 +105,8 @@ class Tada(Codec):
 
     bits: int | str = parameter(Choice((*_WIDTHS, "auto")), 4, help="bits per number; auto = calibrated for each layer")
     group: int = parameter(Integer(minimum=0, maximum=MOST_CHANNELS), 0, help="channels of a group; 0 = all of a head")
-    residual: int = parameter(Integer(minimum=0), 128, help="how many of the newest entries stay as they are")
-    batch: int = parameter(Integer(minimum=1), 32, help="how many entries are compressed at one time")
+    residual: int = parameter(Integer(minimum=0), 128, help="how many of the newest entries are not packed")
+    batch: int = parameter(Integer(minimum=1), 32, help="how many entries are packed at a time")
     scales: str = parameter(SCALES, "half", help="means, scales and minima in float16, or in the model's own precision")
     mean_bits: float = parameter(Number(minimum=2, maximum=8), 3.5, help="with bits: auto, their average over layers")
 
@@ -119,8 +119,8 @@ class Tada(Codec):
         return self.bits == "auto"
 
     def formats(self, site: Site) -> Formats:
-        one = self._format(site, self._bits(site))
-        return Formats(one, one)
+        centred = self._format(site, self._bits(site))
+        return Formats(centred, centred)
 
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """Per layer `bits`, an int64 scalar."""
@@ -139,10 +139,12 @@ class Tada(Codec):
             return self.bits
         if "bits" not in site.calibration:
             raise ParameterError("bits: needs a calibration: 'auto'")
-        found = site.calibration["bits"]
-        if found.dtype != torch.int64 or found.ndim:
-            raise ParameterError(f"bits: must be one int64 in the calibration: {list(found.shape)} of {found.dtype}")
-        bits = int(found)
+        calibrated_bits = site.calibration["bits"]
+        if calibrated_bits.dtype != torch.int64 or calibrated_bits.ndim:
+            raise ParameterError(
+                f"bits: must be one int64 in the calibration: {list(calibrated_bits.shape)} of {calibrated_bits.dtype}"
+            )
+        bits = int(calibrated_bits)
         if not BITS.accepts(bits):
             raise ParameterError(f"bits: must be {BITS} in the calibration: {bits}")
         return bits
@@ -154,13 +156,16 @@ class Tada(Codec):
         return Centred(heads, dim, site.dtype, stored, bits, self.group or dim, self.residual, self.batch)
 
     def _error(self, sample: Sample, bits: int) -> float:
-        """How far quantised keys and values take the attention's output away, relative to its norm."""
+        """Error of the attention output with quantised keys and values, relative to its norm."""
         exact = _attention(sample, sample.keys, sample.values)
-        form = self._format(Site(sample.geometry, sample.keys.dtype), bits)
+        kv_format = self._format(Site(sample.geometry, sample.keys.dtype), bits)
         positions = torch.arange(sample.keys.shape[2], device=sample.keys.device).expand(sample.keys.shape[:3])
-        held = [form.decode(form.encode(one, positions), positions) for one in (sample.keys, sample.values)]
-        away = (_attention(sample, *held) - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
-        return float(away)
+        decoded = [
+            kv_format.decode(kv_format.encode(vectors, positions), positions)
+            for vectors in (sample.keys, sample.values)
+        ]
+        error = (_attention(sample, *decoded) - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
+        return float(error)
 
 
 def _attention(sample: Sample, keys: Tensor, values: Tensor) -> Tensor:

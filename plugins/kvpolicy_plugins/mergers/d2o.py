@@ -1,4 +1,4 @@
-"""Merged if similar enough, else dropped."""
+"""Merger `d2o`: merges evicted entries that are similar to a kept one, drops others."""
 
 from typing import ClassVar
 
@@ -11,12 +11,12 @@ from kvpolicy_plugins.mergers.shared.assignment import Assignment, kept_entries
 from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, nearest
 
 _STATE = "threshold"
-_NONE_YET = -torch.inf
+_NO_THRESHOLD = -torch.inf
 
 
 @attrs.frozen
 class D2O(Merger):
-    """Evicted entries that resemble a kept one are merged into it, keys and values; the others are dropped (D2O).
+    """Merges keys and values of evicted entries into a similar kept one; drops those without one (D2O).
 
     1. u = largest cosine similarity of an evicted entry's key to a kept key of its head;
     2. tau = mean of u over the row at its first trigger, then `alpha`·tau + `beta`·mean, carried per row
@@ -30,9 +30,9 @@ class D2O(Merger):
     name: ClassVar[str] = "d2o"
     reference: ClassVar[str] = "arXiv:2406.13035"
 
-    alpha: float = parameter(Number(minimum=0, maximum=1), 0.5, help="what the old threshold counts in the new one")
+    alpha: float = parameter(Number(minimum=0, maximum=1), 0.5, help="weight of the old threshold in the new one")
     beta: float = parameter(
-        Number(minimum=0, maximum=1), 0.5, help="what the mean similarity counts in the new threshold"
+        Number(minimum=0, maximum=1), 0.5, help="weight of the mean similarity in the new threshold"
     )
     normalize: str = parameter(
         Choice(("count", "softmax")), "count", help="divide by the number merged, or use weights that sum to one"
@@ -40,47 +40,49 @@ class D2O(Merger):
     together: str = parameter(
         Choice(("position", "rank")),
         "position",
-        help="which evicted entries of the heads are decided on at once: those at one position, or the n-th of each",
+        help="which evicted entries of the heads share a decision: those at one position, or the n-th of each",
     )
 
     def row_state(self) -> tuple[State, ...]:
-        return (State(_STATE, fill=_NONE_YET),)
+        return (State(_STATE, fill=_NO_THRESHOLD),)
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         similarity, target = nearest(view.keys, kept, evicted_of(view, kept))
         comparable = similarity > -torch.inf
         threshold = self._threshold(view.row_state[_STATE], similarity, comparable)
         agreed = _mean_over_heads(similarity, comparable, *self._pairs(view, comparable))
-        joined = Assignment(kept, comparable & (agreed >= threshold[:, None, None]), target)
-        entries = self._merged(view, joined, similarity)
+        assignment = Assignment(kept, comparable & (agreed >= threshold[:, None, None]), target)
+        entries = self._merged(view, assignment, similarity)
         return attrs.evolve(entries, row_state={_STATE: threshold.float()})
 
     def _threshold(self, old: Tensor, similarity: Tensor, comparable: Tensor) -> Tensor:
-        """New tau, float64 [B]: the mean of equal similarities must not be above them."""
+        """New tau, float64 [B], so that rounding does not put the mean of equal similarities above them."""
         total = similarity.double().masked_fill(~comparable, 0.0).sum((1, 2))
         count = comparable.sum((1, 2))
         mean = total / count.clamp(min=1)
-        moved = torch.where(old == _NONE_YET, mean, self.alpha * old.double() + self.beta * mean)
+        moved = torch.where(old == _NO_THRESHOLD, mean, self.alpha * old.double() + self.beta * mean)
         return torch.where(count > 0, moved, old.double())
 
     def _pairs(self, view: View, comparable: Tensor) -> tuple[Tensor, int]:
-        """Int64 [B, K, T] and a bound: entries of a row with the same number are decided on together."""
+        """Int64 [B, K, T] and a bound: entries of a row with the same number share a decision."""
         if self.together == "rank":
             return (comparable.cumsum(-1) - 1).clamp(min=0), comparable.shape[-1]
         positions, numbers = torch.unique(view.positions, return_inverse=True)
         return numbers, len(positions)
 
-    def _merged(self, view: View, joined: Assignment, similarity: Tensor) -> Entries:
+    def _merged(self, view: View, assignment: Assignment, similarity: Tensor) -> Entries:
         if self.normalize == "softmax":
             weights, divisor = (similarity - 1).exp(), None
         else:
-            weights, divisor = similarity, 1 + joined.arrivals.to(similarity.dtype)
-        keys = joined.blend(view.keys, weights, divisor=divisor)
-        return kept_entries(view, joined.kept, keys=keys, values=joined.blend(view.values, weights, divisor=divisor))
+            weights, divisor = similarity, 1 + assignment.merged_counts.to(similarity.dtype)
+        keys = assignment.blend(view.keys, weights, divisor=divisor)
+        return kept_entries(
+            view, assignment.kept, keys=keys, values=assignment.blend(view.values, weights, divisor=divisor)
+        )
 
 
 def _mean_over_heads(similarity: Tensor, comparable: Tensor, pairs: Tensor, count: int) -> Tensor:
-    """Float64 [B, K, T]: the mean over what has the same number in `pairs`."""
+    """Float64 [B, K, T]: the mean over entries with the same number in `pairs`."""
     index = pairs.flatten(1)
     none = torch.zeros(len(pairs), count, dtype=torch.float64, device=pairs.device)
     sums = none.scatter_add(1, index, similarity.double().masked_fill(~comparable, 0.0).flatten(1))

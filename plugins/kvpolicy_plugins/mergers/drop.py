@@ -1,4 +1,4 @@
-"""Evicted entries are gone."""
+"""Merger `drop`: drops evicted entries."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Evicted entries are merged so that the output of the next query stays what it was."""
+"""Merger `keepkv`: merges evicted entries so that the output of the next query does not change."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -24,12 +24,12 @@ from kvpolicy_plugins.mergers.shared.score_estimates import Estimate, MovingAver
 from kvpolicy_plugins.shared.limits import QUERIES
 
 LOSSLESS = ("additive", "bias")
-_RCOND = 1e-4  # singular values below this part of the largest are taken for nought
+_RCOND = 1e-4  # singular values below this fraction of the largest count as zero
 
 
 @attrs.frozen(eq=False)
-class Folded:
-    """Groups with their members' means, weighted by p·s; votes P and mass W are the members' sums."""
+class GroupMeans:
+    """Means of the members of groups, weighted by p·s, and their sums: votes P and mass W."""
 
     keys: Tensor  # [B, K, N, D]
     values: Tensor  # [B, K, N, Dv]
@@ -53,13 +53,13 @@ class Folded:
         return self.log_score / self.mean_log_score
 
     def additive_keys(self, queries: Tensor, scaling: float) -> Tensor:
-        """[B, K, N, D]: mean keys, moved as little as gives the query [B, K, D] the right logit."""
+        """Mean keys [B, K, N, D], with the smallest change that gives the query [B, K, D] the exact logit."""
         square = queries.square().sum(-1, keepdim=True)
-        way = queries / square.clamp(min=torch.finfo(queries.dtype).tiny)  # a query of 0 moves nothing
-        return self.keys - (self.gap / scaling)[..., None] * way[:, :, None]
+        direction = queries / square.clamp(min=torch.finfo(queries.dtype).tiny)  # a query of 0 changes nothing
+        return self.keys - (self.gap / scaling)[..., None] * direction[:, :, None]
 
     def fitted_keys(self, queries: Tensor, log_scores: Tensor, scaling: float) -> Tensor:
-        """[B, K, N, D]: mean keys, moved as little as gives G queries [B, K, G, D] logits `log_scores` [B, K, G, N]."""
+        """Mean keys [B, K, N, D], changed as little as gives `queries` [B, K, G, D] the `log_scores` [B, K, G, N]."""
         scaled = queries * scaling
         missing = log_scores - scaled @ self.keys.transpose(-1, -2)
         missing = missing.masked_fill(~missing.isfinite(), 0.0)
@@ -67,8 +67,8 @@ class Folded:
         return self.keys + (inverse @ missing).transpose(-1, -2)
 
 
-def fold(keys: Tensor, values: Tensor, log_scores: Tensor, log_votes: Tensor, groups: Groups) -> Folded:
-    """Means and sums of groups; a group whose members all have the score 0 is weighted by votes alone.
+def fold(keys: Tensor, values: Tensor, log_scores: Tensor, log_votes: Tensor, groups: Groups) -> GroupMeans:
+    """Means and sums of groups; groups in which all scores are 0 are weighted by votes alone.
 
     Args:
         keys: [B, K, T, D].
@@ -79,11 +79,11 @@ def fold(keys: Tensor, values: Tensor, log_scores: Tensor, log_votes: Tensor, gr
     """
     target, count = groups.target, groups.merged.shape[-1]
     votes = log_votes.masked_fill(~groups.member, -torch.inf)
-    silent = logsumexp_by_target(votes + log_scores.masked_fill(~groups.member, 0.0), target, count) == -torch.inf
-    scores = log_scores.masked_fill(~groups.member | silent.gather(-1, target), 0.0)
+    is_zero = logsumexp_by_target(votes + log_scores.masked_fill(~groups.member, 0.0), target, count) == -torch.inf
+    scores = log_scores.masked_fill(~groups.member | is_zero.gather(-1, target), 0.0)
     log_mass = logsumexp_by_target(votes + scores, target, count)
     weights = (votes + scores - log_mass.gather(-1, target)).exp().masked_fill(~groups.member, 0.0)
-    return Folded(
+    return GroupMeans(
         keys=sum_by_target(weights, keys, target, count),
         values=sum_by_target(weights, values, target, count),
         log_votes=logsumexp_by_target(votes, target, count),
@@ -94,18 +94,18 @@ def fold(keys: Tensor, values: Tensor, log_scores: Tensor, log_votes: Tensor, gr
 
 @attrs.frozen
 class KeepKV(Merger):
-    """Merges evicted entries into their nearest survivors and keeps the output, KeepKV (section 3).
+    """Merges evicted entries into the most similar kept ones and preserves the output, KeepKV (section 3).
 
-    1. an evicted entry goes to the survivor with the most similar key, or is dropped below `threshold`;
+    1. an evicted entry goes to the kept entry with the most similar key, or is dropped below `threshold`;
     2. s = e^(raw logit) is estimated from the queries seen so far (eq. 8), as a mean over a GQA group;
     3. votes p_r = P = Σ p_i, v_r = Σ p_i·s_i·v_i / W with W = Σ p_i·s_i;
-    4. k_r = c·k̄ with k̄ = Σ p_i·s_i·k_i / W and c = ln(W/P) / mean of ln s (eq. 7), which gives a query with
-       these scores the output that it had. Where c is out of 0 to `scale_max`, `fallback` does the same with a
-       step along the newest query (`additive`), or with votes less than P (`bias`).
+    4. k_r = c·k̄ with k̄ = Σ p_i·s_i·k_i / W and c = ln(W/P) / mean of ln s (eq. 7), which preserves the output
+       of a query with these scores. Where c is not from 0 to `scale_max`, `fallback` does the same with a step along
+       the newest query (`additive`), or with fewer votes than P (`bias`).
 
-    `key: mean` (c = 1) with `estimate: window` is what the released code does. A group can be exact for one query
+    `key: mean` (c = 1) with `estimate: window` is the released code. A group can be exact for one query
     vector only: `gqa: lstsq` gives the newest query of each of the G heads its mass, though not its value. A cache
-    per query head (`expand`), which would be exact, is not offered: it holds G times as much.
+    per query head (`expand`), which would be exact, is not implemented: it is G times as large.
     """
 
     name: ClassVar[str] = "keepkv"
@@ -113,18 +113,18 @@ class KeepKV(Merger):
     votes: ClassVar[bool] = True
 
     threshold: float = parameter(
-        Number(minimum=-1, maximum=2), 0.8, help="cosine similarity of keys from which entries merge; above 1 none do"
+        Number(minimum=-1, maximum=2), 0.8, help="least cosine similarity of keys for a merge; above 1 = no merges"
     )
     estimate: str = parameter(
         Choice(("ema", "window")), "ema", help="scores: moving average, or mean over the last `window` queries"
     )
-    alpha: float = parameter(Number(minimum=0, maximum=1), 0.9, help="what the moving average keeps at each query")
-    window: int = parameter(QUERIES, 32, help="how many of the newest queries of a forward count")
+    alpha: float = parameter(Number(minimum=0, maximum=1), 0.9, help="factor on the moving average at each query")
+    window: int = parameter(QUERIES, 32, help="how many of the newest queries of a forward are used")
     key: str = parameter(
-        Choice(("scale", *LOSSLESS, "mean")), "scale", help="how a merged key keeps its mass; `mean` does not"
+        Choice(("scale", *LOSSLESS, "mean")), "scale", help="how a merged key preserves its mass; `mean` does not"
     )
     scale_max: float = parameter(Number(above=0, maximum=1e9), 1.0, help="largest factor that `scale` puts on a key")
-    fallback: str = parameter(Choice(LOSSLESS), "additive", help="what `scale` does where the factor is out of bounds")
+    fallback: str = parameter(Choice(LOSSLESS), "additive", help="used by `scale` where the factor is out of bounds")
     gqa: str = parameter(
         Choice(("shared", "lstsq")), "shared", help="one score for a GQA group, or keys fitted to each query head"
     )
@@ -151,15 +151,15 @@ class KeepKV(Merger):
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         evicted = evicted_of(view, kept)
-        similarity, place = nearest(view.keys, kept, evicted)
-        return self.merge_groups(view, kept, groups_of(kept, evicted & self._alike(similarity), place))
+        similarity, index = nearest(view.keys, kept, evicted)
+        return self.merge_groups(view, kept, groups_of(kept, evicted & self._mergeable(similarity), index))
 
-    def _alike(self, similarity: Tensor) -> Tensor:
-        """Rounding may put opposite keys below -1; where nothing is kept the similarity is -inf."""
+    def _mergeable(self, similarity: Tensor) -> Tensor:
+        """Whether entries merge. Rounding may put opposite keys below -1; in heads without kept entries it is -inf."""
         return similarity > -torch.inf if self.threshold == -1 else similarity >= self.threshold
 
     def merge_groups(self, view: View, kept: Tensor, groups: Groups) -> Entries:
-        """The entries [B, K, N] of given groups; those of one come out bit for bit as they went in."""
+        """The entries [B, K, N] of given groups; groups of one are unchanged, bit for bit."""
         plain = gather(view.keys, kept), gather(view.values, kept)
         log_votes = view.keys.new_zeros(view.positions.shape, dtype=torch.float32)
         log_votes = log_votes if view.log_votes is None else view.log_votes
@@ -167,20 +167,22 @@ class KeepKV(Merger):
             return Entries(*plain, gather(log_votes, kept))
         keys, values, new_votes = self._merged(view, groups, log_votes)
         state = self._estimate.merged(view.slot_state, kept, ScoreFold(groups, log_votes, new_votes))
-        only = groups.merged
+        is_merged = groups.merged
         return Entries(
-            keys=torch.where(only[..., None], keys.to(plain[0].dtype), plain[0]),
-            values=torch.where(only[..., None], values.to(plain[1].dtype), plain[1]),
-            log_votes=torch.where(only, new_votes.to(log_votes.dtype), gather(log_votes, kept)),
-            changed=only,
+            keys=torch.where(is_merged[..., None], keys.to(plain[0].dtype), plain[0]),
+            values=torch.where(is_merged[..., None], values.to(plain[1].dtype), plain[1]),
+            log_votes=torch.where(is_merged, new_votes.to(log_votes.dtype), gather(log_votes, kept)),
+            changed=is_merged,
             slot_state={
-                name: torch.where(only, one.to(view.slot_state[name].dtype), gather(view.slot_state[name], kept))
-                for name, one in state.items()
+                name: torch.where(
+                    is_merged, new_state.to(view.slot_state[name].dtype), gather(view.slot_state[name], kept)
+                )
+                for name, new_state in state.items()
             },
         )
 
     def _merged(self, view: View, groups: Groups, log_votes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and log-votes of the groups; any number for groups of one."""
+        """Keys, values and log-votes of the groups; undefined for groups of one."""
         precise = to_float(view.keys).dtype
         scores = self._estimate.log_scores(view.slot_state).to(precise)
         folded = fold(view.keys, view.values, scores, log_votes.to(precise), groups)
@@ -193,7 +195,7 @@ class KeepKV(Merger):
         keys = torch.where(fits[..., None], scale[..., None] * folded.keys, keys)
         return keys, folded.values, torch.where(fits, folded.log_votes, votes)
 
-    def _corrected(self, key: str, folded: Folded, view: View, groups: Groups) -> tuple[Tensor, Tensor]:
+    def _corrected(self, key: str, folded: GroupMeans, view: View, groups: Groups) -> tuple[Tensor, Tensor]:
         """Keys and log-votes of the groups by the rule `key`."""
         if key == "mean":
             return folded.keys, folded.log_votes
@@ -215,6 +217,6 @@ class KeepKV(Merger):
 
 
 def newest_queries(view: View) -> Tensor:
-    """The newest query of each query head, [B, K, G, D]; zeros in rows that have had none."""
+    """The newest query of each query head, [B, K, G, D]; zeros in rows without queries."""
     newest: Tensor = to_float(view.window[:, :, -1]).unflatten(1, (view.keys.shape[1], -1))
     return newest.masked_fill((view.window_positions[:, -1] < 0)[:, None, None, None], 0.0)

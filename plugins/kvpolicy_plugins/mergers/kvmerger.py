@@ -1,4 +1,4 @@
-"""Runs of alike neighbours, joined."""
+"""Merger `kvmerger`: merges runs of similar neighbours."""
 
 from typing import ClassVar
 
@@ -15,15 +15,15 @@ _EPS = 1e-6
 
 @attrs.frozen
 class KVMerger(Merger):
-    """Evicted entries join a kept neighbour of the same run of similar keys, by a Gaussian kernel (KVMerger).
+    """Merges evicted entries into a kept one of the same run of similar keys, with a Gaussian kernel (KVMerger).
 
-    KVMerger lets the similarity of keys decide how many entries there will be; here the
-    budget does, and the published sets decide what becomes of the evicted ones:
+    In KVMerger the similarity of keys decides how many entries are kept. Here the budget does, and the published
+    merging sets decide how evicted entries are merged:
 
-    1. neighbours among the held entries of a head, both unprotected, are in one run if the cosine similarity of
+    1. neighbouring entries of a head, both unprotected, are in one run if the cosine similarity of
        their keys is above `similarity`;
     2. the kept entries of a run are its pivots. Each evicted one joins the nearest of them, the earlier one if two
-       are as near; in a run without a kept entry it is dropped. A pivot and what joins it are a merging set;
+       are equally near; in a run without a kept entry it is dropped. A pivot and what joins it are a merging set;
     3. g_i = exp(-|k_p - k_i|² / 2s²) with s = mean distance of what joins from the pivot, whose own g is 1;
     4. k' = Σ g_i·k_i / Σ g_i, and v' alike, without a factor for the size of the set.
 
@@ -41,11 +41,11 @@ class KVMerger(Merger):
         evicted = evicted_of(view, kept)
         runs = self._runs(view)
         pivot = _nearest_pivot(runs, view.valid & ~evicted)
-        place = kept_index(kept, pivot.shape[-1]).gather(-1, pivot.clamp(min=0))
-        joined = Assignment(kept, evicted & (pivot >= 0), place.clamp(min=0))
-        weights = _kernel(view.keys, pivot.clamp(min=0), joined)
-        keys = joined.blend(view.keys, weights)
-        return kept_entries(view, kept, keys=keys, values=joined.blend(view.values, weights))
+        kept_position = kept_index(kept, pivot.shape[-1]).gather(-1, pivot.clamp(min=0))
+        assignment = Assignment(kept, evicted & (pivot >= 0), kept_position.clamp(min=0))
+        weights = _kernel(view.keys, pivot.clamp(min=0), assignment)
+        keys = assignment.blend(view.keys, weights)
+        return kept_entries(view, kept, keys=keys, values=assignment.blend(view.values, weights))
 
     def _runs(self, view: View) -> Tensor:
         """[B, K, T] int64: entries with the same number are in one run."""
@@ -61,26 +61,26 @@ def _nearest_pivot(runs: Tensor, is_kept: Tensor) -> Tensor:
     """[B, K, T] int64: the nearest kept slot in the run of each slot, the earlier of two; -1 if none."""
     last = runs.shape[-1]
     slots = torch.arange(last, device=runs.device).expand_as(runs)
-    before = slots.masked_fill(~is_kept, -1).cummax(-1).values
-    behind = slots.masked_fill(~is_kept, last).flip(-1).cummin(-1).values.flip(-1)
-    to_before = (slots - before).masked_fill(~_same_run(runs, before), last)
-    to_behind = (behind - slots).masked_fill(~_same_run(runs, behind), last)
-    nearest = torch.where(to_before <= to_behind, before, behind)
-    return nearest.masked_fill(to_before.minimum(to_behind) == last, -1)
+    earlier = slots.masked_fill(~is_kept, -1).cummax(-1).values
+    later = slots.masked_fill(~is_kept, last).flip(-1).cummin(-1).values.flip(-1)
+    to_earlier = (slots - earlier).masked_fill(~_same_run(runs, earlier), last)
+    to_later = (later - slots).masked_fill(~_same_run(runs, later), last)
+    nearest = torch.where(to_earlier <= to_later, earlier, later)
+    return nearest.masked_fill(to_earlier.minimum(to_later) == last, -1)
 
 
 def _same_run(runs: Tensor, slots: Tensor) -> Tensor:
-    """Whether `slots` [B, K, T] lie within the sequence and in the run of where they stand."""
+    """Whether `slots` [B, K, T] exist and are in the same run as the slots at their index."""
     inside = (slots >= 0) & (slots < runs.shape[-1])
     return inside & (runs.gather(-1, slots.clamp(0, runs.shape[-1] - 1)) == runs)
 
 
-def _kernel(keys: Tensor, pivot: Tensor, joined: Assignment) -> Tensor:
+def _kernel(keys: Tensor, pivot: Tensor, assignment: Assignment) -> Tensor:
     """Weights of what joins, [B, K, T]; 1 for an equal key."""
     keys = to_float(keys)
     distance = norms_of(keys - keys.gather(2, pivot[..., None].expand_as(keys)))
-    width = joined.total(distance) / joined.arrivals.clamp(min=1).to(distance.dtype)
+    width = assignment.total(distance) / assignment.merged_counts.clamp(min=1).to(distance.dtype)
     if width.shape[-1] == 0:
         return distance
-    relative = distance / width.gather(-1, joined.target)
+    relative = distance / width.gather(-1, assignment.target)
     return (relative.square() / -2).exp().where(distance > 0, 1.0)

@@ -1,4 +1,4 @@
-"""Means of pairwise means."""
+"""Merger `pivot`: means of pairwise means."""
 
 from typing import ClassVar
 
@@ -13,10 +13,10 @@ from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, nearest
 
 @attrs.frozen
 class Pivot(Merger):
-    """Evicted entries join the kept entry with the most similar key, each averaged with it first.
+    """Merges evicted entries into the kept entry with the most similar key, each averaged with it first.
 
     `pivot` of KVCache-Factory, which comes from LOOK-M. x'_j is the mean of x_j and of all (x_j + x_i) / 2, for
-    keys (as cached, after the rotary embedding) and for values: however many join, x_j keeps half the weight.
+    keys (as cached, after the rotary embedding) and for values: x_j keeps half the weight for any number of x_i.
     """
 
     name: ClassVar[str] = "pivot"
@@ -26,8 +26,8 @@ class Pivot(Merger):
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         similarity, target = nearest(view.keys, kept, evicted_of(view, kept))
-        joined = Assignment(kept, similarity > -torch.inf, target)
-        half = torch.full_like(similarity, 0.5)
-        own = 1 + joined.arrivals.to(half.dtype) / 2
-        keys = joined.blend(view.keys, half, own) if self.merge_keys else None
-        return kept_entries(view, kept, keys=keys, values=joined.blend(view.values, half, own))
+        assignment = Assignment(kept, similarity > -torch.inf, target)
+        weights = torch.full_like(similarity, 0.5)
+        own_weight = 1 + assignment.merged_counts.to(weights.dtype) / 2
+        keys = assignment.blend(view.keys, weights, own_weight) if self.merge_keys else None
+        return kept_entries(view, kept, keys=keys, values=assignment.blend(view.values, weights, own_weight))

@@ -15,7 +15,7 @@ _EPS = 1e-6
 
 @attrs.frozen
 class ToMe(Merger):
-    """Values of evicted entries are folded into the kept entry with the most similar key; keys stay.
+    """Merges values of evicted entries into the kept entry with the most similar key; keys do not change.
 
     kvpress' `MergingPress` (0.5.5), inspired by token merging. With the cosine similarity u of keys:
 
@@ -23,8 +23,8 @@ class ToMe(Merger):
     2. w_i = u_i · |v_i| / (|v_i| + |v_j| + 1e-6);
     3. v'_j = (v_j + Σ w_i·v_i) / (1 + Σ w_i).
 
-    The border of `fraction` is the quantile 1 - `fraction`, linearly interpolated over the evicted entries of
-    the head, those under the threshold taken as -inf. Where it falls between -inf and a number, kvpress gets NaN
+    The threshold of `fraction` is the quantile 1 - `fraction`, linearly interpolated over the evicted entries of
+    the head, with -inf for those below `threshold`. Where it falls between -inf and a number, kvpress gets NaN
     and merges nothing; here it is -inf.
     """
 
@@ -49,13 +49,13 @@ class ToMe(Merger):
 
 
 def _share(norms: Tensor, kept: Tensor, target: Tensor) -> Tensor:
-    """[B, K, T]: what each value's norm is of the sum of its own and its target's."""
+    """[B, K, T]: norm of each value divided by the sum of its norm and that of its target."""
     other = norms.gather(-1, kept.clamp(min=0)).gather(-1, target)
     return norms / (norms + other + _EPS)
 
 
 def _quantile(numbers: Tensor, among: Tensor, quantile: float) -> Tensor:
-    """Linearly interpolated quantile of numbers [B, K, T] where `among` holds, [B, K, 1]; -inf if it meets -inf."""
+    """Interpolated quantile of numbers [B, K, T] where `among` is True, [B, K, 1]; -inf where the lower rank is."""
     ordered = numbers.masked_fill(~among, torch.inf).sort(-1).values
     rank = (among.sum(-1, keepdim=True) - 1).clamp(min=0).to(numbers.dtype) * quantile
     below = ordered.gather(-1, rank.floor().long())

@@ -1,4 +1,4 @@
-"""Means weighted by likeness."""
+"""Merger `weighted`: means weighted by similarity."""
 
 from typing import ClassVar
 
@@ -15,14 +15,13 @@ _LEAST = 1e-6
 
 @attrs.frozen
 class Weighted(Merger):
-    """Evicted entries join the kept entry with the most similar key, in a mean weighted by similarity.
+    """Merges evicted entries into the kept entry with the most similar key, in a mean weighted by similarity.
 
     `weighted` of KVCache-Factory, which comes from LOOK-M. With the cosine similarity u of keys,
     w_i = max((u_i + 1) / 2, 1e-6) and x'_j = (x_j + Σ w_i·x_i) / (1 + Σ w_i), for keys and for values.
 
-    Keys are merged as cached, after the rotary embedding: the mean of two keys is neither at one's position nor
-    at the other's. And a mean is attended to less than its members were together. `merge_keys: false` avoids the
-    former.
+    Keys are merged as cached, after the rotary embedding: the mean of two keys has neither of their positions.
+    And a mean gets less attention than its members did together. `merge_keys: false` avoids the first problem.
     """
 
     name: ClassVar[str] = "weighted"
@@ -32,7 +31,7 @@ class Weighted(Merger):
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         similarity, target = nearest(view.keys, kept, evicted_of(view, kept))
-        joined = Assignment(kept, similarity > -torch.inf, target)
+        assignment = Assignment(kept, similarity > -torch.inf, target)
         weights = ((similarity + 1) / 2).clamp(min=_LEAST)
-        keys = joined.blend(view.keys, weights) if self.merge_keys else None
-        return kept_entries(view, kept, keys=keys, values=joined.blend(view.values, weights))
+        keys = assignment.blend(view.keys, weights) if self.merge_keys else None
+        return kept_entries(view, kept, keys=keys, values=assignment.blend(view.values, weights))

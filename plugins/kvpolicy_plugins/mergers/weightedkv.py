@@ -12,13 +12,13 @@ from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of
 
 @attrs.frozen
 class WeightedKV(Merger):
-    """Values of evicted entries go into the next kept one, in a mean weighted by average attention (WeightedKV).
+    """Merges values of evicted entries into the next kept one, in a mean weighted by average attention (WeightedKV).
 
     With a = attention received / queries that saw the entry, averaged over the GQA group,
-    v'_j = (a_j·v_j + Σ a_i·v_i) / (a_j + Σ a_i). "Next" goes by position; what comes after the last kept entry
-    goes into that one. An entry that no query attended to is dropped. Keys stay.
+    v'_j = (a_j·v_j + Σ a_i·v_i) / (a_j + Σ a_i). "Next" is by position; entries after the last kept one
+    are merged into that one. Entries without attention are dropped. Keys do not change.
 
-    The kept entry's own attention stays what it is: it does not inherit that of the entries it took in.
+    The attention of a kept entry does not change: that of merged entries is not added to it.
     """
 
     name: ClassVar[str] = "weightedkv"
@@ -28,7 +28,7 @@ class WeightedKV(Merger):
         return Needs(attention=True)
 
     def merge(self, view: View, kept: Tensor) -> Entries:
-        return kept_entries(view, kept, values=handed_on(view, kept, average_attention(view)))
+        return kept_entries(view, kept, values=merged_values(view, kept, average_attention(view)))
 
 
 def average_attention(view: View) -> Tensor:
@@ -40,10 +40,10 @@ def average_attention(view: View) -> Tensor:
     return (view.attention.mean(2) / queries).masked_fill(~view.valid, 0.0)
 
 
-def handed_on(view: View, kept: Tensor, attention: Tensor) -> Tensor:
+def merged_values(view: View, kept: Tensor, attention: Tensor) -> Tensor:
     """Values [B, K, N, Dv] of the kept slots, merged by the average attention [B, K, T] (float32 or float64)."""
     count = (kept >= 0).sum(-1, keepdim=True)
     target = next_kept(view, kept).minimum(count - 1).clamp(min=0)
     merged = evicted_of(view, kept) & (count > 0) & (attention > 0)
-    own = attention.gather(-1, kept.clamp(min=0))
-    return Assignment(kept, merged, target).blend(view.values, attention, own)
+    own_weight = attention.gather(-1, kept.clamp(min=0))
+    return Assignment(kept, merged, target).blend(view.values, attention, own_weight)

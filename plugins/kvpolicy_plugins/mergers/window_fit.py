@@ -1,4 +1,4 @@
-"""Evicted entries are merged so that the observation window sees what it saw."""
+"""Merger `window_fit`: merges evicted entries so that the output for the observation window is preserved."""
 
 from typing import ClassVar
 
@@ -21,49 +21,49 @@ from kvpolicy_plugins.mergers.shared.merge_groups import (
 )
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL
 
-_SLACK = 1e-4  # equal attention is not told apart by rounding
+_SLACK = 1e-4  # tolerance, so that rounding does not separate equal attention
 
 
 @attrs.frozen(eq=False)
-class ObservationWindow:
-    """What the queries of the observation window see."""
+class WindowLogits:
+    """Queries and logits of the observation window."""
 
-    queries: Tensor  # [B, K, G, W, D], times the scaling; zeros for a query that a row never had
+    queries: Tensor  # [B, K, G, W, D], scaled; zeros for queries that a row has not had
     logits: Tensor  # [B, K, G, W, T], votes included, -inf where a query does not see an entry
-    asked: Tensor  # int [B, W], positions of the queries; -1 = never had
+    query_positions: Tensor  # int [B, W]; -1 = the row has not had this query
 
     def probabilities(self) -> Tensor:
-        """[B, K, G, W, T]; zeros for a query that sees nothing."""
+        """[B, K, G, W, T]; zeros for a query that sees no entry."""
         return (self.logits - self.log_total).exp_()
 
     @property
     def log_total(self) -> Tensor:
-        """Log-sum-exp [B, K, G, W, 1] over the entries; 0 for a query that sees nothing."""
+        """Log-sum-exp [B, K, G, W, 1] over the entries; 0 for a query that sees no entry."""
         total = self.logits.logsumexp(-1, keepdim=True)
         return total.masked_fill(total == -torch.inf, 0.0)
 
 
 @attrs.frozen(eq=False)
 class Fitted:
-    """Merged entries, one a group."""
+    """Merged entries, one per group."""
 
     keys: Tensor  # [B, K, N, D]
     values: Tensor  # [B, K, N, Dv]
     log_votes: Tensor  # [B, K, N]
 
 
-def window_of(view: View, count: int = 0) -> ObservationWindow:
+def window_of(view: View, count: int = 0) -> WindowLogits:
     """The last `count` queries of a view, or all of them for 0."""
-    precise, asked = to_float(view.keys).dtype, view.window_positions[:, -count:]
-    real = (asked >= 0)[:, None, None, :, None]
-    visible = real & (view.positions[:, :, None, None] <= asked[:, None, None, :, None])
+    precise, query_positions = to_float(view.keys).dtype, view.window_positions[:, -count:]
+    query_exists = (query_positions >= 0)[:, None, None, :, None]
+    visible = query_exists & (view.positions[:, :, None, None] <= query_positions[:, None, None, :, None])
     queries = view.window[:, :, -count:].to(precise).unflatten(1, (view.keys.shape[1], -1)) * view.scaling
     logits = view.logits[..., -count:, :].to(precise).masked_fill(~visible, -torch.inf)
-    return ObservationWindow(queries.masked_fill(~real, 0.0), logits, asked)
+    return WindowLogits(queries.masked_fill(~query_exists, 0.0), logits, query_positions)
 
 
 def fit(
-    keys: Tensor, values: Tensor, log_votes: Tensor, groups: Groups, complete: Tensor, window: ObservationWindow
+    keys: Tensor, values: Tensor, log_votes: Tensor, groups: Groups, complete: Tensor, window: WindowLogits
 ) -> Fitted:
     """One entry for each group, in the dtype of the window's logits.
 
@@ -75,65 +75,65 @@ def fit(
         values: [B, K, T, Dv].
         log_votes: [B, K, T].
         groups: of N kept entries.
-        complete: bool [B, K, W, N], queries that count for a group: they see all of it.
+        complete: bool [B, K, W, N], queries that count for a group because they see all of it.
         window: the queries.
     """
     target, count = groups.target, groups.merged.shape[-1]
     total = window.log_total
-    counts = complete.gather(-1, target[:, :, None].expand(-1, -1, complete.shape[2], -1))
-    counts &= groups.member[:, :, None]
-    share = (window.logits - total).masked_fill_(~counts[:, :, None], -torch.inf)
+    is_counted = complete.gather(-1, target[:, :, None].expand(-1, -1, complete.shape[2], -1))
+    is_counted &= groups.member[:, :, None]
+    share = (window.logits - total).masked_fill_(~is_counted[:, :, None], -torch.inf)
     votes = log_votes.to(share.dtype).masked_fill(~groups.member, -torch.inf)
     mass, weights = _weights(share.flatten(2, 3).logsumexp(2), votes, groups)
     merged = sum_by_target(weights, keys, target, count)
-    part = logsumexp_by_target(share, target, count)  # [B, K, G, W, N]
-    given = (part - mass[:, :, None, None]).exp_()
-    missing = part + total - window.queries @ merged[:, :, None].transpose(-1, -2)
-    bias = (given * missing).masked_fill_(part == -torch.inf, 0.0).flatten(2, 3).sum(2)
+    group_share = logsumexp_by_target(share, target, count)  # [B, K, G, W, N]
+    query_weights = (group_share - mass[:, :, None, None]).exp_()
+    missing = group_share + total - window.queries @ merged[:, :, None].transpose(-1, -2)
+    bias = (query_weights * missing).masked_fill_(group_share == -torch.inf, 0.0).flatten(2, 3).sum(2)
     bias = torch.where(mass == -torch.inf, logsumexp_by_target(votes, target, count), bias)
     return Fitted(merged, sum_by_target(weights, values, target, count), bias)
 
 
 def _weights(mass: Tensor, votes: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Ln mass of the groups [B, K, N], and the part [B, K, T] that each member has; by votes in a group without."""
+    """Ln mass of groups [B, K, N], and shares [B, K, T] of members; by votes in groups without attention."""
     target, count = groups.target, groups.merged.shape[-1]
-    whole = logsumexp_by_target(mass, target, count)
-    mass = torch.where((whole == -torch.inf).gather(-1, target), votes, mass)
-    parts = mass - logsumexp_by_target(mass, target, count).gather(-1, target)
-    return whole, parts.exp().masked_fill(~groups.member, 0.0)
+    group_mass = logsumexp_by_target(mass, target, count)
+    mass = torch.where((group_mass == -torch.inf).gather(-1, target), votes, mass)
+    log_weights = mass - logsumexp_by_target(mass, target, count).gather(-1, target)
+    return group_mass, log_weights.exp().masked_fill(~groups.member, 0.0)
 
 
 @attrs.frozen
 class WindowFit(Merger):
-    """Merges evicted entries into survivors by a fit to the whole observation window; no publication.
+    """Merges evicted entries into kept ones by a fit to the whole observation window; not published.
 
-    With a = scaling·q·k and log-votes b, p = softmax(a + b) of each query over the held entries, and P the sum of
+    With a = scaling·q·k and log-votes b, p = softmax(a + b) of each query over the entries, and P the sum of
     p over a group:
 
-    1. a survivor takes others in if it gets at least `attended` times the attention of the average evicted entry:
-       one that was kept for another reason would be overwritten by them;
-    2. `assign: cosine`: an evicted entry goes to the survivor with the most similar key, or is dropped below
+    1. others are merged into a kept entry if it gets at least `attended` times the attention of the average evicted
+       entry: one that was kept for other reasons would be dominated by them;
+    2. `assign: cosine`: an evicted entry goes to the kept entry with the most similar key, or is dropped below
        `threshold`; `ward`: to the one where that adds the least to the spread of logits and values within groups,
        weighted by attention (Ward's criterion);
     3. weights = Σ p of an entry / Σ P, over the queries and the G heads; k_r, v_r = weighted means;
     4. b_r = Σ P·(logsumexp of a + b in the group - scaling·q·k_r) / Σ P, the log-vote.
 
-    A query counts for a group if it sees all of it. A group that nobody attends to is averaged by votes. KeepKV is
-    exact for one query and, as log-sum-exp is convex, too small for all others; this is right on average.
+    A query counts for a group if it sees all of it. A group without attention is averaged by votes. KeepKV is exact
+    for one query and, as log-sum-exp is convex, too small for all others; this fit is exact on average.
     """
 
     name: ClassVar[str] = "window_fit"
     votes: ClassVar[bool] = True
     reads_window: ClassVar[bool] = True
 
-    assign: str = parameter(Choice(("cosine", "ward")), "cosine", help="how an evicted entry finds its survivor")
+    assign: str = parameter(Choice(("cosine", "ward")), "cosine", help="how the kept entry of an evicted one is chosen")
     threshold: float = parameter(
-        Number(minimum=-1, maximum=1), -1.0, help="cosine similarity of keys from which entries merge; -1 = all do"
+        Number(minimum=-1, maximum=1), -1.0, help="least cosine similarity of keys for a merge; -1 = all merge"
     )
     attended: float = parameter(
         Number(minimum=0, maximum=1e6),
         1.0,
-        help="attention a survivor needs to take others in, relative to the mean of evicted",
+        help="least attention of a kept entry into which others are merged, relative to the mean of evicted ones",
     )
     queries: int = parameter(QUERIES_OR_ALL, 0, help="how many of the last queries are fitted; 0 = all observed")
 
@@ -162,51 +162,54 @@ class WindowFit(Merger):
             changed=merged,
         )
 
-    def _groups(self, view: View, kept: Tensor, window: ObservationWindow) -> Groups:
+    def _groups(self, view: View, kept: Tensor, window: WindowLogits) -> Groups:
         evicted, attention = evicted_of(view, kept), mean_attention(window)
-        usual = attention.masked_fill(~evicted, 0.0).sum(-1, keepdim=True) / evicted.sum(-1, keepdim=True).clamp(min=1)
-        seen = gather(attention, kept) >= self.attended * (1 - _SLACK) * usual
-        hosts = kept.masked_fill(~seen, -1)
-        similarity, place = self._nearest(view, hosts, evicted, window, attention)
-        everyone = self.threshold == -1  # rounding may put opposite keys below -1
-        joins = similarity > -torch.inf if everyone else similarity >= self.threshold
-        return groups_of(kept, evicted & joins, place)
+        evicted_count = evicted.sum(-1, keepdim=True).clamp(min=1)
+        mean_evicted = attention.masked_fill(~evicted, 0.0).sum(-1, keepdim=True) / evicted_count
+        is_attended = gather(attention, kept) >= self.attended * (1 - _SLACK) * mean_evicted
+        receivers = kept.masked_fill(~is_attended, -1)
+        similarity, index = self._nearest(view, receivers, evicted, window, attention)
+        merges_all = self.threshold == -1  # rounding may put opposite keys below -1
+        joins = similarity > -torch.inf if merges_all else similarity >= self.threshold
+        return groups_of(kept, evicted & joins, index)
 
     def _nearest(
-        self, view: View, hosts: Tensor, evicted: Tensor, window: ObservationWindow, attention: Tensor
+        self, view: View, receivers: Tensor, evicted: Tensor, window: WindowLogits, attention: Tensor
     ) -> tuple[Tensor, Tensor]:
         if self.assign == "cosine":
-            return nearest(view.keys, hosts, evicted)
+            return nearest(view.keys, receivers, evicted)
         traits = _traits(view, window)
-        survivors, theirs = gather(traits, hosts), gather(attention, hosts)[:, :, None]
+        survivors, receiver_attention = gather(traits, receivers), gather(attention, receivers)[:, :, None]
 
-        def closeness(part: Tensor) -> Tensor:
-            ours = gather(attention, part)[..., None]
-            weight = ours * theirs / (ours + theirs).clamp(min=torch.finfo(ours.dtype).tiny)
-            return -weight * _square_distance(gather(traits, part), survivors)
+        def closeness(slots: Tensor) -> Tensor:
+            slot_attention = gather(attention, slots)[..., None]
+            total = (slot_attention + receiver_attention).clamp(min=torch.finfo(slot_attention.dtype).tiny)
+            weight = slot_attention * receiver_attention / total
+            return -weight * _square_distance(gather(traits, slots), survivors)
 
-        return nearest_by(closeness, hosts, evicted, traits.dtype)
+        return nearest_by(closeness, receivers, evicted, traits.dtype)
 
 
-def _complete(view: View, groups: Groups, window: ObservationWindow) -> Tensor:
+def _complete(view: View, groups: Groups, window: WindowLogits) -> Tensor:
     """Queries that see all of a group, bool [B, K, W, N]."""
     positions = view.positions.masked_fill(~groups.member, -1)
     newest = positions.new_full(groups.merged.shape, -1).scatter_reduce_(-1, groups.target, positions, "amax")
-    asked = window.asked[:, None, :, None]
-    return (asked >= 0) & (newest[:, :, None] <= asked)
+    query_positions = window.query_positions[:, None, :, None]
+    return (query_positions >= 0) & (newest[:, :, None] <= query_positions)
 
 
-def _traits(view: View, window: ObservationWindow) -> Tensor:
+def _traits(view: View, window: WindowLogits) -> Tensor:
     """[B, K, T, G·W + Dv]: logits without votes and values, so that distances are those of Ward's criterion."""
     queries = window.queries.flatten(2, 3)
-    count = (window.asked >= 0).sum(-1).clamp(min=1)[:, None, None, None].to(queries.dtype) * window.queries.shape[2]
+    num_queries = (window.query_positions >= 0).sum(-1).clamp(min=1)[:, None, None, None]
+    count = num_queries.to(queries.dtype) * window.queries.shape[2]
     values = view.values.to(queries.dtype).masked_fill(~view.valid[..., None], 0.0)
     square = values.square().sum((-2, -1)) / view.lengths.clamp(min=1)
     size = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()[..., None, None]
     return torch.cat([view.keys.to(queries.dtype) @ queries.transpose(-1, -2) / count.sqrt(), values / size], -1)
 
 
-def mean_attention(window: ObservationWindow) -> Tensor:
+def mean_attention(window: WindowLogits) -> Tensor:
     """[B, K, T]: mean over the queries that see an entry."""
     seen = (window.logits[:, :, 0] > -torch.inf).sum(2).clamp(min=1) * window.logits.shape[2]
     return window.probabilities().sum((2, 3)) / seen

@@ -1,4 +1,4 @@
-"""Reader `all`: attends to all held entries."""
+"""Reader `all`: attends to all entries."""
 
 from typing import ClassVar
 
@@ -10,9 +10,9 @@ from kvpolicy.stages import Reader, ReadRequest
 
 @attrs.frozen
 class Everything(Reader):
-    """Attention over all that is held."""
+    """Attention over all entries."""
 
     name: ClassVar[str] = "all"
 
-    def choose(self, request: ReadRequest) -> Tensor | None:  # noqa: ARG002 whatever is asked
+    def choose(self, request: ReadRequest) -> Tensor | None:  # noqa: ARG002 the same for all requests
         return None

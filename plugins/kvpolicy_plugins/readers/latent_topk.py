@@ -1,4 +1,4 @@
-"""The entries whose latent keys answer the query best."""
+"""Reader `latent_topk`: attends to the entries with the highest latent scores."""
 
 from typing import ClassVar
 
@@ -14,14 +14,14 @@ from kvpolicy_plugins.readers.shared.top_slots import top_slots
 
 @attrs.frozen
 class LatentTopK(Reader):
-    """The first, the latest and the critical entries: those of the highest latent scores, SALS.
+    """Attends to the first, the most recent and the critical entries, which have the highest latent scores (SALS).
 
     1. q̃ = Uᵀ q, where q is the query before rotation, the mean over the query heads of each KV head, side by side;
     2. score of an entry = q̃·k̃ over the first r* of the r dimensions, one for all heads;
-    3. read are the `sinks` first entries, the `recent` last ones, and the `critical` best between them, the earlier
-       of equal ones; and those that are not packed yet, which have no latent.
+    3. attended are the `sinks` first entries, the `recent` last ones, the `critical` best between them, ties to the
+       earlier one, and the entries that are not packed yet, which have no latent.
 
-    The first layers and the last one spread their attention too widely for this, and read everything.
+    The first layers and the last one attend to too many entries for this, so they read all entries.
     """
 
     name: ClassVar[str] = "latent_topk"
@@ -49,30 +49,30 @@ class LatentTopK(Reader):
 
     def latent_query(self, request: ReadRequest) -> Tensor:
         """q̃ [B, r], in float32 or the wider dtype of the basis."""
-        form, geometry = request.format, request.geometry
-        if not isinstance(form, LatentKeys):
-            raise TypeError(f"keys must be held as latents: {type(form).__name__}")
-        plain = form.unrotate(request.queries, request.query_positions[:, None])
+        key_format, geometry = request.format, request.geometry
+        if not isinstance(key_format, LatentKeys):
+            raise TypeError(f"keys must be stored as latents: {type(key_format).__name__}")
+        plain = key_format.unrotate(request.queries, request.query_positions[:, None])
         per_head = plain.unflatten(1, (geometry.kv_heads, geometry.group)).mean(2)
-        return form.project(per_head.flatten(1))
+        return key_format.project(per_head.flatten(1))
 
     def scores(self, request: ReadRequest) -> Tensor:
-        """[B, units] q̃·k̃ of the packed entries, in the dtype of q̃; behind a row's last one it is junk."""
+        """q̃·k̃ [B, packed entries] in the dtype of q̃; undefined after the last packed entry of a row."""
         query = self.latent_query(request)
         dims = max(1, round(self.dims * query.shape[-1]))
         latents = request.packed["latent"][:, 0, :, :dims].to(query.dtype)
         return (latents @ query[:, :dims, None])[..., 0]
 
     def _between(self, request: ReadRequest, packed_lengths: Tensor) -> Tensor:
-        """[B, T] bool: packed entries that are neither among the first nor among the last."""
-        positions = request.positions[:, 0]  # all heads of a joint store hold equally many entries
+        """[B, T] bool: packed entries that are neither sinks nor recent."""
+        positions = request.positions[:, 0]  # all heads of a joint store have equal lengths
         lengths = (positions >= 0).sum(-1)
         last = torch.minimum(lengths - self.recent, packed_lengths[:, 0]).masked_fill(lengths < self.min_length, 0)
         slots = torch.arange(positions.shape[1], device=positions.device)
         return (slots >= self.sinks) & (slots < last[:, None])
 
     def _best(self, scores: Tensor, between: Tensor) -> Tensor:
-        """[B, T] bool: the `critical` highest scores of each row; if it has fewer, slots that are read anyway, too."""
+        """[B, T] bool: the `critical` highest scores of each row; may include other slots if there are fewer."""
         missing = between.shape[1] - scores.shape[1]
         best = top_slots(torch.nn.functional.pad(scores, (0, missing)), between, self.critical)
         return torch.zeros_like(between).scatter_(-1, best, value=True)

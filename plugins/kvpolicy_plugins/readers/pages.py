@@ -1,4 +1,4 @@
-"""The pages that could hold the keys nearest to the query."""
+"""Reader `pages`: attends to the pages with the highest bounds on q·k."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -15,18 +15,18 @@ from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
 
 @attrs.frozen
 class Pages(Reader):
-    """Whole pages, those with the highest bound on q·k, Quest (section 3.3).
+    """Attends to whole pages, those with the highest bounds on q·k, Quest (section 3.3).
 
-    1. Of each page the minimum and the maximum of its keys is kept, channel by channel;
+    1. For each page the minimum and the maximum of its keys are stored per channel;
     2. no key of the page has a larger q·k than Σ max(q·minimum, q·maximum) over the channels;
-    3. of the query heads of a KV head the largest bound counts (Quest has one query head per KV head);
-    4. read are the newest page, full or not, and as many of the best others as `budget` allows, per KV head.
+    3. the bounds of the query heads of a KV head are reduced to the largest (Quest has one query head per KV head);
+    4. attended are the newest page, complete or not, and as many of the best others as `budget` allows, per KV head.
     """
 
     name: ClassVar[str] = "pages"
     reference: ClassVar[str] = "arXiv:2406.10774"
 
-    page: int = parameter(Integer(minimum=1), 16, help="consecutive entries that are read or left together")
+    page: int = parameter(Integer(minimum=1), 16, help="consecutive entries of a page")
     budget: int = parameter(Integer(minimum=1), 512, help="entries read, at most; at least one page")
     group: str = parameter(GROUP, "max", help="how the bounds of a KV head's query heads are reduced to one")
     dense_first: int = parameter(Integer(minimum=0), 2, help="layers at the start that read everything")
@@ -48,7 +48,7 @@ class Pages(Reader):
         return self._slots(torch.cat([chosen, newest], -1), lengths)
 
     def bounds(self, request: ReadRequest) -> Tensor:
-        """[B, K, pages] at least as large as q·k of any key of the page, `group` over the query heads."""
+        """Upper bounds [B, K, pages] of q·k for the keys of each page, reduced by `group` over the query heads."""
         dtype = torch.promote_types(request.queries.dtype, torch.float32)
         low, high = (request.pages[name].to(dtype).transpose(-1, -2) for name in ("minimum", "maximum"))
         queries = request.queries.to(dtype).unflatten(1, (request.geometry.kv_heads, -1))
@@ -56,24 +56,24 @@ class Pages(Reader):
         return reduce_group(bounds, self.group)[:, :, 0]
 
     def _best(self, bounds: Tensor, newest: Tensor, wanted: Tensor) -> Tensor:
-        """Pages [B, K, n] before the newest, the best `wanted` of each head; -1 behind them."""
+        """Pages [B, K, n] before the newest, the best `wanted` of each head, padded with -1."""
         earlier = torch.arange(bounds.shape[-1], device=bounds.device) < newest
         best = top_slots(bounds, earlier, self.budget // self.page)
         rank = torch.arange(best.shape[-1], device=best.device)
         return best.masked_fill(rank >= torch.minimum(wanted, newest), -1)
 
     def _slots(self, pages: Tensor, lengths: Tensor) -> Tensor:
-        """Slots of the pages, ascending, -1 behind a head's last one."""
-        behind = torch.iinfo(torch.int64).max
+        """Slots of the pages, ascending, padded with -1."""
+        unused = torch.iinfo(torch.int64).max
         slots = pages[..., None] * self.page + torch.arange(self.page, device=pages.device)
-        slots = slots.masked_fill(pages[..., None] < 0, behind).flatten(2)
-        slots = slots.masked_fill(slots >= lengths, behind).sort(-1).values[..., : self.budget]
-        return slots.masked_fill(slots == behind, -1)
+        slots = slots.masked_fill(pages[..., None] < 0, unused).flatten(2)
+        slots = slots.masked_fill(slots >= lengths, unused).sort(-1).values[..., : self.budget]
+        return slots.masked_fill(slots == unused, -1)
 
 
 @attrs.frozen(eq=False)
 class Bounds(Format):
-    """The smallest and the largest number of each channel of a page's keys."""
+    """Minimum and maximum of each channel of a page's keys."""
 
     dim: int  # D
     dtype: torch.dtype  # of the model's own keys
@@ -90,4 +90,4 @@ class Bounds(Format):
         return {"minimum": keys.amin(3), "maximum": keys.amax(3)}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        raise NotImplementedError("the bounds of a page do not give its keys back")
+        raise NotImplementedError("the keys of a page cannot be decoded from its bounds")

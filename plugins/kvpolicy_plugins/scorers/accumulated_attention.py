@@ -1,4 +1,4 @@
-"""What an entry has been attended to since it came."""
+"""Scorer `accumulated_attention`: keeps entries that received the most attention so far."""
 
 from typing import ClassVar
 
@@ -13,8 +13,8 @@ from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
 class AccumulatedAttention(Scorer):
     """Heavy hitters, H2O (section 4): the probabilities that an entry received, summed over all queries.
 
-    As in the published code nothing is divided by the number of queries that could see the entry, so old ones
-    are at an advantage, and what an evicted entry had received is lost.
+    As in the published code, sums are not divided by the number of queries that see an entry, so older entries have
+    an advantage; the sums of evicted entries are lost.
     """
 
     name: ClassVar[str] = "accumulated_attention"

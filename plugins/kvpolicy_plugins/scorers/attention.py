@@ -1,4 +1,4 @@
-"""What the last queries attend to."""
+"""Scorer `attention`: attention of the last queries."""
 
 from typing import ClassVar
 
@@ -26,13 +26,13 @@ from kvpolicy_plugins.shared.limits import QUERIES
 
 @attrs.frozen
 class Attention(Scorer):
-    """Attention that the observation window pays to each entry, as in SnapKV (section 4) and its successors.
+    """Attention from the observation window to each entry, as in SnapKV (section 4) and its successors.
 
     1. probabilities = softmax(scaling · q·k) of the last W queries, [B, K, G, W, T];
     2. over the queries: mean (or sum), plus `deviation` times the standard deviation (CAKE, eq. 8);
-    3. pooling over neighbouring candidates; 4. one value per KV head out of its G query heads.
+    3. pooling over neighbouring candidates; 4. reduction of the G query heads to one value per KV head.
 
-    `group_at` says what step 4 reduces: the pooled scores (as written), the scores before pooling (Ada-KV),
+    `group_at` selects what step 4 reduces: the pooled scores (as written), the scores before pooling (Ada-KV),
     the probabilities before step 2 (G-KV), or the logits before step 1 (R-KV). TOVA: one query, `shared`.
     """
 
@@ -52,8 +52,8 @@ class Attention(Scorer):
     deviation: float = parameter(
         Number(minimum=0, maximum=1e6), 0.0, help="weight of the standard deviation over the queries (CAKE)"
     )
-    causal: bool = parameter(Flag(), True, help="hide from each query what came after it")
-    shared: bool = parameter(Flag(), False, help="average over KV heads: all heads of a layer keep one set")
+    causal: bool = parameter(Flag(), True, help="hide later entries from each query")
+    shared: bool = parameter(Flag(), False, help="average over KV heads: all heads of a layer keep the same entries")
 
     def needs(self) -> Needs:
         return Needs(queries=self.queries)
@@ -67,7 +67,7 @@ class Attention(Scorer):
 
         commutes = self.pool.kind in ("none", "max" if self.group == "max" else "average")
         if self.group_at == "pooled" and not commutes:
-            return "pools each query head apart"
+            return "pools each query head separately"
         grouped = {"logits": NOWHERE, "probabilities": PROBABILITIES}.get(self.group_at, SCORES)
         use = WindowUse(self.queries, self.softmax, self.causal, self.group if grouped == NOWHERE else "none")
         options = (grouped, HOW[self.group], int(self.reduce == "sum"), int(self.deviation > 0))
@@ -77,13 +77,13 @@ class Attention(Scorer):
     def score(self, view: View) -> Tensor:
         voters = self._voters(view)
         hidden, slots = self._hidden(view, voters)
-        asked = (voters >= 0).repeat_interleave(view.keys.shape[1], 0)[None, :, None, :, None]
-        parts = []
+        query_exists = (voters >= 0).repeat_interleave(view.keys.shape[1], 0)[None, :, None, :, None]
+        scores_of_heads = []
         for heads, logits in view.logits_by_head(self.queries):
             probabilities = _softmax(self._group(logits, "logits"), hidden[heads], slots)
             probabilities = self._group(probabilities, "probabilities")
-            parts.append(self._over_queries(probabilities, asked[:, heads]))
-        scores = torch.cat(parts, 1).view(*view.keys.shape[:2], *parts[0].shape[2:])
+            scores_of_heads.append(self._over_queries(probabilities, query_exists[:, heads]))
+        scores = torch.cat(scores_of_heads, 1).view(*view.keys.shape[:2], *scores_of_heads[0].shape[2:])
         scores = self.pool.over(view, self._group(scores, "scores"))
         scores = self._group(scores, "pooled").squeeze(2)
         if not self.shared:
@@ -91,16 +91,16 @@ class Attention(Scorer):
         return view.in_slots(view.in_sequence(scores).mean(1, keepdim=True).expand_as(scores))
 
     def _voters(self, view: View) -> Tensor:
-        """Positions [B, W] of the queries that vote; a row with fewer than W tokens has -1 in front."""
+        """Positions [B, W] of the queries that vote; -1 first in rows with fewer than W tokens."""
         return view.window_positions[:, -self.queries :]
 
     def _group(self, grouped: Tensor, at: str) -> Tensor:
         return reduce_group(grouped, self.group) if at == self.group_at else grouped
 
     def _hidden(self, view: View, voters: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What which query does not see, bool [B·K, 1, W, S], and the slots [S] it is about; None = all slots.
+        """Which queries do not see which slots, bool [B·K, 1, W, S], and these slots [S]; None = all slots.
 
-        Every query sees what is older than the window, so a host looks which slots are worth a mask.
+        All queries see entries older than the window, so on a CPU the mask covers the other slots only.
         """
         region = view.valid if self.softmax == "all" else view.candidates
         positions, slots = view.positions, None
@@ -109,26 +109,26 @@ class Attention(Scorer):
             seen = region & (positions <= oldest) if self.causal else region & (oldest >= 0)
             slots = (~seen).any(0).any(0).nonzero()[:, 0]
             region, positions = region[..., slots], positions[..., slots]
-        asked = voters[:, None, :, None]
-        visible = region[:, :, None] & (asked >= 0)
+        query_positions = voters[:, None, :, None]
+        visible = region[:, :, None] & (query_positions >= 0)
         if self.causal:
-            visible = visible & (positions[:, :, None] <= asked)
+            visible = visible & (positions[:, :, None] <= query_positions)
         return ~visible.flatten(0, 1)[:, None], slots
 
-    def _over_queries(self, probabilities: Tensor, asked: Tensor) -> Tensor:
-        """[1, S, G, W, T] to [1, S, G, T]; `asked` says which queries a row has had: others are not counted."""
-        count = asked.sum(-2).clamp(min=1)
+    def _over_queries(self, probabilities: Tensor, query_exists: Tensor) -> Tensor:
+        """[1, S, G, W, T] to [1, S, G, T]; `query_exists` marks the queries that a row has had; others do not count."""
+        count = query_exists.sum(-2).clamp(min=1)
         total = probabilities.sum(-2)
         scores = total / count if self.reduce == "mean" else total
         if not self.deviation:
             return scores
-        spread = (probabilities - (total / count).unsqueeze(-2)).masked_fill(~asked, 0.0)
+        spread = (probabilities - (total / count).unsqueeze(-2)).masked_fill(~query_exists, 0.0)
         variance = spread.square().sum(-2) / (count - 1).clamp(min=1)
         return scores + self.deviation * variance.sqrt()
 
 
 def _softmax(logits: Tensor, hidden: Tensor, slots: Tensor | None) -> Tensor:
-    """Probabilities [1, S, G, W, T]; a query that sees nothing gives zeros, not NaN. Overwrites the logits."""
+    """Probabilities [1, S, G, W, T]; zeros, not NaN, for a query that sees no entry. Overwrites the logits."""
     if slots is None or len(slots) == logits.shape[-1]:
         return logits.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)
     logits[..., slots] = logits[..., slots].masked_fill_(hidden, -torch.inf)

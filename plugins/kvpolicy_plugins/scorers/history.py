@@ -1,4 +1,4 @@
-"""A score that remembers."""
+"""Scorer `history`: combines scores of another scorer over time."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -12,39 +12,39 @@ from kvpolicy.stages import Choice, Needs, Nested, Number, Plugged, Scorer, Stat
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 _STATE = "history"
-_NONE_YET = -torch.inf
+_NO_HISTORY = -torch.inf
 
 
 @attrs.frozen
 class History(Scorer):
-    """Another scorer's scores F, joined with what each entry scored before: the global score of G-KV.
+    """Scores F of another scorer, combined with the previous scores of each entry: the global score of G-KV.
 
     1. `scale: max` divides F by its largest magnitude among a head's candidates;
     2. with the old score O of an entry, F' is max(decay·O, F), or decay·O + (1 - decay)·F for `mean`, or
-       decay·O + F for `sum`; an entry that was no candidate before has no old score, and F' = F;
-    3. F' is remembered, and pooled it is the score.
+       decay·O + F for `sum`; an entry that was not a candidate before has no old score, and F' = F;
+    3. F' is stored for the next time; the score is F' after pooling.
     """
 
     name: ClassVar[str] = "history"
     reference: ClassVar[str] = "arXiv:2512.00504"
 
-    of: Scorer = parameter(Plugged("score"), help="the scorer whose scores are remembered")
-    update: str = parameter(Choice(("max", "mean", "sum")), "max", help="how old and new scores are joined")
-    decay: float = parameter(Number(minimum=0, maximum=1), 0.8, help="what an old score is worth (alpha)")
+    of: Scorer = parameter(Plugged("score"), help="the scorer whose scores are combined")
+    update: str = parameter(Choice(("max", "mean", "sum")), "max", help="how old and new scores are combined")
+    decay: float = parameter(Number(minimum=0, maximum=1), 0.8, help="factor on the old score (alpha)")
     scale: str = parameter(
-        Choice(("none", "max")), "max", help="divide new scores by their maximum before they are joined"
+        Choice(("none", "max")), "max", help="divide new scores by their maximum before they are combined"
     )
-    pool: Pool = parameter(Nested(Pool), Pool(), help="smoothing over neighbouring candidates, not remembered")
+    pool: Pool = parameter(Nested(Pool), Pool(), help="smoothing over neighbouring candidates, not stored")
 
     def __attrs_post_init__(self) -> None:
         if any(state.name == _STATE for state in self.of.slot_state()):
-            raise ParameterError(f"of: must be a scorer without a history of its own: {self.of}")
+            raise ParameterError(f"of: must be a scorer without a history: {self.of}")
 
     def needs(self) -> Needs:
         return self.of.needs()
 
     def slot_state(self) -> tuple[State, ...]:
-        return (*self.of.slot_state(), State(_STATE, fill=_NONE_YET))
+        return (*self.of.slot_state(), State(_STATE, fill=_NO_HISTORY))
 
     def in_any_order(self) -> bool:
         return self.of.in_any_order()
@@ -53,11 +53,11 @@ class History(Scorer):
         inner = self.of.observe(view)
         new = self._new_scores(attrs.evolve(view, slot_state={**view.slot_state, **inner}))
         old = view.slot_state[_STATE]
-        joined = torch.where(old == _NONE_YET, new, self._join(old, new))
-        return {**inner, _STATE: joined.masked_fill(~view.candidates, _NONE_YET)}
+        combined = torch.where(old == _NO_HISTORY, new, self._combine(old, new))
+        return {**inner, _STATE: combined.masked_fill(~view.candidates, _NO_HISTORY)}
 
     def tile(self) -> str:
-        return "joins what it finds with what it remembers"
+        return "combines scores over time"
 
     def score(self, view: View) -> Tensor:
         return self.pool.over(view, view.slot_state[_STATE]).masked_fill(~view.candidates, 0.0)
@@ -70,7 +70,7 @@ class History(Scorer):
         largest = scores.abs().masked_fill(~view.candidates, 0.0).amax(-1, keepdim=True)
         return scores / largest.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def _join(self, old: Tensor, new: Tensor) -> Tensor:
+    def _combine(self, old: Tensor, new: Tensor) -> Tensor:
         """F' of the entries that have an old score."""
         faded = self.decay * old
         if self.update == "max":

@@ -1,4 +1,4 @@
-"""Small keys first."""
+"""Scorer `key_norm`: keeps small keys."""
 
 from typing import ClassVar
 
@@ -11,9 +11,9 @@ from kvpolicy.stages import Scorer, Tile, View
 
 @attrs.frozen
 class KeyNorm(Scorer):
-    """The L2 norm of the key, negative (Devoto et al., section 4): keys of low norm draw the attention.
+    """The negative L2 norm of the key (Devoto et al., section 4): keys of low norm get high attention.
 
-    Rotary embedding keeps the norm, so keys before and after it score alike.
+    The rotary embedding does not change norms, so keys before and after it have equal scores.
     """
 
     name: ClassVar[str] = "key_norm"

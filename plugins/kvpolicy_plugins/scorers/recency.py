@@ -1,4 +1,4 @@
-"""Newest first."""
+"""Scorer `recency`: keeps the newest entries."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from kvpolicy.stages import Scorer, Tile, View
 class Recency(Scorer):
     """The position of an entry: with protected sinks, StreamingLLM (section 3.2) at the original positions.
 
-    Counted back from the newest entry, because float32 holds no integer beyond 2^24 exactly.
+    Relative to the newest entry, because float32 does not represent all integers beyond 2^24.
     """
 
     name: ClassVar[str] = "recency"

@@ -1,4 +1,4 @@
-"""Scorer `redundancy`: how similar an entry's key is to the other keys of its head."""
+"""Scorer `redundancy`: similarity of an entry's key to the other keys of its head."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -29,14 +29,16 @@ class Redundancy(Scorer):
     reference: ClassVar[str] = "arXiv:2505.24133"
 
     threshold: float = parameter(
-        Number(minimum=0, maximum=1), 0.5, help="cosine similarity above which two keys look alike"
+        Number(minimum=0, maximum=1), 0.5, help="cosine similarity above which two keys are similar"
     )
-    forgive: int = parameter(Integer(minimum=0), 1, help="look-alikes that each entry forgives (beta)")
-    forgive_end: str = parameter(Choice(("last", "first")), "last", help="forgive the newest look-alikes or the oldest")
+    forgive: int = parameter(Integer(minimum=0), 1, help="similar entries that each entry forgives (beta)")
+    forgive_end: str = parameter(
+        Choice(("last", "first")), "last", help="forgive the newest similar entries or the oldest"
+    )
     empty_row: str = parameter(
         Choice(("slot0", "none")),
         "slot0",
-        help="whom an entry forgives that has forgiven nobody: the first slot, as published, or no one",
+        help="what an entry without similar entries forgives: the first slot, as published, or none",
     )
 
     def tile(self) -> Tile:
@@ -60,16 +62,19 @@ class Redundancy(Scorer):
         )
 
     def _traffic(self, request: ColumnRequest, lengths: Sequence[int]) -> Traffic:
-        """Upper bound: without similar keys the search visits all pairs of blocks."""
+        """Upper bound of the traffic: without similar keys the search visits all pairs of blocks."""
         from kvpolicy_kernels.score.redundancy.forgiven_similarity import traffic
 
         return traffic(request.segments, lengths, request.keys, forgive=self.forgive)
 
     def score(self, view: View) -> Tensor:
         keys, valid = view.keys.flatten(0, 1), view.valid.flatten(0, 1)
-        together = 1 if keys.device.type == "cpu" else len(keys)  # a head's keys stay in a CPU's cache
-        parts = [self._similarity(*part) for part in zip(keys.split(together), valid.split(together), strict=True)]
-        mean = torch.cat(parts).view(view.valid.shape) / view.lengths[..., None].clamp(min=1)
+        heads_per_call = 1 if keys.device.type == "cpu" else len(keys)  # the keys of a head fit into the cache of a CPU
+        similarities = [
+            self._similarity(*head)
+            for head in zip(keys.split(heads_per_call), valid.split(heads_per_call), strict=True)
+        ]
+        mean = torch.cat(similarities).view(view.valid.shape) / view.lengths[..., None].clamp(min=1)
         return mean.masked_fill(~view.valid, -torch.inf).softmax(-1).masked_fill(~view.valid, 0.0)
 
     def _similarity(self, keys: Tensor, valid: Tensor) -> Tensor:
@@ -77,16 +82,16 @@ class Redundancy(Scorer):
         keys = keys.float().masked_fill(~valid[..., None], 0.0)
         norms: Tensor = vector_norm(keys, dim=-1, keepdim=True)
         directions = keys.div_(norms + 1e-8)
-        own = norms.div_(norms + 1e-8).square_()
+        self_similarity = norms.div_(norms + 1e-8).square_()
         total = directions.sum(1)[..., None]
-        return (directions @ total - own).squeeze(-1) - self._forgiven(directions, valid)
+        return (directions @ total - self_similarity).squeeze(-1) - self._forgiven(directions, valid)
 
     def _forgiven(self, directions: Tensor, valid: Tensor) -> Tensor:
         """[S, T]: per column, the sum of the similarities of the rows that forgive it."""
         last = self.forgive_end == "last"
-        sums, found = forgiven_similarity(directions, valid, self.threshold, self.forgive, last=last)
+        sums, has_similar = forgiven_similarity(directions, valid, self.threshold, self.forgive, last=last)
         if self.empty_row == "slot0":
-            none_found = (~found).to(directions.dtype)
-            none_found[:, 0] = 0  # the first slot does not forgive itself: the diagonal of S is 0
-            sums[:, 0] += (none_found[:, None] @ (directions @ directions[:, :1].transpose(1, 2))).flatten()
+            no_similar = (~has_similar).to(directions.dtype)
+            no_similar[:, 0] = 0  # the first slot does not forgive itself: the diagonal of S is 0
+            sums[:, 0] += (no_similar[:, None] @ (directions @ directions[:, :1].transpose(1, 2))).flatten()
         return sums

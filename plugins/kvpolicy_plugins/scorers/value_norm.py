@@ -1,4 +1,4 @@
-"""Large values first."""
+"""Scorer `value_norm`: keeps large values."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from kvpolicy.stages import Number, Scorer, Tile, View, parameter
 
 @attrs.frozen
 class ValueNorm(Scorer):
-    """The norm of the value: what an entry can add to the output at all (VATP, section 3: `order: 1`)."""
+    """The norm of the value, which bounds what an entry adds to the output (VATP, section 3: `order: 1`)."""
 
     name: ClassVar[str] = "value_norm"
     reference: ClassVar[str] = "arXiv:2406.12335"
@@ -24,8 +24,8 @@ class ValueNorm(Scorer):
     def tile(self) -> Tile:
         from kvpolicy_kernels.score.tiles.value_norm import value_norm
 
-        known = int(self.order) if self.order in (1, 2) else 0
-        return Tile(value_norm, (known,), (self.order,), keys=False, values=True)
+        special_order = int(self.order) if self.order in (1, 2) else 0
+        return Tile(value_norm, (special_order,), (self.order,), keys=False, values=True)
 
     def score(self, view: View) -> Tensor:
         norms: Tensor = vector_norm(view.values.float(), ord=self.order, dim=-1)

@@ -1,4 +1,4 @@
-"""The best of each head."""
+"""Selector `topk`: the best candidates of each head."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from kvpolicy.stages.ordering import highest
 
 @attrs.frozen
 class TopK(Selector):
-    """Each head keeps its highest scores. NaN ranks last, -0.0 equals 0.0, ties go to the earlier one."""
+    """Each head keeps its highest scores. NaN ranks last, -0.0 equals 0.0, ties go to the earlier entry."""
 
     name: ClassVar[str] = "topk"
     best: ClassVar[bool] = True

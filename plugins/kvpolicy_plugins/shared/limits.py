@@ -2,9 +2,9 @@
 
 from kvpolicy.stages import Integer
 
-MOST_QUERIES = 4096  # each is stored and multiplied with every key; more than any published method uses
+MOST_QUERIES = 4096  # each is stored and multiplied by every key; more than any published method uses
 MOST_CHANNELS = 4096  # per group; larger than any known head dimension
-WIDEST_POOL = 1023  # neighbours that every entry is compared with
+WIDEST_POOL = 1023  # neighbours of each entry
 MOST_SEED = 2**32 - 1
 
 QUERIES = Integer(minimum=1, maximum=MOST_QUERIES)

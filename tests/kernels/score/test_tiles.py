@@ -142,7 +142,7 @@ def test_reasons_against_a_tile(group, kind):
     """Pooling each query head apart is only the same as pooling their sum when the two commute."""
     scorer = Attention(queries=4, group=group, group_at="pooled", pool=Pool(kind=kind, size=3))
     if (kind == "max") != (group == "max") and kind != "none":
-        assert scorer.tile() == "pools each query head apart"
+        assert scorer.tile() == "pools each query head separately"
     else:
         check(scorer, place([20, 5, 65, 1], 2, torch.float32))
 

@@ -25,7 +25,13 @@ def moved_meanwhile(integrity, inside):
 
 
 @pytest.mark.parametrize(
-    "inside", [lambda one: one.change("crop"), lambda one: one.renewal(), lambda one: one.unmoved], ids=str
+    "inside",
+    [
+        lambda integrity: integrity.change("crop"),
+        lambda integrity: integrity.renewal(),
+        lambda integrity: integrity.unmoved,
+    ],
+    ids=["change", "renewal", "unmoved"],
 )
 def test_entries_move_before_a_change_or_behind_it(inside):
     integrity = Integrity([0, 1])

@@ -43,7 +43,7 @@ def test_a_part_of_a_word_takes_the_whole_token(tokenizer):
 def test_every_text_of_a_batch_is_looked_at(tokenizer):
     found = Regions.of_texts(tokenizer, ["a b c", "c b a b"], {"b": "b"})
     assert found.rows == (((1, 1, 2),), ((1, 1, 2), (1, 3, 4)))
-    with pytest.raises(RegionError, match="region 'b': the text does not hold 'b'"):
+    with pytest.raises(RegionError, match="region 'b': the text does not contain 'b'"):
         Regions.of_texts(tokenizer, ["a b c", "c a"], {"b": "b"})
 
 
@@ -74,7 +74,7 @@ def _spans(regions, name):
 
 def test_a_template_that_rewrites_earlier_messages_is_refused(tokenizer):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(RegionError, match=r"message 0 \('user'\): the chat template writes it otherwise"):
+    with pytest.raises(RegionError, match=r"message 0 \('user'\): the chat template formats it differently"):
         Regions.of_chat(tokenizer, chat, chat_template=FORGETTING)
 
 
@@ -82,7 +82,7 @@ def test_a_tokenizer_without_offsets_is_refused():
     def slow(_text, **_options):
         raise NotImplementedError("return_offset_mapping is not available when using Python tokenizers")
 
-    with pytest.raises(RegionError, match="only fast tokenizers do"):
+    with pytest.raises(RegionError, match="only fast tokenizers have"):
         Regions.of_texts(slow, "a b", {"b": "b"})
 
 

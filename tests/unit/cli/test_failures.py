@@ -24,7 +24,7 @@ UNTOLD = type("UntoldError", (Exception,), {"__str__": lambda self: 1 / 0})
         (ZeroDivisionError(), "ZeroDivisionError"),
         (MemoryError(), "MemoryError"),
         (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum"),
-        (UNTOLD(), "UntoldError: <UntoldError, whose text cannot be had: ZeroDivisionError>"),
+        (UNTOLD(), "UntoldError: <UntoldError, whose text cannot be read: ZeroDivisionError>"),
         (KeyError("\x1b[31m"), "KeyError: "),
     ],
     ids=repr,

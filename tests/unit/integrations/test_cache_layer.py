@@ -73,7 +73,7 @@ def test_a_policy_that_spares_prompts_compresses_at_the_first_decoded_token():
     assert lengths(layer) == [6, 6]
 
 
-def test_a_second_forward_before_the_first_was_settled_is_refused():
+def test_a_second_forward_before_the_first_has_ended_is_refused():
     layer = new_layer(worth_plan())
     keys, values, _ = random_entries(torch.Generator(), 1, 3)
     layer.update(keys, values)

@@ -55,7 +55,7 @@ def test_of_a_later_forward_only_its_own_tokens_count():
     assert not new_tokens_of(found).padded
 
 
-def test_a_causal_mask_without_pads_names_no_arrival():
+def test_a_causal_mask_without_pads_tags_no_new_tokens():
     found, _ = mask_of(None, queries=2)
     assert found is not None
     assert new_tokens_of(found) is None

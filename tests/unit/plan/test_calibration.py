@@ -313,7 +313,7 @@ def one_number(basis):
 
 
 BASES = {
-    "whole numbers": (lambda basis: basis.to(torch.int32), r"'basis' must be floating: torch\.int32"),
+    "whole numbers": (lambda basis: basis.to(torch.int32), r"'basis' must be floating point: torch\.int32"),
     "zeros": (torch.zeros_like, "basis must have orthonormal columns: they are off by 1"),
     "NaN": (lambda basis: basis * float("nan"), "'basis' must be finite"),
     "infinity": (lambda basis: basis.fill_(float("inf")), "'basis' must be finite"),
@@ -380,7 +380,7 @@ class Plain(Codec):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.ones(3, dtype=torch.uint8), "'scale' must be floating: torch.uint8"),
+        (torch.ones(3, dtype=torch.uint8), "'scale' must be floating point: torch.uint8"),
         (torch.tensor([1.0, float("nan")]), "'scale' must be finite"),
         (torch.tensor(float("-inf")), "'scale' must be finite"),
     ],

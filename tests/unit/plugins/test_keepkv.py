@@ -145,7 +145,7 @@ def test_heads_of_a_group_are_averaged():
         assert_close(rule.log_scores(rule.observe_forward(QueryLogits(logits), state)).item(), expected)
 
 
-def test_only_the_newest_queries_are_followed():
+def test_only_the_newest_queries_are_observed():
     for rule in (MovingAverage(0.5, 2), WindowMean(2)):
         state = {one.name: torch.full((1, 1, 1), one.fill) for one in rule.states()}
         logits = torch.randn(1, 1, 1, 5, 1, generator=torch.Generator().manual_seed(3))

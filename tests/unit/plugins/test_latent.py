@@ -133,7 +133,7 @@ def test_what_does_not_go_with_the_model_is_refused(sample):
     lost = {"basis": good.calibration["basis"][:, :3]}
     cases = {
         r"value_group: must divide the head dimension 8 of this model: 3": (Latent(value_group=3), good),
-        r"the rotation is not known": (codec, attrs.evolve(good, rotary=None)),
+        r"needs the rotary embedding of the model": (codec, attrs.evolve(good, rotary=None)),
         r"rank: must come with a calibration of layer 1": (codec, attrs.evolve(good, calibration={})),
         r"a basis of shape \[16, 8\] or wider for this model: \[16, 3\]": (codec, attrs.evolve(good, calibration=lost)),
         r"\[32, 16\] or wider for this model: \[16, 8\]": (
@@ -144,7 +144,7 @@ def test_what_does_not_go_with_the_model_is_refused(sample):
     for message, (one, site) in cases.items():
         with pytest.raises(ParameterError, match=message):
             one.formats(site)
-    with pytest.raises(ParameterError, match="the rotation is not known"):
+    with pytest.raises(ParameterError, match="needs the rotary embedding of the model"):
         codec.calibrate([attrs.evolve(sample, rotary=None)])
 
 

@@ -20,7 +20,7 @@ VARIANTS = (
 )
 
 
-def question(latents, lengths, packed_lengths, *, query=(1.0, 0.0, 0.0, 0.0), layer=3):
+def read_request(latents, lengths, packed_lengths, *, query=(1.0, 0.0, 0.0, 0.0), layer=3):
     """Rows of `lengths` entries; the basis is the identity and every query head of KV head h asks `query`'s part h."""
     latents = torch.as_tensor(latents)[:, None]
     slots = max(lengths)
@@ -51,63 +51,63 @@ NUMBERS = [0.0, 1.0, 7.0, 5.0, 7.0, 2.0, 7.0, 0.0, 9.0, 0.0]
 
 
 def test_the_best_between_the_first_and_the_last_are_read_the_earlier_of_equals():
-    asked = question(along(NUMBERS)[None], [10], [10])
-    found = LatentTopK(sinks=1, critical=2, recent=2).choose(asked)
+    request = read_request(along(NUMBERS)[None], [10], [10])
+    found = LatentTopK(sinks=1, critical=2, recent=2).choose(request)
     assert found.tolist() == [[[0, 2, 4, 8, 9]] * 2]
     assert found.dtype == torch.int64
 
 
 def test_entries_without_a_latent_are_read():
-    asked = question(along(NUMBERS)[None], [10], [6])
-    assert LatentTopK(1, 2, 2).choose(asked).tolist() == [[[0, 2, 4, 6, 7, 8, 9]] * 2]
-    nothing_packed = attrs.evolve(asked, packed_lengths=None, packed={})
+    request = read_request(along(NUMBERS)[None], [10], [6])
+    assert LatentTopK(1, 2, 2).choose(request).tolist() == [[[0, 2, 4, 6, 7, 8, 9]] * 2]
+    nothing_packed = attrs.evolve(request, packed_lengths=None, packed={})
     assert LatentTopK(1, 2, 2).choose(nothing_packed) is None
 
 
 def test_rows_of_different_lengths():
-    asked = question(torch.stack([along(NUMBERS)] * 3), [10, 7, 3], [10, 7, 3])
-    found = LatentTopK(1, 2, 2).choose(asked)[:, 0]
+    request = read_request(torch.stack([along(NUMBERS)] * 3), [10, 7, 3], [10, 7, 3])
+    found = LatentTopK(1, 2, 2).choose(request)[:, 0]
     assert found.tolist() == [[0, 2, 4, 8, 9], [0, 2, 4, 5, 6], [0, 1, 2, -1, -1]]
-    found = LatentTopK(1, 2, 2, min_length=8).choose(asked)[:, 0]
+    found = LatentTopK(1, 2, 2, min_length=8).choose(request)[:, 0]
     assert found.tolist() == [[0, 2, 4, 8, 9, -1, -1], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, -1, -1, -1, -1]]
 
 
 def test_only_the_leading_dimensions_are_looked_at():
     """The last dimension holds a decoy, which a query along it sees with `dims` 1 only."""
-    asked = question(along(NUMBERS)[None], [10], [10], query=(1.0, 0.0, 0.0, 5.0))
-    assert LatentTopK(1, 2, 2, dims=0.5).choose(asked)[0, 0].tolist() == [0, 2, 4, 8, 9]
-    assert LatentTopK(1, 2, 2, dims=1.0).choose(asked)[0, 0].tolist() == [0, 1, 2, 8, 9]
-    assert LatentTopK(dims=0.01).scores(asked).tolist() == [NUMBERS]
+    request = read_request(along(NUMBERS)[None], [10], [10], query=(1.0, 0.0, 0.0, 5.0))
+    assert LatentTopK(1, 2, 2, dims=0.5).choose(request)[0, 0].tolist() == [0, 2, 4, 8, 9]
+    assert LatentTopK(1, 2, 2, dims=1.0).choose(request)[0, 0].tolist() == [0, 1, 2, 8, 9]
+    assert LatentTopK(dims=0.01).scores(request).tolist() == [NUMBERS]
 
 
 def test_query_heads_are_averaged_and_their_rotation_is_undone():
-    asked = question(along(NUMBERS)[None], [10], [10])
+    request = read_request(along(NUMBERS)[None], [10], [10])
     plain = torch.randn(1, 4, 2, generator=torch.Generator().manual_seed(0))
-    turned = asked.format.rotary.rotate(plain, torch.tensor([[123]]))
-    asked = attrs.evolve(asked, queries=turned, query_positions=torch.tensor([123]))
+    turned = request.format.rotary.rotate(plain, torch.tensor([[123]]))
+    request = attrs.evolve(request, queries=turned, query_positions=torch.tensor([123]))
     expected = torch.cat([plain[:, :2].mean(1), plain[:, 2:].mean(1)], -1)
-    assert_close(LatentTopK().latent_query(asked), expected, atol=1e-5, rtol=1e-5)
+    assert_close(LatentTopK().latent_query(request), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("layer", "dense"), [(0, True), (1, True), (2, False), (4, False), (5, True)])
 def test_the_first_two_layers_and_the_last_read_everything(layer, dense):
-    asked = question(along(NUMBERS)[None], [10], [10], layer=layer)
-    assert (LatentTopK(1, 2, 2).choose(asked) is None) == dense
-    assert LatentTopK(1, 2, 2, dense_first=0, dense_last=0).choose(asked) is not None
+    request = read_request(along(NUMBERS)[None], [10], [10], layer=layer)
+    assert (LatentTopK(1, 2, 2).choose(request) is None) == dense
+    assert LatentTopK(1, 2, 2, dense_first=0, dense_last=0).choose(request) is not None
 
 
 def test_what_would_be_read_anyway_is_not_searched():
-    asked = question(along(NUMBERS)[None], [10], [10])
-    assert LatentTopK(3, 4, 3).choose(asked) is None
-    assert LatentTopK(3, 4, 2).choose(asked) is not None
-    assert LatentTopK(1, 2, 2, min_length=11).choose(asked) is None
-    assert LatentTopK(1, 2, 2, min_length=10).choose(asked) is not None
+    request = read_request(along(NUMBERS)[None], [10], [10])
+    assert LatentTopK(3, 4, 3).choose(request) is None
+    assert LatentTopK(3, 4, 2).choose(request) is not None
+    assert LatentTopK(1, 2, 2, min_length=11).choose(request) is None
+    assert LatentTopK(1, 2, 2, min_length=10).choose(request) is not None
 
 
 def test_keys_of_another_store_are_refused():
-    asked = attrs.evolve(question(along(NUMBERS)[None], [10], [10]), format=AsIs())
-    with pytest.raises(TypeError, match="keys must be held as latents: AsIs"):
-        LatentTopK(1, 2, 2).choose(asked)
+    request = attrs.evolve(read_request(along(NUMBERS)[None], [10], [10]), format=AsIs())
+    with pytest.raises(TypeError, match="keys must be stored as latents: AsIs"):
+        LatentTopK(1, 2, 2).choose(request)
 
 
 @pytest.mark.parametrize("name", ["sinks", "critical", "recent", "dims", "dense_first", "dense_last", "min_length"])

@@ -12,7 +12,7 @@ from kvpolicy_plugins.readers.pages import Pages
 VARIANTS = (Pages(), Pages(16, 40, "mean", 0), Pages(7, 7), Pages(1, 33, "sum"), Pages(16, 700), Pages(300, 301))
 
 
-def question(reader, numbers, queries=((1.0, 0.0),), lengths=None, layer=2):
+def read_request(reader, numbers, queries=((1.0, 0.0),), lengths=None, layer=2):
     """One row; keys [K, T] of two dimensions, `numbers` and their negatives in the second; one query head or more."""
     keys = torch.tensor(numbers)[None, ..., None] * torch.tensor([1.0, -1.0])
     heads, slots = keys.shape[1:3]
@@ -22,8 +22,8 @@ def question(reader, numbers, queries=((1.0, 0.0),), lengths=None, layer=2):
     geometry = Geometry(tuple(range(4)), len(queries), heads, 2)
     full = slots // reader.page * reader.page
     pages = reader.pages(Site(geometry, torch.float32)).encode(keys[:, :, :full], positions[:, :, :full])
-    asked = torch.tensor(queries)[None]
-    return ReadRequest(asked, positions.amax((1, 2)), positions, geometry, layer, pages=pages)
+    query_tensor = torch.tensor(queries)[None]
+    return ReadRequest(query_tensor, positions.amax((1, 2)), positions, geometry, layer, pages=pages)
 
 
 NUMBERS = [3.0, -9.0, 0.0, 0.0, 5.0, 5.0, -8.0, 4.0, 1.0, 1.0, 0.0]  # pages of 2; the last one is being filled
@@ -31,30 +31,30 @@ NUMBERS = [3.0, -9.0, 0.0, 0.0, 5.0, 5.0, -8.0, 4.0, 1.0, 1.0, 0.0]  # pages of 
 
 def test_the_pages_with_the_highest_bounds_are_read_and_the_newest():
     reader = Pages(2, 5)
-    asked = question(reader, [NUMBERS])
-    assert reader.bounds(asked).tolist() == [[[3.0, 0.0, 5.0, 4.0, 1.0]]]
-    assert reader.choose(asked).tolist() == [[[4, 5, 6, 7, 10]]]
-    away = question(reader, [NUMBERS], queries=((-1.0, 0.0),))
+    request = read_request(reader, [NUMBERS])
+    assert reader.bounds(request).tolist() == [[[3.0, 0.0, 5.0, 4.0, 1.0]]]
+    assert reader.choose(request).tolist() == [[[4, 5, 6, 7, 10]]]
+    away = read_request(reader, [NUMBERS], queries=((-1.0, 0.0),))
     assert reader.bounds(away).tolist() == [[[9.0, 0.0, -5.0, 8.0, -1.0]]]
     assert reader.choose(away).tolist() == [[[0, 1, 6, 7, 10]]]
 
 
 def test_the_newest_page_is_read_even_if_it_has_just_been_filled():
     reader = Pages(2, 4)
-    asked = question(reader, [NUMBERS[:10]])
-    assert reader.choose(asked).tolist() == [[[4, 5, 8, 9]]]
-    assert Pages(2, 2).choose(asked).tolist() == [[[8, 9]]]
+    request = read_request(reader, [NUMBERS[:10]])
+    assert reader.choose(request).tolist() == [[[4, 5, 8, 9]]]
+    assert Pages(2, 2).choose(request).tolist() == [[[8, 9]]]
 
 
 def test_of_equal_pages_the_earlier_are_read():
     reader = Pages(2, 6)
-    assert reader.choose(question(reader, [[1.0] * 12])).tolist() == [[[0, 1, 2, 3, 10, 11]]]
+    assert reader.choose(read_request(reader, [[1.0] * 12])).tolist() == [[[0, 1, 2, 3, 10, 11]]]
 
 
 def test_a_bound_adds_up_the_best_of_each_channel():
     """A page of (3, -3) and (-9, 9) is bounded by a corner that no key is at."""
     reader = Pages(2, 5)
-    both = question(reader, [NUMBERS], queries=((1.0, 2.0),))
+    both = read_request(reader, [NUMBERS], queries=((1.0, 2.0),))
     assert reader.bounds(both)[0, 0, 0] == 3 + 2 * 9
 
 
@@ -64,13 +64,13 @@ def test_a_bound_adds_up_the_best_of_each_channel():
 )
 def test_query_heads_share_the_pages_of_their_kv_head(group, bounds):
     reader = Pages(2, 5, group)
-    asked = question(reader, [NUMBERS], queries=((1.0, 0.0), (-1.0, 0.0)))
-    assert reader.bounds(asked).tolist() == [[bounds]]
+    request = read_request(reader, [NUMBERS], queries=((1.0, 0.0), (-1.0, 0.0)))
+    assert reader.bounds(request).tolist() == [[bounds]]
 
 
 def test_bounds_of_half_precision_are_computed_in_float32():
     reader = Pages(2, 5)
-    exact = question(reader, [NUMBERS], queries=((1.0078125, 0.0),))
+    exact = read_request(reader, [NUMBERS], queries=((1.0078125, 0.0),))
     pages = {name: column.bfloat16() for name, column in exact.pages.items()}
     narrow = attrs.evolve(exact, queries=exact.queries.bfloat16(), pages=pages)
     assert reader.bounds(narrow).dtype == torch.float32
@@ -79,25 +79,25 @@ def test_bounds_of_half_precision_are_computed_in_float32():
 
 def test_heads_choose_for_themselves_as_long_as_they_are():
     reader = Pages(2, 5)
-    asked = question(
+    request = read_request(
         reader, [NUMBERS, NUMBERS, NUMBERS], queries=((1.0, 0.0), (-1.0, 0.0), (1.0, 0.0)), lengths=(11, 8, 3)
     )
-    assert reader.choose(asked).tolist() == [[[4, 5, 6, 7, 10], [0, 1, 6, 7, -1], [0, 1, 2, -1, -1]]]
-    empty = question(reader, [NUMBERS, NUMBERS], queries=((1.0, 0.0),) * 2, lengths=(11, 0))
+    assert reader.choose(request).tolist() == [[[4, 5, 6, 7, 10], [0, 1, 6, 7, -1], [0, 1, 2, -1, -1]]]
+    empty = read_request(reader, [NUMBERS, NUMBERS], queries=((1.0, 0.0),) * 2, lengths=(11, 0))
     assert reader.choose(empty)[0, 1].tolist() == [-1] * 5
 
 
 def test_what_fits_is_read_and_so_are_the_first_layers():
-    asked = question(Pages(2, 5), [NUMBERS])
-    assert Pages(2, 11).choose(asked) is None
-    assert Pages(2, 10).choose(asked) is not None
-    assert [Pages(2, 5).choose(attrs.evolve(asked, layer=layer)) is None for layer in range(4)] == [
+    request = read_request(Pages(2, 5), [NUMBERS])
+    assert Pages(2, 11).choose(request) is None
+    assert Pages(2, 10).choose(request) is not None
+    assert [Pages(2, 5).choose(attrs.evolve(request, layer=layer)) is None for layer in range(4)] == [
         True,
         True,
         False,
         False,
     ]
-    assert Pages(2, 5, dense_first=0).choose(attrs.evolve(asked, layer=0)) is not None
+    assert Pages(2, 5, dense_first=0).choose(attrs.evolve(request, layer=0)) is not None
 
 
 def test_pages_keep_the_extremes_exactly_in_the_dtype_of_the_keys():
@@ -109,7 +109,7 @@ def test_pages_keep_the_extremes_exactly_in_the_dtype_of_the_keys():
         assert (found.dtype, found.shape) == (form.columns[name].dtype, (2, 2, 3, *form.columns[name].shape))
     assert torch.equal(columns["minimum"][:, :, 1], keys[:, :, 3:6].amin(2))
     assert torch.equal(columns["maximum"][:, :, 2], keys[:, :, 6:].amax(2))
-    with pytest.raises(NotImplementedError, match="do not give its keys back"):
+    with pytest.raises(NotImplementedError, match="cannot be decoded from its bounds"):
         form.decode(columns, torch.arange(9).expand(2, 2, 9))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.spec.reader import read
-from kvpolicy.spec.tree import Place, Problems
+from kvpolicy.spec.tree import Problems, SourcePosition
 
 TEXT = """\
 a: 1
@@ -21,10 +21,10 @@ def test_values_keep_their_places():
     first = root.value["b"].value[0]
 
     assert root.plain == {"a": 1, "b": ({"c": "x", "d": "2"}, "long\ntext\n")}
-    assert root.place == Place("p.yaml", 1, 1)
-    assert first.place == Place("p.yaml", 3, 5)
-    assert first.keys == {"c": Place("p.yaml", 3, 6), "d": Place("p.yaml", 3, 12)}
-    assert first.value["d"].place == Place("p.yaml", 3, 17)
+    assert root.position == SourcePosition("p.yaml", 1, 1)
+    assert first.position == SourcePosition("p.yaml", 3, 5)
+    assert first.keys == {"c": SourcePosition("p.yaml", 3, 6), "d": SourcePosition("p.yaml", 3, 12)}
+    assert first.value["d"].position == SourcePosition("p.yaml", 3, 17)
 
 
 def test_quotes_make_text_of_anything():

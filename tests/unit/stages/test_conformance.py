@@ -96,7 +96,7 @@ class Loose(Scorer):
 
 
 def test_a_plugin_must_be_frozen():
-    with pytest.raises(PluginContractError, match="expected an instance that never changes"):
+    with pytest.raises(PluginContractError, match="expected an immutable instance"):
         dict(conformance_cases(Loose()))["is frozen"]()
     with pytest.raises(PluginContractError, match=r"must be decorated with @attrs.frozen"):
         dict(conformance_cases(Loose()))["can be named in a policy"]()
@@ -134,7 +134,7 @@ class Doubling(Merger):
         (Spendthrift(), "layer allocator 'spendthrift' gave [65] candidates, expected [8]"),
         (Newest(), "left a candidate that scores higher than one it chose"),
         (Newest(), "chose later entries among equal scores"),
-        (Doubling(), "returned other keys than those of the kept slots"),
+        (Doubling(), "returned keys that differ from the kept slots"),
     ],
 )
 def test_other_stages(plugin, message):
@@ -192,8 +192,8 @@ class Topmost(JointAllocator):
 @pytest.mark.parametrize(
     ("plugin", "check", "message"),
     [
-        (Whole(), "keeps rows apart", "gave a row alone"),
-        (Mixing(), "keeps layers apart", "gave a layer alone"),
+        (Whole(), "keeps rows apart", "for a row alone"),
+        (Mixing(), "keeps layers apart", "for a layer alone"),
         (Topmost(), "gives no more than there is", "expected from 0 to"),
     ],
 )

@@ -17,7 +17,7 @@ from kvpolicy.stages.conformance import Promises, check_plugin, conformance_case
 
 @attrs.frozen(eq=False)
 class Rounded(Format):
-    """Numbers to one decimal place, in units of two entries."""
+    """Numbers to one decimal place, in groups of two entries."""
 
     columns: dict
     dtype: torch.dtype
@@ -77,7 +77,7 @@ def zeroed_in_place(self, columns, positions):
 
 
 def giving(change):
-    """A codec that gives something else than `Rounding` does."""
+    """A codec that gives a different result than `Rounding` does."""
 
     def formats(self, site):
         return change(Rounding.formats(self, site))
@@ -90,7 +90,7 @@ def calibrate(self, samples):
 
 
 def refusing(error):
-    """A codec that holds nothing but a head dimension of 64."""
+    """A codec that supports only a head dimension of 64."""
 
     def formats(self, site):
         if site.geometry.head_dim != 64:
@@ -106,9 +106,9 @@ def spread(rounded):
 
 CODECS = {
     "gave AsIs, expected Formats": giving(lambda formats: formats.values),
-    "gave a joint format, expected `joint` to say so": broken_codec(joint=True),
+    "gave a joint format, expected `joint` to be True": broken_codec(joint=True),
     "refuses a model in words: plugin 'rounding': codec 'rounding' raised ValueError: no": refusing(ValueError("no")),
-    "packed 1 of 1 entries after 0, expected ever more whole groups of 2": broken_codec(
+    "packed 1 of 1 entries after 0, expected whole groups of 2, never fewer than before": broken_codec(
         packed_length=lambda self, n: n
     ),
     "packed 4 of 0 entries after 0, expected": broken_codec(packed_length=lambda self, n: 4),
@@ -116,15 +116,17 @@ CODECS = {
     "packed 3 of 3 entries after 0, expected": giving(lambda both: Formats(attrs.evolve(both.keys, step=3), AsIs())),
     "encoded to [], expected ['rounded']": broken_codec(encode=lambda self, vectors, positions: {}),
     "returned torch.float64, expected torch.float32": encoding(torch.Tensor.double),
-    "(batch=3, kv_heads=2, units=3, rounded[0]=2, rounded[1]=64)": encoding(lambda rounded: rounded[..., 1:]),
+    "(batch=3, kv_heads=2, groups=3, rounded[0]=2, rounded[1]=64)": encoding(lambda rounded: rounded[..., 1:]),
     "decoded with an error of 0.0499801, expected at most 0": Rounding(),
     "returned torch.float16, expected torch.float32": decoding(lambda vectors, _: vectors.half()),
     "not finite for zeros": decoding(lambda vectors, _: vectors / vectors.abs().amax(-1, keepdim=True)),
-    "for unit 0 alone": encoding(spread),
-    "when unit 0 is decoded alone": decoding(lambda vectors, _: vectors.flip(2)),
+    "for group 0 alone": encoding(spread),
+    "when group 0 is decoded alone": decoding(lambda vectors, _: vectors.flip(2)),
     "for row 0 alone": encoding(lambda rounded: rounded - rounded.mean(0)),
     "for head 0 beside another one": encoding(lambda rounded: rounded - rounded.mean(1, keepdim=True)),
-    "with other empty slots": decoding(lambda vectors, at: vectors + (vectors * (at < 0)[..., None]).amax()),
+    "when the contents of empty slots differ": decoding(
+        lambda vectors, at: vectors + (vectors * (at < 0)[..., None]).amax()
+    ),
     "not finite for empty slots": decoding(lambda vectors, at: vectors / (at >= 0)[..., None]),
     "changed its input 'vectors'": broken_codec(encode=doubled_in_place),
     "changed its input 'rounded'": broken_codec(decode=zeroed_in_place),

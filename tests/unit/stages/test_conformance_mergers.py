@@ -58,7 +58,7 @@ MERGERS = {
         {},
     ),
     "returned NoneType, expected a tensor": (gathered, VOTING),
-    "returned log-votes, expected `votes` to say so": (
+    "returned log-votes, expected `votes` to be True": (
         lambda view, kept: gathered(view, kept, log_votes=zeros_of(kept)),
         {},
     ),
@@ -68,7 +68,7 @@ MERGERS = {
     ),
     "for votes of kept slots": (lambda view, kept: gathered(view, kept, log_votes=zeros_of(kept)), VOTING),
     "returned torch.int64, expected torch.bool": (lambda view, kept: gathered(view, kept, changed=kept), {}),
-    "returned other keys than those of kept slots, without `changed`": (
+    "returned keys that are not marked in `changed`, but differ from the kept slots": (
         lambda view, kept: averaged(view, kept, changed=zeros_of(kept, dtype=torch.bool)),
         {},
     ),
@@ -92,7 +92,7 @@ MERGERS = {
         lambda view, kept: gathered(view, kept, row_state={"ours": kept.sum().float().expand(len(kept)).clone()}),
         {},
     ),
-    "with other empty slots": (lambda view, kept: averaged(view, kept, changed=kept >= 0), {}),
+    "when the contents of empty slots differ": (lambda view, kept: averaged(view, kept, changed=kept >= 0), {}),
     "gave other entries the second time": (
         lambda view, kept: gathered(view, kept, slot_state={"mine": torch.rand(kept.shape)}),
         {},

@@ -90,11 +90,11 @@ def test_a_right_tile_passes(one):
 
 
 WRONG = {
-    "wrong sign": (scorer(norms, Tile(functions.wrong_sign, arguments=(3.0,))), "for heads alike"),
-    "forgets its argument": (scorer(norms, Tile(functions.unscaled, arguments=(3.0,))), "for heads alike"),
+    "wrong sign": (scorer(norms, Tile(functions.wrong_sign, arguments=(3.0,))), "for equal, padded"),
+    "forgets its argument": (scorer(norms, Tile(functions.unscaled, arguments=(3.0,))), "for equal, padded"),
     "reads another argument": (
         scorer(norms, Tile(functions.of_values, arguments=(3.0,), values=True)),
-        "for heads alike",
+        "for equal, padded and ragged heads",
     ),
     "reads what it has not asked for": (scorer(norms, Tile(functions.of_values, arguments=(3.0,))), "raised"),
     "right for heads that are not ragged": (
@@ -103,7 +103,7 @@ WRONG = {
     ),
     "ignores which slots are empty": (
         scorer(mean_of_held, Tile(functions.from_column, keys=False, column=mean_key)),
-        "for heads alike, padded and ragged (row 1",
+        "for equal, padded and ragged heads (row 1",
     ),
     "right within one tile": (scorer(of_head, Tile(functions.over_tile)), "for more entries than a tile"),
     "no numbers": (scorer(norms, Tile(functions.nan)), "scores that are NaN by its tile"),

@@ -8,7 +8,7 @@ from kvpolicy.errors import PluginContractError
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.checks import check
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.spec.tree import Item, Place, Problems
+from kvpolicy.spec.tree import Item, Problems, SourcePosition
 from kvpolicy.stages import AsIs, Codec, Column, Formats, Geometry, Merger, Needs, Reader, Scorer, State
 from kvpolicy.stages.declared import MOST_OBSERVED
 
@@ -62,7 +62,7 @@ NEEDS = {
     "raises": (raising(KeyError("x")), "raised in `needs`: KeyError: 'x'"),
     "raises without words": (
         raising(MuteError()),
-        "raised in `needs`: MuteError: <MuteError, whose text cannot be had",
+        "raised in `needs`: MuteError: <MuteError, whose text cannot be read",
     ),
     "ends the process": (raising(SystemExit("bye")), "raised in `needs`: SystemExit: bye"),
     "speaks without end": (raising(ValueError("x" * 10**6)), "raised in `needs`: ValueError: xxx"),
@@ -158,7 +158,7 @@ def test_interrupt_passes():
 
 
 def test_reading_a_policy_asks_with_the_same_care():
-    root = Item({}, Place("p"))
+    root = Item({}, SourcePosition("p"))
     for spec in (
         attrs.evolve(SPEC, merge=plugin(Merger, reads_window=True, needs=raising(OSError("x")))),
         attrs.evolve(SPEC, store=plugin(Codec, joint=property(raising(OSError("x"))))),

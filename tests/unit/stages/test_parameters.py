@@ -143,5 +143,5 @@ def test_field_made_otherwise_has_no_rule():
     class Bare:
         x: int = attrs.field(default=1, metadata={"rule": "none"})
 
-    with pytest.raises(ParameterError, match=r"x: declare it with kvpolicy\.stages\.parameter"):
+    with pytest.raises(ParameterError, match=r"x: must be declared with kvpolicy\.stages\.parameter"):
         rule_of(attrs.fields(Bare).x)

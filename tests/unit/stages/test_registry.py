@@ -27,9 +27,9 @@ BROKEN = {
     "not a plugin": ("class Fake: pass\n" + HOOK, "must be a subclass of kvpolicy.stages.Plugin"),
     "no stage": (
         "@attrs.frozen\nclass Fake(Plugin):\n    name = 'fake'\n" + HOOK,
-        "Fake: must keep the contract of one stage: score, allocate.layers, allocate.heads, allocate.joint, select",
+        "Fake: must subclass the contract of one stage: score, allocate.layers, allocate.heads, allocate.joint, select",
     ),
-    "stage of another contract": (FROZEN + "    stage = 'merge'\n" + SCORE + HOOK, "must keep the contract"),
+    "stage of another contract": (FROZEN + "    stage = 'merge'\n" + SCORE + HOOK, "must subclass the contract"),
     "abstract": (FROZEN + HOOK, "Fake: must define score"),
     "no name": ("@attrs.frozen\nclass Fake(Scorer):\n" + SCORE + HOOK, "Fake: must have a `name` in lower case"),
     "name with a colon": (FROZEN.replace("'fake'", "'a:b'") + SCORE + HOOK, "must have a `name` in lower case"),
@@ -64,11 +64,11 @@ BROKEN = {
     "import raises what nobody catches": ("class Odd(BaseException): pass\nraise Odd('odd')", "Odd: odd"),
     "error without words": (
         "class Mute(Exception):\n    def __str__(self):\n        raise RuntimeError('no')\nraise Mute",
-        "Mute: <Mute, whose text cannot be had: RuntimeError>",
+        "Mute: <Mute, whose text cannot be read: RuntimeError>",
     ),
     "error whose words end the process": (
         "class Mute(BaseException):\n    def __str__(self):\n        raise SystemExit('no')\nraise Mute",
-        "Mute: <Mute, whose text cannot be had: SystemExit>",
+        "Mute: <Mute, whose text cannot be read: SystemExit>",
     ),
     "error with control characters": ("raise RuntimeError('\\n\\x1b[31mred\\rmore')", "RuntimeError: [31mred"),
     "generator that raises midway": (
@@ -77,7 +77,7 @@ BROKEN = {
     ),
     "generator without end": (
         FROZEN + SCORE + "@hookimpl\ndef kvpolicy_stages():\n    while True:\n        yield Fake",
-        "a hook gives more than 1000 things",
+        "hooks return more than 1000 items",
     ),
     "entry point that is no module": (
         "import sys\nclass Odd:\n    def __dir__(self):\n        raise OSError('dir')\nsys.modules[__name__] = Odd()",
@@ -107,17 +107,17 @@ BROKEN = {
     "flag that is no flag": (
         "@attrs.frozen\nclass Fake(Selector):\n    name = 'fake'\n    best = 'yes'\n"
         "    def select(self, scores, candidates, counts):\n        return candidates\n" + HOOK,
-        "must say true or false as ragged, best, moves_only, votes, reads_window",
+        "must have bools as ragged, best, moves_only, votes, reads_window",
     ),
     "rule without words": (
         "class Mute(Integer):\n    def __str__(self):\n        raise RuntimeError('no')\n"
         + FROZEN + "    x: int = parameter(Mute(), 1, help='x')\n" + SCORE + HOOK,
-        "Fake.x: has a rule that cannot be told: RuntimeError: no",
+        "Fake.x: has a rule that cannot be described: RuntimeError: no",
     ),
     "rule with a schema that is none": (
         "class Odd(Integer):\n    def schema(self):\n        return {'minimum': {1}}\n"
         + FROZEN + "    x: int = parameter(Odd(), 1, help='x')\n" + SCORE + HOOK,
-        "Fake.x: has a rule that cannot be told: TypeError",
+        "Fake.x: has a rule that cannot be described: TypeError",
     ),
     "rule of no stage": (
         FROZEN + "    x: object = parameter(Plugged('scored'), help='x')\n" + SCORE + HOOK,
@@ -125,7 +125,7 @@ BROKEN = {
     ),
     "bounds in the wrong order": (
         FROZEN + "    x: int = parameter(Integer(2, 1), 1, help='x')\n" + SCORE + HOOK,
-        "a rule must have a minimum and a maximum that is no less: from 2 to 1",
+        "a rule must have a minimum <= its maximum: from 2 to 1",
     ),
     "no such policy package": ("@hookimpl\ndef kvpolicy_policies():\n    return ['fake_not_there']", "fake_not_there"),
 }  # fmt: skip
@@ -160,7 +160,7 @@ def test_interrupt_while_plugins_are_imported_ends_the_reading(install):
 def test_distribution_named_like_the_project_offers_nothing(install, scorer_source):
     install("KV.policy".replace(".", ""), scorer_source("mine"), entry="mykv")
 
-    assert "a distribution of this name offers no plugins of its own" in str(registry().broken[0])
+    assert "a distribution of this name cannot offer plugins" in str(registry().broken[0])
     assert "mine" not in registry().names("score")
 
 

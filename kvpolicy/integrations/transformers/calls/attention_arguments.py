@@ -1,4 +1,4 @@
-"""Which arguments of an attention call change what is attended."""
+"""Which arguments of an attention call change its result over a compressed cache."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Names by which models and transformers' own attention functions know them.
+# Names in models and in the attention functions of transformers.
 _LOGITS = ("softcap", "logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "score_mod", "head_mask")
 _BIASES = ("position_bias", "attn_bias", "attention_bias", "bias", "alibi", "alibi_bias", "relative_position_bias")
 _SINKS = ("s_aux", "sinks", "sink", "attention_sink")
@@ -16,13 +16,12 @@ _CHANGING = frozenset((*_LOGITS, *_BIASES, *_SINKS, *_HIDING, *_PACKED, "max_len
 
 
 def changing(call: Mapping[str, Any], heads: int, queries: int, keys: int | None = None) -> Iterator[str]:
-    """Names of the arguments beside q, k, v, mask, dropout and scaling that a compressed cache cannot honour.
+    """Names of arguments, besides q, k, v, mask, dropout and scaling, that a compressed cache does not support.
 
-    The rule: a name known to alter logits, to add an entry, to hide entries or to ask for the weights counts, unless
-    its value is None or False; `is_causal` counts when it is False. Of a name never seen, numbers, flags, strings and
-    other objects do not count, and integer tensors (ids, labels, positions) do not; a tensor of bools or floats does
-    when it is made like a mask or a bias, [..., 1 or `queries`, `keys`] or [rows, `keys`], or has one number for each
-    of the query `heads`. `keys` are the tokens seen, those of this call included; None where that is not known.
+    Known names that change logits, add or hide entries, or request the weights are reported, unless the value is None
+    or False; `is_causal` is reported if it is False. Unknown names are reported only for bool and float tensors that
+    are shaped like a mask or a bias, [..., 1 or `queries`, `keys`] or [rows, `keys`], or that have one number per query
+    head (`heads`). `keys` is the number of tokens seen, including those of this call; None if it is not known.
     """
     for name, value in call.items():
         if name == "is_causal":

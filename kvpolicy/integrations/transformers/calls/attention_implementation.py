@@ -1,4 +1,4 @@
-"""The attention function that a model was loaded with: called through our name, and found again behind it."""
+"""Names of kvpolicy's attention implementations, and the original attention functions that they replace."""
 
 import inspect
 import sys
@@ -15,46 +15,46 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpolicy.errors import UnsupportedModelError
 
 NAME = "kvpolicy"
-NAME_KEY = "_attn_implementation_internal"  # where a configuration keeps the name of the attention function
-EAGER = "eager"  # which transformers has no function for: every modeling file brings its own
+NAME_KEY = "_attn_implementation_internal"  # attribute of a configuration with the name of its attention implementation
+EAGER = "eager"  # not registered in transformers: every modeling file defines its own function
 SDPA = "sdpa"
-_EAGER_FUNCTION = "eager_attention_forward"  # how the names of those functions end
+_EAGER_FUNCTION = "eager_attention_forward"  # suffix of the names of these functions
 
 Attention = Callable[..., Any]
 Mask = Callable[..., Any]
 
-_eager: "weakref.WeakKeyDictionary[type[nn.Module], Attention]" = weakref.WeakKeyDictionary()  # found so far
+_eager_cache: "weakref.WeakKeyDictionary[type[nn.Module], Attention]" = weakref.WeakKeyDictionary()  # by module class
 
 
 def name_for(original: str) -> str:
-    """The name under which our attention stands in for the implementation `original`."""
+    """The name of kvpolicy's attention for models loaded with the implementation `original`."""
     return NAME if original == SDPA else f"{NAME}_{original}"
 
 
 def is_ours(name: object) -> bool:
-    """Whether a configuration that names this implementation belongs to an attached model."""
+    """Whether the name is of kvpolicy's attention: the model is attached."""
     return isinstance(name, str) and (name == NAME or name.startswith(f"{NAME}_"))
 
 
 def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """The configurations by which the decoder's attention is looked up, each once.
+    """The distinct configurations that select the attention implementation of the decoder.
 
-    Vision and audio towers have others, and are left alone.
+    Vision and audio towers have other configurations, which are not changed.
     """
     text = model.config.get_text_config(decoder=True)
-    found = {id(text): text}
+    configs = {id(text): text}
     for module in model.modules():
         config = getattr(module, "config", None)
         if type(config) is type(text) and hasattr(module, "layer_idx"):
-            found[id(config)] = config
-    return list(found.values())
+            configs[id(config)] = config
+    return list(configs.values())
 
 
 def implementation_of(config: PretrainedConfig) -> str:
-    """The implementation that a configuration names. Raises UnsupportedModelError when ours cannot stand in for it.
+    """The implementation named by a configuration. Raises UnsupportedModelError if kvpolicy cannot replace it.
 
-    It can where attention takes the masks that transformers makes for `eager` or `sdpa`; the others (flash, flex and
-    paged attention) take masks, or none, that do not say which tokens are pads.
+    Supported are implementations with the masks of `eager` or `sdpa`. Masks of the others (flash, flex and paged
+    attention) do not tell which tokens are pads.
     """
     name = vars(config).get(NAME_KEY)
     takes_masks = ALL_MASK_ATTENTION_FUNCTIONS.get(name) in (eager_mask, sdpa_mask)
@@ -67,37 +67,37 @@ def implementation_of(config: PretrainedConfig) -> str:
 
 
 def mask_function(name: str) -> Mask:
-    """The function by which transformers makes the masks of an implementation that `implementation_of` gave."""
-    found: Mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
-    return found
+    """The mask function of transformers for an implementation returned by `implementation_of`."""
+    function: Mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    return function
 
 
 def attention_function(name: str, module: nn.Module) -> Attention:
-    """The attention function that a module calls under an implementation of this name.
+    """The attention function that a module calls for an implementation of this name.
 
-    Raises UnsupportedModelError when it is `eager`, and the function cannot be found.
+    Raises UnsupportedModelError if it is `eager` and the function cannot be found.
     """
     if name == SDPA:
         return sdpa_attention_forward
     if name != EAGER:
-        found: Attention = ALL_ATTENTION_FUNCTIONS[name]
-        return found
-    kind = type(module)
-    function = _eager.get(kind) or next(_eager_functions(kind), None)
+        registered: Attention = ALL_ATTENTION_FUNCTIONS[name]
+        return registered
+    module_class = type(module)
+    function = _eager_cache.get(module_class) or next(_eager_functions(module_class), None)
     if function is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no eager attention function that could be found")
-    _eager[kind] = function
+    _eager_cache[module_class] = function
     return function
 
 
-def _eager_functions(kind: type[nn.Module]) -> Iterator[Attention]:
-    """Those that the code of `forward` names, where that was written; then those of the files of the class."""
-    forward = inspect.unwrap(kind.forward)
+def _eager_functions(module_class: type[nn.Module]) -> Iterator[Attention]:
+    """Eager functions named in the code of `forward`, then those in the modules of the class and its bases."""
+    forward = inspect.unwrap(module_class.forward)
     code, written_in = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
     for name in getattr(code, "co_names", ()):
         if name.endswith(_EAGER_FUNCTION) and callable(written_in.get(name)):
             yield written_in[name]
-    for base in kind.__mro__:
+    for base in module_class.__mro__:
         function = getattr(sys.modules.get(base.__module__), _EAGER_FUNCTION, None)
         if callable(function):
             yield function

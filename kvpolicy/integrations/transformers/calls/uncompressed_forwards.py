@@ -1,4 +1,4 @@
-"""Forwards that the policy did not reach: counted, and said once."""
+"""Forwards without the policy: counted, with one warning."""
 
 import warnings
 
@@ -8,19 +8,19 @@ _REMEDY = "pass past_key_values=attachment.cache(), or use_cache=False"
 
 
 class UncompressedForwards:
-    """What an attachment notes of forwards that went past its caches."""
+    """Counter of forwards of an attached model that did not use a cache of the attachment."""
 
     def __init__(self) -> None:
-        self.forwards = 0  # of the attached model, that filled or used another cache
+        self.forwards = 0  # that used another cache, or none
         self._warned = False
 
-    def note(self, what: str) -> None:
-        """Count a forward, and warn of it if it is the first."""
+    def note(self, message: str) -> None:
+        """Count a forward, and warn the first time."""
         self.forwards += 1
-        self.warn(what)
+        self.warn(message)
 
-    def warn(self, what: str) -> None:
-        """Say once that something goes on uncompressed."""
+    def warn(self, message: str) -> None:
+        """Warn once that forwards are not compressed."""
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{what}; {_REMEDY}", UncompressedWarning, stacklevel=3)
+            warnings.warn(f"{message}; {_REMEDY}", UncompressedWarning, stacklevel=3)

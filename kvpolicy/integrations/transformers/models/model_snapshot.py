@@ -1,4 +1,4 @@
-"""The state of a model that a forward may touch, and how it is put back."""
+"""Snapshots of the state of a model that a forward may change."""
 
 import random
 import sys
@@ -9,60 +9,60 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-_SMALL = 2**16  # elements of a buffer up to which it is spared: statistics and frequencies are far smaller
+_SMALL_BUFFER = 2**16  # elements; larger buffers are not copied, statistics and frequencies are far smaller
 
 
 class Snapshot:
-    """What modules, configurations and random generators were like. `restore` may be called again and again.
+    """State of modules, configurations and random generators. `restore` may be called several times.
 
-    Kept are: every attribute of every module and what its dictionaries and lists hold (parameters, buffers, hooks); the
-    attributes of all configurations; the state of the random generators of torch, of Python and of numpy. The contents
-    of tensors are not: `spare_buffers` keeps a forward from writing to those that layers write to.
+    It has all attributes of modules and the contents of their dictionaries and lists (parameters, buffers, hooks), the
+    attributes of all configurations, and the states of the random generators of torch, Python and numpy. It does not
+    have the contents of tensors: `spare_buffers` replaces buffers that layers write to by copies.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         objects: list[Any] = [*model.modules(), *_configs(model)]
-        self._attributes = [(one, dict(vars(one))) for one in objects]
+        self._attributes = [(owner, dict(vars(owner))) for owner in objects]
         self._containers = [
             (value, value.copy())
-            for one in objects
-            for value in vars(one).values()
+            for owner in objects
+            for value in vars(owner).values()
             if isinstance(value, (dict, list, set))
         ]
         self._random = list(_generators(model))
 
     def restore(self) -> None:
-        """Put everything back."""
-        for one, attributes in self._attributes:
-            _refill(vars(one), attributes, keep_order=False)
+        """Restore the state."""
+        for owner, attributes in self._attributes:
+            _refill(vars(owner), attributes, keep_order=False)
         for container, contents in self._containers:
             _refill(container, contents)
-        for put_back, state in self._random:
-            put_back(state)
+        for set_state, state in self._random:
+            set_state(state)
 
     def spare_buffers(self, model: PreTrainedModel) -> None:
-        """Put copies in the place of small buffers, so that what a forward writes to them in place is lost."""
+        """Replace small buffers by copies, so that in-place writes of a forward do not reach the originals."""
         copies: dict[int, Tensor] = {}
         for module in model.modules():
             buffers = vars(module)["_buffers"]
             for name, buffer in buffers.items():
-                if type(buffer) is Tensor and buffer.numel() <= _SMALL:
+                if type(buffer) is Tensor and buffer.numel() <= _SMALL_BUFFER:
                     buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    found: dict[int, PretrainedConfig] = {}
-    waiting = [vars(module).get("config") for module in model.modules()]
-    while waiting:
-        config = waiting.pop()
-        if isinstance(config, PretrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            waiting.extend(vars(config).values())
-    return list(found.values())
+    configs: dict[int, PretrainedConfig] = {}
+    unvisited = [vars(module).get("config") for module in model.modules()]
+    while unvisited:
+        config = unvisited.pop()
+        if isinstance(config, PretrainedConfig) and id(config) not in configs:
+            configs[id(config)] = config
+            unvisited.extend(vars(config).values())
+    return list(configs.values())
 
 
 def _generators(model: PreTrainedModel) -> Iterator[tuple[Any, Any]]:
-    """How each random generator is set, and its state."""
+    """A setter and the state of each random generator."""
     yield torch.set_rng_state, torch.get_rng_state()
     yield random.setstate, random.getstate()
     numpy = sys.modules.get("numpy")
@@ -75,7 +75,7 @@ def _generators(model: PreTrainedModel) -> Iterator[tuple[Any, Any]]:
 
 
 def _refill(container: Any, contents: Any, *, keep_order: bool = True) -> None:
-    """Make a container hold what it held, and nothing else."""
+    """Restore the contents of a container in place."""
     if isinstance(container, dict):
         for name in [name for name in container if name not in contents]:
             del container[name]

@@ -1,4 +1,4 @@
-"""The rotary embedding of a live model, as something that can be undone."""
+"""The rotary embedding of a model, as an invertible `Rotary`."""
 
 import sys
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kvpolicy.stages import Rotary
 
-_FIXED = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
-_FULL = "full_attention"  # the layers that a policy manages, where kinds of layers have their own rotation
+_SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length
+_FULL_ATTENTION = "full_attention"  # managed layers, if layer types have different embeddings
 _SOME_POSITIONS = (0, 1, 7, 1000)
 
 
 def rotary_of(model: PreTrainedModel) -> Rotary | None:
-    """None when it is not the usual kind: found out by rotating something both ways and comparing."""
+    """The rotary embedding; None if it is not of a supported type, or differs from `Rotary` on sample vectors."""
     return next(filter(None, map(_checked, model.modules())), None)
 
 
@@ -26,11 +26,15 @@ def _checked(module: nn.Module) -> Rotary | None:
 
 
 def _read(module: nn.Module) -> Rotary | None:
-    for prefix, layer_type in (("", None), (f"{_FULL}_", _FULL)):
+    for prefix, layer_type in (("", None), (f"{_FULL_ATTENTION}_", _FULL_ATTENTION)):
         frequencies = getattr(module, f"{prefix}inv_freq", None)
-        kind: Any = getattr(module, "rope_type", None)
-        kind = kind.get(layer_type) if isinstance(kind, dict) else kind
-        if isinstance(frequencies, torch.Tensor) and frequencies.device.type != "meta" and kind in _FIXED:
+        rope_type: Any = getattr(module, "rope_type", None)
+        rope_type = rope_type.get(layer_type) if isinstance(rope_type, dict) else rope_type
+        if (
+            isinstance(frequencies, torch.Tensor)
+            and frequencies.device.type != "meta"
+            and rope_type in _SUPPORTED_TYPES
+        ):
             return Rotary(
                 frequencies.detach().float().clone(), float(getattr(module, f"{prefix}attention_scaling", 1.0))
             )
@@ -48,22 +52,22 @@ def _agrees(module: nn.Module, rotary: Rotary) -> bool:
     for arguments in _arguments(module, vectors, positions):
         try:
             cos, sin = module(*arguments)
-            turned, _ = apply(vectors, vectors, cos, sin)
+            rotated, _ = apply(vectors, vectors, cos, sin)
         except (TypeError, ValueError, RuntimeError, AttributeError):
             continue
-        return bool(torch.allclose(turned, rotary.rotate(vectors, positions[:, None]), atol=1e-4))
+        return bool(torch.allclose(rotated, rotary.rotate(vectors, positions[:, None]), atol=1e-4))
     return False
 
 
 def _arguments(module: nn.Module, vectors: torch.Tensor, positions: torch.Tensor) -> Iterator[tuple[Any, ...]]:
     if isinstance(getattr(module, "rope_type", None), dict):
-        yield vectors, positions, _FULL
+        yield vectors, positions, _FULL_ATTENTION
     yield vectors, positions
 
 
 def rotary_of_config(config: PretrainedConfig) -> Rotary | None:
-    """The same from a configuration: the model is built without weights, and its embedding alone for real."""
+    """The rotary embedding of a configuration: only the embedding module is built with data."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    built = (type(one)(one.config) for one in model.modules() if hasattr(one, "rope_type"))
-    return next(filter(None, map(_checked, built)), None)
+    modules = (type(module)(module.config) for module in model.modules() if hasattr(module, "rope_type"))
+    return next(filter(None, map(_checked, modules)), None)

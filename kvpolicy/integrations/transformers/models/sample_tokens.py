@@ -1,4 +1,4 @@
-"""A few tokens that are safe to run a model on."""
+"""Ordinary tokens to run a model on."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-_ENDS = ("_id", "_ids", "_index")  # of names of special tokens, beside those that say "token"
+_SPECIAL_SUFFIXES = ("_id", "_ids", "_index")  # of names of special tokens that do not contain "token"
 
 
 def sample_tokens(model: PreTrainedModel, rows: int, length: int, device: torch.device) -> Tensor:
-    """Ordinary tokens of the model's vocabulary, int64 [rows, length]: no pad, end or image among them.
+    """Ordinary tokens of the model's vocabulary, int64 [rows, length]: without pad, end or image tokens.
 
-    They come from the middle: special tokens that a configuration does not name stand at either end.
+    They are from the middle of the vocabulary: special tokens that the configuration does not name are at its ends.
     """
     size, special = _vocabulary(model), set(_special(model.config))
     middle = (size // 2 + step for step in range(min(size, rows * length + len(special))))
@@ -25,18 +25,18 @@ def sample_tokens(model: PreTrainedModel, rows: int, length: int, device: torch.
 
 def _vocabulary(model: PreTrainedModel) -> int:
     sizes = [getattr(model.config.get_text_config(decoder=True), "vocab_size", None)]
-    with contextlib.suppress(NotImplementedError, AttributeError):  # not every model says which ones they are
+    with contextlib.suppress(NotImplementedError, AttributeError):  # some models do not define them
         sizes.append(getattr(model.get_input_embeddings(), "num_embeddings", None))
     return min((size for size in sizes if isinstance(size, int) and size > 0), default=1)
 
 
 def _special(config: PretrainedConfig) -> Iterator[int]:
-    """Every number that a configuration, or one inside it, gives to a special token."""
-    waiting: list[Any] = [config.to_dict()]
-    while waiting:
-        for name, value in waiting.pop().items():
+    """Ids of special tokens in a configuration, including nested ones."""
+    unvisited: list[Any] = [config.to_dict()]
+    while unvisited:
+        for name, value in unvisited.pop().items():
             if isinstance(value, dict):
-                waiting.append(value)
-            elif "token" in str(name) or str(name).endswith(_ENDS):
+                unvisited.append(value)
+            elif "token" in str(name) or str(name).endswith(_SPECIAL_SUFFIXES):
                 numbers = value if isinstance(value, (list, tuple)) else [value]
                 yield from (number for number in numbers if type(number) is int)

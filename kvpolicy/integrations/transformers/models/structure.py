@@ -1,4 +1,4 @@
-"""What a configuration tells of the model that it is for: the model is built without weights, and looked at."""
+"""Checks of a configuration: its model is built without weights and inspected."""
 
 import copy
 from typing import Any
@@ -16,9 +16,9 @@ _META = torch.device("meta")
 
 
 def check_structure(config: PretrainedConfig, geometry: Geometry) -> None:
-    """Raise UnsupportedModelError when a model of this configuration cannot be attached to, as far as can be seen.
+    """Raise UnsupportedModelError if a policy cannot be attached to a model of this configuration.
 
-    Not seen is what depends on numbers. A configuration for which there is no model class, or whose model cannot be
+    Outputs are not compared, as there are no weights. A configuration without a model class, or whose model cannot be
     built or run without weights, passes.
     """
     model = _without_weights(config)
@@ -27,17 +27,24 @@ def check_structure(config: PretrainedConfig, geometry: Geometry) -> None:
     require_no_sinks(model)
     configs = configs_of(model)
     require_interface(model, configs)
-    inspect_model(model, geometry, [(one, implementation_of(one)) for one in configs], device=_META)
+    inspect_model(
+        model,
+        geometry,
+        [(decoder_config, implementation_of(decoder_config)) for decoder_config in configs],
+        device=_META,
+    )
 
 
 def _without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
-            kind: Any = mapping[type(config)]
+            model_class: Any = mapping[type(config)]
             try:
-                with _META, torch.random.fork_rng(devices=[]):  # some constructors draw numbers, here for nothing
-                    model: PreTrainedModel = (kind[0] if isinstance(kind, tuple) else kind)(copy.deepcopy(config))
-            except Exception:  # noqa: BLE001 - a library that it needs is missing, or it cannot be made so
+                with _META, torch.random.fork_rng(devices=[]):  # some constructors draw random numbers
+                    model: PreTrainedModel = (model_class[0] if isinstance(model_class, tuple) else model_class)(
+                        copy.deepcopy(config)
+                    )
+            except Exception:  # noqa: BLE001 - a library is missing, or it cannot be built on the meta device
                 return None
             model.eval()
             return model

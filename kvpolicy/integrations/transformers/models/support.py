@@ -1,4 +1,4 @@
-"""Which models can carry a policy: read from the configuration, before anything is changed."""
+"""Which models are supported, from their configuration, before anything is changed."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,8 +11,8 @@ from kvpolicy.errors import KVPolicyError, UnsupportedModelError
 from kvpolicy.integrations.transformers.models.attention_shape import differences, is_set, shape_of
 from kvpolicy.stages import Geometry
 
-_SHARDED = ("DTensor", "FlatParameter")  # types of parameters of which a process has a part
-_REFUSED = {  # by what a configuration says, under one of these names
+_SHARDED = ("DTensor", "FlatParameter")  # types of parameters that are sharded over processes
+_UNSUPPORTED = {  # reason: names in a configuration, one of which is set
     "its attention logits are soft-capped": ("attn_logit_softcapping",),
     "layers share the keys of other layers": ("num_kv_shared_layers", "kv_sharing_modes"),
     "its attention is latent (MLA): there are no keys per head to evict": ("kv_lora_rank",),
@@ -24,11 +24,11 @@ _OWN_ATTENTION = {
     "jetmoe": "its attention is computed by experts of its own",
 }
 _CAN_SET = "_can_set_attn_implementation"
-_DROPPED = ("layerdrop", "decoder_layerdrop")
+_LAYER_DROP = ("layerdrop", "decoder_layerdrop")
 
 
 def geometry_of(config: PretrainedConfig) -> Geometry:
-    """The geometry of a model's decoder. Raises UnsupportedModelError with every reason that was found."""
+    """The geometry of a model's decoder. Raises UnsupportedModelError with all reasons."""
     try:
         text = config.get_text_config(decoder=True)
     except ValueError as error:
@@ -40,7 +40,7 @@ def geometry_of(config: PretrainedConfig) -> Geometry:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError when this instance cannot be attached to, whatever its configuration says."""
+    """Raise UnsupportedModelError if a policy cannot be attached to this instance, independent of its configuration."""
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "_prepare_cache_for_generation"):
         raise UnsupportedModelError(f"must be a transformers model that can generate: {type(model).__name__}")
     device_of(model)
@@ -48,16 +48,16 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def require_no_sinks(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError when attention has a learned entry that no token stands for."""
+    """Raise UnsupportedModelError if attention has learned sinks: entries without a token."""
     if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
         raise UnsupportedModelError("attention with learned sinks is not supported: eviction would change their share")
 
 
 def require_interface(model: PreTrainedModel, configs: Sequence[PretrainedConfig]) -> None:
-    """Raise UnsupportedModelError when a part of the model that uses these configurations bypasses the interface."""
-    ours = {id(config) for config in configs}
+    """Raise UnsupportedModelError if a submodel with one of these configurations bypasses AttentionInterface."""
+    config_ids = {id(config) for config in configs}
     for module in model.modules():
-        uses = isinstance(module, PreTrainedModel) and id(module.config) in ours
+        uses = isinstance(module, PreTrainedModel) and id(module.config) in config_ids
         if uses and not getattr(module, _CAN_SET)():
             raise UnsupportedModelError(
                 f"{type(module).__name__} does not call its attention through transformers' AttentionInterface"
@@ -65,7 +65,7 @@ def require_interface(model: PreTrainedModel, configs: Sequence[PretrainedConfig
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the forwards of a model begin, wherever its weights wait. Raises UnsupportedModelError when it has none."""
+    """The device on which forwards begin, also for offloaded weights. Raises UnsupportedModelError without weights."""
     first = model.device
     if first.type != "meta":
         return first
@@ -78,25 +78,25 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 def runs_elsewhere(model: PreTrainedModel) -> str | None:
-    """Why a forward of this model would cost more than its computation, or needs other processes; None if neither."""
+    """Why a forward of this model is expensive, needs other processes or has no cache; None if it can be checked."""
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         return "weights are offloaded"
     if any(type(parameter).__name__ in _SHARDED or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "weights are sharded"
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing runs forwards without a cache"
-    if model.training and any(getattr(model.config, name, 0) for name in _DROPPED):
+    if model.training and any(getattr(model.config, name, 0) for name in _LAYER_DROP):
         return "layers are dropped at random while it trains"
     return None
 
 
 def _offloading_hooks(module: nn.Module) -> Iterator[object]:
-    """The hooks that accelerate put on a module."""
-    waiting = [getattr(module, "_hf_hook", None)]
-    while waiting:
-        hook = waiting.pop()
+    """The hooks of accelerate on a module."""
+    unvisited = [getattr(module, "_hf_hook", None)]
+    while unvisited:
+        hook = unvisited.pop()
         if hook is not None:
-            waiting.extend(getattr(hook, "hooks", ()))
+            unvisited.extend(getattr(hook, "hooks", ()))
             yield hook
 
 
@@ -105,12 +105,12 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
         yield "it is an encoder-decoder model"
     if getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention"):
         yield "its attention looks at later tokens, unless its configuration says is_decoder=True"
-    for reason, names in _REFUSED.items():
+    for reason, names in _UNSUPPORTED.items():
         if any(is_set(text, name) for name in names):
             yield reason
-    for kind in dict.fromkeys((config.model_type, text.model_type)):
-        if kind in _OWN_ATTENTION:
-            yield _OWN_ATTENTION[kind]
+    for model_type in dict.fromkeys((config.model_type, text.model_type)):
+        if model_type in _OWN_ATTENTION:
+            yield _OWN_ATTENTION[model_type]
     if not is_set(text, "num_attention_heads"):
         yield "it has no attention heads"
         return
@@ -124,14 +124,16 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
 
 
 def _managed(text: PretrainedConfig) -> tuple[int, ...]:
-    # The exact type: subclasses hold more than keys and values (indexers, windows, quantised states).
+    # The exact type: subclasses have more than keys and values (indexers, windows, quantised states).
     full = tuple(index for index, layer in enumerate(_stock_layers(text)) if type(layer) is DynamicLayer)
-    decoders = getattr(text, "decoder_layers", None)  # the layers of an encoder are counted beside them
+    decoders = getattr(text, "decoder_layers", None)  # encoder layers come after them
     return full if decoders is None else tuple(index for index in full if index < decoders)
 
 
 def _windows(text: PretrainedConfig) -> tuple[int, ...]:
-    return tuple(int(one.sliding_window) for one in _stock_layers(text) if isinstance(one, DynamicSlidingWindowLayer))
+    return tuple(
+        int(layer.sliding_window) for layer in _stock_layers(text) if isinstance(layer, DynamicSlidingWindowLayer)
+    )
 
 
 def _stock_layers(text: PretrainedConfig) -> list[object]:

@@ -1,4 +1,4 @@
-"""The safetensors file of a saved cache: its state, and digests of the policy, the model and the tokenizer."""
+"""Saved caches: safetensors files with the state and with digests of policy, model and tokenizer."""
 
 import itertools
 import json
@@ -31,19 +31,19 @@ _REGIONS = "regions"
 
 
 def write(cache: "PolicyCache", path: "str | os.PathLike[str]", model: str, tokenizer: object) -> None:
-    """Write the state of a cache that is whole, made for the model of this digest.
+    """Write the state of a consistent cache; `model` is the digest of its model.
 
-    Raises SavedCacheError when that cannot be done, ParameterError for what is no tokenizer.
+    Raises SavedCacheError if that fails, ParameterError if `tokenizer` is not a tokenizer.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, object] = {}
-    parts = []
+    states = []
     for index, layer in enumerate(cache.layers):
         described = layer.state.describe() if isinstance(layer, PolicyLayer) else stock.describe(index, layer)
-        parts.append(below(f"layers.{index}", described))
+        states.append(below(f"layers.{index}", described))
     if cache.prompt is not None:
-        parts.append(below("prompt", cache.prompt.describe()))
-    for name, value in itertools.chain(below("spans", cache.spans.describe()), *parts):
+        states.append(below("prompt", cache.prompt.describe()))
+    for name, value in itertools.chain(below("spans", cache.spans.describe()), *states):
         if isinstance(value, Tensor):
             tensors[name] = value
         else:
@@ -64,15 +64,15 @@ def read(
     tokenizer: object,
     new_cache: "Callable[[Regions | None], PolicyCache]",
 ) -> "PolicyCache":
-    """A new cache with the state in a file, all of whose rows it holds; `new_cache` makes one with the regions there.
+    """A new cache with the state in a file; `new_cache` makes an empty cache with given regions.
 
-    Raises SavedCacheError when the file is damaged, contradicts itself, or was saved for something else than this plan,
-    the model of this digest, and this tokenizer, if one is given; ParameterError for what is no tokenizer.
+    Raises SavedCacheError if the file is damaged or inconsistent, or was saved for another plan, model (a digest) or,
+    if one is given, tokenizer; ParameterError if `tokenizer` is not a tokenizer.
     """
     wanted = None if tokenizer is None else tokenizer_digest(tokenizer)
     tensors, about = _FILES.read(path)
     name = os.fsdecode(path)
-    # Copies: what has been read is the file itself, which others may change.
+    # Copies, because the tensors are mapped from the file, which may change.
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     if about.get(_VERSION_KEY) != VERSION:
         version = shown(about.get(_VERSION_KEY))
@@ -89,15 +89,15 @@ def read(
         cache = new_cache(Regions.parse(about[_REGIONS]) if _REGIONS in about else None)
         _restore(cache, contents)
     except (CacheError, RegionError) as error:
-        raise SavedCacheError(f"{name}: contradicts itself: {error}") from error
+        raise SavedCacheError(f"{name}: is inconsistent: {error}") from error
     contents.require_all_read()
     if (about.get(_ROWS), about.get(_SEEN)) != (str(cache.rows), str(cache.get_seq_length())):
-        raise SavedCacheError(f"{name}: contradicts itself: other rows or tokens are held than it says")
+        raise SavedCacheError(f"{name}: is inconsistent: its rows or tokens differ from its metadata")
     return cache
 
 
 def _fixed(plan: Plan, model: str) -> dict[str, str]:
-    """What must be the same where a cache is loaded, by what a message calls it."""
+    """Properties that must be equal when a cache is loaded, by their names in messages."""
     geometry = json.dumps(attrs.asdict(plan.geometry), sort_keys=True)
     digests = {"policy": digest(plan.spec), "calibration": plan.calibration, "model": model}
     return {**digests, "geometry": geometry, "dtype": str(plan.dtype)}
@@ -107,7 +107,7 @@ def _check_tokenizer(name: str, about: Mapping[str, str], wanted: str | None) ->
     if wanted is None:
         return
     if _TOKENIZER not in about:
-        raise SavedCacheError(f"{name}: says nothing of a tokenizer: save it with tokenizer=…, or load it without")
+        raise SavedCacheError(f"{name}: has no digest of a tokenizer: save it with tokenizer=…, or load it without")
     if about[_TOKENIZER] != wanted:
         raise SavedCacheError(
             f"{name}: was saved for another tokenizer: {shown(about[_TOKENIZER])}, here {shown(wanted)}"
@@ -118,30 +118,30 @@ def _numbers(name: str, about: Mapping[str, str]) -> dict[str, Any]:
     try:
         numbers = json.loads(about.get(_NUMBERS, ""))
     except (ValueError, RecursionError) as error:
-        raise SavedCacheError(f"{name}: the numbers in it are no JSON") from error
+        raise SavedCacheError(f"{name}: its numbers are not JSON") from error
     if not isinstance(numbers, dict):
-        raise SavedCacheError(f"{name}: the numbers in it must be a mapping: {shown(numbers)}")
+        raise SavedCacheError(f"{name}: its numbers must be a mapping: {shown(numbers)}")
     return numbers
 
 
 def _restore(cache: "PolicyCache", contents: Contents) -> None:
-    """Managed layers first: they say how many tokens of how many rows there are."""
-    parts = [contents.below(f"layers.{index}") for index in range(len(cache.layers))]
+    """Restore all layers; managed layers first, which have the numbers of rows and tokens."""
+    layer_contents = [contents.below(f"layers.{index}") for index in range(len(cache.layers))]
     counts: list[tuple[list[int], int]] = []
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, PolicyLayer):
             continue
-        state = layer.new_state(parts[index].size("num_tokens"))
-        state.restore(parts[index], cache.plan.geometry)
+        state = layer.new_state(layer_contents[index].size("num_tokens"))
+        state.restore(layer_contents[index], cache.plan.geometry)
         layer.restore(state)
         if state.rows:
             counts.append((state.num_tokens, state.seq_len))
-    if not counts or not counts[0][1] or any(one != counts[0] for one in counts):
-        raise CacheError("its layers hold no tokens, or have not all seen the same")
+    if not counts or not counts[0][1] or any(other != counts[0] for other in counts):
+        raise CacheError("its layers have no tokens, or different numbers of tokens")
     rows, seen = len(counts[0][0]), counts[0][1]
-    for part, layer in zip(parts, cache.layers, strict=True):
+    for contents_of_layer, layer in zip(layer_contents, cache.layers, strict=True):
         if not isinstance(layer, PolicyLayer):
-            stock.restore(layer, part, rows, seen, cache.plan.dtype)
+            stock.restore(layer, contents_of_layer, rows, seen, cache.plan.dtype)
     cache.spans.restore(contents.below("spans"), rows)
     if cache.prompt is not None:
         cache.prompt.restore(contents.below("prompt"), rows)

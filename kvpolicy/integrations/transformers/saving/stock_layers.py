@@ -1,4 +1,4 @@
-"""The state of the layers that are the model library's own: copied, written and read by walking their attributes."""
+"""State of transformers' own cache layers: copied, saved and restored by their attributes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from kvpolicy.cache.state_contents import Contents, Described
 from kvpolicy.cache.storage.storage_bytes import bytes_of
 from kvpolicy.errors import CacheError, shown
 
-_KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
+_LAYER_TYPES = (DynamicLayer, DynamicSlidingWindowLayer)
 _ENTRIES = ("keys", "values")
-_CHANGING = ("is_initialized", "cumulative_length", "record_past")  # numbers that are not the same for every cache
-_DERIVED = ("dtype", "device")  # those of the entries
+_CHANGING = ("is_initialized", "cumulative_length", "record_past")  # attributes that differ between caches of a model
+_DERIVED = ("dtype", "device")  # given by the entries
 
 
 def rows_of(layer: Any) -> int:
-    """Rows that a layer holds, 0 when it is empty."""
+    """Rows of a layer, 0 if it is empty."""
     return int(layer.keys.shape[0]) if layer.is_initialized and layer.get_seq_length() else 0
 
 
@@ -28,13 +28,13 @@ def bytes_of_stock(layer: object) -> int:
 
 
 def select_rows(layer: Any, rows: Sequence[int]) -> None:
-    """Let a layer hold the rows named, in that order; nothing where it is empty."""
+    """Keep the given rows of a layer, in that order; does nothing if it is empty."""
     if rows_of(layer):
         layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
 
 
 def require_croppable(index: int, layer: Any, count: int) -> None:
-    """Raise CacheError when a layer cannot undo `count` tokens: its window has moved on."""
+    """Raise CacheError if a layer cannot undo `count` tokens because its sliding window has moved on."""
     length, window = layer.get_seq_length(), getattr(layer, "sliding_window", None)
     beyond = window is not None and length >= window and not getattr(layer, "record_past", False)
     if count and rows_of(layer) and (count > length or beyond):
@@ -45,8 +45,8 @@ def require_croppable(index: int, layer: Any, count: int) -> None:
 
 
 def describe(index: int, layer: object) -> Described:
-    """Tensors and numbers of layer `index`. Raises CacheError for an attribute, or a kind of layer, that is neither."""
-    if type(layer) not in _KINDS:
+    """Tensors and numbers of layer `index`. Raises CacheError for other attributes and for unknown types of layers."""
+    if type(layer) not in _LAYER_TYPES:
         raise CacheError(f"layer {index}: a {type(layer).__name__} of the model's library cannot be copied or saved")
     for name, value in vars(layer).items():
         if isinstance(value, (Tensor, bool, int, float)):
@@ -56,9 +56,9 @@ def describe(index: int, layer: object) -> Described:
 
 
 def restore(layer: Any, contents: Contents, rows: int, seen: int, dtype: torch.dtype) -> None:
-    """Let a new layer go on with the state of `rows` rows of `seen` tokens, with entries in `dtype` or a narrower one.
+    """Restore the state of a new layer: `rows` rows of `seen` tokens, with entries in `dtype` or a narrower one.
 
-    What is the same for every cache of a model must be the same here. Raises the error of the contents.
+    Attributes that are equal for all caches of a model must have the same values. Raises the error of `contents`.
     """
     initialised = contents.has("keys")
     if initialised:
@@ -73,8 +73,8 @@ def restore(layer: Any, contents: Contents, rows: int, seen: int, dtype: torch.d
             number = contents.flag(name) if isinstance(value, bool) else contents.integer(name)
             setattr(layer, name, number)
         elif isinstance(value, Tensor) and name not in _ENTRIES:
-            found = contents.tensor(name, value.dtype, value.shape)
-            _require(contents, name, torch.equal(found.cpu(), value.cpu()), value)
+            saved = contents.tensor(name, value.dtype, value.shape)
+            _require(contents, name, torch.equal(saved.cpu(), value.cpu()), value)
         elif isinstance(value, int):
             _require(contents, name, contents.integer(name) == value, value)
     if layer.is_initialized != initialised:
@@ -84,20 +84,20 @@ def restore(layer: Any, contents: Contents, rows: int, seen: int, dtype: torch.d
 
 
 def copied(index: int, layer: object, fresh: Any, rows: Sequence[int], dtype: torch.dtype) -> None:
-    """Let a new layer go on with rows of a layer in use; they share no storage."""
+    """Copy rows of a layer to a new layer, without sharing storage."""
     described = dict(describe(index, layer))
-    tensors: Mapping[str, Tensor] = {name: one for name, one in described.items() if isinstance(one, Tensor)}
-    numbers = {name: one for name, one in described.items() if name not in tensors}
+    tensors: Mapping[str, Tensor] = {name: value for name, value in described.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in described.items() if name not in tensors}
     device = next((tensors[name].device for name in _ENTRIES if name in tensors), torch.device("cpu"))
     contents = Contents(tensors, numbers, device, lambda message: CacheError(f"layer {index}: {message}"))
-    held: Any = layer
-    restore(fresh, contents, rows_of(held), held.get_seq_length(), dtype)
-    if list(rows) != list(range(rows_of(held))):
+    source: Any = layer
+    restore(fresh, contents, rows_of(source), source.get_seq_length(), dtype)
+    if list(rows) != list(range(rows_of(source))):
         select_rows(fresh, rows)
 
 
 def _check_length(layer: Any, contents: Contents, seen: int) -> None:
-    """Raise an error unless as many entries are held as a forward expects of `seen` tokens."""
+    """Raise an error unless the layer has the number of entries that a forward expects after `seen` tokens."""
     window = getattr(layer, "sliding_window", None)
     expected = seen if window is None or window < 2 else min(seen, window - 1)
     if layer.get_seq_length() != seen or layer.keys.shape[2] != expected:

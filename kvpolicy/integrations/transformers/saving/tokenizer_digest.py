@@ -1,4 +1,4 @@
-"""A few hex digits that tell whether a tokenizer makes the same tokens."""
+"""A digest that identifies a tokenizer."""
 
 import hashlib
 import json
@@ -6,13 +6,13 @@ from typing import Any
 
 from kvpolicy.errors import ParameterError, described, shown
 
-_OF_CALLS = ("padding", "truncation")  # what a call with padding or truncation leaves in the backend
+_OF_CALLS = ("padding", "truncation")  # set in the backend by calls with padding or truncation
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """16 hex digits of a tokenizer's vocabulary, its rules where its backend writes them, and its special tokens.
+    """16 hex digits of the vocabulary, the special tokens and, for fast tokenizers, the rules of a tokenizer.
 
-    What calls change (padding, truncation) does not count. Raises ParameterError for what is no tokenizer.
+    Settings changed by calls (padding, truncation) are excluded. Raises ParameterError for other objects.
     """
     try:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -22,7 +22,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
         else:
             rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _OF_CALLS}
         text = json.dumps([rules, special], sort_keys=True)
-    except Exception as error:  # whatever a third party's object does
+    except Exception as error:  # the object may be of any class
         raise ParameterError(
             f"tokenizer: must be a tokenizer of transformers: {shown(tokenizer)} ({described(error)})"
         ) from error

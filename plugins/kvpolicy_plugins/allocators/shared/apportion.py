@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_FUZZ = 9  # decimals that float64 arithmetic on counts keeps; smaller differences are rounding errors
+_DECIMALS = 9  # precision of counts in float64; smaller differences are rounding errors
 
 
 def water_fill(room: Tensor, total: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def water_fill(room: Tensor, total: Tensor) -> Tensor:
     ascending = room.double().sort(-1).values
     below = ascending.cumsum(-1) - ascending
     sharers = torch.arange(room.shape[-1], 0, -1, device=room.device)
-    levels = (total.double()[..., None] - below) / sharers  # if exactly the smaller rooms are full
+    levels = (total.double()[..., None] - below) / sharers  # if exactly the smaller rooms are filled
     return torch.minimum(room.double(), levels.amax(-1, keepdim=True))
 
 
@@ -23,8 +23,8 @@ def apportion(quotas: Tensor, total: Tensor) -> Tensor:
 
     Each quota is rounded down or up. Ties in the remainder go to the lower index.
     """
-    whole = (quotas + 10.0**-_FUZZ).floor()
-    remainders = (quotas - whole).round(decimals=_FUZZ)
+    rounded_down = (quotas + 10.0**-_DECIMALS).floor()
+    remainders = (quotas - rounded_down).round(decimals=_DECIMALS)
     order = remainders.argsort(dim=-1, descending=True, stable=True)
-    missing = total - whole.sum(-1).long()
-    return whole.long() + (order.argsort(-1) < missing[..., None])
+    missing = total - rounded_down.sum(-1).long()
+    return rounded_down.long() + (order.argsort(-1) < missing[..., None])

@@ -71,16 +71,19 @@ def dequantise(codes: Tensor, scales: Tensor, minima: Tensor, dtype: torch.dtype
     return cast_clamped(codes.to(exact).mul_(scales.to(exact)).add_(minima.to(exact)), dtype)
 
 
-def quantise_channels(vectors: Tensor, unit: int, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise each channel of every `unit` consecutive tokens of [B, K, n, D].
+def quantise_channels(
+    vectors: Tensor, group_size: int, bits: int, stored: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise each channel of every `group_size` consecutive tokens of [B, K, n, D].
 
     Returns:
-        Packed codes, uint8 [B, K, n / unit, unit, bytes]; scales and minima, `stored` [B, K, n / unit, D].
+        Packed codes, uint8 [B, K, n / group_size, group_size, bytes]; scales and minima, `stored`
+        [B, K, n / group_size, D].
     """
     if runs_kernels(vectors.device):
         with suppress(UnsupportedInputError):
-            return affine_kernels.quantise_channels(vectors, unit, bits, stored)
-    groups = vectors.to(compute_dtype(vectors.dtype)).unflatten(2, (vectors.shape[2] // unit, unit))
+            return affine_kernels.quantise_channels(vectors, group_size, bits, stored)
+    groups = vectors.to(compute_dtype(vectors.dtype)).unflatten(2, (vectors.shape[2] // group_size, group_size))
     codes, scales, minima = quantise(groups, -2, bits, stored)
     return pack(codes, bits), scales.squeeze(-2), minima.squeeze(-2)
 

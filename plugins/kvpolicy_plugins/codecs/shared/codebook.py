@@ -12,8 +12,8 @@ def codebook(bits: int) -> tuple[float, ...]:
 
     Lloyd-Max iteration on the positive half: edges are midpoints of levels, levels are means between edges.
     """
-    half = 2 ** (bits - 1)
-    levels, change = [3 * (index + 0.5) / half for index in range(half)], math.inf
+    count = 2 ** (bits - 1)
+    levels, change = [3 * (index + 0.5) / count for index in range(count)], math.inf
     while change > 1e-14:
         edges = [0.0, *edges_between(levels), math.inf]
         means = [_mean(low, high) for low, high in itertools.pairwise(edges)]
@@ -30,5 +30,5 @@ def edges_between(levels: Sequence[float]) -> tuple[float, ...]:
 def _mean(low: float, high: float) -> float:
     """Mean of a standard normal number given that it is between two bounds."""
     density = (math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi) for bound in (low, high))
-    tail = (math.erfc(bound / math.sqrt(2)) / 2 for bound in (low, high))
-    return (next(density) - next(density)) / (next(tail) - next(tail))
+    survival = (math.erfc(bound / math.sqrt(2)) / 2 for bound in (low, high))
+    return (next(density) - next(density)) / (next(survival) - next(survival))

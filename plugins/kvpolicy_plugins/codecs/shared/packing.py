@@ -19,37 +19,37 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Code i occupies the bits from i · bits on, lowest first; the rest of the last byte is 0. With bits of 1, 2, 4
     or 8 and n · bits divisible by 32, the bytes viewed as int32 are the words of KIVI (arXiv:2402.02750).
     """
-    wide = _codes_a_word(bits)
+    wide = _codes_per_word(bits)
     count = codes.shape[-1]
     words = _words(torch.nn.functional.pad(codes, (0, -count % wide)), wide, wide)
-    for half in reversed(_halves(wide)):
-        low = _mask(half * bits, 16 * half, 8 * wide)
-        words = (words & low) | (words >> half * (8 - bits)).bitwise_and_(low << half * bits)
+    for lane in reversed(_lane_sizes(wide)):
+        low = _mask(lane * bits, 16 * lane, 8 * wide)
+        words = (words & low) | (words >> lane * (8 - bits)).bitwise_and_(low << lane * bits)
     lanes = words[..., None].view(torch.uint8)[..., : wide * bits // 8]
     return lanes.flatten(-2)[..., : packed_size(count, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., ceil(count · bits / 8)] to uint8 codes [..., count]."""
-    wide = _codes_a_word(bits)
+    wide = _codes_per_word(bits)
     narrow = wide * bits // 8
     if narrow == 1:
         words = packed.to(_WORDS[wide])
     else:
         words = _words(torch.nn.functional.pad(packed, (0, -packed.shape[-1] % narrow)), narrow, wide)
-    for half in _halves(wide):
-        low = _mask(half * bits, 16 * half, 8 * wide)
-        words = (words << half * (8 - bits)).bitwise_and_(low << 8 * half).bitwise_or_(words & low)
+    for lane in _lane_sizes(wide):
+        low = _mask(lane * bits, 16 * lane, 8 * wide)
+        words = (words << lane * (8 - bits)).bitwise_and_(low << 8 * lane).bitwise_or_(words & low)
     return words[..., None].view(torch.uint8).flatten(-2)[..., :count]
 
 
-def _codes_a_word(bits: int) -> int:
+def _codes_per_word(bits: int) -> int:
     """The fewest codes that fill whole bytes; unpacked, one byte each, they fill one machine word."""
     return 8 // math.gcd(8, bits)
 
 
-def _halves(wide: int) -> list[int]:
-    """wide/2, wide/4, …, 1: the lanes that a word of `wide` codes is split into, in codes."""
+def _lane_sizes(wide: int) -> list[int]:
+    """wide/2, wide/4, …, 1: sizes, in codes, of the lanes that a word of `wide` codes is split into."""
     return [wide >> level for level in range(1, wide.bit_length())]
 
 

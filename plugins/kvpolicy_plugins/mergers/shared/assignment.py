@@ -15,12 +15,12 @@ from kvpolicy_plugins.mergers.shared.merge_groups import count_by_target, kept_i
 class Assignment:
     """Every merged entry goes to one kept entry."""
 
-    kept: Tensor  # [B, K, N] int64, -1 behind a head's last one
-    merged: Tensor  # [B, K, T] bool; none in a head that keeps nothing
+    kept: Tensor  # [B, K, N] int64, padded with -1
+    merged: Tensor  # [B, K, T] bool; False in heads without kept entries
     target: Tensor  # [B, K, T] int64, index in `kept`
 
     @cached_property
-    def arrivals(self) -> Tensor:
+    def merged_counts(self) -> Tensor:
         """[B, K, N] float32: how many entries are merged into each kept one."""
         return self.total(self.merged.float())
 
@@ -31,28 +31,28 @@ class Assignment:
         return count_by_target(weights.masked_fill(~self.merged, 0.0), self.target, self.kept.shape[-1])
 
     def blend(
-        self, entries: Tensor, weights: Tensor, own: float | Tensor = 1.0, divisor: Tensor | None = None
+        self, entries: Tensor, weights: Tensor, own_weight: float | Tensor = 1.0, divisor: Tensor | None = None
     ) -> Tensor:
-        """Weighted means, (own·x_j + Σ w_i·x_i) / divisor_j; bit for bit x_j where nothing is merged.
+        """Weighted means, (own_weight·x_j + Σ w_i·x_i) / divisor_j; bit for bit x_j where nothing is merged.
 
         Args:
             entries: [B, K, T, D], keys or values.
             weights: w, [B, K, T] float32 or float64; those of merged entries count.
-            own: weight of the kept entry itself, [B, K, N] or the same for all.
+            own_weight: of the kept entry itself, [B, K, N] or the same for all.
             divisor: [B, K, N]; by default the sum of the weights.
 
         Returns:
             [B, K, N, D] in the dtype of `entries`.
         """
-        before = gather(entries, self.kept)
+        unmerged = gather(entries, self.kept)
         if self.kept.shape[-1] == 0:
-            return before
+            return unmerged
         weights = weights.masked_fill(~self.merged, 0.0)
         sums = sum_by_target(weights, entries, self.target, self.kept.shape[-1])
-        share = own[..., None] if isinstance(own, Tensor) else own
-        by = own + self.total(weights) if divisor is None else divisor
-        mean = (share * before.to(sums.dtype) + sums) / by[..., None]
-        return torch.where(self.arrivals[..., None] > 0, mean.to(entries.dtype), before)
+        share = own_weight[..., None] if isinstance(own_weight, Tensor) else own_weight
+        total_weight = own_weight + self.total(weights) if divisor is None else divisor
+        mean = (share * unmerged.to(sums.dtype) + sums) / total_weight[..., None]
+        return torch.where(self.merged_counts[..., None] > 0, mean.to(entries.dtype), unmerged)
 
 
 def next_kept(view: View, kept: Tensor) -> Tensor:

@@ -38,12 +38,12 @@ class Groups:
     merged: Tensor  # bool [B, K, N], groups of more than one entry
 
 
-def groups_of(kept: Tensor, joins: Tensor, place: Tensor) -> Groups:
-    """Groups of `kept` [B, K, N] and the entries that join them: `joins` bool, `place` index in `kept`, [B, K, T]."""
-    own = kept_index(kept, joins.shape[-1])
-    target = torch.where(joins, place, own.clamp(min=0))
+def groups_of(kept: Tensor, joins: Tensor, index: Tensor) -> Groups:
+    """Groups of `kept` [B, K, N] and the entries that join them: `joins` bool, `index` in `kept`, [B, K, T]."""
+    own_index = kept_index(kept, joins.shape[-1])
+    target = torch.where(joins, index, own_index.clamp(min=0))
     merged = count_by_target(joins.float(), target, kept.shape[-1]) > 0
-    return Groups(target, joins | (own >= 0), merged)
+    return Groups(target, joins | (own_index >= 0), merged)
 
 
 def evicted_of(view: View, kept: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def nearest(keys: Tensor, kept: Tensor, evicted: Tensor, *, block: int = 512) ->
 
     Args:
         keys: [B, K, T, D].
-        kept: int64 [B, K, N], -1 behind a head's last one.
+        kept: int64 [B, K, N], padded with -1.
         evicted: bool [B, K, T].
         block: evicted entries per step; at most `block` x N similarities exist at a time.
 
@@ -68,7 +68,7 @@ def nearest(keys: Tensor, kept: Tensor, evicted: Tensor, *, block: int = 512) ->
         with suppress(UnsupportedInputError):
             return merge_groups_kernels.nearest(keys, kept, evicted)
     survivors = _directions(gather(keys, kept)).transpose(-1, -2)
-    return nearest_by(lambda part: _directions(gather(keys, part)) @ survivors, kept, evicted, survivors.dtype, block)
+    return nearest_by(lambda slots: _directions(gather(keys, slots)) @ survivors, kept, evicted, survivors.dtype, block)
 
 
 def nearest_by(
@@ -76,15 +76,15 @@ def nearest_by(
 ) -> tuple[Tensor, Tensor]:
     """As `nearest`, for any similarity of that dtype: `measure` maps slots [B, K, E] (-1 = none) to [B, K, E, N]."""
     similarity = torch.full(evicted.shape, -torch.inf, dtype=dtype, device=kept.device)
-    place = torch.zeros(evicted.shape, dtype=torch.int64, device=kept.device)
+    index = torch.zeros(evicted.shape, dtype=torch.int64, device=kept.device)
     if kept.shape[-1] == 0:
-        return similarity, place
+        return similarity, index
     none = (kept < 0)[:, :, None]
-    for part in indices_of(evicted).split(block, dim=-1):
-        best, at = measure(part).masked_fill(none, -torch.inf).max(-1)  # the first of equals
-        similarity = _scatter(similarity, part, best)
-        place = _scatter(place, part, at)
-    return similarity, place
+    for slots in indices_of(evicted).split(block, dim=-1):
+        best, slot_index = measure(slots).masked_fill(none, -torch.inf).max(-1)  # the first of equal ones
+        similarity = _scatter(similarity, slots, best)
+        index = _scatter(index, slots, slot_index)
+    return similarity, index
 
 
 def _directions(vectors: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) 
     if runs_kernels(vectors.device):
         with suppress(UnsupportedInputError):
             return merge_groups_kernels.sum_by_target(weights, vectors, target, count)
-    parts = weights[..., None] * vectors.to(weights.dtype)
-    sums = parts.new_zeros(*parts.shape[:2], max(count, 1), parts.shape[-1])
-    return sums.scatter_add_(2, target[..., None].expand_as(parts), parts)[:, :, :count]
+    weighted = weights[..., None] * vectors.to(weights.dtype)
+    sums = weighted.new_zeros(*weighted.shape[:2], max(count, 1), weighted.shape[-1])
+    return sums.scatter_add_(2, target[..., None].expand_as(weighted), weighted)[:, :, :count]
 
 
 def count_by_target(weights: Tensor, target: Tensor, count: int) -> Tensor:
@@ -147,5 +147,5 @@ def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
     lowest = values.new_full((*values.shape[:-1], max(count, 1)), -torch.inf)
     largest = lowest.scatter_reduce_(-1, index, values, "amax")
     shift = largest.masked_fill(largest == -torch.inf, 0.0)
-    parts = (values - shift.gather(-1, index)).exp_()
-    return (torch.zeros_like(shift).scatter_add_(-1, index, parts).log_() + shift)[..., :count]
+    exponentials = (values - shift.gather(-1, index)).exp_()
+    return (torch.zeros_like(shift).scatter_add_(-1, index, exponentials).log_() + shift)[..., :count]

@@ -14,8 +14,8 @@ def nearest(keys: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor
     from kvpolicy_kernels.merge.nearest import nearest as launch
 
     slots = kept.flatten(0, 1).to(torch.int32).contiguous()
-    similarity, place = launch(*_layer(keys), slots, evicted.flatten(0, 1).contiguous())
-    return similarity.view(evicted.shape), place.view(evicted.shape)
+    similarity, index = launch(*_layer(keys), slots, evicted.flatten(0, 1).contiguous())
+    return similarity.view(evicted.shape), index.view(evicted.shape)
 
 
 def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) -> Tensor:
@@ -44,8 +44,8 @@ def logsumexp_by_target(values: Tensor, target: Tensor, count: int) -> Tensor:
 
     require(values.dtype == torch.float32, f"logarithms of {values.dtype}")
     numbers = values.reshape(math.prod(values.shape[:2]), math.prod(values.shape[2:-1]), values.shape[-1])
-    nothing = (numbers == -torch.inf).all(1)
-    groups = Groups.of(target.flatten(0, 1).masked_fill(nothing, -1), count)
+    is_empty = (numbers == -torch.inf).all(1)
+    groups = Groups.of(target.flatten(0, 1).masked_fill(is_empty, -1), count)
     return sum_numbers(numbers.contiguous(), groups, logarithms=True).view(*values.shape[:-1], count)
 
 

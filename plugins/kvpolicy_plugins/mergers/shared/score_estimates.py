@@ -15,11 +15,11 @@ from kvpolicy.stages import QueryLogits, State
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.mergers.shared.merge_groups import Groups, logsumexp_by_target
 
-_NONE_YET = -torch.inf
+_NO_SCORE = -torch.inf
 
 
 class Estimate(abc.ABC):
-    """How observed scores are combined to an expected score."""
+    """How observed scores are combined into an expected score."""
 
     window: int  # how many of the newest queries of a forward are used
 
@@ -68,7 +68,7 @@ class MovingAverage(Estimate):
     window: int
 
     def states(self) -> tuple[State, ...]:
-        return State("log_estimate", fill=_NONE_YET), State("samples")
+        return State("log_estimate", fill=_NO_SCORE), State("samples")
 
     def updated(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen = (logits > -torch.inf).to(logits.dtype)
@@ -82,7 +82,7 @@ class MovingAverage(Estimate):
         return state["log_estimate"] - self._log_weight(state["samples"])
 
     def merged(self, state: Mapping[str, Tensor], kept: Tensor, fold: ScoreFold) -> dict[str, Tensor]:
-        """S_r = Σ p_i·S_i / p_r if all have been seen equally often; else so that the expected scores merge so."""
+        """S_r = Σ p_i·S_i / p_r if all were seen equally often; otherwise the expected scores are merged like this."""
         samples = gather(state["samples"], kept)
         log_estimate = fold(self.log_scores(state)) + self._log_weight(samples)
         return {"log_estimate": log_estimate, "samples": samples}
@@ -100,23 +100,23 @@ class MovingAverage(Estimate):
 
 @attrs.frozen(eq=False)
 class WindowMean(Estimate):
-    """The mean of s over those of the last `window` queries of a row that see the entry; that many floats a slot.
+    """The mean of s over those of the last `window` queries of a row that see the entry; `window` floats per slot.
 
-    A merged entry has the scores of its members query by query, but they are divided by how many of the queries its
-    survivor has seen. So does the released code of KeepKV, which goes by the place in the recent window.
+    The scores of a merged entry are combined per query, but divided by the number of queries that have seen the kept
+    entry, as in the released code of KeepKV, which goes by the position in the recent window.
     """
 
     window: int
 
     def states(self) -> tuple[State, ...]:
-        return (*(State(name, fill=_NONE_YET) for name in self._names()), State("samples"))
+        return (*(State(name, fill=_NO_SCORE) for name in self._names()), State("samples"))
 
     def updated(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = torch.cat([self._rows(state), logits], -2)
         seen = logits > -torch.inf
-        real = seen.any(-1).any(1)  # [B, w]; a pad's query sees nothing and pushes nothing out
-        real = torch.cat([real.new_ones(real.shape[0], self.window), real], -1)
-        newest = real.int().argsort(dim=-1, stable=True)[:, -self.window :]
+        in_use = seen.any(-1).any(1)  # [B, w]; queries of pads see no entry and are skipped
+        in_use = torch.cat([in_use.new_ones(in_use.shape[0], self.window), in_use], -1)
+        newest = in_use.int().argsort(dim=-1, stable=True)[:, -self.window :]
         index = newest[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[-1])
         samples = (state["samples"] + seen.sum(-2)).clamp(max=self.window)
         return {**dict(zip(self._names(), rows.gather(-2, index).unbind(-2), strict=True)), "samples": samples}

@@ -11,7 +11,7 @@ _LAST = torch.iinfo(torch.int32).max
 def top_slots(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
     """The first `count` slots of `best_first`, or all if there are fewer: int64 [..., count].
 
-    The slot is part of the compared key, so that no two keys are equal: `topk` may return any of equal ones.
+    The slot is part of the compared key, because `topk` may return equal keys in any order.
     """
     slots = torch.arange(scores.shape[-1], device=scores.device)
     compared = (sort_keys(scores, candidates).long() << 32) | (_LAST - slots)

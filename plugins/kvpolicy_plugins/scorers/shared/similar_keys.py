@@ -1,4 +1,4 @@
-"""Search for similar keys within a head (R-KV), without a matrix of all pairs."""
+"""Search for similar keys within a head (R-KV) without storing all similarities."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from kvpolicy.stages.products import multiplies_bfloat16
 
 _ROWS = 1024
-_COLUMNS = (128, 1024)  # of the first block, in which most rows find enough, and of the largest
-_MARGIN = 2.0**-7  # the inner product of two unit vectors in bfloat16 is off by less: 2^-9 for each and for the result
+_COLUMNS = (128, 1024)  # of the first block, in which most rows have enough similar entries, and of the largest
+_MARGIN = 2.0**-7  # bounds the bfloat16 error of an inner product of unit vectors: 2^-9 per operand and for the result
 
 
 def forgiven_similarity(
@@ -44,24 +44,24 @@ def by_blocks(directions: Tensor, threshold: float, forgive: int, *, last: bool)
     sums = directions.new_zeros(directions.shape[:2])
     any_found = torch.zeros_like(sums, dtype=torch.bool)
     for rows in torch.arange(size, device=directions.device).split(_ROWS):
-        found = torch.zeros((len(directions), len(rows)), dtype=torch.int64, device=directions.device)
+        similar_count = torch.zeros((len(directions), len(rows)), dtype=torch.int64, device=directions.device)
         for columns in _blocks(size, last=last):
             similarity = directions[:, rows] @ directions[:, columns].transpose(1, 2)
-            own = rows[:, None] == torch.arange(columns.start, columns.stop, device=rows.device)
-            similarity.masked_fill_(own, 0.0)
+            is_self = rows[:, None] == torch.arange(columns.start, columns.stop, device=rows.device)
+            similarity.masked_fill_(is_self, 0.0)
             similar = similarity > threshold
-            sums[:, columns] += _forgiven_only(similarity, similar, found, forgive, last=last).sum(1)
-            found += similar.sum(-1)
-        any_found[:, rows] = found > 0
+            sums[:, columns] += _forgiven_only(similarity, similar, similar_count, forgive, last=last).sum(1)
+            similar_count += similar.sum(-1)
+        any_found[:, rows] = similar_count > 0
     return sums, any_found
 
 
 def by_rows(directions: Tensor, valid: Tensor, threshold: float, forgive: int, *, last: bool) -> tuple[Tensor, Tensor]:
-    """`forgiven_similarity` for one head, [T, D] and [T]: rows that have found enough leave the search."""
+    """`forgiven_similarity` for one head, [T, D] and [T]; a row leaves the search after `forgive` similar entries."""
     coarse = directions.bfloat16() if multiplies_bfloat16(directions.device) else None
     sums, any_found = directions.new_zeros(len(directions)), torch.zeros_like(valid)
     for block in valid.nonzero()[:, 0].split(_ROWS):
-        rows, found = block, torch.zeros_like(block)
+        rows, similar_count = block, torch.zeros_like(block)
         for columns in _blocks(len(directions), last=last):
             candidates = (
                 torch.arange(len(rows)) if coarse is None else _candidate_rows(coarse, rows, columns, threshold)
@@ -69,10 +69,12 @@ def by_rows(directions: Tensor, valid: Tensor, threshold: float, forgive: int, *
             if len(candidates):
                 similarity = _similarity(directions, rows[candidates], columns)
                 similar = similarity > threshold
-                sums[columns] += _forgiven_only(similarity, similar, found[candidates], forgive, last=last).sum(0)
-                found[candidates] += similar.sum(-1)
-                any_found[rows[found > 0]] = True
-                rows, found = rows[found < forgive], found[found < forgive]
+                sums[columns] += _forgiven_only(similarity, similar, similar_count[candidates], forgive, last=last).sum(
+                    0
+                )
+                similar_count[candidates] += similar.sum(-1)
+                any_found[rows[similar_count > 0]] = True
+                rows, similar_count = rows[similar_count < forgive], similar_count[similar_count < forgive]
             if not len(rows):
                 break
     return sums, any_found
@@ -96,15 +98,15 @@ def _candidate_rows(coarse: Tensor, rows: Tensor, columns: slice, threshold: flo
 def _similarity(directions: Tensor, rows: Tensor, columns: slice) -> Tensor:
     """Similarities [R, C]; 0 of an entry to itself."""
     similarity = directions[rows] @ directions[columns].T
-    own = rows - columns.start
-    inside = ((own >= 0) & (own < similarity.shape[1])).nonzero()[:, 0]
-    similarity[inside, own[inside]] = 0
+    self_column = rows - columns.start
+    inside = ((self_column >= 0) & (self_column < similarity.shape[1])).nonzero()[:, 0]
+    similarity[inside, self_column[inside]] = 0
     return similarity
 
 
-def _forgiven_only(similarity: Tensor, similar: Tensor, found: Tensor, forgive: int, *, last: bool) -> Tensor:
-    """The similarities that rows forgive, 0 elsewhere; rows have `found` so many similar columns before."""
+def _forgiven_only(similarity: Tensor, similar: Tensor, similar_count: Tensor, forgive: int, *, last: bool) -> Tensor:
+    """The similarities that rows forgive, 0 elsewhere; `similar_count` is that of earlier columns, per row."""
     ordered = similar.flip(-1) if last else similar
     rank = ordered.cumsum(-1, dtype=torch.int32)  # 1 for the similar column that comes first in the search
     rank = rank.flip(-1) if last else rank
-    return similarity.masked_fill_(~similar | (rank + found[..., None] > forgive), 0.0)
+    return similarity.masked_fill_(~similar | (rank + similar_count[..., None] > forgive), 0.0)

@@ -49,5 +49,5 @@ def test_pooling_is_not_remembered():
 
 
 def test_a_history_of_a_history_is_refused():
-    with pytest.raises(ParameterError, match="without a history of its own"):
+    with pytest.raises(ParameterError, match="without a history"):
         History(History(KeyNorm()))
