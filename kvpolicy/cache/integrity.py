@@ -65,7 +65,7 @@ class Integrity:
     @contextlib.contextmanager
     def change(self, name: str) -> Iterator[None]:
         """Context of one change of the cache. Raises CacheError like `require_whole`, before the body runs."""
-        with self._moving:
+        with self._transfer_lock:
             self.require_whole()
             self._open = name
             yield
@@ -74,7 +74,7 @@ class Integrity:
     @property
     def unmoved(self) -> contextlib.AbstractContextManager[object]:
         """While it is entered, no other thread moves entries between storages."""
-        return self._moving
+        return self._transfer_lock
 
     @contextlib.contextmanager
     def hand_over(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class Integrity:
     def renewal(self) -> Iterator[None]:
         """Context in which the cache is emptied; it is consistent afterwards. Raises CacheError if it was retired."""
         self._require_in_use()
-        with self._moving:
+        with self._transfer_lock:
             self._open = "reset"
             yield
             self._forward = self._members = None
@@ -116,7 +116,7 @@ class Integrity:
     def require_complete(self) -> None:
         """Raise CacheError when the forward in progress left out layers, or did not attend in some of them."""
         forward = self._forward
-        if self._open is not None or (forward is not None and forward.updated != forward.settled):
+        if self._open is not None or (forward is not None and forward.updated != forward.attended):
             raise CacheError(self._fault())
         if forward is not None:
             self._require_members(forward)
