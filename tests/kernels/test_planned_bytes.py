@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kvpolicy.plan.steps import Step
 
 from kvpolicy.plan.explain import explain
+from kvpolicy.plan.explain.steps import Step
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels import Column, Segments, Traffic

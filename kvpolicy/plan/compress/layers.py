@@ -35,22 +35,48 @@ class Layers:
     @property
     def protect(self) -> dict[str, Any]:
         """What is protected, as launchers are told."""
-        return {"sinks": self.views[0].sinks, "recent": self.views[0].recent}
+        return {"sinks": self.views[0].sinks, "recent": self.views[0].recent, "pinned": self.pinned}
+
+    @cached_property
+    def pinned(self) -> Tensor | None:
+        """[P, T] bool: entries protected beside sinks and recent ones; None where no view has such."""
+        pinned = [view.pinned for view in self.views]
+        if all(one is None for one in pinned):
+            return None
+        out = torch.zeros(self.segments.count, self.segments.longest, dtype=torch.bool, device=self._device)
+        for rows, one in zip(self.per_view(out), pinned, strict=True):
+            if one is not None:
+                rows.copy_(one)
+        return out
 
     @cached_property
     def protected(self) -> Tensor:
-        """Protected entries of each head, int64 [L·B, K]: the recent ones, and sinks, which come first."""
-        held = self.segments.lengths.view(-1, self.segments.heads).long()
+        """Protected entries of each head, int64 [L·B, K]; none is counted twice."""
         first = [view.positions[..., : view.sinks] for view in self.views]
         sinks = torch.cat(
             [((one >= 0) & (one < view.sinks)).sum(-1) for one, view in zip(first, self.views, strict=True)]
         )
-        return held.minimum(sinks + self.views[0].recent)
+        held, recent = self._held, self.views[0].recent
+        ends = held.minimum(sinks + recent)  # positions ascend: sinks come first, and recent entries last
+        if self.pinned is None:
+            return ends
+        slots = torch.arange(self.segments.longest, device=self._device)
+        between = (slots >= sinks[..., None]) & (slots < held[..., None] - recent)
+        return ends + (self.pinned.view(between.shape) & between).sum(-1)
 
     @cached_property
     def room(self) -> Tensor:
         """Candidates of each head, int64 [L·B, K]."""
-        return self.segments.lengths.view(-1, self.segments.heads).long() - self.protected
+        return self._held - self.protected
+
+    @property
+    def _held(self) -> Tensor:
+        """Entries of each head, int64 [L·B, K]."""
+        return self.segments.lengths.view(-1, self.segments.heads).long()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.segments.starts.device
 
     def window(self) -> "WindowQueries":
         """The queries that vote, packed for the kernels."""
@@ -63,7 +89,7 @@ class Layers:
     def empty(self, count: int) -> Tensor:
         """[count, P, T] float32, not filled."""
         shape = (count, self.segments.count, self.segments.longest)
-        return torch.empty(shape, dtype=torch.float32, device=self.segments.starts.device)
+        return torch.empty(shape, dtype=torch.float32, device=self._device)
 
     def counted(self, numbers: Tensor) -> Tensor:
         """One number for each segment as [L, B, K]."""
