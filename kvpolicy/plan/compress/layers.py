@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.stages import View
 from kvpolicy_kernels import Column, Segments
 from kvpolicy_kernels.common.segments import pitch
+from kvpolicy_kernels.common.support import require
 
 if TYPE_CHECKING:
     from kvpolicy_kernels.score.window_queries import WindowQueries
@@ -26,7 +27,8 @@ class Layers:
 
     @classmethod
     def of(cls, views: Sequence[View]) -> "Layers":
-        """Raises UnsupportedInputError for entries that kernels cannot address."""
+        """Raises UnsupportedInputError for entries that kernels cannot address, or that stand out of order."""
+        require(all(view.in_order for view in views), "entries are not in ascending order of position")
         tensors = [_side_by_side(view) for view in views]
         lengths = torch.stack([view.lengths for view in views])
         columns = {name: Column.of([one[name] for one in tensors]) for name in tensors[0]}
@@ -43,6 +45,8 @@ class Layers:
         pinned = [view.pinned for view in self.views]
         if all(one is None for one in pinned):
             return None
+        if len(pinned) == 1 and pinned[0] is not None:
+            return pinned[0].flatten(0, 1).contiguous()
         out = torch.zeros(self.segments.count, self.segments.longest, dtype=torch.bool, device=self._device)
         for rows, one in zip(self.per_view(out), pinned, strict=True):
             if one is not None:
