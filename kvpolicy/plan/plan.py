@@ -198,8 +198,6 @@ def _fusion(
 ) -> Fusion:
     off = unavailable_reason(device) if kernels is None else "" if kernels else "kernels are switched off"
     fusion = fusion_of(spec, off)
-    if spec.protect.by_place and not off:
-        return attrs.evolve(fusion, off="kernels know protected entries at both ends only, not of a prompt or region")
     here = device.type == "cpu" or torch.cuda.is_available()  # a plan may be for a device that is elsewhere
     return warm_up(spec, fusion, geometry, device, dtype) if here and not off else fusion
 

@@ -249,3 +249,21 @@ def test_policies_are_written_and_read_and_old_ones_keep_their_digest():
 def test_regions_are_repeated_as_generate_repeats_rows():
     regions = Regions.of([{"a": (0, 1)}, {"a": (1, 2)}])
     assert regions.for_rows(4).rows == (((1, 0, 1),), ((1, 0, 1),), ((1, 1, 2),), ((1, 1, 2),))
+
+
+@pytest.mark.parametrize("what", [{"regions": ["tools"]}, {"prompt": True}], ids=str)
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "streaming_llm"])
+def test_protected_entries_stay_where_evicted_ones_leave_holes_that_are_filled(name, what):
+    """Entries then stand out of order: what is protected goes by their positions, wherever they stand."""
+    prompted = 20 if "prompt" in what else 40
+    policy, stays = protecting(name, 28, **what), set(range(20)) if "prompt" in what else TOOLS
+    with policy.attach(model()) as attachment:
+        cache = attachment.cache(regions=REGIONS)
+        generate(model(), *prompt(prompted, prompted - 9), count=40, past_key_values=cache)
+        assert attachment.plan.fills_holes
+        assert not any(layer.in_order for layer in cache.managed)
+        cache.check_integrity()
+        for layer in held(cache):
+            for row, heads in enumerate(layer):
+                own = {place for place in stays if "regions" in what or place < prompted - 9 * row}
+                assert all(set(slots) >= own for slots in heads)

@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 import kvpolicy
 from kvpolicy.errors import AttachError, CacheError, ParameterError, SavedCacheError
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.integrations.transformers.saving import cache_file
+from kvpolicy.plan.plan import compile_policy
 from kvpolicy.plan.tensor_file import CONTENTS, digest_of
 from tests.support.models import build, model, prompt
-from tests.support.policies import small
+from tests.support.policies import held, small
 from tests.support.states import everything, reachable
 
 
@@ -385,3 +388,26 @@ def test_a_layer_of_another_kind_is_refused_by_name(attachment, tmp_path):
 
 def test_the_version_is_part_of_the_file(good):
     assert contents(good)[1]["kvpolicy_cache"] == cache_file.VERSION == "1"
+
+
+def test_a_cache_whose_entries_stand_out_of_order_goes_on_with_kernels(tmp_path):
+    """It was saved where holes are filled, for which kernels have no eye: they take recent entries by slot."""
+    one, policy = build(num_hidden_layers=2), small("snapkv", 20, 4, protect={"recent": 4})
+    found = {}
+    for kernels in (False, True):
+        plan = compile_policy(policy.spec, geometry_of(one.config), "cpu", torch.float32, kernels=kernels)
+        with Attachment(plan, one) as attachment, torch.no_grad():
+            if not kernels:
+                cache = attachment.cache()
+                attachment.model(prompt(28)[0], past_key_values=cache)
+                for _ in range(9):
+                    attachment.model(torch.tensor([[5]]), past_key_values=cache)
+                assert not any(layer.in_order for layer in cache.managed)
+                cache.save(tmp_path / "c.safetensors")
+            cache = attachment.load_cache(tmp_path / "c.safetensors")
+            assert all(layer.in_order == kernels for layer in cache.managed)
+            for _ in range(5):
+                attachment.model(torch.tensor([[7]]), past_key_values=cache)
+            cache.check_integrity()
+            found[kernels] = [[sorted(slots) for slots in heads] for rows in held(cache) for heads in rows]
+    assert found[True] == found[False]

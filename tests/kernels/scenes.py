@@ -60,6 +60,29 @@ def scene(
     return Scene(Segments(starts.to(DEVICE), flat, layers, rows, heads, longest), columns, seed)
 
 
+LABELS = ("none", "all", "some", "heads", "rows")
+
+
+def label(kind: str, segments: Segments, seed: int = 0) -> Tensor:
+    """Protected slots [P, T] bool: none, all, any, all of some heads, or some that differ from row to row.
+
+    Behind a head's last entry it is anything.
+    """
+    random = torch.Generator().manual_seed(seed)
+    shape = (segments.count, segments.longest)
+    some = torch.rand(shape, generator=random) < 0.4
+    row = torch.arange(segments.count) // segments.heads
+    pinned = {
+        "none": torch.zeros(shape, dtype=torch.bool),
+        "all": torch.ones(shape, dtype=torch.bool),
+        "some": some,
+        "heads": (torch.rand(shape[0], 1, generator=random) < 0.5).expand(shape),
+        "rows": torch.arange(shape[1]).expand(shape) < (7 * row[:, None]) % 31,
+    }[kind]
+    behind = torch.arange(shape[1]) >= segments.lengths.cpu()[:, None]
+    return pinned.where(~behind, some).contiguous().to(DEVICE)
+
+
 def _starts(lengths: Tensor, capacity: int | None) -> Tensor:
     per_layer = lengths.flatten(1)
     if capacity is not None:

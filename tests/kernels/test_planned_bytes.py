@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kvpolicy.plan.steps import Step
 
 from kvpolicy.plan.explain import explain
+from kvpolicy.plan.explain.steps import Step
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels import Column, Segments, Traffic
@@ -18,6 +18,7 @@ GEOMETRY = Geometry((0,), 8, 2, 32)
 # No two keys look alike at a threshold of 1: the search goes through everything, which is what the plan states.
 NEVER_ALIKE = {"use": "redundancy", "threshold": 1, "forgive": 1, "empty_row": "slot0", "weight": -0.9}
 ATTENTION = {"use": "attention", "queries": 8, "pool": {"kind": "max", "size": 7}, "normalise": "max"}
+OF_CANDIDATES = {**ATTENTION, "softmax": "candidates", "normalise": "standard"}
 POLICIES = {
     "snapkv": small("snapkv", BUDGET, EVERY, protect={"recent": 8}),
     "rkv": small("rkv", BUDGET, EVERY, protect={"recent": 8}, score=[ATTENTION, NEVER_ALIKE]),
@@ -25,9 +26,12 @@ POLICIES = {
     "sinks": small("snapkv", BUDGET, EVERY, protect={"sinks": 4, "recent": 8}),
     "streaming_llm": small("streaming_llm", BUDGET, EVERY, protect={"sinks": 4, "recent": 8}),
     "h2o": small("h2o", BUDGET, EVERY, protect={"recent": 8}),
+    "regions": small("snapkv", BUDGET, EVERY, protect={"recent": 8, "regions": ["system"]}),
+    "regions of heads": small("adakv", BUDGET, EVERY, protect={"sinks": 4, "recent": 8, "regions": ["system"]}),
+    "candidates": small("snapkv", BUDGET, EVERY, protect={"recent": 8, "prompt": True}, score=[OF_CANDIDATES]),
     "values": small("snapkv", BUDGET, EVERY, protect={"recent": 8}, score=[ATTENTION, {"use": "value_norm"}]),
 }
-NAMES = ("keys", "values", "positions", "attention")
+NAMES = ("keys", "values", "positions", "attention", "pinned")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -37,6 +41,7 @@ def test_planned_bytes_are_those_that_kernels_address(name, dtype, monkeypatch):
     planned = _planned(plan, monkeypatch)
     view = _view(plan, BUDGET + EVERY)
     tensors = {one: getattr(view, one) for one in NAMES if getattr(view, one) is not None}
+    assert ("pinned" in tensors) == plan.spec.protect.by_place
 
     with counted(tensors) as choosing:
         chosen_together(plan.spec, plan.fusion, [view], [[BUDGET]])
@@ -87,12 +92,14 @@ def _view(plan, slots):
         recent=recent,
         queries=torch.randn(1, GEOMETRY.query_heads, window, dim, generator=numbers).to(plan.dtype) if window else None,
         attention=None if mass is None else mass.transpose(-1, -2),
+        pinned=(torch.arange(slots) % 5 == 3).expand(shape).contiguous() if plan.spec.protect.by_place else None,
     )
 
 
 def _moved(view, tensors, *, ragged):
     """The traffic of compaction; the first entry leaves, so that all that stay move: the most that can be."""
     kept = torch.arange(1, BUDGET + 1, dtype=torch.int32).expand(GEOMETRY.kv_heads, -1).contiguous()
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "pinned"}  # no column: nothing to move
     segments, columns = Segments.of([view.keys], view.lengths[None]), _columns(tensors)
     if not ragged:
         positions = columns.pop("positions")

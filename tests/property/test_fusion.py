@@ -7,6 +7,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
+from kvpolicy.errors import NonFiniteScoreWarning
 from kvpolicy.plan.compress.fusion import fusion_of
 from kvpolicy.plan.compress.score import scored
 from kvpolicy.plan.compress.scored import select
@@ -98,7 +99,8 @@ def view_of(spec, geometry, dtype, rows, numbers):
     shape = (rows, geometry.kv_heads, capacity, geometry.head_dim)
     lengths = torch.randint(1, slots + 1, shape[:2], generator=numbers)
     lengths[0, 0] = slots
-    if any(getattr(weighted.scorer, "shared", False) for weighted in spec.score):
+    shared_heads = any(getattr(weighted.scorer, "shared", False) for weighted in spec.score)
+    if shared_heads:
         lengths = lengths[:, :1].expand(lengths.shape)  # heads that keep one set hold equally many
     positions = torch.arange(capacity, dtype=torch.int32).expand(shape[:3]).contiguous()
     positions[torch.arange(capacity) >= lengths[..., None]] = -1
@@ -112,6 +114,9 @@ def view_of(spec, geometry, dtype, rows, numbers):
         for place, scorer in enumerate(scorers)
         for state in scorer.slot_state()
     }
+    pinned = pinned_of(positions, torch.Generator().manual_seed(slots + int(lengths.sum())))
+    if pinned is not None and shared_heads:
+        pinned = pinned[:, :1].expand(pinned.shape).contiguous()  # of which the same are protected
     return View(
         keys=(torch.randn(shape, generator=numbers) + shared).to(dtype)[:, :, :slots],
         values=torch.randn(shape, generator=numbers).to(dtype)[:, :, :slots],
@@ -120,10 +125,21 @@ def view_of(spec, geometry, dtype, rows, numbers):
         scaling=geometry.head_dim**-0.5,
         sinks=spec.protect.sinks,
         recent=spec.protect.recent,
+        pinned=None if pinned is None else pinned[:, :, :slots],
         queries=queries if window else None,
         attention=mass[:, :, :slots].transpose(-1, -2),
         slot_state=states,
     )
+
+
+def pinned_of(positions, numbers):
+    """What is protected beside both ends: nothing, all, whole heads, a prompt of each row, or any entries."""
+    kind = int(torch.randint(6, (), generator=numbers))
+    shape, held = positions.shape, positions >= 0
+    some = torch.rand(shape, generator=numbers) < 0.3
+    heads = torch.rand(*shape[:2], 1, generator=numbers) < 0.5
+    prompts = positions < torch.randint(0, 40, (shape[0], 1, 1), generator=numbers)
+    return [None, torch.zeros_like(held), held, held & heads, held & prompts, held & some][kind]
 
 
 def rounding_decides(spec, views):
@@ -153,6 +169,8 @@ def test_fused_scores_are_those_of_the_references(seed):
     group = fused(spec, fusion_of(spec, ""), views)
 
     assert group.nan.sum() == 0
+    assert torch.equal(group.protected, torch.stack([view.protected.sum(-1) for view in views]))
+    assert torch.equal(group.room, torch.stack([view.candidates.sum(-1) for view in views]))
     for found, noted, view in zip(group.scores, group.observed, views, strict=True):
         expected, fresh = score(spec, view)
         scale = expected[view.candidates].abs().max() if view.candidates.any() else 1.0
@@ -224,3 +242,30 @@ def test_views_that_kernels_cannot_address_are_refused():
     spread = torch.stack([view.keys, view.keys], -1).flatten(-2)[..., ::2]
     with pytest.raises(UnsupportedInputError, match="contiguous"):
         chosen_together(spec, fusion_of(spec, ""), [attrs.evolve(view, keys=spread)], [[12]])
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("heads", ["uniform", "adaptive"])
+def test_scores_that_are_nan_rank_last_among_what_is_not_protected(heads, wrong):
+    """Protected entries stay whatever they are, and the host is told of as many NaN as by the references."""
+    spec = kvpolicy.load("snapkv", budget=16, protect={"recent": 2}, allocate={"heads": heads}).spec
+    numbers = torch.Generator().manual_seed(4)
+    view = view_of(spec, Geometry((0,), 4, 2, 16), torch.float32, 2, numbers)
+    pinned = view.valid & (torch.rand(view.positions.shape, generator=numbers) < 0.3)
+    view = attrs.evolve(view, pinned=pinned)
+    view.keys[1, 0, 3:9] = wrong
+    with pytest.warns(NonFiniteScoreWarning) as said:
+        (kept,), (expected,) = (
+            [one.kept for one in chosen_together(spec, fusion, [view], [[16, 16]])]
+            for fusion in (fusion_of(spec, ""), None)
+        )
+    assert len({str(one.message) for one in said if one.category is NonFiniteScoreWarning}) == 1
+    assert torch.equal(kept, expected)
+
+
+def test_entries_out_of_order_are_refused():
+    """Kernels take sinks and recent entries by slot."""
+    spec = kvpolicy.load("snapkv", budget=12, protect={"recent": 2}).spec
+    view = view_of(spec, Geometry((0, 1), 4, 2, 16), torch.float32, 1, torch.Generator().manual_seed(3))
+    with pytest.raises(UnsupportedInputError, match="order"):
+        chosen_together(spec, fusion_of(spec, ""), [attrs.evolve(view, in_order=False)], [[12]])

@@ -13,6 +13,7 @@ from kvpolicy_kernels.common.support import interpreting
 _TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
+from torch import Tensor
 
+from kvpolicy_kernels.common.protection import Protection
 from kvpolicy_kernels.common.segments import Column
 from kvpolicy_kernels.score.tile import Tile, WindowUse
 from kvpolicy_kernels.score.window_queries import WindowQueries, power_of_two
@@ -83,6 +85,16 @@ def window_uses_of(tiles: Sequence[Tile]) -> list[WindowUse]:
 def statistic_functions_of(tiles: Sequence[Tile]) -> list[Any]:
     """The distinct statistic functions, in order."""
     return list(dict.fromkeys(tile.statistic for tile in tiles if tile.statistic is not None))
+
+
+def asks_for_candidates(uses: Sequence[WindowUse]) -> bool:
+    """Whether any use of the window leaves protected entries out."""
+    return any(use.region == "candidates" for use in uses)
+
+
+def label_of(uses: Sequence[WindowUse], protection: Protection) -> Tensor | None:
+    """The label that a kernel with these uses of the window reads, [P, T] uint8; None where it reads none."""
+    return protection.pinned if asks_for_candidates(uses) else None
 
 
 def use_options(use: WindowUse, group: int, width: int) -> tuple[int, int, int, int, int]:

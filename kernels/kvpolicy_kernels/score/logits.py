@@ -72,6 +72,12 @@ def use_mask(positions, inside, candidate, query_positions, GROUP: tl.constexpr,
 
 
 @triton.jit
-def is_candidate(positions, slots, length, sinks, recent):
-    """Which slots may be evicted: those with an entry that is neither a sink nor recent."""
-    return (slots < length - recent) & (slots < length) & (positions >= sinks)
+def is_candidate(positions, pinned, slots, length, sinks, recent):
+    """Which slots may be evicted: those with an entry that is neither a sink nor recent, nor labelled.
+
+    `pinned` is the label of a head, or None.
+    """
+    candidate = (slots < length - recent) & (slots < length) & (positions >= sinks)
+    if pinned is not None:
+        candidate = candidate & (tl.load(pinned + slots, mask=slots < length, other=0) == 0)
+    return candidate

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvpolicy_kernels.common.compile_spec import CompileSpec
 from kvpolicy_kernels.common.launch import Launch
 from kvpolicy_kernels.common.meta_inputs import meta_inputs
+from kvpolicy_kernels.common.protection import Protection
 from kvpolicy_kernels.common.segments import Column, Segments
 from kvpolicy_kernels.common.support import require
 from kvpolicy_kernels.common.traffic import Traffic
@@ -51,6 +52,7 @@ def postprocess(
     *,
     sinks: int,
     recent: int,
+    pinned: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Postprocess the scores of all terms and sum them.
@@ -62,6 +64,7 @@ def postprocess(
         settings: one per term.
         sinks: positions below are no candidates.
         recent: the newest entries of a head that are no candidates.
+        pinned: [P, T] bool or uint8 contiguous, slots that are no candidates either; None = no slot is.
         out: [P, T] float32 contiguous, written in place.
 
     Returns:
@@ -73,11 +76,12 @@ def postprocess(
     """
     count, longest, device = segments.count, segments.longest, segments.starts.device
     encoded = _check(segments, positions, terms, settings, sinks, recent)
+    protection = Protection.of(segments, sinks, recent, pinned)
     if out is None:
         out = torch.empty(count, longest, dtype=torch.float32, device=device)
     check_output(out, "scores", (count, longest), torch.float32, device)
     nan = torch.empty(count, _parts(segments), dtype=torch.int32, device=device)
-    for launch in _launches(segments, positions, terms, settings, encoded, (sinks, recent), (out, nan)):
+    for launch in _launches(segments, positions, terms, settings, encoded, protection, (out, nan)):
         launch.run()
     return out, nan[:, 0] if nan.shape[1] == 1 else nan.sum(1, dtype=torch.int32)
 
@@ -92,7 +96,7 @@ def _launches(
     terms: Tensor,
     settings: Sequence[Postprocess],
     encoded: Sequence[_Encoded],
-    protect: tuple[int, int],
+    protection: Protection,
     results: tuple[Tensor, Tensor],
 ) -> Iterator[Launch]:
     parts = _parts(segments)
@@ -100,13 +104,17 @@ def _launches(
     softmaxes = sum(term.softmax >= 0 for term in encoded)
     normals = sum(term.normal >= 0 for term in encoded)
     sums = torch.empty(softmaxes + normals, segments.count, parts, 2, dtype=torch.float32, device=terms.device)
-    constants = _constants(segments, encoded, protect[0])
+    constants = _constants(segments, encoded, protection.sinks)
     sizes = {"T": segments.longest, "parts": parts}
     common = {"TERMS": terms, "LENGTHS": segments.lengths, "SOFTMAX": sums if softmaxes else None, **sizes}
     if softmaxes:
         yield Launch(softmax_parts, grid, common, {name: constants[name] for name in ("BLOCK", "SETTINGS")}, _WARPS)
-    common |= {"POSITIONS": positions.addresses, "STARTS": segments.starts, "sinks": protect[0], "recent": protect[1]}
-    common |= {"NORMAL": sums[softmaxes:] if normals else None}
+    counts = None
+    if normals and protection.pinned is not None:
+        counts = torch.empty(segments.count, parts, dtype=torch.int32, device=terms.device)
+    common |= {"POSITIONS": positions.addresses, "STARTS": segments.starts, "PINNED": protection.pinned}
+    common |= {"sinks": protection.sinks, "recent": protection.recent}
+    common |= {"NORMAL": sums[softmaxes:] if normals else None, "COUNTS": counts}
     if normals:
         yield Launch(normalisation_parts, grid, common, constants, _WARPS)
     weights = tuple(float(setting.weight) for setting in settings)
@@ -161,9 +169,16 @@ def _constants(segments: Segments, encoded: Sequence[_Encoded], sinks: int) -> d
 
 
 def traffic(
-    settings: Sequence[Postprocess], lengths: Sequence[int], longest: int, *, heads: int, sinks: int, recent: int
+    settings: Sequence[Postprocess],
+    lengths: Sequence[int],
+    longest: int,
+    *,
+    heads: int,
+    sinks: int,
+    recent: int,
+    pinned: bool = False,
 ) -> Traffic:
-    """Bytes of one `postprocess` over heads of these lengths that hold all sinks."""
+    """Bytes of one `postprocess` over heads of these lengths that hold all sinks; `pinned` = slots have a label."""
     encoded = _encode(settings)
     covered = -(-longest // _BLOCK) * _BLOCK
     softmaxes = sum(term.softmax >= 0 for term in encoded) * sum(lengths)
@@ -178,6 +193,15 @@ def traffic(
     sink_reads = 1 + normals + sum(pooled)
     sink_slots = sum(min(sinks, length) for length in lengths) * -(-longest // _BLOCK)
     read_all = {"terms": 4 * (read + softmaxes), "positions": 4 * sink_reads * sink_slots}
+    if pinned:
+        inside = sum(max(0, length - recent - min(sinks, length)) for length in lengths)
+        neighbours = sum(
+            times * (heads if term.shared else 1) * _loads(term, length, covered, sinks, recent)
+            for term, times in passes
+            if term.pool
+            for length in lengths
+        )
+        read_all["pinned"] = (1 + normals) * inside + neighbours
     return Traffic(read_all, {"scores": 4 * len(lengths) * longest}, 1 + (softmaxes > 0) + normals)
 
 
@@ -190,13 +214,20 @@ def _loads(term: _Encoded, length: int, covered: int, sinks: int, recent: int) -
     return sum(max(0, min(last - offset, covered) - max(first - offset, 0)) for offset in offsets)
 
 
-def compile_specs_for(name: str, settings: Sequence[Postprocess], *, sinks: int = 4) -> Iterator[CompileSpec]:
-    """The launches of `postprocess` for these terms, for one row of a model with 32 layers of 8 KV heads."""
+def compile_specs_for(
+    name: str, settings: Sequence[Postprocess], *, sinks: int = 4, pinned: bool = False
+) -> Iterator[CompileSpec]:
+    """The launches of `postprocess` for these terms, for one row of a model with 32 layers of 8 KV heads.
+
+    `pinned` says whether slots have a label; launches that do not read it are left out then.
+    """
     segments, columns = meta_inputs(128, torch.bfloat16, 4)
     terms = torch.empty(len(settings), segments.count, segments.longest, dtype=torch.float32, device="meta")
     results = terms[0], torch.empty(segments.count, _parts(segments), dtype=torch.int32, device="meta")
-    launches = _launches(segments, columns["positions"], terms, settings, _encode(settings), (sinks, 32), results)
-    for launch in launches:
+    protection = Protection.meta(segments, sinks, 32, pinned=pinned)
+    for launch in _launches(segments, columns["positions"], terms, settings, _encode(settings), protection, results):
+        if pinned and launch.kernel is softmax_parts:
+            continue
         kind = launch.kernel.__name__.replace("_terms", "").replace("_", " ")
         yield launch.compile_spec(f"{kind} {name}", wide_loads=False)
 
@@ -204,5 +235,8 @@ def compile_specs_for(name: str, settings: Sequence[Postprocess], *, sinks: int 
 def compile_specs() -> Iterator[CompileSpec]:
     """Every kind of postprocessing at once, and none."""
     everything = Postprocess(softmax=True, pool="max", size=7, shared=True, normalise="standard")
-    yield from compile_specs_for("of everything", (everything, Postprocess(pool="average", size=5, normalise="max")))
+    settings = (everything, Postprocess(pool="average", size=5, normalise="max"))
+    yield from compile_specs_for("of everything", settings)
     yield from compile_specs_for("of one term", (Postprocess(),), sinks=0)
+    yield from compile_specs_for("of everything pinned", settings, pinned=True)
+    yield from compile_specs_for("of one term pinned", (Postprocess(),), sinks=0, pinned=True)

@@ -15,7 +15,7 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def _candidates(POSITIONS, start, length, sinks, recent, SINKS: tl.constexpr):
-    """The range of a head's candidates, first and end slot: positions ascend, so sinks come first."""
+    """First and end slot of the range of a head's candidates, pinned ones among them: sinks come first."""
     first = 0
     if SINKS > 0:
         slots = tl.arange(0, SINKS)
@@ -23,6 +23,14 @@ def _candidates(POSITIONS, start, length, sinks, recent, SINKS: tl.constexpr):
         positions = tl.load(POSITIONS + start + slots, mask=mask, other=0)
         first = tl.sum((mask & (positions < sinks)).to(tl.int32), 0)
     return first, length - recent
+
+
+@triton.jit
+def _not_pinned(PINNED, slots, inside):
+    """Which of the slots `inside` a range have no label; `PINNED` is that of a head, or None."""
+    if PINNED is not None:
+        inside = inside & (tl.load(PINNED + slots, mask=inside, other=0) == 0)
+    return inside
 
 
 @triton.jit
@@ -47,7 +55,7 @@ def _unpooled(ROW, slots, inside, maximum, total, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def _pooled(ROW, slots, length, first, end, maximum, total, SETTING: tl.constexpr):
+def _pooled(ROW, PINNED, slots, length, first, end, maximum, total, SETTING: tl.constexpr):
     """Scores after pooling over candidates; a maximum over NaN is NaN."""
     if SETTING[1] == 0:
         pooled = _unpooled(ROW, slots, slots < length, maximum, total, SETTING[0] >= 0)
@@ -57,6 +65,9 @@ def _pooled(ROW, slots, length, first, end, maximum, total, SETTING: tl.constexp
             neighbour = slots + (offset - SETTING[2] // 2)
             inside = (neighbour >= first) & (neighbour < end)
             scores = _unpooled(ROW, neighbour, inside, maximum, total, SETTING[0] >= 0)
+            if PINNED is not None:
+                inside = _not_pinned(PINNED, neighbour, inside)
+                scores = tl.where(inside, scores, 0.0)
             if SETTING[1] == 1:
                 larger = inside & ((scores > pooled) | (scores != scores))  # noqa: PLR0124 only NaN differs from itself
                 pooled = tl.where(larger, scores, pooled)
@@ -73,6 +84,7 @@ def _head_scores(
     POSITIONS,
     STARTS,
     LENGTHS,
+    PINNED,
     SOFTMAX,
     head,
     slots,
@@ -92,7 +104,10 @@ def _head_scores(
         maximum, total = _softmax_sums(sums, SP, parts)
     if SETTING[1] > 0:
         first, end = _candidates(POSITIONS, tl.load(STARTS + head), length, sinks, recent, SINKS)
-    return _pooled(TERM + head * T, slots, length, first, end, maximum, total, SETTING)
+    pinned = None
+    if PINNED is not None:
+        pinned = PINNED + head * T
+    return _pooled(TERM + head * T, pinned, slots, length, first, end, maximum, total, SETTING)
 
 
 @triton.jit
@@ -101,6 +116,7 @@ def _scores(
     POSITIONS,
     STARTS,
     LENGTHS,
+    PINNED,
     SOFTMAX,
     segment,
     slots,
@@ -119,12 +135,40 @@ def _scores(
         for head in tl.range(0, HEADS):
             row = segment // HEADS * HEADS + head
             summed += _head_scores(
-                TERM, POSITIONS, STARTS, LENGTHS, SOFTMAX, row, slots, T, sinks, recent, parts, SP, SINKS, SETTING
+                TERM,
+                POSITIONS,
+                STARTS,
+                LENGTHS,
+                PINNED,
+                SOFTMAX,
+                row,
+                slots,
+                T,
+                sinks,
+                recent,
+                parts,
+                SP,
+                SINKS,
+                SETTING,
             )
         scores = summed / HEADS
     else:
         scores = _head_scores(
-            TERM, POSITIONS, STARTS, LENGTHS, SOFTMAX, segment, slots, T, sinks, recent, parts, SP, SINKS, SETTING
+            TERM,
+            POSITIONS,
+            STARTS,
+            LENGTHS,
+            PINNED,
+            SOFTMAX,
+            segment,
+            slots,
+            T,
+            sinks,
+            recent,
+            parts,
+            SP,
+            SINKS,
+            SETTING,
         )
     return scores
 
@@ -166,8 +210,10 @@ def normalisation_parts(
     POSITIONS,
     STARTS,
     LENGTHS,
+    PINNED,  # [P, T] uint8, or None
     SOFTMAX,
     NORMAL,  # [normalised terms, P, parts, 2]
+    COUNTS,  # [P, parts] int32, candidates of each part; None without PINNED
     T,
     sinks,
     recent,
@@ -179,12 +225,15 @@ def normalisation_parts(
     BLOCK: tl.constexpr,
     SETTINGS: tl.constexpr,
 ):
-    """NORMAL: statistics of the candidates among BLOCK entries, per normalised term. Grid (P, parts)."""
+    """NORMAL: statistics of the candidates among BLOCK entries, per normalised term; COUNTS. Grid (P, parts)."""
     segment, count = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     positions = column_pointer(POSITIONS, segment // PER_LAYER, tl.int32)
     first, end = _candidates(positions, tl.load(STARTS + segment), tl.load(LENGTHS + segment), sinks, recent, SINKS)
     inside = (slots >= first) & (slots < end)
+    if PINNED is not None:
+        inside = _not_pinned(PINNED + segment * T, slots, inside)
+        tl.store(COUNTS + segment * parts + tl.program_id(1), tl.sum(inside.to(tl.int32), 0))
     for i in tl.static_range(len(SETTINGS)):
         if SETTINGS[i][5] >= 0:
             scores = _scores(
@@ -192,6 +241,7 @@ def normalisation_parts(
                 positions,
                 STARTS,
                 LENGTHS,
+                PINNED,
                 SOFTMAX,
                 segment,
                 slots,
@@ -211,7 +261,9 @@ def normalisation_parts(
 
 
 @triton.jit
-def _normalised(scores, PARTS, first, end, parts, SP: tl.constexpr, BLOCK: tl.constexpr, NORMALISE: tl.constexpr):
+def _normalised(
+    scores, PARTS, COUNTS, first, end, parts, SP: tl.constexpr, BLOCK: tl.constexpr, NORMALISE: tl.constexpr
+):
     """Scores divided by the largest magnitude, or standardised: minus the mean, over the standard deviation."""
     part = tl.arange(0, SP)
     firsts = tl.load(PARTS + part * 2, mask=part < parts, other=0.0)
@@ -220,9 +272,14 @@ def _normalised(scores, PARTS, first, end, parts, SP: tl.constexpr, BLOCK: tl.co
         largest = tl.max(firsts, 0)
         normalised = scores / tl.where(largest < _TINY, _TINY, largest)
     else:
-        counts = tl.minimum(end, (part + 1) * BLOCK) - tl.maximum(first, part * BLOCK)
+        if COUNTS is not None:
+            counts = tl.load(COUNTS + part, mask=part < parts, other=0)
+            candidates = tl.sum(counts, 0)
+        else:
+            counts = tl.minimum(end, (part + 1) * BLOCK) - tl.maximum(first, part * BLOCK)
+            candidates = end - first
         counts = tl.maximum(counts, 0).to(tl.float32)
-        count = tl.maximum((end - first).to(tl.float32), 1.0)
+        count = tl.maximum(candidates.to(tl.float32), 1.0)
         mean = tl.sum(firsts, 0) / count
         deviation = firsts / tl.maximum(counts, 1.0) - mean
         standard_deviation = tl.sqrt(tl.sum(seconds + counts * deviation * deviation, 0) / count)
@@ -236,8 +293,10 @@ def postprocess_terms(
     POSITIONS,
     STARTS,
     LENGTHS,
+    PINNED,  # [P, T] uint8, or None
     SOFTMAX,
     NORMAL,
+    COUNTS,  # as in `normalisation_parts`
     OUT,  # [P, T]
     NAN,  # [P, parts]
     WEIGHTS,  # of every term, a scalar
@@ -258,6 +317,11 @@ def postprocess_terms(
     positions = column_pointer(POSITIONS, segment // PER_LAYER, tl.int32)
     first, end = _candidates(positions, tl.load(STARTS + segment), tl.load(LENGTHS + segment), sinks, recent, SINKS)
     inside = (slots >= first) & (slots < end)
+    counts = None
+    if PINNED is not None:
+        inside = _not_pinned(PINNED + segment * T, slots, inside)
+    if COUNTS is not None:
+        counts = COUNTS + segment * parts
     total = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(len(SETTINGS)):
         scores = _scores(
@@ -265,6 +329,7 @@ def postprocess_terms(
             positions,
             STARTS,
             LENGTHS,
+            PINNED,
             SOFTMAX,
             segment,
             slots,
@@ -280,7 +345,15 @@ def postprocess_terms(
         if SETTINGS[i][5] >= 0:
             part_sums = NORMAL + (SETTINGS[i][5] * count + segment) * parts * 2
             scores = _normalised(
-                tl.where(inside, scores, 0.0), part_sums, first, end, parts, SP, BLOCK, tl.constexpr(SETTINGS[i][4])
+                tl.where(inside, scores, 0.0),
+                part_sums,
+                counts,
+                first,
+                end,
+                parts,
+                SP,
+                BLOCK,
+                tl.constexpr(SETTINGS[i][4]),
             )
         total += WEIGHTS[i] * scores
     is_nan = inside & (total != total)  # noqa: PLR0124 only NaN differs from itself

@@ -14,14 +14,17 @@ from kvpolicy_kernels.common.addressing import TYPES
 from kvpolicy_kernels.common.compile_spec import CompileSpec
 from kvpolicy_kernels.common.launch import Launch, trips_of
 from kvpolicy_kernels.common.meta_inputs import meta_inputs
+from kvpolicy_kernels.common.protection import Protection
 from kvpolicy_kernels.common.segments import Column, Segments
 from kvpolicy_kernels.common.support import interpreting, require
 from kvpolicy_kernels.common.traffic import Traffic
 from kvpolicy_kernels.score.checks import check_column, check_output, check_segments, check_vectors, check_window
 from kvpolicy_kernels.score.launch_config import (
     LaunchConfig,
+    asks_for_candidates,
     dim_of,
     geometry_of,
+    label_of,
     launch_config_of,
     source_key,
     statistic_functions_of,
@@ -76,6 +79,7 @@ def scores(
     *,
     sinks: int,
     recent: int,
+    pinned: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Scores of every tile before postprocessing.
@@ -88,6 +92,7 @@ def scores(
         extra: for each tile the result of its `column`, [P, T] float32, or None.
         sinks: positions below are no candidates.
         recent: the newest entries of a head that are no candidates.
+        pinned: [P, T] bool or uint8 contiguous, slots that are no candidates either; None = no slot is.
         out: [tiles, P, T] float32 contiguous, written in place.
 
     Returns:
@@ -97,6 +102,7 @@ def scores(
         UnsupportedInputError: the kernels do not support these inputs; nothing was written.
     """
     check_segments(segments, sinks, recent)
+    protection = Protection.of(segments, sinks, recent, pinned)
     require(len(tiles) == len(extra) > 0, "not one column for each tile, or no tile")
     inputs = _Inputs.of(segments, columns, window, tiles)
     device = segments.starts.device
@@ -111,9 +117,11 @@ def scores(
     uses, functions = window_uses_of(tiles), statistic_functions_of(tiles)
     computed = None
     if uses or functions:
-        computed = statistics(segments, columns, inputs.window, uses, functions, sinks=sinks, recent=recent)
+        computed = statistics(
+            segments, columns, inputs.window, uses, functions, sinks=sinks, recent=recent, pinned=pinned
+        )
     extra_columns = [column for column in extra if column is not None]
-    _launch(segments, inputs, computed, tiles, extra_columns, (sinks, recent), out).run()
+    _launch(segments, inputs, computed, tiles, extra_columns, protection, out).run()
     return out
 
 
@@ -123,7 +131,7 @@ def _launch(
     computed: Statistics | None,
     tiles: Sequence[Tile],
     extra: Sequence[Tensor],
-    protect: tuple[int, int],
+    protection: Protection,
     out: Tensor,
 ) -> Launch:
     window, config = inputs.window, _config(inputs, tiles)
@@ -136,6 +144,7 @@ def _launch(
         "ATTENTION": _addresses(inputs.attention),
         "STARTS": segments.starts,
         "LENGTHS": segments.lengths,
+        "PINNED": label_of(window_uses_of(tiles), protection),
         "QUERIES": None if window is None else window.queries,
         "QUERY_POSITIONS": None if window is None else window.positions,
         "LSE": None if computed is None else computed.lse,
@@ -145,8 +154,8 @@ def _launch(
         "ARGUMENTS": tuple(tuple(map(float, tile.arguments)) or (0.0,) for tile in tiles),
         "factor": factor_of(window),
         "T": segments.longest,
-        "sinks": protect[0],
-        "recent": protect[1],
+        "sinks": protection.sinks,
+        "recent": protection.recent,
         "span": span,
     }
     constants = {**_constants(segments, inputs, tiles, config), "TRIPS": trips_of(span // config.block)}
@@ -224,21 +233,25 @@ def compile_specs_for(
     window: int,
     dtype: torch.dtype = torch.bfloat16,
     votes: bool = False,
+    pinned: bool = False,
 ) -> Iterator[CompileSpec]:
-    """The launches of `scores` for these tiles, with 8 KV heads of `group` query heads and `window` queries."""
+    """The launches of `scores` for these tiles, with 8 KV heads of `group` query heads and `window` queries.
+
+    `pinned` says whether slots have a label.
+    """
     segments, columns = meta_inputs(head_dim, dtype, group)
     if not votes:
         columns.pop("log_votes")
     uses, functions = window_uses_of(tiles), statistic_functions_of(tiles)
     queries = WindowQueries.meta(segments, head_dim, group, window, dtype) if uses else None
-    inputs = _Inputs.of(segments, columns, queries, tiles)
+    inputs, protection = _Inputs.of(segments, columns, queries, tiles), Protection.meta(segments, 4, 32, pinned=pinned)
     computed = None
     if uses or functions:
-        yield from statistics_compile_specs(name, segments, columns, queries, uses, functions)
+        yield from statistics_compile_specs(name, segments, columns, queries, uses, functions, protection)
         computed = Statistics.empty(segments.count, len(uses), len(functions), queries, head_dim, "meta")
     out = torch.empty(len(tiles), segments.count, segments.longest, dtype=torch.float32, device="meta")
     extra = [out[0] for tile in tiles if tile.column is not None]
-    launch = _launch(segments, inputs, computed, tiles, extra, (4, 32), out)
+    launch = _launch(segments, inputs, computed, tiles, extra, protection, out)
     wide = bool(inputs.keys or inputs.values)
     yield launch.compile_spec(f"score {name}", tensor_cores=bool(uses) and dtype != torch.float32, wide_loads=wide)
 
@@ -252,6 +265,8 @@ def compile_specs() -> Iterator[CompileSpec]:
             votes = Tile(attention_votes, (SCORES, 0, 0, 0), (0.0,), window=WindowUse(window), keys=False)
             name = f"D={head_dim} G={group} W={window}"
             yield from compile_specs_for(name, [votes], head_dim=head_dim, group=group, window=window, votes=True)
+    candidates = Tile(attention_votes, (SCORES, 0, 0, 0), (0.0,), window=WindowUse(32, "candidates"), keys=False)
+    yield from compile_specs_for("of candidates pinned", [candidates], head_dim=128, group=4, window=32, pinned=True)
 
 
 def traffic(
@@ -260,8 +275,13 @@ def traffic(
     window: WindowQueries | None,
     tiles: Sequence[Tile],
     lengths: Sequence[int],
+    *,
+    pinned: bool = False,
 ) -> Traffic:
-    """Bytes of one `scores` over heads of these lengths; tensors may be on the meta device."""
+    """Bytes of one `scores` over heads of these lengths; tensors may be on the meta device.
+
+    `pinned` says whether slots have a label.
+    """
     uses, functions = window_uses_of(tiles), statistic_functions_of(tiles)
     inputs = _Inputs.of(segments, columns, window, tiles)
     _, splits = _config(inputs, tiles).split(segments.count, segments.longest)
@@ -280,14 +300,15 @@ def traffic(
     read["positions"] = 4 * (entries + _newest_loads(tiles, lengths, segments.heads) * splits)
     if inputs.window is not None:
         read["queries"] = splits * inputs.window.queries.nbytes
+    if pinned and asks_for_candidates(uses):
+        read["pinned"] = entries
     if any(tile.column for tile in tiles):
         read["columns"] = 4 * entries * sum(tile.column is not None for tile in tiles)
     score_traffic = Traffic(read, {"scores": 4 * len(tiles) * segments.count * segments.longest})
     if not (uses or functions):
         return score_traffic
-    return Traffic.total(
-        [statistics_traffic(segments, columns, inputs.window, uses, functions, lengths), score_traffic]
-    )
+    before = statistics_traffic(segments, columns, inputs.window, uses, functions, lengths, pinned=pinned)
+    return Traffic.total([before, score_traffic])
 
 
 def _newest_loads(tiles: Sequence[Tile], lengths: Sequence[int], heads: int) -> int:

@@ -66,6 +66,7 @@ def score(
     ATTENTION,
     STARTS,
     LENGTHS,
+    PINNED,  # [P, T] uint8; None if no entry has a label, and if no use asks for candidates
     QUERIES,  # [P, GP, WP, D]
     QUERY_POSITIONS,  # [L·B, WP]
     LSE,  # [P, uses, GP·WP]
@@ -110,6 +111,9 @@ def score(
     start = tl.load(STARTS + segment)
     length = tl.load(LENGTHS + segment)
     position_storage = column_pointer(POSITIONS, layer, tl.int32)
+    pinned = None
+    if PINNED is not None:
+        pinned = PINNED + segment * T
     newest, queries, query_positions = None, None, None
     for i in tl.static_range(len(FUNCTIONS)):
         if READS[i][2]:
@@ -141,7 +145,7 @@ def score(
             logits = window_logits(keys, queries, factor, UPCAST)
             if VOTES is not None:
                 votes = tl.load(column_pointer(VOTES, layer, tl.float32) + start + slots, mask=inside, other=0.0)
-        candidate = is_candidate(positions, slots, length, sinks, recent)
+        candidate = is_candidate(positions, pinned, slots, length, sinks, recent)
         for i in tl.static_range(len(FUNCTIONS)):
             probabilities, voters, group = None, None, tl.full((), GROUP, tl.float32)
             statistic, column = None, None

@@ -14,14 +14,17 @@ from torch import Tensor
 from kvpolicy_kernels.common.addressing import TYPES
 from kvpolicy_kernels.common.compile_spec import CompileSpec
 from kvpolicy_kernels.common.launch import Launch, trips_of
+from kvpolicy_kernels.common.protection import Protection
 from kvpolicy_kernels.common.segments import Column, Segments
 from kvpolicy_kernels.common.support import interpreting, require
 from kvpolicy_kernels.common.traffic import Traffic
 from kvpolicy_kernels.score.checks import check_column, check_segments, check_vectors, check_window
 from kvpolicy_kernels.score.launch_config import (
     LaunchConfig,
+    asks_for_candidates,
     dim_of,
     geometry_of,
+    label_of,
     launch_config_of,
     source_key,
     use_options,
@@ -57,6 +60,7 @@ def statistics(
     *,
     sinks: int,
     recent: int,
+    pinned: Tensor | None = None,
 ) -> Statistics:
     """Log-sum-exp of every query over the entries it sees, and the sum of every function over the entries of a head.
 
@@ -68,11 +72,13 @@ def statistics(
         functions: `@triton.jit` functions from keys [BLOCK, D] float32 to [BLOCK, D].
         sinks: positions below are no candidates.
         recent: the newest entries of a head that are no candidates.
+        pinned: [P, T] bool or uint8 contiguous, slots that are no candidates either; None = no slot is.
 
     Raises:
         UnsupportedInputError: the kernels do not support these inputs; nothing was written.
     """
     check_segments(segments, sinks, recent)
+    protection = Protection.of(segments, sinks, recent, pinned)
     require(len(uses) + len(functions) > 0, "nothing to compute")
     keys = check_vectors(columns, "keys", segments)
     if uses:
@@ -83,7 +89,7 @@ def statistics(
     out = Statistics.empty(
         segments.count, len(uses), len(functions), window if uses else None, keys.width, segments.starts.device
     )
-    for launch in _launches(segments, columns, window if uses else None, uses, functions, (sinks, recent), out):
+    for launch in _launches(segments, columns, window if uses else None, uses, functions, protection, out):
         launch.run()
     return out
 
@@ -94,13 +100,14 @@ def _launches(
     window: WindowQueries | None,
     uses: Sequence[WindowUse],
     functions: Sequence[Any],
-    protect: tuple[int, int],
+    protection: Protection,
     out: Statistics,
 ) -> Iterator[Launch]:
     keys = columns["keys"]
     config = _config(window, keys, functions)
     span, splits = config.split(segments.count, segments.longest)
     like = (len(uses), len(functions), window, keys.width, out.lse.device)
+    pinned = label_of(uses, protection)
     parts = out if splits == 1 else Statistics.empty(segments.count * splits, *like)
     arguments = {
         "KEYS": keys.addresses,
@@ -108,13 +115,15 @@ def _launches(
         "VOTES": columns["log_votes"].addresses if uses and "log_votes" in columns else None,
         "STARTS": segments.starts,
         "LENGTHS": segments.lengths,
+        "PINNED": pinned,
         "QUERIES": None if window is None else window.queries,
         "QUERY_POSITIONS": None if window is None else window.positions,
         "LSE": parts.lse,
         "SUMS": parts.sums,
         "factor": factor_of(window),
-        "sinks": protect[0],
-        "recent": protect[1],
+        "T": None if pinned is None else segments.longest,
+        "sinks": protection.sinks,
+        "recent": protection.recent,
         "span": span,
     }
     constants = _constants(segments, keys, window, uses, functions, config)
@@ -171,11 +180,12 @@ def statistics_compile_specs(
     window: WindowQueries | None,
     uses: Sequence[WindowUse],
     functions: Sequence[Any],
+    protection: Protection,
 ) -> Iterator[CompileSpec]:
     """The launches of `statistics` for these tensors, which may be on the meta device."""
     keys = columns["keys"]
     out = Statistics.empty(segments.count, len(uses), len(functions), window, keys.width, "meta")
-    first, *combine = _launches(segments, columns, window, uses, functions, (4, 32), out)
+    first, *combine = _launches(segments, columns, window, uses, functions, protection, out)
     yield first.compile_spec(f"statistics {name}", tensor_cores=bool(uses) and keys.dtype != torch.float32)
     for launch in combine:
         yield launch.compile_spec(f"statistics join {name}", wide_loads=False)
@@ -188,8 +198,13 @@ def traffic(
     uses: Sequence[WindowUse],
     functions: Sequence[Any],
     lengths: Sequence[int],
+    *,
+    pinned: bool = False,
 ) -> Traffic:
-    """Bytes of one `statistics` over heads of these lengths; the results are small and not counted."""
+    """Bytes of one `statistics` over heads of these lengths; the results are small and not counted.
+
+    `pinned` says whether slots have a label.
+    """
     keys, entries = columns["keys"], sum(lengths)
     _, splits = _config(window if uses else None, keys, functions).split(segments.count, segments.longest)
     read = {"keys": entries * keys.width * keys.dtype.itemsize}
@@ -197,4 +212,6 @@ def traffic(
         read |= {"positions": 4 * entries, "queries": splits * window.queries.nbytes}
         if "log_votes" in columns:
             read["log_votes"] = 4 * entries
+        if pinned and asks_for_candidates(uses):
+            read["pinned"] = entries
     return Traffic(read, {}, 1 + (splits > 1))

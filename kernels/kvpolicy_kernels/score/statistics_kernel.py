@@ -49,18 +49,20 @@ def _log_sum_exp(maximum, total):
     return tl.where(empty, -float("inf"), maximum + tl.log2(tl.where(empty, 1.0, summed)))
 
 
-@triton.jit(do_not_specialize=["sinks", "recent", "span"])
+@triton.jit(do_not_specialize=["T", "sinks", "recent", "span"])
 def split_statistics(
     KEYS,
     POSITIONS,
     VOTES,  # or None
     STARTS,
     LENGTHS,
+    PINNED,  # [P, T] uint8; None if no entry has a label, and if no use asks for candidates
     QUERIES,  # [P, GP, WP, D], or None
     QUERY_POSITIONS,  # [L·B, WP], or None
     LSE,  # [P, splits, uses, GP·WP]
     SUMS,  # [P, splits, functions, D]
     factor,
+    T,  # None without PINNED
     sinks,
     recent,
     span,
@@ -85,6 +87,9 @@ def split_statistics(
     start = tl.load(STARTS + segment)
     length = tl.load(LENGTHS + segment)
     key_storage = column_pointer(KEYS, layer, TYPE)
+    pinned = None
+    if PINNED is not None:
+        pinned = PINNED + segment * T
     maxima, totals, sums = (), (), ()
     if len(USES) > 0:
         queries = load_queries(QUERIES, segment, GP * WP, D, DP)
@@ -103,7 +108,7 @@ def split_statistics(
         keys = load_rows(key_storage, start + slots, inside, D, DP)
         if len(USES) > 0:
             positions = tl.load(position_storage + start + slots, mask=inside, other=-1)
-            candidate = is_candidate(positions, slots, length, sinks, recent)
+            candidate = is_candidate(positions, pinned, slots, length, sinks, recent)
             votes = None
             if VOTES is not None:
                 votes = tl.load(column_pointer(VOTES, layer, tl.float32) + start + slots, mask=inside, other=0.0)

@@ -17,6 +17,7 @@ from triton import cdiv, next_power_of_2
 
 from kvpolicy_kernels.common.addressing import check_device, check_segments, check_tensor, segment_pointer
 from kvpolicy_kernels.common.compile_spec import CompileSpec
+from kvpolicy_kernels.common.protection import Protection
 from kvpolicy_kernels.common.segments import Column, Segments
 from kvpolicy_kernels.common.support import require
 from kvpolicy_kernels.common.traffic import Traffic
@@ -31,6 +32,9 @@ _MAX_ENTRIES = 1 << 22  # per segment: the sum over 256 heads fits an int32
 DIGITS = 4
 _ROWS_AT_ONCE = tl.constexpr(16)  # histograms that are summed at once
 TABLE_TYPES = {"SCORES": "*fp32", "ADDRESSES": "*i64", "STARTS": "*i64", "LENGTHS": "*i32"}
+PINNED_TYPES: dict[bool, dict[str, str]] = {False: {}, True: {"PINNED": "*u8"}}
+NO_LABEL: dict[bool, dict[str, None]] = {False: {"PINNED": None}, True: {}}
+COMPILED_CASES = ((2048, False, False), (4096, False, False), (4096, True, False), (4096, True, True))
 NUMBER_TYPES = {"T": "i32", "PER_LAYER": "i32", "NUM_SINKS": "i32", "NUM_RECENT": "i32"}
 
 
@@ -61,7 +65,7 @@ class Splits:
 class SelectInputs:
     """Checked arguments that all kernels which read scores have in common."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor | None, ...]
     numbers: tuple[int, ...]
     options: dict[str, object]
     segments: Segments
@@ -69,14 +73,20 @@ class SelectInputs:
 
     @classmethod
     def of(
-        cls, scores: Tensor, segments: Segments, positions: Column | None, sinks: int, recent: int
+        cls,
+        scores: Tensor,
+        segments: Segments,
+        positions: Column | None,
+        sinks: int,
+        recent: int,
+        pinned: Tensor | None,
     ) -> "SelectInputs":
         """Raises UnsupportedInputError for inputs that the kernels do not support."""
         check_device(scores.device)
         check_segments(segments, scores.device)
         check_tensor("scores", scores, torch.float32, (segments.count, segments.longest), scores.device)
         require(segments.longest <= _MAX_ENTRIES, f"{segments.longest} entries in a segment")
-        require(recent >= 0, f"recent {recent}")
+        protection = Protection.of(segments, sinks, recent, pinned)
         addresses, dtype = segments.starts, torch.int32
         if sinks > 0:
             require(positions is not None and positions.width == 1, "sinks need positions, one a slot")
@@ -88,7 +98,8 @@ class SelectInputs:
         constants = {"DTYPE": _POSITIONS[dtype], "HAS_SINKS": sinks > 0, "CHUNK": splits.chunk}
         options = {**constants, "num_warps": warps_of(splits.chunk)}
         numbers = (segments.longest, segments.per_layer, sinks, recent)
-        return cls((scores, addresses, segments.starts, segments.lengths), numbers, options, segments, splits)
+        tensors = (scores, addresses, segments.starts, segments.lengths, protection.pinned)
+        return cls(tensors, numbers, options, segments, splits)
 
 
 @attrs.frozen(eq=False)
@@ -126,7 +137,9 @@ def find_thresholds(inputs: SelectInputs, budgets: Tensor, heads: int) -> RadixS
     return state
 
 
-def find_thresholds_traffic(splits: Splits, segments: Segments, candidates: int, positions: int) -> Traffic:
+def find_thresholds_traffic(
+    splits: Splits, segments: Segments, candidates: int, positions: int, *, pinned: bool = False
+) -> Traffic:
     """Bytes that `find_thresholds` moves.
 
     Args:
@@ -134,6 +147,7 @@ def find_thresholds_traffic(splits: Splits, segments: Segments, candidates: int,
         segments: P segments.
         candidates: scores that each pass reads.
         positions: bytes per position, 0 without sinks.
+        pinned: whether slots have a label.
     """
     rows = segments.count * splits.count
     read = {
@@ -141,12 +155,14 @@ def find_thresholds_traffic(splits: Splits, segments: Segments, candidates: int,
         "positions": DIGITS * candidates * positions,
         "histograms": DIGITS * rows * 256 * 4 * 2,
     }
+    if pinned:
+        read["pinned"] = DIGITS * candidates
     return Traffic(read, {"histograms": DIGITS * rows * 256 * 4}, launches=2 * DIGITS)
 
 
 @triton.jit(do_not_specialize=["T", "PER_LAYER", "NUM_SINKS", "NUM_RECENT", "HEADS", "SPLITS", "LENGTH", "DIGIT"])
-def _histogram(SCORES, ADDRESSES, STARTS, LENGTHS, PREFIXES, HISTOGRAMS, PROTECTED, T, PER_LAYER, NUM_SINKS, NUM_RECENT,
-               HEADS, SPLITS, LENGTH, DIGIT, DTYPE: tl.constexpr, HAS_SINKS: tl.constexpr,
+def _histogram(SCORES, ADDRESSES, STARTS, LENGTHS, PINNED, PREFIXES, HISTOGRAMS, PROTECTED, T, PER_LAYER, NUM_SINKS,
+               NUM_RECENT, HEADS, SPLITS, LENGTH, DIGIT, DTYPE: tl.constexpr, HAS_SINKS: tl.constexpr,
                CHUNK: tl.constexpr):  # fmt: skip
     """HISTOGRAMS [P, S, 256] of DIGIT for one split; for digit 0 also PROTECTED [P, S]."""
     program = tl.program_id(0).to(tl.int64)
@@ -155,8 +171,12 @@ def _histogram(SCORES, ADDRESSES, STARTS, LENGTHS, PREFIXES, HISTOGRAMS, PROTECT
     length = tl.load(LENGTHS + segment)
     end = tl.minimum(length, first + LENGTH)
     scores, positions = score_pointers(SCORES, ADDRESSES, STARTS, segment, T, PER_LAYER, DTYPE)
+    pinned = None
+    if PINNED is not None:
+        pinned = PINNED + segment * T
     prefix = tl.load(PREFIXES + segment // HEADS, mask=DIGIT > 0, other=0).to(tl.uint32, bitcast=True)
-    counts = histogram(scores, positions, first, end, length, NUM_SINKS, NUM_RECENT, prefix, DIGIT, HAS_SINKS, CHUNK)
+    counts = histogram(scores, positions, pinned, first, end, length, NUM_SINKS, NUM_RECENT, prefix, DIGIT, HAS_SINKS,
+                       CHUNK)  # fmt: skip
     tl.store(HISTOGRAMS + program * 256 + tl.arange(0, 256), counts)
     tl.store(PROTECTED + program, tl.maximum(end - first, 0) - tl.sum(counts), mask=DIGIT == 0)
 
@@ -197,23 +217,26 @@ def score_pointers(SCORES, ADDRESSES, STARTS, segment, T, PER_LAYER, DTYPE: tl.c
 
 
 @triton.jit
-def load_keys(scores, positions, slots, length, NUM_SINKS, NUM_RECENT, HAS_SINKS: tl.constexpr):
-    """Sort keys of `slots`, which of them are candidates, and which are protected."""
-    candidates = slots < length - NUM_RECENT
-    keys = sort_keys(tl.load(scores + slots, mask=candidates, other=0.0))
+def load_keys(scores, positions, pinned, slots, length, NUM_SINKS, NUM_RECENT, HAS_SINKS: tl.constexpr):
+    """Sort keys of `slots`, which of them are candidates, and which are protected; `pinned` is a label or None."""
+    old = slots < length - NUM_RECENT
+    keys = sort_keys(tl.load(scores + slots, mask=old, other=0.0))
+    candidates = old
     if HAS_SINKS:
-        candidates &= tl.load(positions + slots, mask=candidates, other=0) >= NUM_SINKS
+        candidates &= tl.load(positions + slots, mask=old, other=0) >= NUM_SINKS
+    if pinned is not None:
+        candidates &= tl.load(pinned + slots, mask=old, other=0) == 0
     return keys, candidates, (slots < length) & ~candidates
 
 
 @triton.jit
-def histogram(scores, positions, first, end, length, NUM_SINKS, NUM_RECENT, prefix, digit, HAS_SINKS: tl.constexpr,
-              CHUNK: tl.constexpr):  # fmt: skip
+def histogram(scores, positions, pinned, first, end, length, NUM_SINKS, NUM_RECENT, prefix, digit,
+              HAS_SINKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Histogram [256] of `digit` over the candidates from `first` to `end` whose keys start with `prefix`."""
     counts = tl.zeros((256,), tl.int32)
     while first < end:
         slots = first + tl.arange(0, CHUNK)
-        keys, candidates, _ = load_keys(scores, positions, slots, length, NUM_SINKS, NUM_RECENT, HAS_SINKS)
+        keys, candidates, _ = load_keys(scores, positions, pinned, slots, length, NUM_SINKS, NUM_RECENT, HAS_SINKS)
         counts += tl.histogram(digit_of(keys, digit), 256, mask=candidates & begins_with(keys, prefix, digit))
         first += CHUNK
     return counts
@@ -228,12 +251,12 @@ def _load_histograms(histograms, row, ROWS):
 
 
 def find_thresholds_compile_specs() -> Iterator[CompileSpec]:
-    """The launches of `find_thresholds`, for short and long segments, with and without sinks."""
-    for chunk, sinks in ((2048, False), (4096, False), (4096, True)):
-        tables = {**TABLE_TYPES, "PREFIXES": "*i32", "HISTOGRAMS": "*i32", "PROTECTED": "*i32"}
+    """The launches of `find_thresholds`, for short and long segments, with and without sinks and a label."""
+    for chunk, sinks, pinned in COMPILED_CASES:
+        tables = {**TABLE_TYPES, **PINNED_TYPES[pinned], "PREFIXES": "*i32", "HISTOGRAMS": "*i32", "PROTECTED": "*i32"}
         shares = {"HEADS": "i32", "SPLITS": "i32", "LENGTH": "i32", "DIGIT": "i32"}
-        constants = {"DTYPE": tl.int32, "HAS_SINKS": sinks, "CHUNK": chunk}
-        name = f"radix._histogram chunk={chunk}" + " sinks" * sinks
+        constants = {"DTYPE": tl.int32, "HAS_SINKS": sinks, "CHUNK": chunk, **NO_LABEL[pinned]}
+        name = f"radix._histogram chunk={chunk}" + " sinks" * sinks + " pinned" * pinned
         types = {**tables, **NUMBER_TYPES, **shares}
         yield CompileSpec(name, _histogram, types, constants, tuple(tables), warps_of(chunk), wide_loads=False)
     tables = dict.fromkeys(("HISTOGRAMS", "PREFIXES", "NEEDS", "BETTER", "EQUAL"), "*i32") | {"BUDGETS": "*i64"}

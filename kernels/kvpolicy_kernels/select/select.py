@@ -17,8 +17,11 @@ from kvpolicy_kernels.common.segments import Column, Segments
 from kvpolicy_kernels.common.support import require
 from kvpolicy_kernels.common.traffic import Traffic
 from kvpolicy_kernels.select.radix import (
+    COMPILED_CASES,
     DIGITS,
+    NO_LABEL,
     NUMBER_TYPES,
+    PINNED_TYPES,
     TABLE_TYPES,
     SelectInputs,
     Splits,
@@ -46,6 +49,7 @@ def select(
     positions: Column | None = None,
     sinks: int = 0,
     recent: int = 0,
+    pinned: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Keep indices: the protected entries of each head and its candidates with the highest scores.
@@ -60,6 +64,7 @@ def select(
         positions: int32 or int64, one per slot; required with `sinks`.
         sinks: entries at positions below are protected.
         recent: the newest entries of a head that are protected.
+        pinned: [P, T] bool or uint8 contiguous, slots that are protected beside those; None = no slot is.
         out: [P, N] int32 contiguous, written in place.
 
     Returns:
@@ -68,7 +73,7 @@ def select(
     Raises:
         UnsupportedInputError: the kernels do not support these inputs; nothing was written.
     """
-    inputs = SelectInputs.of(scores, segments, positions, sinks, recent)
+    inputs = SelectInputs.of(scores, segments, positions, sinks, recent, pinned)
     require(width >= 0, f"width {width}")
     _check_counts("counts", counts, segments.count, scores.device)
     out = torch.empty((segments.count, width), dtype=torch.int32, device=scores.device) if out is None else out
@@ -93,6 +98,7 @@ def counts_of_best(
     positions: Column | None = None,
     sinks: int = 0,
     recent: int = 0,
+    pinned: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """How many of a row's best candidates each of its heads holds (Ada-KV, arXiv:2407.11550, algorithm 1).
@@ -107,6 +113,7 @@ def counts_of_best(
         positions: as in `select`.
         sinks: as in `select`.
         recent: as in `select`.
+        pinned: as in `select`.
         out: [P] int32 contiguous, written in place.
 
     Returns:
@@ -115,7 +122,8 @@ def counts_of_best(
     Raises:
         UnsupportedInputError: the kernels do not support these inputs; nothing was written.
     """
-    inputs, groups = SelectInputs.of(scores, segments, positions, sinks, recent), segments.layers * segments.rows
+    inputs = SelectInputs.of(scores, segments, positions, sinks, recent, pinned)
+    groups = segments.layers * segments.rows
     _check_counts("totals", totals, groups, scores.device)
     require(segments.heads <= _MAX_HEADS, f"{segments.heads} KV heads")
     out = torch.empty(segments.count, dtype=torch.int32, device=scores.device) if out is None else out
@@ -128,66 +136,87 @@ def counts_of_best(
 
 
 def traffic(
-    segments: Segments, lengths: Sequence[int], width: int, *, recent: int = 0, positions: Column | None = None
+    segments: Segments,
+    lengths: Sequence[int],
+    width: int,
+    *,
+    recent: int = 0,
+    positions: Column | None = None,
+    pinned: bool = False,
 ) -> Traffic:
     """Bytes that `select` moves in segments of these `lengths`, without small tables.
 
-    `positions` is None without sinks.
+    `positions` is None without sinks, and `pinned` says whether slots have a label.
     """
     splits, candidates = Splits.of(segments), sum(max(0, length - recent) for length in lengths)
     position_bytes = positions.dtype.itemsize if positions else 0
     final_read, final_written = (
-        {"scores": candidates * 4, "positions": candidates * position_bytes},
+        {
+            "scores": candidates * 4,
+            "positions": candidates * position_bytes,
+            **({"pinned": candidates} if pinned else {}),
+        },
         {"kept": segments.count * width * 4},
     )
     if splits.single_program:
         return Traffic({name: (DIGITS + 1) * size for name, size in final_read.items()}, final_written)
-    return Traffic.total(
-        (find_thresholds_traffic(splits, segments, candidates, position_bytes), Traffic(final_read, final_written))
-    )
+    passes = find_thresholds_traffic(splits, segments, candidates, position_bytes, pinned=pinned)
+    return Traffic.total((passes, Traffic(final_read, final_written)))
 
 
 def counts_traffic(
-    segments: Segments, lengths: Sequence[int], *, recent: int = 0, positions: Column | None = None
+    segments: Segments,
+    lengths: Sequence[int],
+    *,
+    recent: int = 0,
+    positions: Column | None = None,
+    pinned: bool = False,
 ) -> Traffic:
     """Bytes that `counts_of_best` moves; arguments as for `traffic`."""
     splits, candidates = Splits.of(segments), sum(max(0, length - recent) for length in lengths)
-    passes = find_thresholds_traffic(splits, segments, candidates, positions.dtype.itemsize if positions else 0)
+    position_bytes = positions.dtype.itemsize if positions else 0
+    passes = find_thresholds_traffic(splits, segments, candidates, position_bytes, pinned=pinned)
     return Traffic.total((passes, Traffic({}, {"counts": segments.count * 4})))
 
 
 @triton.jit(do_not_specialize=["T", "PER_LAYER", "NUM_SINKS", "NUM_RECENT", "WIDTH"])
-def _select(SCORES, ADDRESSES, STARTS, LENGTHS, COUNTS, OUT, T, PER_LAYER, NUM_SINKS, NUM_RECENT, WIDTH,
+def _select(SCORES, ADDRESSES, STARTS, LENGTHS, PINNED, COUNTS, OUT, T, PER_LAYER, NUM_SINKS, NUM_RECENT, WIDTH,
             DTYPE: tl.constexpr, HAS_SINKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """OUT [P, WIDTH]: one program runs all passes of a segment."""
     segment = tl.program_id(0).to(tl.int64)
     length = tl.load(LENGTHS + segment)
     scores, positions = score_pointers(SCORES, ADDRESSES, STARTS, segment, T, PER_LAYER, DTYPE)
+    pinned = None
+    if PINNED is not None:
+        pinned = PINNED + segment * T
     need = tl.maximum(tl.minimum(tl.load(COUNTS + segment), T), 0).to(tl.int32)
     prefix = tl.full((), 0, tl.uint32)
     zero = tl.full((), 0, tl.int32)  # a tensor: loops may not start from a constant
     for digit in range(4):
         counts = histogram(
-            scores, positions, zero, length, length, NUM_SINKS, NUM_RECENT, prefix, digit, HAS_SINKS, CHUNK
+            scores, positions, pinned, zero, length, length, NUM_SINKS, NUM_RECENT, prefix, digit, HAS_SINKS, CHUNK
         )
         need = tl.minimum(need, tl.sum(counts))  # if there are fewer candidates
         prefix, _, need = next_digit(counts, need, prefix, digit)
     out = OUT + segment * WIDTH
-    kept = _store_kept(scores, positions, out, zero, length, length, NUM_SINKS, NUM_RECENT, prefix, need, zero, zero,
-                       WIDTH, HAS_SINKS, CHUNK)  # fmt: skip
+    kept = _store_kept(scores, positions, pinned, out, zero, length, length, NUM_SINKS, NUM_RECENT, prefix, need, zero,
+                       zero, WIDTH, HAS_SINKS, CHUNK)  # fmt: skip
     _store_padding(out, kept, WIDTH, CHUNK, CHUNK)
 
 
 @triton.jit(do_not_specialize=["T", "PER_LAYER", "NUM_SINKS", "NUM_RECENT", "WIDTH", "SPLITS", "LENGTH"])
-def _write(SCORES, ADDRESSES, STARTS, LENGTHS, PREFIXES, NEEDS, BETTER, EQUAL, PROTECTED, OUT, T, PER_LAYER, NUM_SINKS,
-           NUM_RECENT, WIDTH, SPLITS, LENGTH, DTYPE: tl.constexpr, HAS_SINKS: tl.constexpr, CHUNK: tl.constexpr,
-           ALL: tl.constexpr):  # fmt: skip
+def _write(SCORES, ADDRESSES, STARTS, LENGTHS, PINNED, PREFIXES, NEEDS, BETTER, EQUAL, PROTECTED, OUT, T, PER_LAYER,
+           NUM_SINKS, NUM_RECENT, WIDTH, SPLITS, LENGTH, DTYPE: tl.constexpr, HAS_SINKS: tl.constexpr,
+           CHUNK: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
     """OUT [P, WIDTH]: one split writes its kept slots after those of the splits before it."""
     segment = tl.program_id(0).to(tl.int64) // SPLITS
     split = tl.program_id(0) % SPLITS
     length = tl.load(LENGTHS + segment)
     end = tl.minimum(length, (split + 1) * LENGTH)
     scores, positions = score_pointers(SCORES, ADDRESSES, STARTS, segment, T, PER_LAYER, DTYPE)
+    pinned = None
+    if PINNED is not None:
+        pinned = PINNED + segment * T
     prefix = tl.load(PREFIXES + segment).to(tl.uint32, bitcast=True)
     need = tl.load(NEEDS + segment)
     splits = tl.arange(0, ALL)
@@ -202,20 +231,22 @@ def _write(SCORES, ADDRESSES, STARTS, LENGTHS, PREFIXES, NEEDS, BETTER, EQUAL, P
     out = OUT + segment * WIDTH
     _store_padding(out, tl.sum(kept) + split * CHUNK, WIDTH, SPLITS * CHUNK, CHUNK)
     first = split * LENGTH
-    _store_kept(scores, positions, out, first, end, length, NUM_SINKS, NUM_RECENT, prefix, need, before, equals, WIDTH,
-                HAS_SINKS, CHUNK)  # fmt: skip
+    _store_kept(scores, positions, pinned, out, first, end, length, NUM_SINKS, NUM_RECENT, prefix, need, before, equals,
+                WIDTH, HAS_SINKS, CHUNK)  # fmt: skip
 
 
 @triton.jit
-def _store_kept(scores, positions, out, first, end, length, NUM_SINKS, NUM_RECENT, prefix, need, index, equals, WIDTH,
-                HAS_SINKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def _store_kept(scores, positions, pinned, out, first, end, length, NUM_SINKS, NUM_RECENT, prefix, need, index, equals,
+                WIDTH, HAS_SINKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Store the kept slots among `first` to `end`, from `out` + `index` on; the index after the last one.
 
     `equals` counts the keys equal to `prefix` before `first`.
     """
     while first < end:
         slots = first + tl.arange(0, CHUNK)
-        keys, candidates, protected = load_keys(scores, positions, slots, length, NUM_SINKS, NUM_RECENT, HAS_SINKS)
+        keys, candidates, protected = load_keys(
+            scores, positions, pinned, slots, length, NUM_SINKS, NUM_RECENT, HAS_SINKS
+        )
         equal = candidates & (keys == prefix)
         taken = equal & (equals + tl.cumsum(equal.to(tl.int32), 0) <= need)
         keep = protected | taken | (candidates & (keys > prefix))
@@ -253,20 +284,21 @@ def _head_counts(NEEDS, BETTER, EQUAL, OUT, K, SPLITS, HEADS: tl.constexpr, ALL:
 def compile_specs() -> Iterator[CompileSpec]:
     """All launches of `select` and `counts_of_best`."""
     yield from find_thresholds_compile_specs()
-    for chunk, sinks in ((2048, False), (4096, False), (4096, True)):
-        constants = {"DTYPE": tl.int32, "HAS_SINKS": sinks, "CHUNK": chunk}
-        tables = {**TABLE_TYPES, "COUNTS": "*i64", "OUT": "*i32"}
-        name = f"chunk={chunk}" + " sinks" * sinks
+    for chunk, sinks, pinned in COMPILED_CASES:
+        constants = {"DTYPE": tl.int32, "HAS_SINKS": sinks, "CHUNK": chunk, **NO_LABEL[pinned]}
+        tables = {**TABLE_TYPES, **PINNED_TYPES[pinned], "COUNTS": "*i64", "OUT": "*i32"}
+        name = f"chunk={chunk}" + " sinks" * sinks + " pinned" * pinned
         types = {**tables, **NUMBER_TYPES, "WIDTH": "i32"}
         yield CompileSpec(
             f"select._select {name}", _select, types, constants, tuple(tables), warps_of(chunk), wide_loads=False
         )
     state = dict.fromkeys(("PREFIXES", "NEEDS", "BETTER", "EQUAL", "PROTECTED", "OUT"), "*i32")
-    types = {**TABLE_TYPES, **state, **NUMBER_TYPES, "WIDTH": "i32", "SPLITS": "i32", "LENGTH": "i32"}
-    for sinks in (False, True):
-        constants = {"DTYPE": tl.int32, "HAS_SINKS": sinks, **_WRITE_OPTIONS, "ALL": 64}
-        name = "select._write" + " sinks" * sinks
-        yield CompileSpec(name, _write, types, constants, (*TABLE_TYPES, *state), 8, wide_loads=False)
+    for sinks, pinned in ((False, False), (True, False), (True, True)):
+        tables = {**TABLE_TYPES, **PINNED_TYPES[pinned], **state}
+        types = {**tables, **NUMBER_TYPES, "WIDTH": "i32", "SPLITS": "i32", "LENGTH": "i32"}
+        constants = {"DTYPE": tl.int32, "HAS_SINKS": sinks, **_WRITE_OPTIONS, "ALL": 64, **NO_LABEL[pinned]}
+        name = "select._write" + " sinks" * sinks + " pinned" * pinned
+        yield CompileSpec(name, _write, types, constants, tuple(tables), 8, wide_loads=False)
     tables = dict.fromkeys(("NEEDS", "BETTER", "EQUAL", "OUT"), "*i32")
     types = {**tables, "K": "i32", "SPLITS": "i32"}
     yield CompileSpec(

@@ -58,10 +58,13 @@ def _of_policy(spec: PolicySpec) -> Iterator[CompileSpec]:
     offered = [weighted.scorer.tile() for weighted in spec.score]
     tiles = [tile for tile in offered if isinstance(tile, Tile)]
     queries = max(weighted.scorer.needs().queries for weighted in spec.score)
+    pinned = spec.protect.by_place
     if tiles:
-        yield from score.compile_specs_for(spec.name, tiles, **_GEOMETRY, window=queries, votes=spec.merge.votes)
+        yield from score.compile_specs_for(
+            spec.name, tiles, **_GEOMETRY, window=queries, votes=spec.merge.votes, pinned=pinned
+        )
     finishes = [tile.postprocess if isinstance(tile, Tile) else Postprocess() for tile in offered]
     normalised = [
         attrs.evolve(own, normalise=weighted.normalise) for own, weighted in zip(finishes, spec.score, strict=True)
     ]
-    yield from postprocess.compile_specs_for(spec.name, normalised, sinks=spec.protect.of(_BUDGET)[0])
+    yield from postprocess.compile_specs_for(spec.name, normalised, sinks=spec.protect.of(_BUDGET)[0], pinned=pinned)

@@ -590,6 +590,9 @@ class PolicyLayer(LogicalLayer):
 
     def restore(self, saved: LayerState) -> None:
         """Go on with such a copy, of this layer or of one like it, which must not be used again."""
+        if not saved.in_order and not self.plan.fills_holes:  # where it was made, compressions ran without kernels
+            saved.storage.sort_by_position()
+            saved.in_order = True
         self.state, self.is_initialized = saved, saved.rows > 0
         self.dtype, self.device = self.plan.dtype, saved.storage.device
         self.stats.compressions = saved.compressions

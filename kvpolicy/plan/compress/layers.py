@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.stages import View
 from kvpolicy_kernels import Column, Segments
 from kvpolicy_kernels.common.segments import pitch
+from kvpolicy_kernels.common.support import require
 
 if TYPE_CHECKING:
     from kvpolicy_kernels.score.window_queries import WindowQueries
@@ -26,7 +27,8 @@ class Layers:
 
     @classmethod
     def of(cls, views: Sequence[View]) -> "Layers":
-        """Raises UnsupportedInputError for entries that kernels cannot address."""
+        """Raises UnsupportedInputError for entries that kernels cannot address, or that stand out of order."""
+        require(all(view.in_order for view in views), "entries are not in ascending order of position")
         tensors = [_side_by_side(view) for view in views]
         lengths = torch.stack([view.lengths for view in views])
         columns = {name: Column.of([one[name] for one in tensors]) for name in tensors[0]}
@@ -35,22 +37,50 @@ class Layers:
     @property
     def protect(self) -> dict[str, Any]:
         """What is protected, as launchers are told."""
-        return {"sinks": self.views[0].sinks, "recent": self.views[0].recent}
+        return {"sinks": self.views[0].sinks, "recent": self.views[0].recent, "pinned": self.pinned}
+
+    @cached_property
+    def pinned(self) -> Tensor | None:
+        """[P, T] bool: entries protected beside sinks and recent ones; None where no view has such."""
+        pinned = [view.pinned for view in self.views]
+        if all(one is None for one in pinned):
+            return None
+        if len(pinned) == 1 and pinned[0] is not None:
+            return pinned[0].flatten(0, 1).contiguous()
+        out = torch.zeros(self.segments.count, self.segments.longest, dtype=torch.bool, device=self._device)
+        for rows, one in zip(self.per_view(out), pinned, strict=True):
+            if one is not None:
+                rows.copy_(one)
+        return out
 
     @cached_property
     def protected(self) -> Tensor:
-        """Protected entries of each head, int64 [L·B, K]: the recent ones, and sinks, which come first."""
-        held = self.segments.lengths.view(-1, self.segments.heads).long()
+        """Protected entries of each head, int64 [L·B, K]; none is counted twice."""
         first = [view.positions[..., : view.sinks] for view in self.views]
         sinks = torch.cat(
             [((one >= 0) & (one < view.sinks)).sum(-1) for one, view in zip(first, self.views, strict=True)]
         )
-        return held.minimum(sinks + self.views[0].recent)
+        held, recent = self._held, self.views[0].recent
+        ends = held.minimum(sinks + recent)  # positions ascend: sinks come first, and recent entries last
+        if self.pinned is None:
+            return ends
+        slots = torch.arange(self.segments.longest, device=self._device)
+        between = (slots >= sinks[..., None]) & (slots < held[..., None] - recent)
+        return ends + (self.pinned.view(between.shape) & between).sum(-1)
 
     @cached_property
     def room(self) -> Tensor:
         """Candidates of each head, int64 [L·B, K]."""
-        return self.segments.lengths.view(-1, self.segments.heads).long() - self.protected
+        return self._held - self.protected
+
+    @property
+    def _held(self) -> Tensor:
+        """Entries of each head, int64 [L·B, K]."""
+        return self.segments.lengths.view(-1, self.segments.heads).long()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.segments.starts.device
 
     def window(self) -> "WindowQueries":
         """The queries that vote, packed for the kernels."""
@@ -63,7 +93,7 @@ class Layers:
     def empty(self, count: int) -> Tensor:
         """[count, P, T] float32, not filled."""
         shape = (count, self.segments.count, self.segments.longest)
-        return torch.empty(shape, dtype=torch.float32, device=self.segments.starts.device)
+        return torch.empty(shape, dtype=torch.float32, device=self._device)
 
     def counted(self, numbers: Tensor) -> Tensor:
         """One number for each segment as [L, B, K]."""

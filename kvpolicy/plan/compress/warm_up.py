@@ -16,6 +16,8 @@ def warm_up(spec: PolicySpec, fusion: Fusion, geometry: Geometry, device: torch.
     """The fusion without what does not compile or run; this also is the warm-up of what does."""
     scorers = {state_name(place, ""): weighted.scorer for place, weighted in enumerate(spec.score)}
     view = small_view(scorers, geometry, device, dtype)
+    if spec.protect.by_place:  # then kernels are told by a label of every slot
+        view = attrs.evolve(view, pinned=(view.positions % 4 == 1).contiguous())
     if not _problem(spec, fusion, view):
         return fusion
     terms = [_alone(spec, fusion, place, view) for place in range(len(fusion.terms))]

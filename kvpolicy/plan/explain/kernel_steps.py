@@ -47,7 +47,12 @@ class KernelSteps:
     @property
     def _protected(self) -> dict[str, Any]:
         sinks, recent = self.shapes.protected
-        return {"recent": recent, "positions": self.columns[POSITIONS] if sinks else None}
+        return {"recent": recent, "positions": self.columns[POSITIONS] if sinks else None, "pinned": self._pinned}
+
+    @property
+    def _pinned(self) -> bool:
+        """Whether kernels read a label of every slot: it is protected by its place in the request."""
+        return self.plan.spec.protect.by_place
 
     def score(self, terms: Sequence[Term]) -> Iterator[Step]:
         """Columns that scorers compute beforehand, then all tile functions, the statistics before them included."""
@@ -78,7 +83,7 @@ class KernelSteps:
             positions = torch.empty(1, plan.needs.queries, dtype=torch.int32, device="meta")
             window = WindowQueries.of([queries], [positions], self.segments, 1.0)
         columns = {name: self.columns[name] for name in _READ_BY_SCORES if name in self.columns}
-        return traffic(self.segments, columns, window, tiles, self._lengths)
+        return traffic(self.segments, columns, window, tiles, self._lengths, pinned=self._pinned)
 
     def finish(self) -> Step:
         """Pooling, normalisation, weights and the sum."""
@@ -87,7 +92,8 @@ class KernelSteps:
         sinks, recent = self.shapes.protected
         finishes = [term.postprocess for term in self.plan.fusion.terms]
         sizes = {"heads": self.plan.geometry.kv_heads, "sinks": sinks, "recent": recent}
-        return Step.fused("score", "pool, normalise, add", traffic(finishes, self._lengths, self.shapes.held, **sizes))
+        moved = traffic(finishes, self._lengths, self.shapes.held, **sizes, pinned=self._pinned)
+        return Step.fused("score", "pool, normalise, add", moved)
 
     def allocate(self) -> Step:
         """Budgets of heads that compete follow from how many of the best entries each owns."""

@@ -36,6 +36,8 @@ def heads(given: Situation, dtype: torch.dtype = torch.float64) -> Iterator[Head
         others = [one for one in lists["positions"][first : first + segments.heads] if len(one)]
         count = len(positions)
         candidates = (positions >= given.protect["sinks"]) & (torch.arange(count) < count - given.protect["recent"])
+        if "pinned" in given.protect:
+            candidates &= ~given.protect["pinned"][place, :count].cpu()
         yield Head(
             lists["keys"][place].cpu().to(dtype),
             lists["values"][place].cpu().to(dtype),

@@ -5,24 +5,35 @@ import math
 from torch import Tensor
 
 
-def candidates(positions: Tensor, sinks: int, recent: int) -> list[int]:
-    """Slots that are not protected, of a head with these `positions` [n]."""
+def candidates(positions: Tensor, sinks: int, recent: int, pinned: Tensor | None = None) -> list[int]:
+    """Slots that are not protected, of a head with these `positions` [n]; `pinned` [n] are, beside both ends."""
     last = len(positions) - recent
-    return [slot for slot, position in enumerate(positions.tolist()) if position >= sinks and slot < last]
+    label = [False] * len(positions) if pinned is None else pinned.tolist()
+    return [slot for slot, place in enumerate(positions.tolist()) if place >= sinks and slot < last and not label[slot]]
 
 
-def kept(scores: Tensor, positions: Tensor, count: int, sinks: int, recent: int) -> list[int]:
+def kept(
+    scores: Tensor, positions: Tensor, count: int, sinks: int, recent: int, pinned: Tensor | None = None
+) -> list[int]:
     """Slots that stay of a head with `scores` [n] and `positions` [n], ascending."""
-    free = candidates(positions, sinks, recent)
+    free = candidates(positions, sinks, recent, pinned)
     best = _best([(float(scores[slot]), 0, slot) for slot in free], count)
     return sorted({slot for _, slot in best} | (set(range(len(positions))) - set(free)))
 
 
-def owned(scores: list[Tensor], positions: list[Tensor], total: int, sinks: int, recent: int) -> list[int]:
+def owned(
+    scores: list[Tensor],
+    positions: list[Tensor],
+    total: int,
+    sinks: int,
+    recent: int,
+    pinned: list[Tensor] | None = None,
+) -> list[int]:
     """How many of the best `total` candidates of a row each of its heads owns."""
     pool = []
     for head, (values, places) in enumerate(zip(scores, positions, strict=True)):
-        pool += [(float(values[slot]), head, slot) for slot in candidates(places, sinks, recent)]
+        label = None if pinned is None else pinned[head]
+        pool += [(float(values[slot]), head, slot) for slot in candidates(places, sinks, recent, label)]
     best = _best(pool, total)
     return [sum(1 for head, _ in best if head == one) for one in range(len(scores))]
 

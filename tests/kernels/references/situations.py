@@ -1,12 +1,14 @@
 """Entries, the queries that vote on them, and the same as views: what score kernels and scorers are both given."""
 
+from typing import Any
+
 import attrs
 import torch
 from torch import Tensor
 
 from kvpolicy.stages import Geometry, View
 from kvpolicy_kernels.score.window_queries import WindowQueries
-from tests.kernels.scenes import DEVICE, Scene, scene
+from tests.kernels.scenes import DEVICE, Scene, label, scene
 
 
 @attrs.frozen(eq=False)
@@ -18,7 +20,7 @@ class Situation:
     query_positions: list[Tensor]
     group: int
     scaling: float
-    protect: dict[str, int]  # sinks, recent
+    protect: dict[str, Any]  # sinks, recent; and pinned [P, T] bool, where slots have a label
 
     @property
     def window(self) -> WindowQueries:
@@ -40,6 +42,9 @@ class Situation:
         columns = {name: one.to(dtype) if one.is_floating_point() else one for name, one in columns.items()}
         dim = columns["keys"].shape[-1]
         geometry = Geometry((0,), segments.heads * self.group, segments.heads, dim)
+        pinned = self.protect.get("pinned")
+        if pinned is not None:
+            pinned = pinned.cpu().view(segments.layers, segments.rows, segments.heads, -1)
         return [
             View(
                 keys=columns["keys"][layer],
@@ -51,7 +56,9 @@ class Situation:
                 query_positions=self.query_positions[layer].long().cpu(),
                 attention=columns["attention"][layer].transpose(-1, -2) if "attention" in columns else None,
                 log_votes=columns["log_votes"][layer] if "log_votes" in columns else None,
-                **self.protect,
+                sinks=self.protect["sinks"],
+                recent=self.protect["recent"],
+                pinned=None if pinned is None else pinned[layer],
             )
             for layer in range(segments.layers)
         ]
@@ -68,9 +75,13 @@ def situation(
     sinks: int = 2,
     recent: int = 3,
     capacity: int | None = None,
+    pinned: str | None = None,
     seed: int = 0,
 ) -> Situation:
-    """Random entries in heads of these lengths [L, B, K]; some rows have had fewer than `width` queries."""
+    """Random entries in heads of these lengths [L, B, K]; some rows have had fewer than `width` queries.
+
+    `pinned` is the kind of label that slots have, if any.
+    """
     extra = {"attention": ((group,), torch.float32)} | ({"log_votes": ((), torch.float32)} if votes else {})
     made = scene(torch.tensor(lengths), dim, dtype, capacity=capacity, extra=extra, seed=seed)
     for storage in made.columns["attention"].storages:
@@ -83,7 +94,10 @@ def situation(
         newest = torch.tensor([_newest(made, layer, row) for row in range(segments.rows)])
         back = torch.randint(0, 9, (segments.rows, width), generator=random).cumsum(1).flip(1)
         places.append((newest[:, None] + 3 - back).clamp(min=-1).to(DEVICE))
-    return Situation(made, queries, places, group, dim**-0.5, {"sinks": sinks, "recent": recent})
+    protect: dict[str, Any] = {"sinks": sinks, "recent": recent}
+    if pinned is not None:
+        protect["pinned"] = label(pinned, segments, seed)
+    return Situation(made, queries, places, group, dim**-0.5, protect)
 
 
 def _newest(made: Scene, layer: int, row: int) -> int:

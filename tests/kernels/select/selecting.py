@@ -29,35 +29,45 @@ def scores_of(kind: str, found: Scene, seed: int) -> torch.Tensor:
     return scores.masked_fill(behind, torch.nan).to(DEVICE)
 
 
-def check_select(found: Scene, scores, counts, *, sinks=0, recent=0, width=None) -> torch.Tensor:
-    rows = zip(scores.cpu(), found.lists("positions"), counts.tolist(), strict=True)
+def check_select(found: Scene, scores, counts, *, sinks=0, recent=0, pinned=None, width=None) -> torch.Tensor:
+    rows = zip(scores.cpu(), found.lists("positions"), counts.tolist(), labels_of(found, pinned), strict=True)
     expected = [
-        reference.kept(row[: len(positions)], positions, count, sinks, recent) for row, positions, count in rows
+        reference.kept(row[: len(positions)], positions, count, sinks, recent, label)
+        for row, positions, count, label in rows
     ]
     width = max(1, *map(len, expected)) if width is None else width
     out = Guarded((found.segments.count, width), torch.int32, DEVICE)
     positions = found.columns["positions"]
-    kept = select(
-        scores, found.segments, counts, width, positions=positions, sinks=sinks, recent=recent, out=out.tensor
-    )
+    protect = {"sinks": sinks, "recent": recent, "pinned": pinned}
+    kept = select(scores, found.segments, counts, width, positions=positions, **protect, out=out.tensor)
     out.check()
     assert kept is out.tensor
     assert kept.tolist() == [(slots + [-1] * width)[:width] for slots in expected]
     return kept
 
 
-def check_counts(found: Scene, scores, totals, *, sinks=0, recent=0) -> torch.Tensor:
+def check_counts(found: Scene, scores, totals, *, sinks=0, recent=0, pinned=None) -> torch.Tensor:
     out = Guarded((found.segments.count,), torch.int32, DEVICE)
     positions = found.columns["positions"]
-    counts_of_best(scores, found.segments, totals, positions=positions, sinks=sinks, recent=recent, out=out.tensor)
+    protect = {"sinks": sinks, "recent": recent, "pinned": pinned}
+    counts_of_best(scores, found.segments, totals, positions=positions, **protect, out=out.tensor)
     out.check()
     places, heads, expected = found.lists("positions"), found.segments.heads, []
+    labels = labels_of(found, pinned)
     for group, total in enumerate(totals.tolist()):
         mine = slice(group * heads, (group + 1) * heads)
         held = [row[: len(one)] for row, one in zip(scores[mine].cpu(), places[mine], strict=True)]
-        expected += reference.owned(held, places[mine], total, sinks, recent)
+        expected += reference.owned(held, places[mine], total, sinks, recent, None if pinned is None else labels[mine])
     assert out.tensor.tolist() == expected
     return out.tensor
+
+
+def labels_of(found: Scene, pinned: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The label [n] of each segment."""
+    lengths = found.segments.lengths.tolist()
+    if pinned is None:
+        return [None] * len(lengths)
+    return [row[:length].cpu() for row, length in zip(pinned, lengths, strict=True)]
 
 
 def budgets(count: int, most: int, dtype=torch.int64) -> torch.Tensor:
