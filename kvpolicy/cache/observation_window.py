@@ -61,10 +61,11 @@ class ObservationWindow:
         if self.oldest_in_step is None:
             return
         queries, positions = source.last(range(rows))
-        first = self.size - (0 if positions is None else positions.shape[1])
-        self._queries[:, :, :first], self._positions[:, :first] = 0, -1
+        self._queries.zero_()
+        self._positions.fill_(-1)
         if queries is not None and positions is not None:
-            self._queries[:, :, first:], self._positions[:, first:] = queries, positions
+            count = positions.shape[1]
+            self._queries[:, :, -count:], self._positions[:, -count:] = queries, positions
         self._oldest = 0
         self.oldest_in_step.zero_()
 

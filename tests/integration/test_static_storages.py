@@ -8,7 +8,7 @@ import torch
 
 from kvpolicy.integrations.transformers.decode_graph.session import StaticSession
 from kvpolicy.stages import LayerAllocator
-from tests.integration.static_steps import DEVICES, assert_alike
+from tests.integration.static_steps import DEVICES, assert_alike, fed
 from tests.support.alone import repeat
 from tests.support.decisions import Decisions
 from tests.support.models import build, generate, model, prompt
@@ -74,6 +74,17 @@ def test_what_an_earlier_cache_has_left_is_never_seen(steps):
         with decisions.followed():
             repeat(expected, slice(None), model(), tokens, mask)
     assert len(set(map(id, steps))) == 1
+
+
+def test_there_is_room_until_the_longest_row_fills_its_slots(steps):
+    with small("snapkv").attach(model(), graph=True) as attachment:
+        cache = attachment.cache()
+        fed(model(), cache, prompt(40, 33)[0], 20, 21, 22, 23)
+        session = steps[-1]
+        assert session.has_room()
+        session.capacities = (16, 16, 15)
+        assert session.layers[0].storage.longest == 15
+        assert not session.has_room()
 
 
 def test_other_weights_have_another_storage(steps):

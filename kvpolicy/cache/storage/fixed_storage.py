@@ -41,6 +41,7 @@ class FixedStorage(SegmentedStorage):
         layout = Layout.even(rows, self.heads, capacity)
         for store in self.plain_stores:
             store.adopt(store.allocate(layout), layout, layout.with_each(0))
+        self._in_slots = self.plain_stores
         self.tensors = {name: tensor for store in self.plain_stores for name, tensor in store.tensors.items()}
         self.lengths_in_step = torch.zeros(rows * self.heads, dtype=torch.int32, device=device)
         self.starts = self.slots.starts  # int64 [B·K]
@@ -104,8 +105,8 @@ class FixedStorage(SegmentedStorage):
 
     def note_appended(self) -> None:
         """Note that a step has appended one token a row."""
-        for store in self.plain_stores:
-            store.advance(1)
+        for store in self._in_slots:
+            store._added += 1  # noqa: SLF001 - the one thing that is done for every token and layer
 
     def note_left(self, lengths: Sequence[int]) -> None:
         """Note how many entries a compression in a step has left in each KV head of a row, [B]."""

@@ -248,10 +248,6 @@ class SlotStore:
         """Take over flat storages, one a column, in which `lengths` entries stand already; drop the present ones."""
         self._adopt(dict(tensors), layout, lengths)
 
-    def advance(self, count: int) -> None:
-        """Note that `count` more slots of every segment have been written elsewhere."""
-        self._added += count
-
     def with_lengths_on_device(self, tensors: Mapping[str, Tensor], starts: Tensor, lengths: Tensor) -> Self:
         """A store with the same layout over these tensors; the host does not know its `lengths`, int32 [B·K].
 

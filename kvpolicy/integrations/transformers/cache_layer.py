@@ -437,12 +437,14 @@ class PolicyLayer(LogicalLayer):
         state.num_tokens, state.seq_len = num_tokens, state.seq_len + 1
         storage.note_appended()
         state.window.note_step()
-        self.stats.read_by_step(storage.average)
+        average = storage.slots.average
+        self.stats.read_by_step(average)
         if left is not None:
             storage.note_left(left)
             state.compressed, state.rollback_limit = True, state.seq_len
+            average = storage.average
             self.note_compression()
-        self.stats.advance(state.seq_len, storage.average)
+        self.stats.advance(state.seq_len, average)
 
     def require_agreement(self) -> None:
         """Raise CacheError when steps of fixed shapes have left something else than the host expects."""

@@ -1,13 +1,14 @@
 """What the host knows of rows that take steps of fixed shapes: it decides from this, and never asks the device."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import attrs
 
 from kvpolicy.cache.trigger import entries_allowed
 from kvpolicy.plan.plan import Plan
 
-Table = list[list[int]]  # one number per (layer, row)
+_Number = TypeVar("_Number")  # int or bool
 
 
 @attrs.define
@@ -23,11 +24,11 @@ class _EqualRows:
 
 
 class HostCounts:
-    """Tokens of each row and entries per KV head of each (layer, row)."""
+    """Tokens of each row and entries per KV head of each (layer, row), and when rows are due."""
 
     def __init__(self, plan: Plan, num_tokens: Sequence[int], lengths: Sequence[Sequence[int]]) -> None:
         """`num_tokens` [B] tokens that are no pads; `lengths` [L][B]."""
-        self.plan, self.rows = plan, len(num_tokens)
+        self.plan = plan
         kinds: dict[tuple[int, ...], list[int]] = {}
         for row, tokens in enumerate(num_tokens):
             kinds.setdefault((tokens, *(layer[row] for layer in lengths)), []).append(row)
@@ -53,33 +54,20 @@ class HostCounts:
             group.lengths = [min(length, budget) if due else length for length, budget, due in pairs]
             group.room = min(self._rooms(group))
 
-    def fit(self, capacities: Sequence[int]) -> bool:
-        """Whether there is room for one more token in every row."""
-        return all(n < size for group in self._groups for n, size in zip(group.lengths, capacities, strict=True))
-
     @property
-    def num_tokens(self) -> list[int]:
-        """Tokens of each row, pads excluded."""
-        num_tokens = [0] * self.rows
-        for group in self._groups:
-            for row in group.rows:
-                num_tokens[row] = group.num_tokens
-        return num_tokens
-
-    @property
-    def lengths(self) -> Table:
+    def lengths(self) -> list[list[int]]:
         """Entries per KV head, [L][B]."""
         return self._table([group.lengths for group in self._groups])
 
     @property
-    def budgets(self) -> Table:
+    def budgets(self) -> list[list[int]]:
         """Entries per KV head that may be kept, [L][B]."""
         return self._table([group.budgets for group in self._groups])
 
     @property
     def due(self) -> list[list[bool]]:
         """Which rows are to be compressed in this step, [L][B]."""
-        return [[bool(number) for number in layer] for layer in self._table([group.due for group in self._groups])]
+        return self._table([group.due for group in self._groups])
 
     @property
     def layers_due(self) -> list[bool]:
@@ -91,10 +79,7 @@ class HostCounts:
         layers = enumerate(group.lengths)
         return [entries_allowed(self.plan, layer, group.num_tokens, decoding=True) - length for layer, length in layers]
 
-    def _table(self, per_group: Sequence[Sequence[int]]) -> Table:
-        layers = len(per_group[0])
-        table = [[0] * self.rows for _ in range(layers)]
-        for group, numbers in zip(self._groups, per_group, strict=True):
-            for layer, row in ((layer, row) for layer in range(layers) for row in group.rows):
-                table[layer][row] = numbers[layer]
-        return table
+    def _table(self, per_group: Sequence[Sequence[_Number]]) -> list[list[_Number]]:
+        """What is said of each group and layer, for each (layer, row)."""
+        of_rows = {row: n for group, n in zip(self._groups, per_group, strict=True) for row in group.rows}
+        return [list(layer) for layer in zip(*(of_rows[row] for row in range(len(of_rows))), strict=True)]

@@ -86,7 +86,8 @@ class StaticSession:
 
     def has_room(self) -> bool:
         """Whether the entries of the next step fit."""
-        return self._counts is not None and self._counts.fit(self.capacities)
+        longest = (layer.storage.slots.longest for layer in self.layers)
+        return all(count < size for count, size in zip(longest, self.capacities, strict=True))
 
     def run(self, tokens: Tensor, places: Tensor) -> Tensor:
         """One step of the cache that is in: logits [B, 1, vocabulary] of tokens [B, 1] at positions [B, 1].
@@ -114,7 +115,7 @@ class StaticSession:
 
     def _note(self, layers: Sequence[PolicyLayer], counts: HostCounts, *, due: bool) -> None:
         """Tell the layers what a step has done."""
-        num_tokens = counts.num_tokens
+        num_tokens = [tokens + 1 for tokens in layers[0].num_tokens]
         left: list[list[int] | None] = [None] * len(layers)
         if due:
             compressed = counts.layers_due
