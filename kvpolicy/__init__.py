@@ -8,7 +8,7 @@ model.generate(**inputs)
 print(attachment.report())
 """
 
-from kvpolicy.cache.regions import Regions
+from kvpolicy.cache.request.regions import Regions
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.integrations.transformers.attachment import Attachment, attached
 from kvpolicy.integrations.transformers.cache import PolicyCache

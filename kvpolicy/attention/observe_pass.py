@@ -5,8 +5,8 @@ from torch import Tensor
 
 from kvpolicy.attention.attended_slots import AttendedSlots
 from kvpolicy.attention.blockwise import entry_logits, query_blocks, visible
-from kvpolicy.cache.pass_batch import PassBatch
 from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.request.pass_batch import PassBatch
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segment_index import SingleSegment
 from kvpolicy.plan.passes import PassObserver

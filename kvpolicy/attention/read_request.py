@@ -7,8 +7,8 @@ from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.plan.plan import POSITIONS, Plan
 from kvpolicy.stages import Reader, ReadRequest
-from kvpolicy.stages.checks import check_tensor
-from kvpolicy.stages.untouched import tensors_of_request, watching
+from kvpolicy.stages.checking.returned import check_tensor
+from kvpolicy.stages.checking.untouched import tensors_of_request, watching
 
 
 def read_request(plan: Plan, storage: LayerStorage, batch: QueryBatch, ordinal: int) -> ReadRequest:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.compaction.batched_compaction import compact_layers
-from kvpolicy.cache.prompt_tokens import PromptTokens
+from kvpolicy.cache.request.prompt_tokens import PromptTokens
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.trigger import entries_allowed

@@ -11,7 +11,7 @@ from kvpolicy.errors import BudgetWarning, PolicyError, Problem
 from kvpolicy.plan.footprint import Footprint
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import AllocationRequest, Geometry
-from kvpolicy.stages.checks import check_tensor, contract_error
+from kvpolicy.stages.checking.returned import check_tensor, contract_error
 
 _MAX_REMEMBERED = 4096  # lengths whose counts are remembered
 _PerLayer = tuple[int, ...]

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import QueryLogits
-from kvpolicy.stages.checks import check_state
+from kvpolicy.stages.checking.declared import needs_of, slot_state_of
+from kvpolicy.stages.checking.returned import check_state
+from kvpolicy.stages.checking.untouched import debugging, tensors_of_query_logits, untouched
 from kvpolicy.stages.contracts import Observer
-from kvpolicy.stages.declared import needs_of, slot_state_of
 from kvpolicy.stages.formats import ALL
-from kvpolicy.stages.untouched import debugging, tensors_of_query_logits, untouched
 
 ATTENTION = "attention"
 MERGE_STATE = "merge."

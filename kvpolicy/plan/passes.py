@@ -9,9 +9,9 @@ from kvpolicy.errors import PolicyError, Problem
 from kvpolicy.plan.forward_observers import hide_faulty, state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Pass, Prompt, QueryLogits, Scorer
-from kvpolicy.stages.checks import check_state
-from kvpolicy.stages.declared import passes_of, reads_prompts, slot_state_of
-from kvpolicy.stages.untouched import tensors_of_prompt, tensors_of_query_logits, watching
+from kvpolicy.stages.checking.declared import passes_of, reads_prompts, slot_state_of
+from kvpolicy.stages.checking.returned import check_state
+from kvpolicy.stages.checking.untouched import tensors_of_prompt, tensors_of_query_logits, watching
 
 
 @attrs.frozen(eq=False)

@@ -17,7 +17,7 @@ from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver, forward_
 from kvpolicy.plan.passes import PassObserver, pass_observers_of
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Rotary, Site
-from kvpolicy.stages.declared import (
+from kvpolicy.stages.checking.declared import (
     any_order_of,
     flag_of,
     formats_of,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Geometry, Scorer, View
-from kvpolicy.stages.declared import needs_of, slot_state_of
+from kvpolicy.stages.checking.declared import needs_of, slot_state_of
 
 _SLOTS = 16  # besides the observation window
 

@@ -3,7 +3,7 @@
 from kvpolicy.errors import PluginError
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.spec.tree import Item, Problems, SourcePosition
-from kvpolicy.stages.declared import flag_of, needs_of
+from kvpolicy.stages.checking.declared import flag_of, needs_of
 from kvpolicy.stages.registry.plugins import registry
 
 

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.calibrated import check_finite
+from kvpolicy.stages.checking.calibrated import check_finite
 from kvpolicy.stages.formats import AsIs, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.prompt_passes import Pass, Prompt

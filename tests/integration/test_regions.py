@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.cache.regions import Regions
+from kvpolicy.cache.request.regions import Regions
 from kvpolicy.errors import BudgetWarning, PolicyError, RegionError
 from kvpolicy.policy import Policy
 from kvpolicy.spec.policy import Weighted

@@ -5,8 +5,8 @@ import torch
 
 import kvpolicy
 from kvpolicy.cache.observation_window import ObservationWindow
-from kvpolicy.cache.prompt_tokens import PromptTokens
-from kvpolicy.cache.request_spans import RequestSpans
+from kvpolicy.cache.request.prompt_tokens import PromptTokens
+from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.storage.kv_tensor import KVTensor
 from kvpolicy.cache.storage.page_summaries import PageSummaries
 from kvpolicy.cache.storage.slot_store import SlotStore

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
-from kvpolicy.cache.request_spans import RequestSpans
+from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segment_index import RowSegments
 from kvpolicy.plan.compress.step import Compressed

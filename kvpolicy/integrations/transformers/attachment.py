@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kvpolicy.cache.regions import Regions, Spans
+from kvpolicy.cache.request.regions import Regions, Spans
 from kvpolicy.errors import AttachError, SavedCacheError
 from kvpolicy.integrations.transformers.attention_function import managed_modules, register
 from kvpolicy.integrations.transformers.cache import PolicyCache

@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicCache
 
 from kvpolicy.cache.integrity import Integrity
 from kvpolicy.cache.layer_state import NewStorage
-from kvpolicy.cache.prompt_tokens import PromptTokens
-from kvpolicy.cache.regions import Regions
-from kvpolicy.cache.request_spans import RequestSpans
+from kvpolicy.cache.request.prompt_tokens import PromptTokens
+from kvpolicy.cache.request.regions import Regions
+from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.cache.stats import LayerStats
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage

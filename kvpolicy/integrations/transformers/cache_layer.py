@@ -17,7 +17,7 @@ from kvpolicy.cache.layer_state import LayerState, NewStorage
 from kvpolicy.cache.observation_window import ObservationWindow
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.cache.recording import RecordedTokens, Recording
-from kvpolicy.cache.request_spans import RequestSpans
+from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.cache.stats import LayerStats
 from kvpolicy.cache.storage.fixed_storage import FixedStorage

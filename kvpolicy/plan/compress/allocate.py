@@ -9,8 +9,8 @@ from torch import Tensor
 from kvpolicy.plan.compress.scored import ScoredLayers, best_of_all
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import AllocationRequest, Allocator, JointAllocator
-from kvpolicy.stages.checks import check_tensor
-from kvpolicy.stages.untouched import watching
+from kvpolicy.stages.checking.returned import check_tensor
+from kvpolicy.stages.checking.untouched import watching
 
 
 def allocate(

@@ -7,7 +7,7 @@ import attrs
 from kvpolicy.errors import described, one_line, shown
 from kvpolicy.spec.policy import PolicySpec, Weighted
 from kvpolicy.stages import Allocator, JointAllocator, Scorer
-from kvpolicy.stages.declared import flag_of
+from kvpolicy.stages.checking.declared import flag_of
 from kvpolicy_kernels import Postprocess, Tile
 
 

@@ -8,8 +8,8 @@ from kvpolicy.plan.compress.score import state_of
 from kvpolicy.plan.forward_observers import MERGE_STATE
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Entries, View
-from kvpolicy.stages.checks import check_state, check_tensor, contract_error
-from kvpolicy.stages.untouched import tensors_of, watching
+from kvpolicy.stages.checking.returned import check_state, check_tensor, contract_error
+from kvpolicy.stages.checking.untouched import tensors_of, watching
 
 
 def merge(spec: PolicySpec, view: View, kept: Tensor, *, faults: int) -> Entries:

@@ -8,9 +8,9 @@ from torch import Tensor
 from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Scorer, View
-from kvpolicy.stages.checks import check_scores, check_state
-from kvpolicy.stages.declared import slot_state_of
-from kvpolicy.stages.untouched import tensors_of, watching
+from kvpolicy.stages.checking.declared import slot_state_of
+from kvpolicy.stages.checking.returned import check_scores, check_state
+from kvpolicy.stages.checking.untouched import tensors_of, watching
 
 
 def weighted_sum(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:

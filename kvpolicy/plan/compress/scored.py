@@ -11,10 +11,10 @@ from kvpolicy.plan.compress.finite import faults_of, is_finite
 from kvpolicy.plan.compress.score import weighted_sum
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import View
-from kvpolicy.stages.checks import check_tensor, seen_shape
+from kvpolicy.stages.checking.returned import check_tensor, seen_shape
+from kvpolicy.stages.checking.untouched import watching
 from kvpolicy.stages.ordering import highest
 from kvpolicy.stages.slots import indices_of
-from kvpolicy.stages.untouched import watching
 
 
 class Selection(Protocol):

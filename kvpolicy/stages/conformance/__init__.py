@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpolicy.errors import PluginContractError, described
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.conformance import (
     allocators,
     codecs,

@@ -8,11 +8,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import check_tensor, contract_error
+from kvpolicy.stages.checking.returned import check_tensor, contract_error
+from kvpolicy.stages.checking.untouched import untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import sample_view
 from kvpolicy.stages.contracts import AllocationRequest, Allocator, JointAllocator, LayerAllocator
-from kvpolicy.stages.untouched import untouched
 
 
 def spends_the_whole_budget(allocator: Allocator, _promises: Promises) -> None:

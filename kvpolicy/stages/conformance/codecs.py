@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages.checks import check_tensor, contract_error
+from kvpolicy.stages.checking.declared import formats_of
+from kvpolicy.stages.checking.returned import check_tensor, contract_error
+from kvpolicy.stages.checking.untouched import untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import expect_close
 from kvpolicy.stages.contracts import Codec
-from kvpolicy.stages.declared import formats_of
 from kvpolicy.stages.formats import Format, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.rotary import Rotary
-from kvpolicy.stages.untouched import untouched
 
 LAYERS, BATCH, HEADS, GROUP, GROUPS = 3, 3, 2, 2, 3
 USUAL_DIMS = (64, 128, 256)

@@ -6,7 +6,7 @@ import pickle
 import attrs
 
 from kvpolicy.errors import PluginError
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.contracts import Plugin
 from kvpolicy.stages.registry.admission import admit

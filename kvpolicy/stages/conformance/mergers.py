@@ -6,7 +6,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import check_tensor, contract_error
+from kvpolicy.stages.checking.declared import needs_of
+from kvpolicy.stages.checking.returned import check_tensor, contract_error
+from kvpolicy.stages.checking.untouched import tensors_of, untouched
 from kvpolicy.stages.conformance.observers import expect_declared
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import (
@@ -17,9 +19,7 @@ from kvpolicy.stages.conformance.samples import (
     with_junk,
 )
 from kvpolicy.stages.contracts import Entries, Merger
-from kvpolicy.stages.declared import needs_of
 from kvpolicy.stages.slots import gather, indices_of
-from kvpolicy.stages.untouched import tensors_of, untouched
 from kvpolicy.stages.view import View
 
 

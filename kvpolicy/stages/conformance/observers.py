@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import check_tensor, contract_error, seen_shape
+from kvpolicy.stages.checking.declared import needs_of, reads_prompts, row_state_of, slot_state_of
+from kvpolicy.stages.checking.returned import check_tensor, contract_error, seen_shape
+from kvpolicy.stages.checking.untouched import tensors_of_query_logits, untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import query_logits_of, sample_view
 from kvpolicy.stages.contracts import Merger, Observer, Scorer, State
-from kvpolicy.stages.declared import needs_of, reads_prompts, row_state_of, slot_state_of
-from kvpolicy.stages.untouched import tensors_of_query_logits, untouched
 
 
 def declares_what_makes_sense(observer: Observer, _promises: Promises) -> None:

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import check_state, contract_error
+from kvpolicy.stages.checking.declared import needs_of, passes_of
+from kvpolicy.stages.checking.returned import check_state, contract_error
+from kvpolicy.stages.checking.untouched import tensors_of_prompt, tensors_of_query_logits, untouched
 from kvpolicy.stages.conformance.observers import expect_declared
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import expect_close, pass_logits_of, queries_of, sample_view
 from kvpolicy.stages.contracts import Scorer
-from kvpolicy.stages.declared import needs_of, passes_of
 from kvpolicy.stages.prompt_passes import Pass, Prompt
 from kvpolicy.stages.query_logits import QueryLogits
-from kvpolicy.stages.untouched import tensors_of_prompt, tensors_of_query_logits, untouched
 
 _PROMPTS = ((1, 0), (2, 0), (37, 0), (37, 11))  # tokens, and how many came before
 _SINKS, _RECENT = 2, 3

@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.contracts import Codec, Reader, ReadRequest
 from kvpolicy.stages.formats import AsIs, Format, Sample, Site
 from kvpolicy.stages.geometry import Geometry

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import check_tensor, contract_error
+from kvpolicy.stages.checking.declared import pages_of
+from kvpolicy.stages.checking.returned import check_tensor, contract_error
+from kvpolicy.stages.checking.untouched import tensors_of_request, untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.read_requests import (
     GEOMETRY,
@@ -15,9 +17,7 @@ from kvpolicy.stages.conformance.read_requests import (
     row_alone,
 )
 from kvpolicy.stages.contracts import Reader, ReadRequest
-from kvpolicy.stages.declared import pages_of
 from kvpolicy.stages.formats import Site
-from kvpolicy.stages.untouched import tensors_of_request, untouched
 
 
 def chooses_held_slots_in_order(reader: Reader, _promises: Promises) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import one_line
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.checking.declared import needs_of, row_state_of, slot_state_of
+from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.contracts import Merger, Observer, Plugin, Scorer
-from kvpolicy.stages.declared import needs_of, row_state_of, slot_state_of
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.slots import take

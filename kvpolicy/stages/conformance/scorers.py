@@ -4,7 +4,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import check_scores, check_tensor, contract_error, seen_shape
+from kvpolicy.stages.checking.returned import check_scores, check_tensor, contract_error, seen_shape
+from kvpolicy.stages.checking.untouched import tensors_of, untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import (
     expect_close,
@@ -16,7 +17,6 @@ from kvpolicy.stages.conformance.samples import (
     with_junk,
 )
 from kvpolicy.stages.contracts import Scorer
-from kvpolicy.stages.untouched import tensors_of, untouched
 from kvpolicy.stages.view import View
 
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import check_tensor, contract_error
+from kvpolicy.stages.checking.returned import check_tensor, contract_error
+from kvpolicy.stages.checking.untouched import untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import sample_view
 from kvpolicy.stages.contracts import Selector
-from kvpolicy.stages.untouched import untouched
 
 
 def chooses_as_many_as_asked(selector: Selector, _promises: Promises) -> None:

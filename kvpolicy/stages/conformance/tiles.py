@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import sample_view, scored, with_junk
 from kvpolicy.stages.contracts import Plugin, Scorer

@@ -8,8 +8,8 @@ import torch
 
 from kvpolicy.attention import blockwise
 from kvpolicy.attention.observe_pass import observe_pass
-from kvpolicy.cache.pass_batch import PassBatch
 from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.request.pass_batch import PassBatch
 from kvpolicy.plan.passes import pass_observers_of
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.spec.policy import Weighted

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvpolicy.cache.pass_batch import PassBatch
-from kvpolicy.cache.prompt_tokens import ForwardTokens, PromptTokens
+from kvpolicy.cache.request.pass_batch import PassBatch
+from kvpolicy.cache.request.prompt_tokens import ForwardTokens, PromptTokens
 from kvpolicy.cache.state_contents import Contents
 from kvpolicy.errors import SavedCacheError
 from kvpolicy.stages import Pass

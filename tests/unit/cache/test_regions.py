@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvpolicy.cache.regions import Regions
-from kvpolicy.cache.request_spans import RequestSpans
+from kvpolicy.cache.request.regions import Regions
+from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.errors import RegionError
 from kvpolicy.spec.policy import Protect
 

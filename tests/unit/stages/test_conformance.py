@@ -16,7 +16,7 @@ from kvpolicy.stages import (
     Selector,
     State,
 )
-from kvpolicy.stages.checks import check_scores
+from kvpolicy.stages.checking.returned import check_scores
 from kvpolicy.stages.conformance import Promises, check_plugin, conformance_cases
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from tests.support.views import view_of

@@ -10,7 +10,7 @@ from kvpolicy.spec.checks import check
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.tree import Item, Problems, SourcePosition
 from kvpolicy.stages import AsIs, Codec, Column, Formats, Geometry, Merger, Needs, Reader, Scorer, State
-from kvpolicy.stages.declared import MOST_OBSERVED
+from kvpolicy.stages.checking.declared import MOST_OBSERVED
 
 GEOMETRY, DTYPE = Geometry((0, 1), 4, 2, 8), torch.float32
 SPEC = parse_policy("kvpolicy: 1\nbudget: 64\nscore: [recency]\n")

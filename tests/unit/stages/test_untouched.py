@@ -7,9 +7,9 @@ import torch
 import kvpolicy
 from kvpolicy.errors import PluginContractError
 from kvpolicy.stages import HeadAllocator, Merger, Needs, Reader, ReadRequest, Scorer, Selector, State
-from kvpolicy.stages.checks import check_state
+from kvpolicy.stages.checking.returned import check_state
+from kvpolicy.stages.checking.untouched import DEBUG
 from kvpolicy.stages.conformance import conformance_cases
-from kvpolicy.stages.untouched import DEBUG
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.mergers.weighted import Weighted as WeightedMerger
 from kvpolicy_plugins.readers.pages import Pages

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpolicy.cache.compaction.write_back import build_view
 from kvpolicy.cache.device_faults import DeviceFaults
 from kvpolicy.cache.observation_window import ObservationWindow, last_in_step
-from kvpolicy.cache.request_spans import RequestSpans
+from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.storage.fixed_storage import FixedStorage
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.plan import Plan

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.prompt_tokens import ForwardTokens
+from kvpolicy.cache.request.prompt_tokens import ForwardTokens
 
 # Arguments that say nothing beside the tokens: what they are, where they stand, which of them are pads.
 _OF_TOKENS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels"})

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicCache
 
 from kvpolicy.attention.attend import attend
 from kvpolicy.attention.observe_pass import observe_pass
-from kvpolicy.cache.pass_batch import PassBatch
 from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.request.pass_batch import PassBatch
 from kvpolicy.errors import CacheError
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.integrations.transformers.logical_layer import LogicalLayer

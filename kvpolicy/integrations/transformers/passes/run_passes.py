@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.cache.pass_batch import PassBatch
-from kvpolicy.cache.prompt_tokens import ForwardTokens, PromptTokens
+from kvpolicy.cache.request.pass_batch import PassBatch
+from kvpolicy.cache.request.prompt_tokens import ForwardTokens, PromptTokens
 from kvpolicy.errors import UnsupportedCallError
 from kvpolicy.integrations.transformers.models.guard import Restoring
 from kvpolicy.integrations.transformers.models.model_snapshot import Snapshot
@@ -21,7 +21,7 @@ from kvpolicy.integrations.transformers.passes.pass_cache import PassCache
 from kvpolicy.integrations.transformers.torch_modes import exact
 from kvpolicy.plan.passes import PassObserver
 from kvpolicy.stages import Pass, Prompt
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.checking.returned import contract_error
 
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers.cache import PolicyCache

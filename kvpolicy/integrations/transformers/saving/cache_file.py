@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from torch import Tensor
 
-from kvpolicy.cache.regions import Regions
+from kvpolicy.cache.request.regions import Regions
 from kvpolicy.cache.state_contents import Contents, below
 from kvpolicy.errors import CacheError, RegionError, SavedCacheError, shown
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.contracts import Plugin, ReadRequest
 from kvpolicy.stages.prompt_passes import Prompt
 from kvpolicy.stages.query_logits import QueryLogits

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError, described, one_line, shown
-from kvpolicy.stages.checks import contract_error
+from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.contracts import Codec, Merger, Needs, Observer, Plugin, Reader, Scorer, State
 from kvpolicy.stages.formats import ALL, Column, Format, Formats, Site
 from kvpolicy.stages.prompt_passes import Pass, Prompt

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.regions import Regions
+from kvpolicy.cache.request.regions import Regions
 from kvpolicy.cache.state_contents import Contents, Described, counts_of
 from kvpolicy.errors import RegionError
 from kvpolicy.spec.policy import Protect

@@ -1,0 +1,1 @@
+"""Whether plugins are, return and leave alone what their contracts say."""
