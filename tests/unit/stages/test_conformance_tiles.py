@@ -187,6 +187,7 @@ def names(one):
 )
 def test_where_no_tile_runs_the_name_of_a_case_says_why(interpret, reason, monkeypatch):
     """Nothing fails then, and nothing passes under the name of what was not done."""
+    KeyNorm().tile()  # whether a tile function is interpreted is decided for good where it is imported first
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     monkeypatch.setattr(score_kernel, "score", JITFunction(own_votes))  # what is not interpreted
