@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import kvpolicy
 from kvpolicy.integrations.transformers.attachment import attached
 from kvpolicy.integrations.transformers.attention_function import managed_modules
 from tests.support import fingerprint
+from tests.support.interrupts import RUNTIME
 from tests.support.models import build, difference, generate, prompt
 from tests.support.policies import small
-
-_RUNTIME = str(Path(kvpolicy.__file__).parent / "runtime")
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +36,7 @@ class Interrupter:
         sys.settrace(self._before)
 
     def _call(self, frame, _event, _argument):
-        return self._line if frame.f_code.co_filename.startswith(_RUNTIME) else None
+        return self._line if frame.f_code.co_filename.startswith(RUNTIME) else None
 
     def _line(self, frame, event, _argument):
         place = (frame.f_code.co_filename, frame.f_lineno)
@@ -69,7 +67,7 @@ def check(model, before):
 
 
 # With fixed shapes few lines differ.
-@pytest.mark.parametrize(("graph", "files"), [(False, ()), (True, ("attachment.py", "decode.py"))])
+@pytest.mark.parametrize(("graph", "files"), [(False, ()), (True, ("attachment.py", "decode_forward.py"))])
 def test_an_interrupt_while_attaching(graph, files):
     model, policy, tokens = build(num_hidden_layers=1), small("snapkv"), prompt(16)[0]
     before, state = fingerprint.of_model(model), torch.get_rng_state()
@@ -78,7 +76,7 @@ def test_an_interrupt_while_attaching(graph, files):
     lines = lines_of(lambda: policy.attach(model, graph=graph), *files)
     attached(model).detach()
     assert len(lines) > 40
-    all_of = ("attachment.py", "decode.py", "guard.py", "snapshot.py")
+    all_of = ("attachment.py", "decode_forward.py", "guard.py", "model_snapshot.py")
     for line in [line for number, line in enumerate(lines) if Path(line[0]).name in all_of or number % 5 == 0]:
         with pytest.raises(KeyboardInterrupt), Interrupter(line):
             policy.attach(model, graph=graph)
