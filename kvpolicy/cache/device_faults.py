@@ -48,9 +48,9 @@ class DeviceFaults:
         self._judge(self.counts)
 
     def _judge(self, counts: Tensor) -> None:
-        found: list[int] = counts.tolist()
-        masks, nan, scores = (new - old for new, old in zip(found, self._known, strict=True))
-        self._known = found
+        counted: list[int] = counts.tolist()
+        masks, nan, scores = (new - old for new, old in zip(counted, self._known, strict=True))
+        self._known = counted
         warn_of_nan(nan, scores)
         if masks:
             raise UnsupportedCallError(

@@ -29,7 +29,9 @@ def evict(static: Sequence[StaticLayer], due: Tensor, budgets: Tensor, tokens: T
         windows = [tensor for layer in static for tensor in layer.window.in_step]
         _evict_op([layer.name for layer in static], [*tensors, nan], windows, due, budgets, tokens)
     else:
-        storages, windows_in_step = zip(*((one.storage.in_step, one.window.in_step) for one in static), strict=True)
+        storages, windows_in_step = zip(
+            *((layer.storage.in_step, layer.window.in_step) for layer in static), strict=True
+        )
         _evict(static, storages, windows_in_step, due, budgets, tokens, nan)
 
 
