@@ -390,6 +390,24 @@ def test_steps_of_fixed_shapes_go_on_behind_the_prompt(steps):
     assert all(close(*pair) for pair in zip(found.logits, expected.logits, strict=True))
 
 
+def test_single_tokens_of_a_prompt_are_no_steps_of_fixed_shapes(steps):
+    """A second turn that comes token by token is read again as a whole, whatever has been decoded before."""
+    found = []
+    for graph in (False, True):
+        with rereading().attach(build(), graph=graph) as attachment, torch.no_grad():
+            model, cache = attachment.model, attachment.cache()
+            generate(model, TOKENS, past_key_values=cache)
+            decoded, end = len(steps), cache.get_seq_length() + 4
+            cache.expect_prompt(end)
+            turn = [model(TOKENS[:, [place]], past_key_values=cache).logits for place in range(4)]
+            assert len(steps) == decoded
+            assert cache.get_seq_length() == end
+            found.append((turn, held(cache)))
+    assert decoded > 15
+    assert all(close(*pair) for pair in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1] == found[1][1]
+
+
 @attrs.frozen
 class Noting(Reread):
     """Keeps the prompts that it is asked about in a list that is its parameter."""

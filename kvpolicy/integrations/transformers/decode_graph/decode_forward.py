@@ -124,6 +124,8 @@ class DecodeForward:
         cache, session = request.cache, self._session
         if self.model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(self.plan.device.type):
             return False
+        if cache.prompt is not None and cache.prompt.is_prompt:
+            return False  # a single token, but one of a prompt that is read again
         if session is None or not session.holds(cache):
             if self._calm != _state_of(cache) or not _may_enter(cache):
                 return False
