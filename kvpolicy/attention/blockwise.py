@@ -23,7 +23,7 @@ def attend_blockwise(
     part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver], dropout: float = 0.0
 ) -> Tensor:
     """Attention [b, H, q, Dv] of queries [b, H, q, D]; observers see the same logits."""
-    if batch.padded and any(one.count < batch.queries.shape[2] for one in observers):
+    if batch.padded and any(observer.count < batch.queries.shape[2] for observer in observers):
         observe_queries(part, batch, observers)  # the newest queries of a row are not the last columns
         observers = ()
     outputs = []
@@ -39,7 +39,7 @@ def attend_blockwise(
 
 def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
     """Let observers see queries whose attention was computed elsewhere."""
-    most = max((one.count for one in observers), default=0)
+    most = max((observer.count for observer in observers), default=0)
     if not most:
         return
     for block, after in query_blocks(part, batch.newest_real(min(most, batch.queries.shape[2]))):

@@ -38,7 +38,7 @@ def attend_in_kernel(
     layout = storage.slots.layout
     count, group = layout.rows * layout.heads, batch.queries.shape[1] // layout.heads
     queries = batch.queries.reshape(count, group, batch.queries.shape[3]).contiguous()
-    others = [one for one in observers if ATTENTION not in one.columns.values()]
+    others = [observer for observer in observers if ATTENTION not in observer.columns.values()]
     _require_shown(storage, slots, others)
     longest = storage.slots.longest if slots is None else slots.shape[2]
     logits = queries.new_empty((count, group, longest), dtype=torch.float32) if others else None

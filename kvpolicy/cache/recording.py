@@ -41,7 +41,7 @@ class RecordedTokens:
 
     def one_by_one(self, start: int) -> list["RecordedTokens"]:
         """Each of the tokens from `start` on."""
-        return [self.part(place, place + 1) for place in range(start, self.count)]
+        return [self.part(index, index + 1) for index in range(start, self.count)]
 
     def select_rows(self, rows: Sequence[int]) -> "RecordedTokens":
         """The rows named, in that order."""
@@ -114,7 +114,7 @@ class Recording:
     def tensors(self) -> list[Tensor]:
         """What has been taken."""
         prompt = [] if self.prompt is None else [self.prompt.queries, self.prompt.positions]
-        return prompt + [tensor for one in self.tokens for tensor in one.tensors]
+        return prompt + [tensor for token in self.tokens for tensor in token.tensors]
 
     @property
     def saved_bytes(self) -> int:
@@ -172,7 +172,7 @@ class Recording:
         """Keep the rows named, in that order."""
         if self.prompt is not None:
             self.prompt = self.prompt.select_rows(rows)
-        self.tokens = [one.select_rows(rows) for one in self.tokens]
+        self.tokens = [token.select_rows(rows) for token in self.tokens]
         if self.saved is not None:
             self.saved = self.saved.selected(rows)
 
@@ -206,22 +206,22 @@ class Recording:
             self.saved = layer.save()
             self._repeat(layer, self.tokens)
             self.waiting = min(1, len(self.tokens))
-        for one in recorded.one_by_one(first):
+        for token in recorded.one_by_one(first):
             self._finish_waiting(layer)
-            layer.append_recorded(one)
-            outputs.append(layer.attended(one.batch, dropout, observed=True))
-            self.tokens.append(one)
+            layer.append_recorded(token)
+            outputs.append(layer.attended(token.batch, dropout, observed=True))
+            self.tokens.append(token)
             self.waiting = 1
         return torch.cat(outputs, 2)
 
     def _repeat(self, layer: Recordable, tokens: Sequence[RecordedTokens]) -> None:
         """Take tokens once more, of which the last waits."""
-        for place, one in enumerate(tokens):
-            if place:
-                layer.observe_and_compress(tokens[place - 1].batch, decoding=True, observed=True)
-            layer.append_recorded(one)
+        for index, token in enumerate(tokens):
+            if index:
+                layer.observe_and_compress(tokens[index - 1].batch, decoding=True, observed=True)
+            layer.append_recorded(token)
             if layer.has_observers:
-                layer.attended(one.batch, 0.0, observed=True)
+                layer.attended(token.batch, 0.0, observed=True)
 
     def _finish_prompt(self, layer: Recordable, batch: QueryBatch, *, observed: bool = False) -> None:
         layer.observe_and_compress(batch, decoding=batch.queries.shape[2] == 1, observed=observed)
@@ -235,9 +235,9 @@ class Recording:
     def _finish_tokens(self, layer: Recordable, left: Sequence[RecordedTokens], undone: int) -> None:
         if self.saved is None:
             layer.drop(len(self.tokens))
-            for one in left:
-                layer.append_recorded(one)
-                layer.observe_and_compress(one.batch, decoding=True, observed=False)
+            for token in left:
+                layer.append_recorded(token)
+                layer.observe_and_compress(token.batch, decoding=True, observed=False)
         elif undone:
             layer.restore(self.saved)
             self._repeat(layer, left)

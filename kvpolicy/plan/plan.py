@@ -243,9 +243,9 @@ def _pages(spec: PolicySpec, site: Site) -> Format | None:
 def _needs(spec: PolicySpec) -> Needs:
     needs = [needs_of(plugin) for plugin, _ in observing_plugins(spec)]
     return Needs(
-        queries=max(one.queries for one in needs),
-        attention=any(one.attention for one in needs),
-        forward_queries=max(one.forward_queries for one in needs),
+        queries=max(need.queries for need in needs),
+        attention=any(need.attention for need in needs),
+        forward_queries=max(need.forward_queries for need in needs),
     )
 
 

@@ -93,8 +93,8 @@ def _write(target: Tensor, layout: Layout, segments: Sequence[int], entries: Ten
         _block(target, layout, segments)[:, : lengths[0]] = entries[:, : lengths[0]]
         return
     starts = _flat(layout.offsets)
-    for segment, length, found in zip(segments, lengths, entries, strict=True):
-        target[starts[segment] : starts[segment] + length] = found[:length]
+    for segment, length, slots in zip(segments, lengths, entries, strict=True):
+        target[starts[segment] : starts[segment] + length] = slots[:length]
 
 
 def _alike(layout: Layout, segments: Sequence[int], lengths: Sequence[int]) -> bool:

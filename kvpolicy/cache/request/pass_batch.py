@@ -27,11 +27,11 @@ class PassBatch:
     def of(cls, passes: Mapping[int, Pass], num_tokens: Sequence[int], device: torch.device) -> "PassBatch":
         """The passes by row, each at least a token long; `num_tokens` are the tokens of all rows."""
         rows, lengths = len(num_tokens), [0] * len(num_tokens)
-        longest = max(one.tokens.shape[0] for one in passes.values())
+        longest = max(own_pass.tokens.shape[0] for own_pass in passes.values())
         tokens = torch.zeros(rows, longest, dtype=torch.int64)
-        for row, one in passes.items():
-            lengths[row] = one.tokens.shape[0]
-            tokens[row, : lengths[row]] = one.tokens
+        for row, own_pass in passes.items():
+            lengths[row] = own_pass.tokens.shape[0]
+            tokens[row, : lengths[row]] = own_pass.tokens
         places = torch.arange(longest)
         real = places < torch.tensor(lengths)[:, None]
         positions = (torch.tensor(num_tokens)[:, None] + places).masked_fill(~real, -1).to(torch.int32)
@@ -68,7 +68,7 @@ class PassBatch:
 
 
 def _spans(passes: Mapping[int, Pass], rows: int, device: torch.device) -> Tensor | None:
-    if all(one.spans is None for one in passes.values()):
+    if all(own_pass.spans is None for own_pass in passes.values()):
         return None
     listed = [_listed(passes.get(row)) for row in range(rows)]
     most = max(map(len, listed))
@@ -76,7 +76,7 @@ def _spans(passes: Mapping[int, Pass], rows: int, device: torch.device) -> Tenso
     return torch.tensor(padded, dtype=torch.int32, device=device).reshape(rows, most, 2)
 
 
-def _listed(one: Pass | None) -> list[tuple[int, int]]:
-    if one is None:
+def _listed(own_pass: Pass | None) -> list[tuple[int, int]]:
+    if own_pass is None:
         return []
-    return [_ANYWHERE] if one.spans is None else list(one.spans)
+    return [_ANYWHERE] if own_pass.spans is None else list(own_pass.spans)

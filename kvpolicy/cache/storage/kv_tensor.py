@@ -110,13 +110,13 @@ class KVTensor(KVReader):
     def _picked(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
         unit, joint = self.form.group_size, self.form.joint
         wanted = slots.flatten(1)[:, None] if joint else slots
-        units, place = _distinct(wanted // unit)
+        units, index = _distinct(wanted // unit)
         columns = {name: take(self.packed.block(name, at), units) for name in self.form.columns}
         inside = (units[..., None] * unit + torch.arange(unit, device=slots.device)).flatten(2)
         inside = inside.clamp(max=positions.shape[2] - 1).expand(-1, positions.shape[1], -1)
         decoded = self.form.decode(columns, take(positions, inside))
-        place = place * unit + wanted % unit
-        return take(decoded, place.reshape(slots.shape))
+        index = index * unit + wanted % unit
+        return take(decoded, index.reshape(slots.shape))
 
     # -- how it changes ----------------------------------------------------------------------------------------
 
@@ -291,12 +291,12 @@ class KVTensor(KVReader):
         """Raise CacheError unless both stores together hold `lengths` entries, no more of them packed than are due."""
         self.packed.check_integrity()
         self.residual.check_integrity()
-        found = tuple(
+        counted = tuple(
             tuple(map(sum, zip(*pair, strict=True)))
             for pair in zip(self.packed_lengths, self.residual.lengths, strict=True)
         )
-        if found != lengths:
-            raise CacheError(f"{self.name}: {found} entries are held, expected {lengths}")
+        if counted != lengths:
+            raise CacheError(f"{self.name}: {counted} entries are held, expected {lengths}")
         due = self._due_lengths(lengths)
         if any(n > m for ns, ms in zip(self.packed_lengths, due, strict=True) for n, m in zip(ns, ms, strict=True)):
             raise CacheError(f"{self.name}: {self.packed_lengths} entries are packed, {due} are due")
@@ -358,8 +358,8 @@ def _taken(residual: Tensor, places: Tensor) -> Tensor:
     return take(residual, places.clamp(0, residual.shape[2] - 1))
 
 
-def _less(one: PerSegment, other: PerSegment) -> PerSegment:
-    return tuple(tuple(map(sub, *rows)) for rows in zip(one, other, strict=True))
+def _less(minuend: PerSegment, subtrahend: PerSegment) -> PerSegment:
+    return tuple(tuple(map(sub, *rows)) for rows in zip(minuend, subtrahend, strict=True))
 
 
 def _following(first: PerSegment, counts: PerSegment, among: Tensor) -> Tensor:
@@ -381,7 +381,7 @@ def _distinct(units: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, torch.empty_like(rank).scatter_(-1, order.indices, rank)
 
 
-def _differing(rows: Sequence[int], one: PerSegment, other: PerSegment) -> frozenset[tuple[int, int]]:
+def _differing(rows: Sequence[int], counts: PerSegment, other: PerSegment) -> frozenset[tuple[int, int]]:
     """Segments (row, head) of which two tables [rows][K] do not say the same."""
-    pairs = zip(rows, one, other, strict=True)
+    pairs = zip(rows, counts, other, strict=True)
     return frozenset((row, head) for row, ns, ms in pairs for head, n in enumerate(ns) if n != ms[head])

@@ -388,8 +388,8 @@ def _positions_last(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name == POSITIONS)
 
 
-def _plus(one: PerSegment, other: PerSegment) -> PerSegment:
-    return tuple(tuple(map(add, *rows)) for rows in zip(one, other, strict=True))
+def _plus(left: PerSegment, right: PerSegment) -> PerSegment:
+    return tuple(tuple(map(add, *rows)) for rows in zip(left, right, strict=True))
 
 
 def _unfilled(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:

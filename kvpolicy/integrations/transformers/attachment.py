@@ -66,15 +66,15 @@ class Attachment:
         originals = [(config, implementation_of(config)) for config, _ in self._previous]
         require_interface(model, [config for config, _ in self._previous])
         register(*(original for _, original in originals))
-        found = inspect_model(model, plan.geometry, originals)
-        if found.unchecked is not None:
-            note_once(f"{type(model).__name__} was not run before a policy was attached: {found.unchecked}")
+        inspected = inspect_model(model, plan.geometry, originals)
+        if inspected.unchecked is not None:
+            note_once(f"{type(model).__name__} was not run before a policy was attached: {inspected.unchecked}")
         self.plan = plan
         self.model = model
-        self.unchecked = found.unchecked
+        self.unchecked = inspected.unchecked
         self.uncompressed = UncompressedForwards()
         self._names = [(config, name_for(original)) for config, original in originals]
-        self._modules = list(_possible_modules(model, plan) if found.modules is None else found.modules)
+        self._modules = list(_possible_modules(model, plan) if inspected.modules is None else inspected.modules)
         self._config = copy.deepcopy(model.config)  # what is changed in it later is not meant for caches
         self._cut = False  # whether a draft has been made with the first layers alone
         self._owner = CacheOwner(model)

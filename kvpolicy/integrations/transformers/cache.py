@@ -81,7 +81,7 @@ class PolicyCache(DynamicCache):
         counted: set[int] = set()
         for layer in self.managed:
             layer.count(counted)
-        self.stock_bytes.update({index: stock.bytes_of_stock(one) for index, one in self._stock})
+        self.stock_bytes.update({index: stock.bytes_of_stock(layer) for index, layer in self._stock})
 
     @property
     def rows(self) -> int:
@@ -270,8 +270,8 @@ class PolicyCache(DynamicCache):
         with self.integrity.unmoved:
             for layer, fresh in zip(self.managed, other.managed, strict=True):
                 fresh.restore(layer.state.selected(chosen) if layer.is_initialized else layer.state.copied())
-        for index, one in self._stock:
-            stock.copied(index, one, other.layers[index], chosen, self.plan.dtype)
+        for index, layer in self._stock:
+            stock.copied(index, layer, other.layers[index], chosen, self.plan.dtype)
         other.resume()
         if self.owner is not None:
             self.owner.made(other)

@@ -128,11 +128,11 @@ class PolicyLayer(LogicalLayer):
         geometry, dtype = self.plan.geometry, self.plan.dtype
         expected = (geometry.kv_heads, geometry.head_dim)
         for states in (key_states, value_states):
-            found = (states.shape[1], states.shape[3])
-            if found != expected or states.dtype != dtype:
+            shape = (states.shape[1], states.shape[3])
+            if shape != expected or states.dtype != dtype:
                 raise UnsupportedModelError(
                     f"layer {self.stats.layer}: (KV heads, head dim) must be {expected} in {dtype}: "
-                    f"{found} in {states.dtype}"
+                    f"{shape} in {states.dtype}"
                 )
 
     @taking_states

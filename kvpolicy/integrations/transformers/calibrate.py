@@ -38,7 +38,7 @@ def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calib
         layers = spec.store.calibrate(list(_samples(spec, model, tokens)))
     except ParameterError as error:
         raise CalibrationError(f"policy {spec.name}: store {spec.store.name}: {error}") from error
-    layers = [{name: tensor.cpu() for name, tensor in one.items()} for one in layers]
+    layers = [{name: tensor.cpu() for name, tensor in tensors.items()} for tensors in layers]
     return Calibration(tuple(layers), plugin_digest(spec.store), model_digest(model))
 
 

@@ -30,20 +30,20 @@ _LENGTHS = (0, 1, 2, 127, 128, 1000)  # of heads, tried on what a format says it
 
 def needs_of(plugin: Observer) -> Needs:
     """`plugin.needs()`. Raises PluginContractError unless it gives sound counts."""
-    found = _asked(plugin, "needs", plugin.needs)
-    if not isinstance(found, Needs):
-        raise contract_error(plugin, f"needs {shown(found)}, expected Needs")
+    needs = _asked(plugin, "needs", plugin.needs)
+    if not isinstance(needs, Needs):
+        raise contract_error(plugin, f"needs {shown(needs)}, expected Needs")
     for name in ("queries", "forward_queries"):
-        count = getattr(found, name)
+        count = getattr(needs, name)
         if type(count) is not int or not 0 <= count <= MOST_OBSERVED:
             raise contract_error(plugin, f"needs {name}={shown(count)}, expected 0 to {MOST_OBSERVED}")
     for name in ("attention", "passes"):
-        wanted = getattr(found, name)
+        wanted = getattr(needs, name)
         if type(wanted) is not bool:
             raise contract_error(plugin, f"needs {name}={shown(wanted)}, expected true or false")
-    if found.passes and not isinstance(plugin, Scorer):
+    if needs.passes and not isinstance(plugin, Scorer):
         raise contract_error(plugin, "needs passes=true, which only a scorer can have")
-    return found
+    return needs
 
 
 def slot_state_of(plugin: Observer) -> tuple[State, ...]:
@@ -66,12 +66,16 @@ def reads_prompts(scorer: Scorer) -> bool:
 
 def passes_of(scorer: Scorer, prompt: Prompt) -> tuple[Pass, ...]:
     """`scorer.passes(prompt)`. Raises PluginContractError unless it gives sequences of token ids."""
-    found = _asked(scorer, "passes", lambda: scorer.passes(prompt))
-    if not isinstance(found, Sequence) or len(found) > _MOST_PASSES or not all(isinstance(one, Pass) for one in found):
-        raise contract_error(scorer, f"gave {shown(found)} as `passes`, expected a list of up to {_MOST_PASSES} Pass")
-    for one in found:
-        _check_pass(scorer, one, prompt.protected.shape[0])
-    return tuple(found)
+    passes = _asked(scorer, "passes", lambda: scorer.passes(prompt))
+    if (
+        not isinstance(passes, Sequence)
+        or len(passes) > _MOST_PASSES
+        or not all(isinstance(own_pass, Pass) for own_pass in passes)
+    ):
+        raise contract_error(scorer, f"gave {shown(passes)} as `passes`, expected a list of up to {_MOST_PASSES} Pass")
+    for own_pass in passes:
+        _check_pass(scorer, own_pass, prompt.protected.shape[0])
+    return tuple(passes)
 
 
 def any_order_of(plugin: Scorer) -> bool:
@@ -86,18 +90,18 @@ def flag_of(plugin: Plugin, name: str) -> bool:
 
 def formats_of(codec: Codec, site: Site) -> Formats:
     """`codec.formats(site)`. Raises its ParameterError, or PluginContractError unless it gives sound formats."""
-    found = _asked(codec, "formats", lambda: codec.formats(site))
-    if not isinstance(found, Formats):
-        raise contract_error(codec, f"gave {type(found).__name__}, expected Formats")
-    for name, form in (("keys", found.keys), ("values", found.values)):
+    formats = _asked(codec, "formats", lambda: codec.formats(site))
+    if not isinstance(formats, Formats):
+        raise contract_error(codec, f"gave {type(formats).__name__}, expected Formats")
+    for name, form in (("keys", formats.keys), ("values", formats.values)):
         _checked_format(codec, f"format of the {name}", form)
-    return found
+    return formats
 
 
 def pages_of(reader: Reader, site: Site) -> Format | None:
     """`reader.pages(site)`. Raises its ParameterError, or PluginContractError unless it is a sound format or None."""
-    found = _asked(reader, "pages", lambda: reader.pages(site))
-    return None if found is None else _checked_format(reader, "format of pages", found)
+    pages = _asked(reader, "pages", lambda: reader.pages(site))
+    return None if pages is None else _checked_format(reader, "format of pages", pages)
 
 
 def _asked(plugin: Plugin, method: str, ask: Callable[[], Any]) -> Any:
@@ -109,41 +113,41 @@ def _asked(plugin: Plugin, method: str, ask: Callable[[], Any]) -> Any:
         raise contract_error(plugin, f"raised in `{method}`: {described(error)}") from error
 
 
-def _flag(plugin: Plugin, name: str, found: object) -> bool:
-    if type(found) is not bool:
-        raise contract_error(plugin, f"says {shown(found)} as `{name}`, expected true or false")
-    return found
+def _flag(plugin: Plugin, name: str, flag: object) -> bool:
+    if type(flag) is not bool:
+        raise contract_error(plugin, f"says {shown(flag)} as `{name}`, expected true or false")
+    return flag
 
 
 def _states(plugin: Plugin, method: str, ask: Callable[[], object]) -> tuple[State, ...]:
-    found = _asked(plugin, method, ask)
-    if type(found) is not tuple or len(found) > _MOST_STATES or not all(isinstance(one, State) for one in found):
+    states = _asked(plugin, method, ask)
+    if type(states) is not tuple or len(states) > _MOST_STATES or not all(isinstance(state, State) for state in states):
         raise contract_error(
-            plugin, f"gave {shown(found)} as `{method}`, expected a tuple of up to {_MOST_STATES} State"
+            plugin, f"gave {shown(states)} as `{method}`, expected a tuple of up to {_MOST_STATES} State"
         )
-    names = [one.name for one in found]
+    names = [state.name for state in states]
     if not all(type(name) is str and name and name == one_line(name, 60) for name in names):
         raise contract_error(plugin, f"gave a name in `{method}` that is no word")
     if len(set(names)) < len(names):
         raise contract_error(plugin, f"declares {method.replace('_', ' ')} of the same name twice: {', '.join(names)}")
-    wrong = [one.fill for one in found if type(one.fill) not in (int, float) or math.isnan(one.fill)]
+    wrong = [state.fill for state in states if type(state.fill) not in (int, float) or math.isnan(state.fill)]
     if wrong:
         raise contract_error(plugin, f"gave a fill in `{method}` that is no number: {shown(wrong[0])}")
-    return found
+    return states
 
 
-def _check_pass(scorer: Scorer, one: Pass, end: int) -> None:
-    tokens, spans = one.tokens, one.spans
+def _check_pass(scorer: Scorer, own_pass: Pass, end: int) -> None:
+    tokens, spans = own_pass.tokens, own_pass.spans
     sound = isinstance(tokens, Tensor) and tokens.dtype == torch.int64 and tokens.device.type == "cpu"
     if not sound or tokens.ndim != 1 or not 0 < tokens.shape[0] <= _LONGEST_PASS or bool((tokens < 0).any()):
-        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else shown(tokens)
-        raise contract_error(scorer, f"gave a pass of {found}, expected token ids, int64 [1 to {_LONGEST_PASS}] on cpu")
+        given = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else shown(tokens)
+        raise contract_error(scorer, f"gave a pass of {given}, expected token ids, int64 [1 to {_LONGEST_PASS}] on cpu")
     if spans is None:
         return
     if type(spans) is not tuple or len(spans) > _MOST_SPANS or not all(_is_span(span, end) for span in spans):
-        found = one_line(spans, 60)
+        given = one_line(spans, 60)
         raise contract_error(
-            scorer, f"gave a pass with spans {found}, expected up to {_MOST_SPANS} (start, stop) to {end}"
+            scorer, f"gave a pass with spans {given}, expected up to {_MOST_SPANS} (start, stop) to {end}"
         )
 
 

@@ -37,23 +37,23 @@ def seen_shape(view: View) -> dict[str, int]:
 
 
 def check_tensor(
-    plugin: Plugin, found: object, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
+    plugin: Plugin, returned: object, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The tensor, if it has that shape (sizes by name), dtype and device.
 
     Raises:
         PluginContractError: naming the plugin, what it returned and what was expected.
     """
-    if not isinstance(found, Tensor):
-        raise contract_error(plugin, f"returned {type(found).__name__}, expected a tensor")
-    if tuple(found.shape) != tuple(shape.values()):
+    if not isinstance(returned, Tensor):
+        raise contract_error(plugin, f"returned {type(returned).__name__}, expected a tensor")
+    if tuple(returned.shape) != tuple(shape.values()):
         named = ", ".join(f"{name}={size}" for name, size in shape.items())
-        raise contract_error(plugin, f"returned shape {tuple(found.shape)}, expected ({named})")
-    if found.dtype != dtype:
-        raise contract_error(plugin, f"returned {found.dtype}, expected {dtype}")
-    if found.device != device:
-        raise contract_error(plugin, f"returned a tensor on {found.device}, expected {device}")
-    return found
+        raise contract_error(plugin, f"returned shape {tuple(returned.shape)}, expected ({named})")
+    if returned.dtype != dtype:
+        raise contract_error(plugin, f"returned {returned.dtype}, expected {dtype}")
+    if returned.device != device:
+        raise contract_error(plugin, f"returned a tensor on {returned.device}, expected {device}")
+    return returned
 
 
 def check_state(plugin: Plugin, fresh: object, held: Mapping[str, Tensor]) -> None:
@@ -70,7 +70,7 @@ def check_state(plugin: Plugin, fresh: object, held: Mapping[str, Tensor]) -> No
     if unknown:
         raise contract_error(plugin, f"returned state {unknown[0]}, expected only {sorted(held)}")
     for name, values in fresh.items():
-        sizes = {f"{name}[{place}]": size for place, size in enumerate(held[name].shape)}
+        sizes = {f"{name}[{axis}]": size for axis, size in enumerate(held[name].shape)}
         wider = held[name].dtype == torch.float32 and getattr(values, "dtype", None) == torch.float64
         check_tensor(plugin, values, sizes, torch.float64 if wider else held[name].dtype, held[name].device)
 

@@ -38,7 +38,7 @@ def observes_forwards_as_declared(observer: Observer, _promises: Promises) -> No
 
 def expect_declared(observer: Observer, did: str, found: Mapping[str, Tensor], states: Iterable[State]) -> None:
     """Refuses state that was not declared."""
-    declared = {one.name for one in states}
+    declared = {state.name for state in states}
     if not found.keys() <= declared:
         raise contract_error(observer, f"{did} {sorted(found)}, expected only {sorted(declared)}")
 

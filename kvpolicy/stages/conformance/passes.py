@@ -23,11 +23,11 @@ def gives_passes_as_declared(scorer: Scorer, _promises: Promises) -> None:
     for count, start in _PROMPTS:
         prompt = _prompt(count, start)
         with untouched(scorer, tensors_of_prompt(prompt)):
-            found = passes_of(scorer, prompt)
-        if found and not needs_of(scorer).passes:
+            passes = passes_of(scorer, prompt)
+        if passes and not needs_of(scorer).passes:
             raise contract_error(scorer, "gives passes, expected none: it does not declare them in `needs`")
         again = passes_of(scorer, _prompt(count, start))
-        if list(map(_text, found)) != list(map(_text, again)):
+        if list(map(_text, passes)) != list(map(_text, again)):
             raise contract_error(scorer, "gave other passes the second time")
 
 
@@ -64,8 +64,8 @@ def ignores_pads_of_a_pass(scorer: Scorer, _promises: Promises) -> None:
     hidden = torch.full_like(seen.logits[..., :2, :], -torch.inf)
     own = None if seen.own is None else torch.cat([seen.own, hidden[..., 0]], -1)
     padded = QueryLogits(torch.cat([seen.logits, hidden], -2), seen.log_votes, own)
-    found, expected = (_observed(scorer, one, view.slot_state) for one in (padded, seen))
-    _expect_same(scorer, found, expected, view.valid, "with pads behind a pass")
+    after_padded, expected = (_observed(scorer, one, view.slot_state) for one in (padded, seen))
+    _expect_same(scorer, after_padded, expected, view.valid, "with pads behind a pass")
 
 
 def keeps_rows_of_a_pass_apart(scorer: Scorer, _promises: Promises) -> None:
@@ -90,8 +90,8 @@ def _prompt(count: int, start: int) -> Prompt:
     return Prompt(torch.randint(1, 50, (count,), generator=random), protected)
 
 
-def _text(one: Pass) -> str:
-    return f"{one.tokens.tolist()} {one.spans}"
+def _text(own_pass: Pass) -> str:
+    return f"{own_pass.tokens.tolist()} {own_pass.spans}"
 
 
 def _observed(scorer: Scorer, seen: QueryLogits, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,9 +99,9 @@ def _observed(scorer: Scorer, seen: QueryLogits, state: Mapping[str, Tensor]) ->
 
 
 def _expect_same(
-    scorer: Scorer, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], valid: Tensor, when: str
+    scorer: Scorer, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], valid: Tensor, when: str
 ) -> None:
-    for name, values in found.items():
+    for name, values in state.items():
         expect_close(scorer, values[valid], expected[name][valid], when)
 
 

@@ -29,7 +29,7 @@ def returns_float32_per_slot(scorer: Scorer, _promises: Promises) -> None:
 
 def observes_what_it_declared(scorer: Scorer, _promises: Promises) -> None:
     view = sample_view(scorer)
-    declared = {one.name for one in scorer.slot_state()}
+    declared = {state.name for state in scorer.slot_state()}
     observed = scorer.observe(view)
     if not observed.keys() <= declared:
         raise contract_error(scorer, f"observed {sorted(observed)}, expected only {sorted(declared)}")
@@ -42,13 +42,13 @@ def gives_finite_scores(scorer: Scorer, _promises: Promises) -> None:
     alike = attrs.evolve(view, keys=torch.ones_like(view.keys), values=torch.ones_like(view.values))
     zero = attrs.evolve(view, keys=torch.zeros_like(view.keys), values=torch.zeros_like(view.values))
     single = attrs.evolve(sample_view(scorer, lengths=((1, 1),)), sinks=0, recent=0)
-    for name, one in {
+    for name, shown in {
         "ordinary keys": view,
         "equal keys": alike,
         "zero keys": zero,
-        "one entry": single,
+        "shown entry": single,
     }.items():
-        wrong = ~scored(scorer, one)[one.candidates].isfinite()
+        wrong = ~scored(scorer, shown)[shown.candidates].isfinite()
         if wrong.any():
             raise contract_error(scorer, f"gave {int(wrong.sum())} scores that are not finite for {name}")
 
@@ -74,8 +74,8 @@ def keeps_rows_apart(scorer: Scorer, _promises: Promises) -> None:
     batch = together.shape[0]
     for rows in [list(reversed(range(batch))), *([row] for row in range(batch))]:
         part = rows_of(view, rows)
-        found = scored(scorer, part)
-        _expect_same(scorer, part, found, together[rows][..., : found.shape[-1]], f"for the rows {rows}")
+        alone = scored(scorer, part)
+        _expect_same(scorer, part, alone, together[rows][..., : alone.shape[-1]], f"for the rows {rows}")
 
 
 def keeps_heads_apart(scorer: Scorer, promises: Promises) -> None:
@@ -108,8 +108,8 @@ def scores_the_same_in_any_order(scorer: Scorer, _promises: Promises) -> None:
     _expect_same(scorer, other, scored(scorer, other), scored(scorer, view).gather(-1, slots), "in another order")
 
 
-def _expect_same(scorer: Scorer, view: View, found: Tensor, expected: Tensor, when: str) -> None:
-    expect_close(scorer, found[view.candidates], expected[view.candidates], when)
+def _expect_same(scorer: Scorer, view: View, scores: Tensor, expected: Tensor, when: str) -> None:
+    expect_close(scorer, scores[view.candidates], expected[view.candidates], when)
 
 
 CHECKS = (

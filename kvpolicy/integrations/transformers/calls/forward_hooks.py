@@ -88,8 +88,8 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -
 def _cache_in(output: Any) -> Cache | None:
     """The cache that a forward gives back."""
     if hasattr(output, _CACHE):
-        found = getattr(output, _CACHE)
-        return found if isinstance(found, Cache) else None
+        cache = getattr(output, _CACHE)
+        return cache if isinstance(cache, Cache) else None
     if isinstance(output, tuple):
         return next((value for value in output if isinstance(value, Cache)), None)
     return None
