@@ -7,8 +7,8 @@ import attrs
 import triton
 import triton.language as tl
 
-from kvpolicy.bench.compiled import BuildError, compile_build, faults_of
 from kvpolicy_kernels.common.compile_spec import CompileSpec
+from tests.compiled_kernels import BuildError, compile_build, faults_of
 
 
 @triton.jit

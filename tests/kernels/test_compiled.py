@@ -13,14 +13,14 @@ from pathlib import Path
 import attrs
 import pytest
 
-from kvpolicy.bench.compiled import discover, work
-from kvpolicy.bench.compiled.__main__ import compiled
-from kvpolicy.bench.compiled.kernel_table import differences, read_table
-from kvpolicy.bench.compiled.page import page_of
-from kvpolicy.bench.compiled.ptx import instructions_of
-from kvpolicy.bench.compiled.target import CAPABILITIES, Compiled, compile_build
 from kvpolicy.errors import InputError
 from kvpolicy_kernels.common.compile_spec import CompileSpec
+from tests.compiled_kernels import discover, work
+from tests.compiled_kernels.__main__ import compiled
+from tests.compiled_kernels.kernel_table import differences, read_table
+from tests.compiled_kernels.page import page_of
+from tests.compiled_kernels.ptx import instructions_of
+from tests.compiled_kernels.target import CAPABILITIES, Compiled, compile_build
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def outcome(tmp_path_factory):
     """The command that writes the table, and what it wrote."""
     folder = tmp_path_factory.mktemp("compiled")
     words = () if EVERYTHING else ("--mostly", str(MOSTLY))
-    done = run("-m", "kvpolicy.bench.compiled", "--write", str(folder / "kernels"), *words, cache=folder / "cache")
+    done = run("-m", "tests.compiled_kernels", "--write", str(folder / "kernels"), *words, cache=folder / "cache")
     return done, folder / "kernels.json"
 
 

@@ -26,7 +26,7 @@ def favour(keys, values, positions, newest, probabilities, voters, group, attent
 COMPILE = """
 import hashlib, json
 from functions_of_a_plugin import directions, favour
-from kvpolicy.bench.compiled.target import assemble
+from tests.compiled_kernels.target import assemble
 from kvpolicy_kernels import Tile
 from kvpolicy_kernels.score.score import compile_specs_for
 tile = Tile(favour, statistic=directions)

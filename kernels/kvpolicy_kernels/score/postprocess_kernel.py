@@ -233,7 +233,6 @@ def normalisation_parts(
     inside = (slots >= first) & (slots < end)
     if PINNED is not None:
         inside = _not_pinned(PINNED + segment * T, slots, inside)
-        tl.store(COUNTS + segment * parts + tl.program_id(1), tl.sum(inside.to(tl.int32), 0))
     for i in tl.static_range(len(SETTINGS)):
         if SETTINGS[i][5] >= 0:
             scores = _scores(
@@ -258,6 +257,8 @@ def normalisation_parts(
             out = NORMAL + ((SETTINGS[i][5] * count + segment) * parts + tl.program_id(1)) * 2
             tl.store(out, first_sum)
             tl.store(out + 1, second_sum)
+    if PINNED is not None:
+        tl.store(COUNTS + segment * parts + tl.program_id(1), tl.sum(inside.to(tl.int32), 0))
 
 
 @triton.jit

@@ -110,7 +110,9 @@ class KVTensor(KVReader):
     def _picked(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
         unit, joint = self.form.group_size, self.form.joint
         wanted = slots.flatten(1)[:, None] if joint else slots
-        units, index = _distinct(wanted // unit)
+        # Only a host can look how many there are without making a device wait.
+        most = None if wanted.device.type == "cpu" else min(wanted.shape[-1], self.packed.longest)
+        units, index = _distinct(wanted // unit, most)
         columns = {name: take(self.packed.block(name, at), units) for name in self.form.columns}
         inside = (units[..., None] * unit + torch.arange(unit, device=slots.device)).flatten(2)
         inside = inside.clamp(max=positions.shape[2] - 1).expand(-1, positions.shape[1], -1)
@@ -369,13 +371,17 @@ def _following(first: PerSegment, counts: PerSegment, among: Tensor) -> Tensor:
     return slots.clamp(max=max(0, among.shape[2] - 1))
 
 
-def _distinct(units: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct numbers [b, k, m] among [b, k, n], the last one repeated, and where each of the n is among them."""
+def _distinct(units: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+    """The distinct numbers [b, k, m] among [b, k, n], the last one repeated, and where each of the n is among them.
+
+    m is `most`, a bound of how many there are, or, if that is not given, how many there are: then the host waits.
+    """
     order = units.sort(-1)
     new = torch.ones_like(order.values, dtype=torch.bool)
     new[..., 1:] = order.values[..., 1:] != order.values[..., :-1]
     rank = new.cumsum(-1) - 1
-    most = int(rank.max()) + 1 if rank.numel() else 0
+    if most is None:
+        most = int(rank.max()) + 1 if rank.numel() else 0
     distinct = order.values[..., -1:].expand(*units.shape[:2], most).clone()
     distinct.scatter_(-1, rank, order.values)
     return distinct, torch.empty_like(rank).scatter_(-1, order.indices, rank)

@@ -67,8 +67,10 @@ class D2O(Merger):
         """Int64 [B, K, T] and a bound: entries of a row with the same number share a decision."""
         if self.together == "rank":
             return (comparable.cumsum(-1) - 1).clamp(min=0), comparable.shape[-1]
-        positions, numbers = torch.unique(view.positions, return_inverse=True)
-        return numbers, len(positions)
+        ascending, order = view.positions.flatten(1).sort(1)
+        rank = (ascending.diff(dim=1, prepend=ascending[:, :1]) != 0).cumsum(1)  # of the position in its row
+        numbers = torch.empty_like(rank).scatter_(1, order, rank)
+        return numbers.view(view.positions.shape), rank.shape[1]
 
     def _merged(self, view: View, assignment: Assignment, similarity: Tensor) -> Entries:
         if self.normalize == "softmax":

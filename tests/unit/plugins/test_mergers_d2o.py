@@ -1,6 +1,7 @@
 """Which evicted entries are worth merging, and what of them is carried on."""
 
 import math
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -103,3 +104,15 @@ def test_a_new_row_has_no_threshold():
 def test_wrong_parameters_are_refused(wrong, message):
     with pytest.raises(ParameterError, match=message):
         D2O(**wrong)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_entries_at_one_position_are_decided_on_together(seed):
+    """They get one number in each row, whatever slots they are in; empty slots have one of their own."""
+    numbers = torch.Generator().manual_seed(seed)
+    positions = torch.randint(-1, 9, (2, 3, 7), generator=numbers)
+    view = SimpleNamespace(positions=positions)
+    pairs, bound = D2O()._pairs(view, positions >= 0)
+    assert int(pairs.max()) < bound
+    for places, own in zip(positions.flatten(1), pairs.flatten(1), strict=True):
+        assert torch.equal(places[:, None] == places, own[:, None] == own)

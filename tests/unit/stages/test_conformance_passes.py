@@ -75,9 +75,9 @@ WRONG = {
     "observed a pass and returned ['other'], expected only ['most']": {"sees": lambda seen, state: {"other": seen.own}},
     "returned shape": {"sees": lambda seen, state: {"most": seen.own}},
     "observed a pass and returned NaN in 'most'": {"sees": lambda seen, state: {"most": state["most"] * torch.nan}},
-    "gives something else for a pass in parts": {"sees": replacing},
-    "gives something else with pads behind a pass": {"sees": counting},
-    "gives something else for one row of a pass": {"sees": mixing},
+    "gives a different result for a pass in parts": {"sees": replacing},
+    "gives a different result with pads behind a pass": {"sees": counting},
+    "gives a different result for one row of a pass": {"sees": mixing},
     "changed its input 'most'": {"sees": writing},
 }
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.bench.compiled.target import Compiled, compiler_version
 from kvpolicy.errors import InputError
+from tests.compiled_kernels.target import Compiled, compiler_version
 
 FORM = 1
 KernelTable = Mapping[str, Any]  # form, versions, and a mapping for each compiled build

@@ -1,4 +1,4 @@
-"""`python -m kvpolicy.bench.compiled`: compile every kernel for every target, without a GPU."""
+"""`python -m tests.compiled_kernels`: compile every kernel for every target, without a GPU."""
 
 import json
 import os
@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from kvpolicy.bench.compiled.kernel_table import differences, read_table, table_of
-from kvpolicy.bench.compiled.page import page_of
-from kvpolicy.bench.compiled.work import CompiledKernels, compile_all
 from kvpolicy.errors import KVPolicyError
+from tests.compiled_kernels.kernel_table import differences, read_table, table_of
+from tests.compiled_kernels.page import page_of
+from tests.compiled_kernels.work import CompiledKernels, compile_all
 
 _err = Console(stderr=True)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import attrs
 
-from kvpolicy.bench.compiled.ptx import instructions_of
-from kvpolicy.bench.compiled.resources import resources_of
 from kvpolicy.errors import InputError, KVPolicyError
 from kvpolicy_kernels.common.compile_spec import CompileSpec
 from kvpolicy_kernels.common.support import interpreting
+from tests.compiled_kernels.ptx import instructions_of
+from tests.compiled_kernels.resources import resources_of
 
 CAPABILITIES = (80, 90, 100)
 _DIVISIBLE = [["tt.divisibility", 16]]

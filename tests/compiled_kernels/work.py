@@ -9,11 +9,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import attrs
 
-from kvpolicy.bench.compiled.discover import all_builds
-from kvpolicy.bench.compiled.gates import faults_of
-from kvpolicy.bench.compiled.target import CAPABILITIES, BuildError, Compiled, compile_build, require_compiler
 from kvpolicy.errors import InputError
 from kvpolicy_kernels.common.compile_spec import CompileSpec
+from tests.compiled_kernels.discover import all_builds
+from tests.compiled_kernels.gates import faults_of
+from tests.compiled_kernels.target import CAPABILITIES, BuildError, Compiled, compile_build, require_compiler
 
 
 @attrs.frozen

@@ -1,7 +1,7 @@
 """What every compiled kernel must keep to."""
 
-from kvpolicy.bench.compiled.target import Compiled
 from kvpolicy_kernels.common.compile_spec import CompileSpec
+from tests.compiled_kernels.target import Compiled
 
 _SHARED = {80: 163, 90: 227, 100: 227}  # KiB that one program may have: CUDA C++ Programming Guide, table of features
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kvpolicy.bench.compiled.kernel_table import KernelTable
+from tests.compiled_kernels.kernel_table import KernelTable
 
 _HEAD = """# Compiled kernels
 
-Made by `python -m kvpolicy.bench.compiled --write docs/reference/kernels` from the kernels themselves; do not edit. The
+Made by `python -m tests.compiled_kernels --write docs/reference/kernels` from the kernels themselves; do not edit. The
 same numbers stand in [kernels.json](kernels.json). No GPU was needed: Triton {triton} compiled every kernel, with the
 types, block sizes and alignments of real launches, for {targets}.
 """

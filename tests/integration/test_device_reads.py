@@ -1,0 +1,107 @@
+"""What the device must tell the host, counted: reads of a decode step, with and without a compression."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.integrations.transformers.models.support import geometry_of
+from kvpolicy.plan.plan import compile_policy
+from tests.support.device_reads import DeviceReads
+from tests.support.models import build, prompt
+from tests.support.policies import small
+
+PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "performance.md"
+ROW = re.compile(r"^\| ([\w ,]+?) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
+STATED = {name: tuple(map(int, numbers)) for name, *numbers in ROW.findall(PAGE.read_text("utf-8"))}
+EVERY = 4
+POLICIES = {
+    **{name: small(name, 12, EVERY) for name in ("snapkv", "rkv", "adakv", "h2o", "keepkv", "d2o")},
+    "regions": small("snapkv", 12, EVERY, protect={"sinks": 1, "recent": 3, "regions": ["system"]}),
+    "global": small("snapkv", 12, EVERY, allocate={"joint": "global"}),
+    "kivi": small("snapkv", 20, EVERY, store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}),
+}
+KINDS = ("token", "compression", "packing")
+PACKED_AT_ONCE = 1  # keys or values of a layer
+ON_HOSTS_ONLY = {"_hidden", "_last_kept", "_mass", "_picked", "_told", "forgiven_similarity"}
+
+
+def reads_of(step):
+    with DeviceReads().counted() as reads:
+        step()
+    return reads
+
+
+def reads(name, layers, *, kernels):
+    """Of an ordinary step, of one that compresses all layers, and of one that only packs; beyond the plain model's."""
+    one = build(num_hidden_layers=layers)
+    plan = compile_policy(POLICIES[name].spec, geometry_of(one.config), "cpu", torch.float32, kernels=kernels)
+    token, counts = torch.tensor([[5]]), {kind: {0} for kind in KINDS}
+    with torch.no_grad():
+        plain = DynamicCache(config=one.config)
+        one(prompt(24)[0], past_key_values=plain)
+        theirs = reads_of(lambda: one(token, past_key_values=plain)).count
+        with Attachment(plan, one) as attachment:
+            given = {"system": (2, 5)} if plan.spec.protect.regions else None
+            cache = attachment.cache(regions=given)
+            attachment.model(prompt(24)[0], past_key_values=cache)
+            for _ in range(3 * EVERY):
+                before = state_of(cache)
+                found = reads_of(lambda: attachment.model(token, past_key_values=cache))
+                compressed, packed = (one != other for one, other in zip(before, state_of(cache), strict=True))
+                assert {asking for asking, _ in found.on_hosts_only} <= ON_HOSTS_ONLY, found.on_hosts_only
+                kind = "compression" if compressed else "packing" if packed else "token"
+                counts[kind].add(found.count - theirs)
+    return [max(counts[kind]) for kind in KINDS]
+
+
+def state_of(cache):
+    """How often each layer has been compressed, and how many entries of it are packed."""
+    packed = [(layer.storage.keys.packed_lengths, layer.storage.values.packed_lengths) for layer in cache.managed]
+    return [layer.stats.compressions for layer in cache.managed], packed
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_reads_are_those_that_the_page_states(name):
+    """Of a step in which nothing is evicted; then of a compression, by references and by kernels, a layer and once."""
+    found = []
+    for kernels in (False, True):
+        (token, few, packing), (longer, many, _) = (reads(name, layers, kernels=kernels) for layers in (2, 4))
+        layer, fixed = divmod(many - few, 2)
+        assert (token, longer, fixed) == (0, 0, 0)
+        assert packing == (2 * PACKED_AT_ONCE if name == "kivi" else 0)
+        found += [layer, few - 2 * layer]
+    assert (0, *found) == STATED[name]
+
+
+def test_the_page_states_reads_of_all_kinds_of_policies():
+    assert POLICIES.keys() == STATED.keys()
+
+
+def test_what_waits_for_a_device_is_counted():
+    numbers = torch.arange(6.0)
+    mask = numbers > 2
+    waits = [
+        lambda: numbers.sum().item(),
+        lambda: bool(mask.any()),
+        lambda: [0] * int(numbers.amax()),
+        lambda: torch.where(mask),
+        lambda: numbers[mask],
+        lambda: numbers.masked_select(mask),
+        lambda: torch.equal(numbers, numbers),
+        lambda: "abcdefg"[numbers.long()[3]],
+        lambda: numbers.repeat_interleave(numbers.long()),
+    ]
+    methods = [(numbers, "tolist"), (numbers, "cpu"), (numbers, "numpy"), (numbers, "unique"), (mask, "nonzero")]
+    waits += [lambda tensor=tensor, name=name: getattr(tensor, name)() for tensor, name in methods]
+    assert [reads_of(wait).count > 0 for wait in waits] == [True] * len(waits)
+    free = [
+        lambda: numbers.where(mask, 0),
+        lambda: numbers.masked_fill(mask, 0),
+        lambda: numbers[numbers.long()],
+        lambda: numbers.gather(0, numbers.long()),
+    ]
+    assert [reads_of(one).count for one in free] == [0] * len(free)
