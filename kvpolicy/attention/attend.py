@@ -18,7 +18,7 @@ from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES
 
-_NONE = torch.empty(0)  # positions, where nothing is packed: only what is packed may depend on them
+_NONE = torch.empty(0, dtype=torch.int32)  # positions, where nothing is packed: only what is packed may depend on them
 
 
 def attend(
