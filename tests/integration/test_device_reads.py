@@ -35,10 +35,13 @@ def reads_of(step):
     return reads
 
 
-def reads(name, layers, *, kernels):
+READING = small("snapkv", 12, 64, read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0})
+
+
+def reads(policy, layers, *, kernels):
     """Of an ordinary step, of one that compresses all layers, and of one that only packs; beyond the plain model's."""
     one = build(num_hidden_layers=layers)
-    plan = compile_policy(POLICIES[name].spec, geometry_of(one.config), "cpu", torch.float32, kernels=kernels)
+    plan = compile_policy(policy.spec, geometry_of(one.config), "cpu", torch.float32, kernels=kernels)
     token, counts = torch.tensor([[5]]), {kind: {0} for kind in KINDS}
     with torch.no_grad():
         plain = DynamicCache(config=one.config)
@@ -69,7 +72,7 @@ def test_reads_are_those_that_the_page_states(name):
     """Of a step in which nothing is evicted; then of a compression, by references and by kernels, a layer and once."""
     found = []
     for kernels in (False, True):
-        (token, few, packing), (longer, many, _) = (reads(name, layers, kernels=kernels) for layers in (2, 4))
+        (token, few, packing), (longer, many, _) = (reads(POLICIES[name], layers, kernels=kernels) for layers in (2, 4))
         layer, fixed = divmod(many - few, 2)
         assert (token, longer, fixed) == (0, 0, 0)
         assert packing == (2 * PACKED_AT_ONCE if name == "kivi" else 0)
@@ -79,6 +82,12 @@ def test_reads_are_those_that_the_page_states(name):
 
 def test_the_page_states_reads_of_all_kinds_of_policies():
     assert POLICIES.keys() == STATED.keys()
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_reader_that_chooses_slots_is_one_read_a_layer_and_step(layers):
+    """The report counts how many entries a step attends to, in plain numbers."""
+    assert reads(READING, layers, kernels=False)[0] == layers
 
 
 def test_what_waits_for_a_device_is_counted():
