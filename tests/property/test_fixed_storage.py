@@ -138,4 +138,4 @@ class FixedStorageMachine(RuleBasedStateMachine):
 
 
 TestFixedStorage = FixedStorageMachine.TestCase
-TestFixedStorage.settings = settings(max_examples=60, stateful_step_count=25)
+TestFixedStorage.settings = settings(max_examples=25, stateful_step_count=25)

@@ -44,7 +44,7 @@ class PagedLayerMachine(LayerMachine):
 
 
 TestPagedLayer = PagedLayerMachine.TestCase
-TestPagedLayer.settings = settings(max_examples=25, stateful_step_count=20)
+TestPagedLayer.settings = settings(max_examples=10, stateful_step_count=20)
 
 
 def paged(attachment, pool=None):

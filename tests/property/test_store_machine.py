@@ -193,4 +193,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=100, stateful_step_count=20)
+TestStore.settings = settings(max_examples=50, stateful_step_count=20)

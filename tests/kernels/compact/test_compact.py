@@ -82,7 +82,7 @@ def test_special_choices(which, ordered, chunks):
         check(found, kept.to(DEVICE), ordered=ordered)
 
 
-@settings(max_examples=30)
+@settings(max_examples=16)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=2, max_size=2),
     share=st.floats(0, 1),

@@ -67,7 +67,7 @@ def test_the_nearest_kept_entry(length, dtype, dim):
     check_nearest(found, kept, evicted)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=3, max_size=3),
     dim=st.sampled_from([1, 3, 16, 80, 128]),

@@ -43,7 +43,7 @@ def test_tokens(tokens, dim, group, dtype, bits):
     check(TOKENS, vectors, group, bits, DTYPES[(dim + tokens) % 3])
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     axis=st.sampled_from([CHANNELS, TOKENS]),
     sets=st.integers(1, 4),

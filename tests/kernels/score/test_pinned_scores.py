@@ -63,7 +63,7 @@ def check(lengths, settings, labels, terms=None, *, sinks=2, recent=3, seed=0, c
     assert nan.tolist() == wrong.tolist()
 
 
-@settings(max_examples=24)
+@settings(max_examples=10)
 @given(
     st.lists(FINISHES, min_size=1, max_size=3),
     st.lists(LENGTHS, min_size=4, max_size=4),
@@ -99,7 +99,7 @@ def test_a_candidate_that_is_nan_is_counted(pool):
     check([[[40, 40], [40, 40]]], [Postprocess(pool=pool, size=3, normalise="standard")], "some", terms)
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     st.lists(LENGTHS, min_size=4, max_size=4),
     st.sampled_from(LABELS),

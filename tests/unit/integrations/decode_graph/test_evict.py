@@ -29,7 +29,7 @@ def copy_of(view, row, length):
 
 
 @pytest.mark.parametrize("name", EVEN)
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(9, CAPACITY), min_size=1, max_size=3),
     due=st.lists(st.booleans(), min_size=3, max_size=3),
