@@ -26,7 +26,7 @@ POLICIES = {
 }
 KINDS = ("token", "compression", "packing")
 PACKED_AT_ONCE = 1  # keys or values of a layer
-ON_HOSTS_ONLY = {"_hidden", "_last_kept", "_mass", "_picked", "_told", "forgiven_similarity"}
+ON_HOSTS_ONLY = {"_hidden", "_last_kept", "_mass", "_picked", "forgiven_similarity", "hide_faulty"}
 
 
 def reads_of(step):

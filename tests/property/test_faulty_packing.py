@@ -113,7 +113,7 @@ def test_once_the_fault_is_evicted_the_row_is_packed_and_right_again(store, ragg
             forms = getattr(plan.formats[0], name)
             lengths = layer.storage.slots.lengths
             assert getattr(layer.storage, name).packed_lengths == tuple(
-                tuple(map(forms.packed_lengths, row)) for row in lengths
+                tuple(map(forms.packed_length, row)) for row in lengths
             )
     for head in range(HEADS):
         positions = layer.storage.slots.segment(POSITIONS, ROW, head).long()
