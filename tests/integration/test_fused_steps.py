@@ -121,7 +121,7 @@ def test_a_prompt_beyond_the_budget_stays_in_kernels_as_well():
     """As many are held as are protected, which is said; what comes later is evicted."""
     model = build("llama", num_hidden_layers=LAYERS)
     policy = small("snapkv", 12, 4, protect={"sinks": 1, "recent": 3, "prompt": True})
-    with pytest.warns(BudgetWarning, match="as many are protected"):
+    with pytest.warns(BudgetWarning, match="because they are protected"):
         _, _, slots = _with_regions(model, policy, *prompt(22), kernels=True, count=24)
     for layer in slots:
         for heads in layer:

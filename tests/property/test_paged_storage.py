@@ -118,7 +118,7 @@ def test_a_saved_cache_goes_into_pages(tmp_path):
             attachment.plan,
             model_digest(model),
             None,
-            lambda regions: PolicyCache(attachment.plan, model.config, regions, pool.storage),
+            lambda regions: PolicyCache(attachment.plan, model.config, regions, new_storage=pool.storage),
         )
         other.check_integrity()
         assert held(other) == held(cache)
