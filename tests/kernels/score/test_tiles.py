@@ -81,7 +81,7 @@ def by_plugin(scorer, given, normalise, weight, dtype):
     """[P, T] as the scorer computes it from views, in float32 or, with every `float()` a `double()`, in float64."""
     convert = torch.Tensor.float if dtype == torch.float32 else torch.Tensor.double
     views = given.views(dtype)
-    as_it_is = mock.patch("kvpolicy.stages.products._fast", lambda keys: keys.dtype)
+    as_it_is = mock.patch("kvpolicy.stages.products._product_dtype", lambda keys: keys.dtype)
     with mock.patch.object(torch.Tensor, "float", convert), as_it_is:
         raw = torch.cat([scorer.score(view).flatten(0, 1) for view in views]).to(dtype)
     candidates = torch.cat([view.candidates.flatten(0, 1) for view in views])
