@@ -11,6 +11,7 @@ from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segment_index import SingleSegment
 from kvpolicy.plan.passes import PassObserver
 from kvpolicy.stages import QueryLogits
+from kvpolicy.stages.slots import gather
 
 
 def observe_pass(
@@ -60,7 +61,7 @@ def _weight_of(own: Tensor, positions: Tensor, block: QueryBatch) -> Tensor:
 
 def _shown(part: AttendedSlots, column: Tensor) -> Tensor:
     """Of a column [b, k, all] what is shown, [b, k, T]."""
-    return column if part.slots is None else column.gather(2, part.slots.clamp(min=0))
+    return column if part.slots is None else gather(column, part.slots)
 
 
 def _back(part: AttendedSlots, shown: Tensor, column: Tensor) -> Tensor:

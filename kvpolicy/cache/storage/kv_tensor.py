@@ -26,7 +26,7 @@ from kvpolicy.stages.slots import take
 class PackedEntries:
     """The oldest entries of some rows, packed."""
 
-    columns: Mapping[str, Tensor]  # [rows, K or 1, units, ...]
+    columns: Mapping[str, Tensor]  # [rows, K or 1, groups, ...]
     packed_lengths: PerSegment  # entries [rows][K] of which the columns count
 
 
@@ -46,7 +46,7 @@ class KVTensor(KVReader):
         self.form = form
         self.packed = SlotStore(form.columns, rows, 1 if form.joint else geometry.kv_heads, device)
         self.residual = SlotStore({name: Column((geometry.head_dim,), dtype)}, rows, geometry.kv_heads, device)
-        self._stuck: frozenset[tuple[int, int]] = frozenset()  # segments whose next unit is not finite
+        self._stuck: frozenset[tuple[int, int]] = frozenset()  # segments whose next group is not finite
 
     # -- what is held ------------------------------------------------------------------------------------------
 
@@ -65,11 +65,11 @@ class KVTensor(KVReader):
         """Packed entries, [B][K]."""
         heads = self.residual.layout.heads
         return tuple(
-            tuple(units * self.form.group_size for units in row) * (heads // len(row)) for row in self.packed.lengths
+            tuple(groups * self.form.group_size for groups in row) * (heads // len(row)) for row in self.packed.lengths
         )
 
     def read(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
-        """Slots `start` (a multiple of the unit) to `stop` as [b, k, n, D]; `positions` [b, k, T] of all slots.
+        """Slots `start` (a multiple of the group size) to `stop` as [b, k, n, D]; `positions` [b, k, T] of all slots.
 
         What is not packed is a view.
         """
@@ -93,12 +93,12 @@ class KVTensor(KVReader):
 
     def _decoded(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
         """Packed slots of the block; those that a shorter segment does not have hold anything finite."""
-        units = slice(start // self.form.group_size, -(-stop // self.form.group_size))
-        columns = {name: self.packed.block(name, at)[:, :, units] for name in self.form.columns}
+        groups = slice(start // self.form.group_size, -(-stop // self.form.group_size))
+        columns = {name: self.packed.block(name, at)[:, :, groups] for name in self.form.columns}
         return self.form.decode(columns, positions[:, :, start:stop])
 
     def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
-        """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their units only. `positions` [b, k, T]."""
+        """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their groups only. `positions` [b, k, T]."""
         residual = self.residual.block(self.name, at)
         packed_lengths = at.counts(self.packed_lengths)
         if not any(map(any, packed_lengths)):
@@ -108,16 +108,16 @@ class KVTensor(KVReader):
         return torch.where((slots < first)[..., None], packed, _taken(residual, slots - first))
 
     def _picked(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
-        unit, joint = self.form.group_size, self.form.joint
+        group_size, joint = self.form.group_size, self.form.joint
         wanted = slots.flatten(1)[:, None] if joint else slots
         # Only a host can look how many there are without making a device wait.
         most = None if wanted.device.type == "cpu" else min(wanted.shape[-1], self.packed.longest)
-        units, index = _distinct(wanted // unit, most)
-        columns = {name: take(self.packed.block(name, at), units) for name in self.form.columns}
-        inside = (units[..., None] * unit + torch.arange(unit, device=slots.device)).flatten(2)
+        groups, index = _distinct(wanted // group_size, most)
+        columns = {name: take(self.packed.block(name, at), groups) for name in self.form.columns}
+        inside = (groups[..., None] * group_size + torch.arange(group_size, device=slots.device)).flatten(2)
         inside = inside.clamp(max=positions.shape[2] - 1).expand(-1, positions.shape[1], -1)
         decoded = self.form.decode(columns, take(positions, inside))
-        index = index * unit + wanted % unit
+        index = index * group_size + wanted % group_size
         return take(decoded, index.reshape(slots.shape))
 
     # -- how it changes ----------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class KVTensor(KVReader):
         if any(map(any, packing.packed_lengths)):
             self.packed.extend(
                 packing.columns,
-                self._units(packing.packed_lengths),
+                self._groups(packing.packed_lengths),
                 self.form.packed_length(limit) // self.form.group_size,
             )
             left = _less(self.residual.lengths, packing.packed_lengths)
@@ -184,7 +184,7 @@ class KVTensor(KVReader):
     ) -> PackedEntries:
         """The entries [rows, K, N, D], `lengths` in each segment, that are in the slots `kept` [rows, K, N], packed.
 
-        Packed units whose entries stay together, none of them `changed`, are moved bit for bit.
+        Packed groups whose entries stay together, none of them `changed`, are moved bit for bit.
         """
         due = self._due_lengths(lengths)
         if not self.form.columns:
@@ -204,7 +204,7 @@ class KVTensor(KVReader):
 
         `layout` is that of all slots.
         """
-        self.packed.replace(rows, packing.columns, self._units(packing.packed_lengths), self._packed_layout(layout))
+        self.packed.replace(rows, packing.columns, self._groups(packing.packed_lengths), self._packed_layout(layout))
         left = _less(lengths, packing.packed_lengths)
         newest = take(vectors, _following(packing.packed_lengths, left, vectors)) if packing.columns else vectors
         self._replace_residual(rows, newest, left, layout)
@@ -242,18 +242,23 @@ class KVTensor(KVReader):
         return tuple(tuple(map(self.form.packed_length, row)) for row in lengths)
 
     def _staying(self, rows: Sequence[int], kept: Tensor, changed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Per new unit, whether it is an old one, bool [rows, K or 1, units], and which."""
-        unit = self.form.group_size
-        slots = kept.unflatten(2, (-1, unit))
+        """Per new group, whether it is an old one, bool [rows, K or 1, groups], and which."""
+        group_size = self.form.group_size
+        slots = kept.unflatten(2, (-1, group_size))
         packed_lengths = torch.tensor(RowSegments(rows).counts(self.packed_lengths), device=kept.device)[..., None]
-        follow = slots == slots[..., :1] + torch.arange(unit, device=kept.device)
-        stay = follow.all(-1) & (slots[..., 0] % unit == 0) & (slots[..., 0] >= 0) & (slots[..., -1] < packed_lengths)
+        follow = slots == slots[..., :1] + torch.arange(group_size, device=kept.device)
+        stay = (
+            follow.all(-1)
+            & (slots[..., 0] % group_size == 0)
+            & (slots[..., 0] >= 0)
+            & (slots[..., -1] < packed_lengths)
+        )
         if changed is not None:
-            stay = stay & ~changed.unflatten(2, (-1, unit)).any(-1)
+            stay = stay & ~changed.unflatten(2, (-1, group_size)).any(-1)
         if self.form.joint:
             stay = (stay & (slots[..., 0] == slots[:, :1, :, 0])).all(1, keepdim=True)
             slots = slots[:, :1]
-        return stay, slots[..., 0].clamp(min=0) // unit
+        return stay, slots[..., 0].clamp(min=0) // group_size
 
     def _moved(self, name: str, rows: Sequence[int], stay: Tensor, source: Tensor, new: Tensor) -> Tensor:
         old = self.packed.padded(name, rows)
@@ -309,15 +314,15 @@ class KVTensor(KVReader):
     # -- storage -----------------------------------------------------------------------------------------------
 
     def _packed(self, vectors: Tensor, positions: Tensor, due: PerSegment) -> PackedEntries:
-        """Vectors [rows, K, n, D] packed; of the entries that are `due` only those before a unit that is not finite.
+        """Vectors [rows, K, n, D] packed; of the entries that are `due` only those before a group that is not finite.
 
         The host waits for where that is.
         """
-        unit, finite = self.form.group_size, is_finite(vectors)
-        whole = finite.unflatten(2, (-1, unit)).all(-1)
+        group_size, finite = self.form.group_size, is_finite(vectors)
+        whole = finite.unflatten(2, (-1, group_size)).all(-1)
         if self.form.joint:
             whole = whole.all(1, keepdim=True).expand_as(whole)
-        sound = (whole.cumprod(-1).sum(-1) * unit).tolist()
+        sound = (whole.cumprod(-1).sum(-1) * group_size).tolist()
         packed_lengths = tuple(tuple(map(min, *pair)) for pair in zip(sound, due, strict=True))
         if packed_lengths != due:
             vectors = vectors.masked_fill(~finite[..., None], 0)
@@ -333,13 +338,13 @@ class KVTensor(KVReader):
             message = f"{self.name} of row {which} are NaN or infinite: they, and what follows, are held unpacked"
             warnings.warn(message, NonFiniteScoreWarning, stacklevel=2)
 
-    def _units(self, entries: PerSegment) -> PerSegment:
-        """Counts of entries as counts of units, one a row where all heads are in one."""
+    def _groups(self, entries: PerSegment) -> PerSegment:
+        """Counts of entries as counts of groups, one a row where all heads are in one."""
         heads = 1 if self.form.joint else None
         return tuple(tuple(count // self.form.group_size for count in row[:heads]) for row in entries)
 
     def _packed_layout(self, layout: Layout) -> Layout:
-        return Layout(self._units(self._due_lengths(layout.capacity)))
+        return Layout(self._groups(self._due_lengths(layout.capacity)))
 
     def _residual_layout(self, layout: Layout, lengths: PerSegment) -> Layout:
         """Room for what is not packed; more while a row waits for what a prompt brought to be packed."""
@@ -371,18 +376,18 @@ def _following(first: PerSegment, counts: PerSegment, among: Tensor) -> Tensor:
     return slots.clamp(max=max(0, among.shape[2] - 1))
 
 
-def _distinct(units: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+def _distinct(groups: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
     """The distinct numbers [b, k, m] among [b, k, n], the last one repeated, and where each of the n is among them.
 
     m is `most`, a bound of how many there are, or, if that is not given, how many there are: then the host waits.
     """
-    order = units.sort(-1)
+    order = groups.sort(-1)
     new = torch.ones_like(order.values, dtype=torch.bool)
     new[..., 1:] = order.values[..., 1:] != order.values[..., :-1]
     rank = new.cumsum(-1) - 1
     if most is None:
         most = int(rank.max()) + 1 if rank.numel() else 0
-    distinct = order.values[..., -1:].expand(*units.shape[:2], most).clone()
+    distinct = order.values[..., -1:].expand(*groups.shape[:2], most).clone()
     distinct.scatter_(-1, rank, order.values)
     return distinct, torch.empty_like(rank).scatter_(-1, order.indices, rank)
 

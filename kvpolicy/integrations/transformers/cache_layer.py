@@ -137,7 +137,7 @@ class PolicyLayer(LogicalLayer):
 
     @taking_states
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append post-RoPE [B, K, q, D]; returns all entries while nothing was altered, else the new ones.
+        """Append post-RoPE [B, K, q, D]; returns all entries until the first compression, then the new ones.
 
         Raises CacheError, before any change, when the cache is not whole or holds another number of rows.
         """
@@ -154,9 +154,8 @@ class PolicyLayer(LogicalLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._num_new = key_states.shape[2]
-        limit = self._limit_at(
-            self.seq_len + self._num_new
-        )  # an allocator is asked, and may fail, before anything changes
+        # An allocator is asked, and may fail, before anything changes.
+        limit = self._limit_at(self.seq_len + self._num_new)
         self.seq_len += self._num_new
         self._places = self.scheduler.positions(self.num_tokens, self._num_new, self.device)
         self.storage.append(key_states, value_states, self._spread(self._places), limit)
@@ -326,12 +325,9 @@ class PolicyLayer(LogicalLayer):
     def entries(self) -> list[int]:
         """Entries of each row in all KV heads, pads excluded."""
         # Until the first eviction a row holds all its real tokens, whatever the pads beside them.
-        heads = self.plan.geometry.kv_heads
-        return (
-            [sum(row) for row in self.storage.lengths]
-            if self.compressed
-            else [num_tokens * heads for num_tokens in self.num_tokens]
-        )
+        if self.compressed:
+            return [sum(row) for row in self.storage.lengths]
+        return [tokens * self.plan.geometry.kv_heads for tokens in self.num_tokens]
 
     def view(self, rows: Sequence[int]) -> View:
         """The rows as plugins see them; as many entries must be protected in each of them."""
@@ -566,9 +562,7 @@ class PolicyLayer(LogicalLayer):
 
     def would_be_due(self, before: int, *, decoding: bool) -> bool:
         """Whether a row would have been compressed before the newest `before` tokens came."""
-        return bool(
-            self._due([num_tokens - before for num_tokens in self.num_tokens], decoding=decoding, before=before)
-        )
+        return bool(self._due([tokens - before for tokens in self.num_tokens], decoding=decoding, before=before))
 
     def append_recorded(self, recorded: RecordedTokens) -> None:
         """Append tokens, whose positions are known."""

@@ -37,7 +37,9 @@ def _allocate(allocator: Allocator, group: ScoredLayers, budgets: Tensor, tokens
 def _allocate_jointly(
     allocator: Allocator, groups: Sequence[ScoredLayers], budgets: Sequence[Tensor], tokens: Tensor
 ) -> Tensor:
-    room, protected = (torch.cat(each) for each in zip(*((one.room, one.protected) for one in groups), strict=True))
+    room, protected = (
+        torch.cat(each) for each in zip(*((group.room, group.protected) for group in groups), strict=True)
+    )
     free = (torch.cat(list(budgets)).sum(0) * room.shape[-1] - protected.sum((0, 2))).clamp(min=0)
     scores = [scores for group in groups for scores in group.scores]
     views = [view for group in groups for view in group.views]
@@ -49,7 +51,7 @@ def _allocate_jointly(
 def _asked(allocator: Allocator, groups: Sequence[ScoredLayers], request: AllocationRequest) -> Tensor:
     """What the allocator answers, checked; single scores are shown where it reads them."""
     if allocator.reads_scores:
-        pairs = [(view, one) for group in groups for view, one in zip(group.views, group.scores, strict=True)]
+        pairs = [(view, scores) for group in groups for view, scores in zip(group.views, group.scores, strict=True)]
         request = attrs.evolve(
             request,
             scores=tuple(view.in_sequence(scores) for view, scores in pairs),

@@ -71,9 +71,9 @@ class Sound:
     def whole(self, entries: Entries, view: View, kept: Tensor) -> Entries:
         """The entries of all kept slots: those of a merger, and as they are those that it was not shown."""
 
-        def put(found: Tensor, before: Tensor) -> Tensor:
-            there = (self.places >= 0).reshape(*kept.shape, *[1] * (found.ndim - 3))
-            return torch.where(there, take(found, self.places.clamp(min=0)), gather(before, kept))
+        def put(merged: Tensor, before: Tensor) -> Tensor:
+            there = (self.places >= 0).reshape(*kept.shape, *[1] * (merged.ndim - 3))
+            return torch.where(there, take(merged, self.places.clamp(min=0)), gather(before, kept))
 
         votes, changed, old = entries.log_votes, entries.changed, _votes(view)
         if not kept.shape[-1]:
@@ -127,7 +127,7 @@ def _sound_window(view: View) -> tuple[Tensor, Tensor]:
 
 
 def _without_nan(state: Mapping[str, Tensor], declared: Sequence[State]) -> dict[str, Tensor]:
-    fills = {one.name: one.fill for one in declared}
+    fills = {state.name: state.fill for state in declared}
     return {name: values.masked_fill(values.isnan(), fills.get(name, 0.0)) for name, values in state.items()}
 
 
@@ -154,8 +154,8 @@ def kept_finite(entries: Entries, view: View, kept: Tensor) -> Entries:
         return entries
     _warn("merged entries would not be finite: these stay as they were")
 
-    def undone(found: Tensor, before: Tensor) -> Tensor:
-        return torch.where(wrong.reshape(*kept.shape, *[1] * (found.ndim - 3)), gather(before, kept), found)
+    def undone(merged: Tensor, before: Tensor) -> Tensor:
+        return torch.where(wrong.reshape(*kept.shape, *[1] * (merged.ndim - 3)), gather(before, kept), merged)
 
     votes, changed = entries.log_votes, entries.changed
     return attrs.evolve(

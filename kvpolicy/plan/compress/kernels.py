@@ -33,11 +33,11 @@ class FusedLayers(ScoredLayers):
 
         layers, fusion = self.layers, self.fusion
         tiled = [term for term in fusion.terms if term.tile is not None]
-        others = [(place, term) for place, term in enumerate(fusion.terms) if term.tile is None]
+        others = [(index, term) for index, term in enumerate(fusion.terms) if term.tile is None]
         terms = layers.empty(len(fusion.terms))
         _run_tiles([term.tile for term in tiled if term.tile is not None], layers, terms[: len(tiled)])
-        for out, (place, term) in zip(terms[len(tiled) :], others, strict=True):
-            self._run_reference(term, state_name(place, ""), out)
+        for out, (index, term) in zip(terms[len(tiled) :], others, strict=True):
+            self._run_reference(term, state_name(index, ""), out)
         finishes = [term.postprocess for term in tiled + [term for _, term in others]]
         positions = layers.columns["positions"]
         self.total, nan = postprocess(layers.segments, positions, terms, finishes, **layers.protect)
@@ -87,7 +87,7 @@ class Best:
         layers = self.group.layers
         positions, counts, most = layers.columns["positions"], self.counts.flatten(), max(widths)
         kept = select(self.group.total, layers.segments, counts, most, positions=positions, **layers.protect)
-        return [one[..., :width].long() for one, width in zip(layers.per_layer(kept), widths, strict=True)]
+        return [slots[..., :width].long() for slots, width in zip(layers.per_layer(kept), widths, strict=True)]
 
 
 def _run_tiles(tiles: Sequence[Tile], layers: Layers, out: Tensor) -> None:

@@ -31,8 +31,8 @@ class Layers:
         require(all(view.in_order for view in views), "entries are not in ascending order of position")
         tensors = [_side_by_side(view) for view in views]
         lengths = torch.stack([view.lengths for view in views])
-        columns = {name: Column.of([one[name] for one in tensors]) for name in tensors[0]}
-        return cls(tuple(views), Segments.of([one["keys"] for one in tensors], lengths), columns)
+        columns = {name: Column.of([own[name] for own in tensors]) for name in tensors[0]}
+        return cls(tuple(views), Segments.of([own["keys"] for own in tensors], lengths), columns)
 
     @property
     def protect(self) -> dict[str, Any]:
@@ -43,14 +43,14 @@ class Layers:
     def pinned(self) -> Tensor | None:
         """[P, T] bool: entries protected beside sinks and recent ones; None where no view has such."""
         pinned = [view.pinned for view in self.views]
-        if all(one is None for one in pinned):
+        if all(label is None for label in pinned):
             return None
         if len(pinned) == 1 and pinned[0] is not None:
             return pinned[0].flatten(0, 1).contiguous()
         out = torch.zeros(self.segments.count, self.segments.longest, dtype=torch.bool, device=self._device)
-        for rows, one in zip(self.per_view(out), pinned, strict=True):
-            if one is not None:
-                rows.copy_(one)
+        for rows, label in zip(self.per_view(out), pinned, strict=True):
+            if label is not None:
+                rows.copy_(label)
         return out
 
     @cached_property
@@ -58,7 +58,10 @@ class Layers:
         """Protected entries of each head, int64 [L·B, K]; none is counted twice."""
         first = [view.positions[..., : view.sinks] for view in self.views]
         sinks = torch.cat(
-            [((one >= 0) & (one < view.sinks)).sum(-1) for one, view in zip(first, self.views, strict=True)]
+            [
+                ((positions >= 0) & (positions < view.sinks)).sum(-1)
+                for positions, view in zip(first, self.views, strict=True)
+            ]
         )
         held, recent = self._held, self.views[0].recent
         ends = held.minimum(sinks + recent)  # positions ascend: sinks come first, and recent entries last

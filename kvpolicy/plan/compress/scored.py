@@ -113,12 +113,12 @@ def best_of_all(scores: Sequence[Tensor], views: Sequence[View], best: Tensor) -
     Ties: lower layer, lower head, then earlier position.
     """
     shown = [
-        (view.in_sequence(one).flatten(1), view.in_sequence(view.candidates).flatten(1))
-        for one, view in zip(scores, views, strict=True)
+        (view.in_sequence(own).flatten(1), view.in_sequence(view.candidates).flatten(1))
+        for own, view in zip(scores, views, strict=True)
     ]
-    stays = highest(torch.cat([one for one, _ in shown], 1), torch.cat([inside for _, inside in shown], 1), best)
-    sizes = [one.shape[1] for one, _ in shown]
-    return torch.stack([part.view(one.shape).sum(-1) for part, one in zip(stays.split(sizes, 1), scores, strict=True)])
+    stays = highest(torch.cat([own for own, _ in shown], 1), torch.cat([inside for _, inside in shown], 1), best)
+    sizes = [own.shape[1] for own, _ in shown]
+    return torch.stack([part.view(own.shape).sum(-1) for part, own in zip(stays.split(sizes, 1), scores, strict=True)])
 
 
 def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def compress(
         chosen = _choose_anyhow(spec, fusion, batch, tokens, forgets=forgets)
         for (group, _), (views, results) in zip(batch, chosen, strict=True):
             shown = [again() for again in group] if forgets and not spec.merge.moves_only else views
-            yield [reduced(spec, view, one) for view, one in zip(shown, results, strict=True)]
+            yield [reduced(spec, view, chosen_of_view) for view, chosen_of_view in zip(shown, results, strict=True)]
 
 
 def compress_one(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
@@ -144,7 +144,7 @@ def _choose(
         own = [lengths.pop(0) for _ in group.views]
         kept = selection.indices([max(map(max, rows), default=0) for rows in own])
         wrong = [faults.pop(0) for _ in group.views]
-        results.append((group.views, [Chosen(*one) for one in zip(kept, own, group.observed, wrong, strict=True)]))
+        results.append((group.views, [Chosen(*parts) for parts in zip(kept, own, group.observed, wrong, strict=True)]))
     return results
 
 

@@ -14,21 +14,21 @@ from kvpolicy.stages import Geometry, View
 
 def warm_up(spec: PolicySpec, fusion: Fusion, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> Fusion:
     """The fusion without what does not compile or run; this also is the warm-up of what does."""
-    scorers = {state_name(place, ""): weighted.scorer for place, weighted in enumerate(spec.score)}
+    scorers = {state_name(index, ""): weighted.scorer for index, weighted in enumerate(spec.score)}
     view = small_view(scorers, geometry, device, dtype)
     if spec.protect.by_place:  # then kernels are told by a label of every slot
         view = attrs.evolve(view, pinned=(view.positions % 4 == 1).contiguous())
     if not _problem(spec, fusion, view):
         return fusion
-    terms = [_alone(spec, fusion, place, view) for place in range(len(fusion.terms))]
+    terms = [_alone(spec, fusion, index, view) for index in range(len(fusion.terms))]
     left = attrs.evolve(fusion, terms=tuple(terms))
     return attrs.evolve(left, off=_problem(spec, left, view))
 
 
-def _alone(spec: PolicySpec, fusion: Fusion, place: int, view: View) -> Term:
+def _alone(spec: PolicySpec, fusion: Fusion, index: int, view: View) -> Term:
     """The term, without its tile function if that does not run even with references beside it."""
-    term = fusion.terms[place]
-    beside = [one if one is term else Term(one.weighted, None) for one in fusion.terms]
+    term = fusion.terms[index]
+    beside = [other if other is term else Term(other.weighted, None) for other in fusion.terms]
     problem = "" if term.tile is None else _problem(spec, attrs.evolve(fusion, terms=tuple(beside)), view)
     return Term(term.weighted, None, f"its tile function does not run: {problem}") if problem else term
 

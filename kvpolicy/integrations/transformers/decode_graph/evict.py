@@ -74,7 +74,7 @@ def _evict(
     for storage, fresh, rows in zip(storages, observed, due, strict=True):
         for name, values in fresh.items():
             column = storage.column(name, storage.everything)
-            column.copy_(torch.where(rows[:, None, None], values, column))
+            storage.write_column(name, storage.everything, torch.where(rows[:, None, None], values, column))
     if not plan.fusion.off and _close_up_in_kernel(plan, storages, kept):
         return
     for storage, slots in zip(storages, kept, strict=True):

@@ -99,7 +99,7 @@ class _Passes:
     def _check(self, observer: PassObserver, wanted: Mapping[int, Sequence[Pass]]) -> None:
         """Raise PluginContractError for ids that the model has no embedding for."""
         known = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        largest = max((int(one.tokens.max()) for own in wanted.values() for one in own), default=0)
+        largest = max((int(own_pass.tokens.max()) for own in wanted.values() for own_pass in own), default=0)
         if known is not None and largest >= known:
             raise contract_error(observer.scorer, f"gave a pass with token {largest}, expected ids below {known}")
 
