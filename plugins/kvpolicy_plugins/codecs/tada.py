@@ -62,6 +62,9 @@ class Centred(Format):
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
         exact = vectors.to(compute_dtype(vectors.dtype)).movedim(1, 2)
+        # Within this limit neither the sum over the heads nor a difference of two numbers is infinite.
+        limit = torch.finfo(exact.dtype).max / (4 * self.heads)
+        exact = exact.clamp(-limit, limit)
         mean = cast_clamped(exact.mean(2), self.stored)
         # From the stored mean, so that its rounding adds no error.
         differences = mean.to(exact.dtype)[:, :, None] - exact
