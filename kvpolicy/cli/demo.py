@@ -1,4 +1,4 @@
-"""`kvpolicy demo`: the embedded model with its full cache and with several policies, side by side."""
+"""`kvpolicy demo`: a model with its full cache and with several policies, side by side."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -6,61 +6,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import err, line, out, print_json
+from kvpolicy.cli.console import line, out, print_json
+from kvpolicy.cli.evaluate import RECORD, inputs_of, measure, parse_share
 from kvpolicy.cli.files import make_folder, write_text
 from kvpolicy.cli.options import Json
 
 if TYPE_CHECKING:
-    from kvpolicy.evaluate.compare import Outcome
-    from kvpolicy.evaluate.retention import Kept
-    from kvpolicy.evaluate.setup import Setup
+    from kvpolicy.evaluate.harness.record import EvaluationRecord
+    from kvpolicy.evaluate.harness.setup import EvaluationSetup
+    from kvpolicy.evaluate.report.retention import Kept
     from kvpolicy.policy import Policy
 
 POLICIES = tuple(f"kvpolicy:{name}" for name in ("streaming_llm", "h2o", "snapkv", "rkv", "blend"))
 SHARES = ("25%", "10%")
 RETAINED = Fraction(1, 4)
-QUICK: dict[str, Any] = {"items": 2, "length": 128, "rows": 2}
+RESULTS, RETENTION, TRADEOFF = "results.json", "retention.png", "tradeoff.png"
 
 
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for pictures and results.")] = Path("demo-results"),
+    model: Annotated[str, typer.Option(help="Name, path or id of a model.")] = "testbed",
     policy: Annotated[list[str] | None, typer.Option(help="A policy's name or file; may be repeated.")] = None,
     share: Annotated[list[str] | None, typer.Option(help="Share of the full cache's bytes; may be repeated.")] = None,
-    items: Annotated[int, typer.Option(help="Questions per task.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens per question.")] = 1024,
-    question: Annotated[
-        str, typer.Option(help="seen by the scorers when they compress the context, or unseen.")
-    ] = "seen",
+    items: Annotated[int | None, typer.Option(help="Contexts of a task; by default 16, of a real model 2.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a context; by default 1024, else 2048.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="Two short questions a task: does it run?")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two short contexts a task: does it run?")] = False,
     json: Json = False,
 ) -> None:
-    """Compare policies with the full cache on the embedded model: accuracy, bytes held, speed; and draw it."""
-    from attrs import evolve
+    """Compare policies with the full cache: answers and predictions at equal bytes held; and draw it."""
+    from kvpolicy.evaluate.report.data import summary_data
+    from kvpolicy.evaluate.report.plots import MISSING, can_plot
+    from kvpolicy.evaluate.report.table import table_of
 
-    from kvpolicy.evaluate.plots import MISSING, can_plot
-    from kvpolicy.evaluate.setup import Setup
-
-    shares = tuple(_share(text) for text in share or SHARES)
-    setup = Setup(_policies(policy or POLICIES), shares, items=items, length=length, seed=seed, question=question)
-    setup = evolve(setup, **QUICK) if quick else setup
+    setup = _setup(model, _policies(policy or POLICIES), share or SHARES, items, length, seed, quick=quick)
     make_folder(out_dir, "--out ")
-    outcomes, kept = _measure(setup)
-    results = _write(out_dir, setup, outcomes, kept)
-    print_json(results) if json else out().print(_tables(setup, outcomes))
+    (out_dir / RECORD).unlink(missing_ok=True)  # a demo begins anew
+    record, kept = _run(model, setup, out_dir / RECORD)
+    results = {**summary_data(record), **({} if kept is None else {"retention": _kept_data(kept)})}
+    _write(out_dir, results, record, kept)
+    print_json(results) if json else out().print(table_of(record))
     if not can_plot():
         line(MISSING, error=True)
     line(f"written to {out_dir}: {', '.join(sorted(path.name for path in out_dir.iterdir()))}", error=True)
-
-
-def _share(text: str) -> Fraction:
-    from kvpolicy.errors import InputError
-    from kvpolicy.spec.budget import Budget
-
-    budget = Budget.parse(text)
-    if budget is None or budget.share is None or budget.share == 1:
-        raise InputError(f"--share must be a percentage above 0% and below 100%: {text!r}")
-    return budget.share
 
 
 def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
@@ -73,46 +61,77 @@ def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
     return policies
 
 
-def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
-    import torch
-    from rich.progress import Progress
+def _setup(
+    model: str,
+    policies: "tuple[Policy, ...]",
+    shares: "list[str] | tuple[str, ...]",
+    items: int | None,
+    length: int | None,
+    seed: int,
+    *,
+    quick: bool,
+) -> "EvaluationSetup":
+    from kvpolicy.evaluate.harness.setup import EvaluationSetup
+    from kvpolicy.evaluate.models import TESTBED
+    from kvpolicy.evaluate.tasks.case import TaskSizes
+    from kvpolicy.evaluate.tasks.names import TESTBED_TASKS, TEXT_TASKS
 
-    from kvpolicy.cli.models import TESTBED, load_model
-    from kvpolicy.evaluate.compare import compare, steps
-    from kvpolicy.evaluate.retention import retention
+    embedded = model == TESTBED
+    few, short = (2, 128 if embedded else 256) if quick else (16, 1024) if embedded else (2, 2048)
+    documents, tokens = few if items is None else items, short if length is None else length
+    return EvaluationSetup(
+        policies,
+        TESTBED_TASKS if embedded else TEXT_TASKS,
+        tuple(map(parse_share, shares)),
+        TaskSizes(documents=documents, length=tokens, scored=32 if quick else 256, seed=seed),
+    )
 
-    model, tokenizer = load_model(TESTBED, torch.device("cpu"), None)
+
+def _run(model: str, setup: "EvaluationSetup", file: Path) -> "tuple[EvaluationRecord, Kept | None]":
+    """Measure; and for the embedded model, whose words can be shown, what some of the policies keep of a prompt."""
+    from attrs import evolve
+
+    from kvpolicy.evaluate.harness.start import calibrations_of
+    from kvpolicy.evaluate.models import TESTBED
+    from kvpolicy.evaluate.report.retention import retention
+
+    inputs = evolve(inputs_of(model, None, "cpu", None, setup), dtype=None)
+    record, live, tokenizer = measure(inputs, file, 1)
+    if model != TESTBED:
+        return record, None
     few = sorted({0, len(setup.policies) // 2, len(setup.policies) - 1})
-    pictured = tuple(setup.policies[index] for index in few)
-    with Progress(console=err(), transient=True) as progress:
-        task = progress.add_task("starting", total=steps(setup))
-
-        def done(text: str) -> None:
-            progress.update(task, advance=1, description=text)
-
-        outcomes = compare(model, tokenizer, setup, done)
-        kept = retention(model, tokenizer, pictured, share=RETAINED, seed=setup.seed, question=setup.question)
-    return outcomes, kept
+    pictured = [setup.policies[index] for index in few]
+    made = calibrations_of(live, tokenizer, inputs)
+    return record, retention(live, tokenizer, pictured, made, share=RETAINED, seed=setup.sizes.seed)
 
 
-def _write(folder: Path, setup: "Setup", outcomes: "tuple[Outcome, ...]", kept: "Kept") -> dict[str, Any]:
+def _write(folder: Path, results: dict[str, Any], record: "EvaluationRecord", kept: "Kept | None") -> None:
     from json import dumps
 
-    from kvpolicy.evaluate.comparison_data import comparison_data
-    from kvpolicy.evaluate.plots import can_plot
+    from kvpolicy.evaluate.report.heatmap import plot_retention
+    from kvpolicy.evaluate.report.pictures import plot_tradeoff
+    from kvpolicy.evaluate.report.plots import can_plot
 
-    results = comparison_data(setup, outcomes, kept)
-    write_text(folder / "results.json", dumps(results, indent=1) + "\n")
+    write_text(folder / RESULTS, dumps(results, indent=1, ensure_ascii=False) + "\n")
     if can_plot():
-        from kvpolicy.evaluate.heatmap import plot_retention
-        from kvpolicy.evaluate.tradeoff import plot_tradeoff
-
-        plot_retention(kept, folder / "retention.png")
-        plot_tradeoff(setup, outcomes, folder / "tradeoff.png")
-    return results
+        plot_tradeoff(record, folder / TRADEOFF)
+        if kept is not None:
+            plot_retention(kept, folder / RETENTION)
 
 
-def _tables(setup: "Setup", outcomes: "tuple[Outcome, ...]") -> Any:
-    from kvpolicy.cli.demo_table import table_of
-
-    return table_of(setup, outcomes)
+def _kept_data(kept: "Kept") -> dict[str, Any]:
+    return {
+        "task": kept.item.task,
+        "tokens": list(kept.tokens),
+        "answer_follows_from": list(kept.matter),
+        "policies": [
+            {
+                "policy": one.policy.name,
+                "share": float(one.share),
+                "right": one.right,
+                "written": one.text,
+                "held_by_layer_and_token": [[round(value, 4) for value in row] for row in one.held.tolist()],
+            }
+            for one in kept.by_policy
+        ],
+    }

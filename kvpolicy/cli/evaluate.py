@@ -1,125 +1,186 @@
-"""`kvpolicy evaluate`: every policy's bytes, accuracy, attention error and decode time in one table."""
+"""`kvpolicy evaluate`: policies on a model and texts, at equal bytes, beside the full cache."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import line
-from kvpolicy.cli.files import make_folder, read_text, write_text
-from kvpolicy.cli.progress import bars
+from kvpolicy.cli.console import line, out, print_json, tell
+from kvpolicy.cli.files import make_folder, write_text
+from kvpolicy.cli.options import Device, Dtype, Json
 
 if TYPE_CHECKING:
-    from kvpolicy.evaluate.table.setup import TableSetup
+    from kvpolicy.evaluate.data.texts import Text
+    from kvpolicy.evaluate.harness.record import EvaluationRecord
+    from kvpolicy.evaluate.harness.setup import EvaluationSetup
+    from kvpolicy.evaluate.harness.start import Inputs
 
-_QUICK: dict[str, Any] = {"items": 1, "length": 128, "rows": 1, "error_items": 1, "error_steps": 4}
-_QUICK_DECODE: dict[str, Any] = {
-    "lengths": (128, 256),
-    "pairs": 2,
-    "hidden": 64,
-    "layers": 2,
-    "heads": 2,
-    "kv_heads": 1,
-}
-_QUICK_SHARES = 2
+RECORD, PAGE, PICTURE = "cells.jsonl", "evaluation.md", "tradeoff.png"
+SHARES = ("25%", "12.5%", "6.25%")
+_QUICK: dict[str, Any] = {"documents": 1, "length": 160, "scored": 16, "questions": 1}
 
 
 def evaluate(
+    model: Annotated[str, typer.Option(help="Name, path or id of a model.")] = "testbed",
     policy: Annotated[
         list[str] | None, typer.Option(help="A policy's name or file; may be repeated. By default all installed ones.")
     ] = None,
-    items: Annotated[int, typer.Option(help="Questions per task.")] = 48,
-    seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="One short question a task: does it run?")] = False,
-    record: Annotated[
-        Path | None, typer.Option("--from", help="Measure nothing: render this record of an earlier run.")
+    share: Annotated[list[str] | None, typer.Option(help="Share of the full cache's bytes; may be repeated.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated. `list` prints all.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="A text file; may be repeated. By default essays.")] = None,
+    documents: Annotated[int | None, typer.Option(help="Contexts of a task; by default 4, of the testbed 32.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a context; by default 2048, testbed 1024.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the record there as JSON, and pictures beside it.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the page there instead of printing it.")] = None,
+    scored: Annotated[int, typer.Option(help="Tokens behind a context whose predictions are compared.")] = 256,
+    questions: Annotated[int, typer.Option(help="Questions about each context, where a task asks several.")] = 4,
+    seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes, each with a copy of the model.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="One short context a task: does it run?")] = False,
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Folder of the record; a run that was interrupted goes on from it.")
+    ] = Path("evaluation"),
+    record: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing: render the record in this folder.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    json: Json = False,
 ) -> None:
-    """Measure policies on the embedded model: bytes, answers, attention error; and time of decode steps."""
-    _require_places(out, markdown)
-    evaluation = _read(record) if record is not None else _measure(_setup(policy, items, seed, quick=quick))
-    if out is not None:
-        _write_record(out, evaluation)
-    _write_page(markdown, evaluation)
+    """Measure policies on a model: answers, and predictions against the full cache's, at equal bytes held."""
+    from kvpolicy.evaluate.harness.record import read_record
+
+    if task == ["list"]:
+        _list_tasks()
+        return
+    if record is not None:
+        _render(record, read_record(record / RECORD), json=json)
+        return
+    sizes = {"documents": documents, "length": length, "scored": scored, "questions": questions, "seed": seed}
+    setup = _setup(model, policy, share, task, sizes, quick=quick)
+    inputs = inputs_of(model, text, device, dtype, setup)
+    make_folder(out_dir, "--out ")
+    _render(out_dir, measure(inputs, out_dir / RECORD, jobs)[0], json=json)
 
 
-def _setup(names: list[str] | None, items: int, seed: int, *, quick: bool) -> "TableSetup":
-    from attrs import evolve
+def _list_tasks() -> None:
+    from kvpolicy.evaluate.tasks.names import TASKS
 
-    from kvpolicy.evaluate.table.setup import BASES, TableSetup
+    for name, task in TASKS.items():
+        line(f"{name:18} {task.summary}")
+
+
+def _setup(
+    model: str,
+    policies: list[str] | None,
+    shares: list[str] | None,
+    tasks: list[str] | None,
+    sizes: dict[str, int | None],
+    *,
+    quick: bool,
+) -> "EvaluationSetup":
+    from kvpolicy.evaluate.harness.setup import EvaluationSetup
+    from kvpolicy.evaluate.models import TESTBED
+    from kvpolicy.evaluate.tasks.case import TaskSizes
+    from kvpolicy.evaluate.tasks.names import TESTBED_TASKS, TEXT_TASKS, require_tasks
     from kvpolicy.policy import load
     from kvpolicy.stages.registry.plugins import registry
 
-    policies = tuple(map(load, names)) if names else tuple(map(load, registry().policies()))
-    policies = tuple(sorted(policies, key=lambda policy: policy.name != "full"))
-    bases = tuple(policy for base in BASES for policy in policies if policy.name == base)
-    setup = TableSetup(policies, bases, registry().names("merge"), items=items, seed=seed)
-    if quick:
-        decode = evolve(setup.decode, **_QUICK_DECODE)
-        setup = evolve(setup, **_QUICK, shares=setup.shares[:_QUICK_SHARES], calibration=(3, 64), decode=decode)
-    return setup
+    defaults = {"documents": 32, "length": 1024} if model == TESTBED else {"documents": 4, "length": 2048}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    names = tuple(tasks or (TESTBED_TASKS if model == TESTBED else TEXT_TASKS))
+    require_tasks(names, testbed=model == TESTBED)
+    return EvaluationSetup(
+        tuple(map(load, policies or registry().policies())),
+        names,
+        tuple(map(parse_share, shares or SHARES)),
+        TaskSizes(**{**defaults, **given, **(_QUICK if quick else {})}),
+    )
 
 
-def _require_places(*files: Path | None) -> None:
-    """Make the folders now: an hour of results must not be lost to a mistyped name."""
-    from kvpolicy.errors import InputError
-
-    for file in files:
-        if file is None:
-            continue
-        make_folder(file.parent)
-        if file.is_dir():
-            raise InputError(f"{file}: is a folder")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    import json
-
-    from kvpolicy.errors import InputError, one_line
-    from kvpolicy.evaluate.table.table_data import FORM
+def parse_share(text: str) -> Fraction:
+    """A share given on the command line. Raises InputError."""
+    from kvpolicy.errors import InputError, ParameterError
+    from kvpolicy.evaluate.fitting.fit import share_of
 
     try:
-        evaluation: dict[str, Any] = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--from {file}: cannot be read: {one_line(error)}") from error
-    if not isinstance(evaluation, dict) or evaluation.get("form") != FORM:
-        raise InputError(f"--from {file}: is not a record of kvpolicy evaluate (form {FORM})")
-    return evaluation
+        return share_of(text)
+    except ParameterError as error:
+        raise InputError(f"--{error}") from error
 
 
-def _measure(setup: "TableSetup") -> dict[str, Any]:
+def inputs_of(
+    model: str, files: list[Path] | None, device: str, dtype: str | None, setup: "EvaluationSetup"
+) -> "Inputs":
+    """What is measured, with texts and dtype as they are given or by default. Raises InputError."""
     import torch
 
-    from kvpolicy.cli.models import TESTBED, load_model
-    from kvpolicy.evaluate.table.run import DTYPE
-    from kvpolicy.evaluate.table.run import evaluate as run
+    from kvpolicy.cli.models import device_of, dtype_of
+    from kvpolicy.evaluate.harness.start import Inputs
+    from kvpolicy.evaluate.models import TESTBED
 
-    model, tokenizer = load_model(TESTBED, torch.device("cpu"), DTYPE)
-    with bars() as watcher:
-        return run(model, tokenizer, setup, watcher)
-
-
-def _write_record(file: Path, evaluation: dict[str, Any]) -> None:
-    import json
-
-    from kvpolicy.evaluate.plots import MISSING, can_plot
-
-    write_text(file, json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n")
-    if not can_plot():
-        line(MISSING, error=True)
-        return
-    from kvpolicy.evaluate.table.pictures import draw
-
-    draw(evaluation, file.parent)
+    device_of(device)
+    # Of the embedded model the bytes compare with those of a 16-bit cache.
+    chosen = dtype_of(dtype) or (torch.bfloat16 if model == TESTBED else None)
+    texts, calibration = _texts(model, files)
+    return Inputs(model, device, chosen, texts, calibration, setup)
 
 
-def _write_page(file: Path | None, evaluation: dict[str, Any]) -> None:
-    from kvpolicy.evaluate.table.page import page_of
+def _texts(model: str, files: list[Path] | None) -> "tuple[tuple[Text, ...], tuple[Text, ...]]":
+    """Texts for the cases, and others to calibrate stores on: essays, of which the cases leave some alone."""
+    from kvpolicy.evaluate.models import TESTBED
 
-    page = page_of(evaluation)
-    if file is None:
-        line(page.rstrip())
+    if model == TESTBED:
+        return (), ()
+    from kvpolicy.evaluate.data.texts import essays, user_text
+
+    every = essays(tell)
+    held_back = len(every) // 4
+    texts = tuple(map(user_text, files)) if files else every[:-held_back]
+    return texts, every[-held_back:]
+
+
+def measure(inputs: "Inputs", file: Path, jobs: int) -> "tuple[EvaluationRecord, Any, Any]":
+    """Measure what the record in a file lacks; returns the record, the model and its tokenizer. Raises InputError."""
+    import torch
+
+    from kvpolicy.cli.progress import cells
+    from kvpolicy.errors import InputError
+    from kvpolicy.evaluate.harness.record import RecordFile
+    from kvpolicy.evaluate.harness.start import evaluation_of, head_of
+    from kvpolicy.evaluate.harness.workers import run_here, run_in_processes
+    from kvpolicy.evaluate.models import load_model
+
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1: {jobs}")
+    model, tokenizer = load_model(inputs.model, torch.device(inputs.device), inputs.dtype, tell)
+    evaluation = evaluation_of(model, tokenizer, inputs)
+    record = RecordFile(file, head_of(model, inputs))
+    units = evaluation.units({cell.key for cell in record.record.cells})
+    with cells(sum(len(unit.contenders) for unit in units), record.add) as add:
+        if jobs == 1:
+            run_here(evaluation, units, add)
+        else:
+            run_in_processes(inputs, units, add, jobs)
+    return record.record, model, tokenizer
+
+
+def _render(folder: Path, record: "EvaluationRecord", *, json: bool) -> None:
+    from kvpolicy.evaluate.report.data import summary_data
+    from kvpolicy.evaluate.report.page import page_of
+    from kvpolicy.evaluate.report.pictures import plot_tradeoff
+    from kvpolicy.evaluate.report.plots import MISSING, can_plot
+    from kvpolicy.evaluate.report.table import table_of
+
+    picture = PICTURE if can_plot() else None
+    write_text(folder / PAGE, page_of(record, picture))
+    if picture is not None:
+        plot_tradeoff(record, folder / picture)
     else:
-        write_text(file, page)
+        line(MISSING, error=True)
+    if json:
+        print_json(summary_data(record))
+    else:
+        out().print(table_of(record))
+    line(f"written to {folder}: {', '.join(name for name in (RECORD, PAGE, picture) if name)}", error=True)

@@ -9,6 +9,40 @@ from kvpolicy.cli.console import err
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from kvpolicy.evaluate.harness.record import Cell
+
+
+@contextmanager
+def cells(total: int, add: "Callable[[Cell], None]") -> "Iterator[Callable[[Cell], None]]":
+    """What to call for each cell that has been measured: `add`, and a bar with the time that is left moves on."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = err()
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    # Where nobody watches, rich would write an empty line for bars that it does not show.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting", total=total)
+
+        def added(cell: "Cell") -> None:
+            add(cell)
+            progress.update(bar, advance=1, description=f"{cell.task} {cell.policy}")
+
+        yield added
+
 
 class BarWatcher:
     """Shows each part of a long run as a bar."""

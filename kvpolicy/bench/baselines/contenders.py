@@ -12,9 +12,9 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
 from kvpolicy.bench.baselines.preallocated_cache import PreallocatedCache
+from kvpolicy.bench.caches.decoding import Decoding, fill
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.left_out import LeftOut
-from kvpolicy.evaluate.decoding import Decoding, fill
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.policy import Policy
 

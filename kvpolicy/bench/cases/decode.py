@@ -17,6 +17,8 @@ from kvpolicy.bench.baselines.contenders import (
     decoding_at,
     full_caches,
 )
+from kvpolicy.bench.caches.decoding import Decoding
+from kvpolicy.bench.caches.meter import held_bytes
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.deadline import Deadline
@@ -25,8 +27,6 @@ from kvpolicy.bench.protocol.interleave import Repetitions, Samples
 from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.errors import InputError
-from kvpolicy.evaluate.decoding import Decoding
-from kvpolicy.evaluate.meter import held_bytes
 from kvpolicy.policy import Policy
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy.bench.baselines.naive import LayerTensors
+from kvpolicy.bench.caches.filling import appended, feed
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.errors import InputError
-from kvpolicy.evaluate.filling import appended, feed
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.plan import Plan, compile_policy

@@ -7,11 +7,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from kvpolicy.bench.baselines.contenders import DYNAMIC, Contender, FullCache, PolicyContender, decoding_at
+from kvpolicy.bench.caches.decoding import Decoding, fill_one_by_one
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.decode_steps import time_steps
 from kvpolicy.bench.protocol.interleave import Repetitions
-from kvpolicy.evaluate.decoding import Decoding, fill_one_by_one
 from kvpolicy.policy import Policy
 
 

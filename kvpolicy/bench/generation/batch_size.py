@@ -10,13 +10,13 @@ from kvpolicy.bench.baselines.contenders import (
     PolicyContender,
     decoding_at,
 )
+from kvpolicy.bench.caches.decoding import Decoding, fill_until_due
+from kvpolicy.bench.caches.meter import held_bytes
 from kvpolicy.bench.generation.memory import Memory, tidy
 from kvpolicy.bench.generation.search import largest
 from kvpolicy.bench.generation.setup import GenerateSetup, LargestBatch
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.left_out import LeftOut, leaving_out
-from kvpolicy.evaluate.decoding import Decoding, fill_until_due
-from kvpolicy.evaluate.meter import held_bytes
 
 _MOST_ROWS = 1024
 

@@ -6,12 +6,12 @@ import attrs
 import torch
 
 from kvpolicy.bench.baselines.contenders import Contender
+from kvpolicy.bench.caches.decoding import Decoding
+from kvpolicy.bench.caches.meter import Meter
 from kvpolicy.bench.generation.memory import Memory, tidy
 from kvpolicy.bench.generation.setup import GenerateSetup, LargestBatch, Throughput
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut
-from kvpolicy.evaluate.decoding import Decoding
-from kvpolicy.evaluate.meter import Meter
 
 
 @attrs.frozen

@@ -1,6 +1,7 @@
 """Estimates the speed of a long generation from decode steps at a few lengths."""
 
 from kvpolicy.bench.baselines.contenders import Contender, PolicyContender
+from kvpolicy.bench.caches.decoding import Decoding
 from kvpolicy.bench.generation.batch_size import at_length
 from kvpolicy.bench.generation.memory import tidy
 from kvpolicy.bench.generation.setup import ROOM, GenerateSetup, LargestBatch, Throughput
@@ -9,7 +10,6 @@ from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.decode_steps import time_round, time_steps
 from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
-from kvpolicy.evaluate.decoding import Decoding
 
 _WARM_UP = 2
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from statistics import median
 
+from kvpolicy.bench.caches.decoding import Decoding
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.interleave import Repetitions, Samples, Variant, interleave
-from kvpolicy.evaluate.decoding import Decoding
 
 MOST_ROUND = 512  # steps from one compression to the next, up to which a whole round is timed
 

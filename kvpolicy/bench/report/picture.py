@@ -6,7 +6,7 @@ from typing import Any
 
 from kvpolicy.bench.protocol.case import OURS, Case
 from kvpolicy.bench.protocol.result import Result
-from kvpolicy.evaluate.plots import new_figure, save, style_of
+from kvpolicy.evaluate.report.plots import new_figure, save, style_of
 
 _WIDTH, _HEIGHT = 4.6, 4.2
 

@@ -17,7 +17,7 @@ def finish(result: "Result") -> None:
     """Print the tables; write table and picture beside the record."""
     from kvpolicy.bench.report.picture import draw
     from kvpolicy.bench.report.tables import markdown, setting_of
-    from kvpolicy.evaluate.plots import MISSING, can_plot
+    from kvpolicy.evaluate.report.plots import MISSING, can_plot
 
     result.write()
     file = result.file

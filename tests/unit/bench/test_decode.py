@@ -25,7 +25,7 @@ from kvpolicy.bench.protocol.decode_steps import time_round
 from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.model_shapes import model_shape
 from kvpolicy.errors import InputError
-from kvpolicy.evaluate.decoding import fill, fill_until_due
+from kvpolicy.bench.caches.decoding import fill, fill_until_due
 
 CPU = torch.device("cpu")
 EVERY = {"compress": {"prefill": True, "every": 8}}

@@ -14,7 +14,7 @@ from kvpolicy.evaluate.answers import answer, total_tokens
 from kvpolicy.evaluate.compare import compare, steps
 from kvpolicy.evaluate.comparison_data import comparison_data
 from kvpolicy.evaluate.fit import fit
-from kvpolicy.evaluate.meter import held_bytes
+from kvpolicy.bench.caches.meter import held_bytes
 from kvpolicy.evaluate.scoring import before_mistake, is_whole
 from kvpolicy.evaluate.setup import Contender, Setup
 from kvpolicy.evaluate.testbed import Item, make_item

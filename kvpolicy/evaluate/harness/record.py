@@ -1,0 +1,136 @@
+"""The record of an evaluation: JSON lines, one for where the numbers come from and one for each measured cell.
+
+A cell is one contender on one group of cases of a task. Each is written when it is measured, so that a run that is
+killed goes on where it stopped.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from kvpolicy.errors import InputError, one_line
+
+FORM = 2  # of the record
+_RUN, _CELL = "run", "cell"
+_NOT_COMPARED = ("date", "versions", "machine")  # a run may go on another day
+
+
+@attrs.frozen
+class Cell:
+    """What one contender gave on one group of cases."""
+
+    task: str
+    group: int
+    policy: str
+    share: float | None  # of the full cache's bytes; None where the policy has none
+    values: Mapping[str, Sequence[float]] = attrs.field(factory=dict)  # by metric, one number a case
+    digest: str | None = None  # of the fitted policy
+    fitted: str | None = None  # that policy, as YAML
+    held_bytes: float = 0.0  # of one sequence at the end, in managed layers: entries, slack, observed queries, state
+    full_bytes: float = 0.0  # what a full cache of as many tokens takes there
+    prompt_tokens: int = 0  # of the longest prompt
+    seconds: float = 0.0
+    texts: Sequence[str] = ()  # the answers
+    refusal: str = ""  # why there are no values
+
+    @property
+    def key(self) -> tuple[str, int, str, float | None]:
+        """What a cell is told apart by."""
+        return self.task, self.group, self.policy, self.share
+
+
+@attrs.frozen
+class EvaluationRecord:
+    """A head and cells."""
+
+    head: Mapping[str, Any]
+    cells: tuple[Cell, ...] = ()
+
+    def of(self, task: str) -> tuple[Cell, ...]:
+        """The cells of a task."""
+        return tuple(cell for cell in self.cells if cell.task == task)
+
+
+class RecordFile:
+    """The file of a record that is being made. Raises InputError when it cannot be written."""
+
+    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+        """Begin a new file, or go on with one of the same run. Raises InputError for one of another run."""
+        self.path = path
+        self.record = EvaluationRecord(head)
+        if path.exists() and path.stat().st_size:
+            self.record = read_record(path)
+            _require_same(path, self.record.head, head)
+            self._drop_what_is_cut_off()
+        else:
+            self._write({"kind": _RUN, "form": FORM, **head})
+
+    def add(self, cell: Cell) -> None:
+        """Write a cell, so that it is there whatever happens next."""
+        self._write({"kind": _CELL, **attrs.asdict(cell)})
+        self.record = attrs.evolve(self.record, cells=(*self.record.cells, cell))
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{one_line(self.path)}: cannot be written: {error.strerror}") from error
+
+    def _drop_what_is_cut_off(self) -> None:
+        """Remove a last line without its end: a run was killed while it was written."""
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+
+
+def read_record(path: Path) -> EvaluationRecord:
+    """The record in a file; a last line that was cut off is left out. Raises InputError for anything else."""
+    try:
+        lines = list(_lines(path.read_bytes()))
+        head = _head(lines[0])
+        cells = tuple(_cell(line) for line in lines[1:])
+    except OSError as error:
+        raise InputError(f"{one_line(path)}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(f"{one_line(path)}: is not a record of kvpolicy evaluate: {one_line(error)}") from error
+    return EvaluationRecord(head, cells)
+
+
+def _lines(data: bytes) -> Iterator[dict[str, Any]]:
+    whole = data[: data.rfind(b"\n") + 1]
+    for line in whole.splitlines():
+        value = json.loads(line)
+        if not isinstance(value, dict):
+            raise ValueError("a line is no object")  # noqa: TRY004 - as the other faults of a file
+        yield value
+
+
+def _head(line: dict[str, Any]) -> dict[str, Any]:
+    if line.pop("kind", None) != _RUN or line.pop("form", None) != FORM:
+        raise ValueError(f"its form is not {FORM}")
+    return line
+
+
+def _cell(line: dict[str, Any]) -> Cell:
+    if line.pop("kind", None) != _CELL:
+        raise ValueError("a line is no cell")
+    return Cell(**line)
+
+
+def _require_same(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    before, now = json.loads(json.dumps(found)), json.loads(json.dumps(head))
+    other = [name for name in {**before, **now} if name not in _NOT_COMPARED and before.get(name) != now.get(name)]
+    if other:
+        raise InputError(
+            f"{one_line(path)}: is the record of another run ({', '.join(sorted(other))} differ); "
+            "give another place, or the settings of that run to go on with it"
+        )

@@ -1,0 +1,163 @@
+"""The whole evaluation of one model: every contender on every group of cases, each cell as it is measured."""
+
+import copy
+from collections.abc import Collection, Iterator
+from fractions import Fraction
+from typing import Any
+
+import attrs
+import torch
+from transformers import PreTrainedModel
+
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.evaluate.fitting.fit import fit_calibrated
+from kvpolicy.evaluate.harness.calibrations import Calibrations
+from kvpolicy.evaluate.harness.measure import GroupRun, Measured
+from kvpolicy.evaluate.harness.record import Cell
+from kvpolicy.evaluate.harness.setup import Contender, EvaluationSetup
+from kvpolicy.evaluate.tasks.case import Case, Continuation, Sources
+from kvpolicy.evaluate.tasks.names import task_of
+from kvpolicy.integrations.transformers.attachment import Attachment
+from kvpolicy.plan.plan import Plan
+from kvpolicy.policy import Policy, load
+
+_OTHER_PRECISION = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+Key = tuple[str, int, str, float | None]
+
+
+@attrs.frozen
+class Unit:
+    """One group of cases of a task, and the contenders that have to be measured on it."""
+
+    task: str
+    group: int
+    contenders: tuple[Contender, ...]
+
+
+class Evaluation:
+    """Cases, policies and model of a setup. Fitted policies and the model in another precision are made once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sources: Sources,
+        setup: EvaluationSetup,
+        calibrations: Calibrations,
+    ) -> None:
+        """Makes all cases. Raises EvaluationError when texts are too short for them."""
+        self.model = model
+        self.setup = setup
+        self._sources = sources
+        self._calibrations = calibrations
+        self._groups: dict[str, tuple[tuple[Case, ...], ...]] = {
+            task: task_of(task).groups(sources, setup.sizes) for task in setup.tasks
+        }
+        self._plans: dict[tuple[str, Contender], Plan | str] = {}
+        self._other: PreTrainedModel | None = None
+
+    def units(self, done: Collection[Key] = ()) -> list[Unit]:
+        """What is left to be measured, in the order in which it is."""
+        units = []
+        for task, groups in self._groups.items():
+            for index in range(len(groups)):
+                left = tuple(
+                    contender for contender in self._contenders(task) if (task, index, *contender.key) not in done
+                )
+                if left:
+                    units.append(Unit(task, index, left))
+        return units
+
+    def _contenders(self, task: str) -> tuple[Contender, ...]:
+        floor = self.setup.precision and isinstance(self._groups[task][0][0], Continuation)
+        extra = (Contender(other_precision=True),) if floor else ()
+        return (*self.setup.contenders[:1], *extra, *self.setup.contenders[1:])
+
+    # -- measuring ---------------------------------------------------------------------------------------------
+
+    def measure(self, unit: Unit) -> Iterator[Cell]:
+        """The cells of a unit, each as it is measured. A cell that cannot be measured says why."""
+        cases = self._groups[unit.task][unit.group]
+        try:
+            run = GroupRun(self.model, self._sources.tokenizer, cases, self.setup.step)
+            full = run.full()
+        except (MemoryError, RuntimeError) as error:
+            reason = _out_of_memory(error)
+            for contender in unit.contenders:
+                yield self._cell(unit, contender, reason)
+            return
+        for contender in unit.contenders:
+            self._plan(unit.task, contender)  # which may attach a policy of its own, to calibrate its store
+        with Attachment(load("kvpolicy:full").compile(self.model), self.model) as attachment:
+            for contender in unit.contenders:
+                yield self._cell(unit, contender, self._measured(unit, contender, run, full, attachment))
+
+    def _measured(
+        self, unit: Unit, contender: Contender, run: GroupRun, full: Measured, attachment: Attachment
+    ) -> Measured | str:
+        """What a contender gave, or why it could not be measured."""
+        if contender == Contender():
+            return full
+        try:
+            if contender.other_precision:
+                return run.in_precision(self._in_other_precision())
+            plan = self._plan(unit.task, contender)
+            return plan if isinstance(plan, str) else run.under(plan, attachment)
+        except KVPolicyError as error:
+            return str(error)
+        except (MemoryError, RuntimeError) as error:
+            return _out_of_memory(error)
+
+    def _plan(self, task: str, contender: Contender) -> Plan | str:
+        """The policy fitted to its share of the task's shortest case, or why that cannot be done."""
+        if (task, contender) not in self._plans:
+            self._plans[task, contender] = self._fitted(task, contender)
+        return self._plans[task, contender]
+
+    def _fitted(self, task: str, contender: Contender) -> Plan | str:
+        length = min(case.tokens for group in self._groups[task] for case in group)
+        policy, calibrations = contender.policy, self._calibrations
+        if policy is None:
+            return ""
+        try:
+            share = Fraction(1) if contender.share is None else contender.share
+            fitted = fit_calibrated(policy, self.model, share=share, length=length, calibrate=calibrations.of)
+            return fitted.compile(self.model, calibration=calibrations.of(fitted))
+        except KVPolicyError as error:  # a policy that does not go with the model must not cost all the others
+            return str(error)
+
+    def _cell(self, unit: Unit, contender: Contender, measured: Measured | str) -> Cell:
+        plan = self._plans.get((unit.task, contender))
+        fitted = Policy(plan.spec) if isinstance(plan, Plan) else None
+        cell = Cell(
+            task=unit.task,
+            group=unit.group,
+            policy=contender.name,
+            share=contender.key[1],
+            digest=None if fitted is None else fitted.digest,
+            fitted=None if fitted is None else fitted.to_yaml(),
+            prompt_tokens=max(len(case.prompt) for case in self._groups[unit.task][unit.group]),
+        )
+        if isinstance(measured, str):
+            return attrs.evolve(cell, refusal=measured)
+        return attrs.evolve(
+            cell,
+            values=measured.values,
+            held_bytes=measured.held_bytes,
+            full_bytes=measured.full_bytes,
+            seconds=round(measured.seconds, 3),
+            texts=list(measured.texts),
+        )
+
+    def _in_other_precision(self) -> PreTrainedModel:
+        if self._other is None:
+            other: Any = copy.deepcopy(self.model)
+            self._other = other.to(_OTHER_PRECISION[self.model.dtype])
+        return self._other
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """What is recorded when a cell does not fit into memory; any other error goes on."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "does not fit into memory"
+    raise error

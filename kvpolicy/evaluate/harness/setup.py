@@ -1,0 +1,95 @@
+"""What an evaluation runs: everything that decides its numbers, apart from the machine."""
+
+from fractions import Fraction
+
+import attrs
+
+from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate.fitting.fit import keeps_everything
+from kvpolicy.evaluate.tasks.case import TaskSizes
+from kvpolicy.evaluate.tasks.generated import Generated
+from kvpolicy.evaluate.tasks.names import task_of
+from kvpolicy.evaluate.testbed.tasks.item import SHORTEST
+from kvpolicy.evaluate.testbed.vocabulary import MAXIMUM_LENGTH
+from kvpolicy.plan.plan import READ_ALL
+from kvpolicy.policy import Policy
+
+FULL = "full cache"
+OTHER_PRECISION = "full cache, other precision"
+
+
+@attrs.frozen
+class Contender:
+    """One line of the result: the full cache, or a policy with its share of the full cache's bytes.
+
+    Policies that keep and read everything have no share: they hold what their store takes. Policies that keep
+    everything and read less of it read the share.
+    """
+
+    policy: Policy | None = None
+    share: Fraction | None = None
+    other_precision: bool = False  # of the full cache: float32 if the model's is narrower, else bfloat16
+
+    @property
+    def name(self) -> str:
+        """The policy's name, without its budget."""
+        if self.policy is None:
+            return OTHER_PRECISION if self.other_precision else FULL
+        return self.policy.name
+
+    @property
+    def key(self) -> tuple[str, float | None]:
+        """What its cells are told apart by from those of other contenders."""
+        return self.name, None if self.share is None else float(self.share)
+
+    @property
+    def label(self) -> str:
+        """`"rkv 10%"`."""
+        return self.name if self.share is None else f"{self.name} {percent(self.share)}"
+
+
+@attrs.frozen
+class EvaluationSetup:
+    """Which policies, at which shares, on which cases."""
+
+    policies: tuple[Policy, ...]
+    tasks: tuple[str, ...]
+    shares: tuple[Fraction, ...] = (Fraction(1, 4), Fraction(1, 8), Fraction(1, 16))
+    sizes: TaskSizes = attrs.field(factory=TaskSizes)
+    step: int = 32  # tokens of a continuation that are computed at once
+    precision: bool = True  # whether the full cache in another precision is measured, as a floor of the noise
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("documents", "length", "scored", "questions"):
+            if getattr(self.sizes, name) < 1:
+                raise EvaluationError(f"{name} must be at least 1: {getattr(self.sizes, name)}")
+        if self.sizes.seed < 0:
+            raise EvaluationError(f"seed must be at least 0: {self.sizes.seed}")
+        if self.sizes.scored < 2:
+            raise EvaluationError(f"scored must be at least 2: {self.sizes.scored}")
+        for share in self.shares:
+            if not 0 < share < 1:
+                raise EvaluationError(f"a share must be above 0% and below 100%: {percent(share)}")
+        embedded = any(isinstance(task_of(name), Generated) for name in self.tasks)
+        if embedded and not SHORTEST <= self.sizes.length <= MAXIMUM_LENGTH:
+            raise EvaluationError(f"length must be from {SHORTEST} to {MAXIMUM_LENGTH}: {self.sizes.length}")
+        names = [policy.name for policy in self.policies]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise EvaluationError(f"policies must have different names: {', '.join(twice)}")
+
+    @property
+    def contenders(self) -> tuple[Contender, ...]:
+        """The full cache, then policies that keep and read everything, then the others at every share."""
+        policies = [policy for policy in self.policies if policy.name != "full"]
+        whole = [Contender(policy) for policy in policies if _needs_no_share(policy)]
+        others = [policy for policy in policies if not _needs_no_share(policy)]
+        return (Contender(), *whole, *(Contender(policy, share) for share in self.shares for policy in others))
+
+
+def _needs_no_share(policy: Policy) -> bool:
+    return keeps_everything(policy.spec) and policy.spec.read.name == READ_ALL
+
+
+def percent(share: Fraction | float) -> str:
+    """`"12.5%"`."""
+    return f"{float(share * 100):.4g}%"

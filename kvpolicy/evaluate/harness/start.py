@@ -1,0 +1,85 @@
+"""What an evaluation starts from: model, texts, calibration text; and the head of its record."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate.data.texts import Text
+from kvpolicy.evaluate.environment import machine, versions
+from kvpolicy.evaluate.harness.calibrations import Calibrations
+from kvpolicy.evaluate.harness.run import Evaluation
+from kvpolicy.evaluate.harness.setup import EvaluationSetup
+from kvpolicy.evaluate.tasks.case import Sources
+from kvpolicy.evaluate.tasks.documents import token_windows
+from kvpolicy.evaluate.testbed.tasks.item import EVALUATED
+from kvpolicy.evaluate.testbed.training_text import training_text
+from kvpolicy.integrations.transformers.saving.model_digest import model_digest
+
+_CALIBRATION_SEED = 2**40  # of generated text; evaluations have smaller ones
+_PIECES, _PIECE = 8, 1024
+
+
+@attrs.frozen
+class Inputs:
+    """What a process of an evaluation needs, all of which can be sent to another process."""
+
+    model: str  # a name, path or id
+    device: str
+    dtype: torch.dtype | None
+    texts: tuple[Text, ...]  # that cases are made from
+    calibration_texts: tuple[Text, ...]  # that stores are calibrated on; none of them is among `texts`
+    setup: EvaluationSetup
+
+
+def evaluation_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs) -> Evaluation:
+    """The evaluation of a loaded model. Raises EvaluationError when texts are too short for the cases."""
+    calibrations = calibrations_of(model, tokenizer, inputs)
+    return Evaluation(model, Sources(tokenizer, inputs.texts), inputs.setup, calibrations)
+
+
+def calibrations_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs) -> Calibrations:
+    """Where calibrations come from: texts that no case is made from, or what the embedded model was trained on."""
+
+    def tokens() -> Tensor:
+        if not inputs.calibration_texts:
+            mixture = tuple(EVALUATED[row % len(EVALUATED)] for row in range(2 * _PIECES))
+            return training_text(_CALIBRATION_SEED, mixture, _PIECE)
+        pieces = token_windows(tokenizer, inputs.calibration_texts, _PIECES, _PIECE)
+        return torch.tensor(pieces, device=model.device)
+
+    return Calibrations(model, tokens)
+
+
+def head_of(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+    """Where the numbers come from, as JSON-ready data."""
+    setup = inputs.setup
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "machine": machine(),
+        "model": {
+            "name": inputs.model,
+            "digest": model_digest(model, EvaluationError),
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "texts": _digests(inputs.texts),
+        "calibration_texts": _digests(inputs.calibration_texts),
+        "policies": {policy.name: policy.digest for policy in setup.policies},
+        "shares": [float(share) for share in setup.shares],
+        "tasks": list(setup.tasks),
+        "sizes": attrs.asdict(setup.sizes),
+        "tokens_at_once": setup.step,
+        "other_precision": setup.precision,
+    }
+
+
+def _digests(texts: Sequence[Text]) -> dict[str, str]:
+    return {text.name: sha256(text.text.encode()).hexdigest()[:16] for text in texts}

@@ -1,0 +1,108 @@
+"""The record of an evaluation as a page: every number in it is from the record."""
+
+from collections.abc import Iterator
+
+from kvpolicy.evaluate.harness.record import EvaluationRecord
+from kvpolicy.evaluate.harness.setup import OTHER_PRECISION, percent
+from kvpolicy.evaluate.report.statistics import Estimate
+from kvpolicy.evaluate.report.summary import Line, Summary, TaskSummary
+from kvpolicy.evaluate.tasks.case import METRICS, Metric
+from kvpolicy.evaluate.tasks.names import TASKS
+
+_SETTING = """Run on {date} with kvpolicy {kvpolicy}, torch {torch}, transformers {transformers}, Python {python}, on
+{processor} with {threads} threads. Model: {name} ({parameters:,} parameters, {dtype}; weights {digest}). {documents}
+documents a task of about {length} tokens; {minutes} minutes of measuring in all. Texts: {texts}.
+"""
+_HOW = """**held** is what the cache of one sequence takes at the end, entries, slack, observed queries and state, as a
+share of a full cache's bytes in the same layers. Policies are scaled to their share by `kvpolicy.fit`; a reader (it
+keeps everything) reads the share. Numbers are means over cases with 95 % bootstrap intervals. **Bold**: the best at
+its share, and every policy whose difference from it, case by case, has an interval that contains zero: between those
+nothing is decided. `{floor}` shows how far rounding alone moves the numbers.
+"""
+_NOTHING = "The full cache itself does not do this task: it says nothing about policies."
+
+
+def page_of(record: EvaluationRecord, picture: str | None = None) -> str:
+    """The whole page as Markdown."""
+    return "\n".join(_page(record, picture)).rstrip() + "\n"
+
+
+def _page(record: EvaluationRecord, picture: str | None) -> Iterator[str]:
+    summary, head = Summary(record), record.head
+    yield f"# Evaluation: {head['model']['name']}\n"
+    sizes, texts = head["sizes"], ", ".join(sorted(head["texts"])) or "generated"
+    minutes = max(1, round(sum(cell.seconds for cell in record.cells) / 60))
+    about = {**head["versions"], **head["machine"], **head["model"], **sizes}
+    yield _SETTING.format(**about, date=head["date"], minutes=minutes, texts=texts)
+    if picture is not None:
+        yield f"![Quality against bytes held]({picture})\n"
+    yield from _best(summary)
+    yield _HOW.format(floor=OTHER_PRECISION)
+    for task in summary.tasks:
+        yield from _task(task, summary)
+
+
+def _best(summary: Summary) -> Iterator[str]:
+    """Which policies are best at each share, task by task."""
+    tasks = [task for task in summary.tasks if task.tells_something]
+    if not tasks:
+        return
+    yield "## Best at each share\n"
+    yield from _heading("of the bytes", *(task.task for task in tasks))
+    for share in summary.shares:
+        yield _row(percent(share), *(_names(task, share) for task in tasks))
+    yield ""
+
+
+def _names(task: TaskSummary, share: float) -> str:
+    best = task.best(share)
+    if not best:
+        return ""
+    metric = METRICS[task.metric]
+    return f"{', '.join(line.policy for line in best)} ({_number(best[0].estimate(task.metric).mean, metric)})"
+
+
+def _task(task: TaskSummary, summary: Summary) -> Iterator[str]:
+    yield f"## {task.task}\n"
+    about = TASKS[task.task].summary if task.task in TASKS else ""
+    yield f"{about[:1].upper()}{about[1:]}. {task.cases} cases.\n"
+    if not task.tells_something:
+        yield f"{_NOTHING}\n"
+    metrics = list(task.measured[0].values) if task.measured else []
+    yield "; ".join(f"**{name}**: {METRICS[name].help}" for name in metrics) + ".\n"
+    yield from _heading("cache", "held", *metrics)
+    for share in (None, *summary.shares):
+        best = task.best(share) if share is not None else ()
+        for line in (line for line in task.measured if line.share == share):
+            yield _cells(line, metrics, bold=task.metric if line in best else None)
+    yield ""
+    for line in task.lines:
+        if line.refusal:
+            yield f"Not measured: {line.label}: {line.refusal}\n"
+
+
+def _cells(line: Line, metrics: list[str], bold: str | None) -> str:
+    numbers = []
+    for name in metrics:
+        text = _interval(line.estimate(name), METRICS[name])
+        numbers.append(f"**{text}**" if name == bold else text)
+    return _row(line.label, f"{100 * line.held_share:.1f}%", *numbers)
+
+
+def _interval(found: Estimate, metric: Metric) -> str:
+    if found.low == found.high == found.mean:
+        return _number(found.mean, metric)
+    return f"{_number(found.mean, metric)} [{_number(found.low, metric)}, {_number(found.high, metric)}]"
+
+
+def _number(value: float, metric: Metric) -> str:
+    return f"{value:.0%}" if metric.percent else f"{value:.3g}"
+
+
+def _heading(*cells: str) -> Iterator[str]:
+    yield _row(*cells)
+    yield "|" + "---|" * len(cells)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,1 +1,0 @@
-"""The evaluation table: every policy's bytes, accuracy, attention error and decode time, from one run."""

@@ -1,0 +1,48 @@
+"""A context and a question about it as a prompt: by the chat template of the tokenizer, or one after the other."""
+
+from typing import Any
+
+import attrs
+from transformers import PreTrainedTokenizerBase
+
+from kvpolicy.evaluate.tasks.case import ids_of
+
+_CONTEXT, _QUESTION = "kvpolicycontext", "kvpolicyquestion"  # words that no template has
+
+
+@attrs.frozen
+class ChatPrompt:
+    """Token ids of a prompt in three parts, which together are the whole prompt."""
+
+    context: tuple[int, ...]  # with what a template puts before it
+    question: tuple[int, ...]
+    answer: tuple[int, ...]  # what the template puts before the answer, and the words that the answer begins with
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str, answer: str = "") -> ChatPrompt:
+    """The parts of a prompt with a context, a question and the first words of the answer."""
+    before, between, behind = _frame(tokenizer)
+    template = tokenizer.chat_template is not None
+    return ChatPrompt(
+        tuple(ids_of(tokenizer, before + context, start=not template)),
+        tuple(ids_of(tokenizer, between + question)),
+        tuple(ids_of(tokenizer, behind + answer)),
+    )
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What stands before the context, before the question, and before the answer."""
+    if tokenizer.chat_template is None:
+        return "", "\n\n", "\n"
+    message = {"role": "user", "content": f"{_CONTEXT}\n\n{_QUESTION}"}
+    rendered: Any = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    before, _, rest = rendered.partition(_CONTEXT)
+    between, _, behind = rest.partition(_QUESTION)
+    return before, between, behind
+
+
+def as_case_parts(parts: ChatPrompt, *, seen: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is compressed, and what is computed behind it; scorers see the question if it is `seen`."""
+    if seen:
+        return (*parts.context, *parts.question), parts.answer
+    return parts.context, (*parts.question, *parts.answer)

@@ -1,0 +1,45 @@
+"""The tasks by name."""
+
+from collections.abc import Sequence
+
+from kvpolicy.errors import EvaluationError, did_you_mean
+from kvpolicy.evaluate.tasks.case import Task
+from kvpolicy.evaluate.tasks.continuations import Continuations
+from kvpolicy.evaluate.tasks.generated import Generated
+from kvpolicy.evaluate.tasks.needles import Needles
+from kvpolicy.evaluate.tasks.variables import Variables
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Continuations(),
+        Needles("needle", 1, 1, seen=True, summary="one needle a document; scorers see the question"),
+        Needles("needle-unseen", 1, 1, seen=False, summary="one needle a document; scorers do not see the question"),
+        Needles("needles", 8, 1, seen=True, summary="one of eight needles; scorers see the question"),
+        Needles("needles-unseen", 8, 1, seen=False, summary="one of eight needles; scorers do not see the question"),
+        Needles("needles-two", 8, 2, seen=True, summary="two of eight needles at once; scorers see the question"),
+        Variables("variables", seen=True, summary="which variables have a value; scorers see the question"),
+        Generated("recall", summary="testbed: facts amid filler"),
+        Generated("tracking", summary="testbed: chains of assignments"),
+        Generated("reasoning", summary="testbed: a long trace over a plan"),
+        Generated("recall", seen=False, summary="testbed: the same, scorers do not see the question"),
+        Generated("tracking", seen=False, summary="testbed: the same, scorers do not see the question"),
+    )
+}
+TESTBED_TASKS = ("recall", "tracking", "reasoning")
+TEXT_TASKS = ("text", "needles", "needles-unseen")
+
+
+def task_of(name: str) -> Task:
+    """The task of that name. Raises EvaluationError."""
+    if name not in TASKS:
+        raise EvaluationError(f"task: unknown: {name!r}{did_you_mean(name, TASKS, 'known')}")
+    return TASKS[name]
+
+
+def require_tasks(names: Sequence[str], *, testbed: bool) -> None:
+    """Raise EvaluationError for tasks that are unknown, or made for other models."""
+    for name in names:
+        if isinstance(task_of(name), Generated) != testbed:
+            only = "the embedded model" if not testbed else "models that read text"
+            raise EvaluationError(f"task: {name} is for {only}")
