@@ -77,8 +77,8 @@ def _measure(setup: "Setup") -> "tuple[tuple[Outcome, ...], Kept]":
     import torch
     from rich.progress import Progress
 
-    from kvpolicy.cli.models import TESTBED, load_model
     from kvpolicy.evaluate.compare import compare, steps
+    from kvpolicy.evaluate.models import TESTBED, load_model
     from kvpolicy.evaluate.retention import retention
 
     model, tokenizer = load_model(TESTBED, torch.device("cpu"), None)

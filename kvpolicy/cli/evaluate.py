@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli.console import line
-from kvpolicy.cli.files import make_folder, read_text, write_text
+from kvpolicy.cli.files import make_folder, write_text
 from kvpolicy.cli.progress import bars
+from kvpolicy.evaluate.data.files import read_text
 
 if TYPE_CHECKING:
     from kvpolicy.evaluate.table.setup import TableSetup
@@ -92,7 +93,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _measure(setup: "TableSetup") -> dict[str, Any]:
     import torch
 
-    from kvpolicy.cli.models import TESTBED, load_model
+    from kvpolicy.evaluate.models import TESTBED, load_model
     from kvpolicy.evaluate.table.run import DTYPE
     from kvpolicy.evaluate.table.run import evaluate as run
 
