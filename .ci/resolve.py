@@ -2,10 +2,10 @@
 
     python3 .ci/resolve.py 3.11 3.12 3.13
 
-Asked for is what the README's marked commands install, and what every other extra of pyproject.toml needs. pip cannot
-build `.[test]` for another Python out of wheels alone, so `.` is replaced by what pyproject.toml says of it. Wheels,
-further indices and constraints of this machine's own pip settings do not count, its main index does. Nothing is
-installed, and no wheel is downloaded where the index serves metadata or parts of files.
+Asked for is what the README's marked commands install, and what every other extra of pyproject.toml needs, as far as
+it comes in wheels. pip cannot build `.[test]` for another Python out of wheels alone, so `.` is replaced by what
+pyproject.toml says of it. Wheels, further indices and constraints of this machine's own pip settings do not count, its
+main index does. Nothing is installed, and no wheel is downloaded where the index serves metadata or parts of files.
 
 One line a Python; exit code 1 when one does not resolve, or when what it resolves to is not all pinned. Needs nothing
 but Python 3.11 or later with venv, and a package index.
@@ -29,6 +29,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 PIP = "pip==26.3"  # the first argument of its `-c` program below relies on where this release keeps its markers
 KEPT = ("index-url", "cert", "client-cert", "proxy", "trusted-host", "timeout", "retries")  # of this machine's settings
 SECONDS = 900
+# Some of what this needs is published as source only, and for other Pythons pip takes wheels only.
+FROM_SOURCE = ("reasoning-gym",)
 Pip = subprocess.Popen[str]
 
 # `--python-version` chooses wheels, but pip goes on to judge markers such as `python_version < "3.12"` by the Python
@@ -55,7 +57,7 @@ def asked_for(readme: str, project: Mapping[str, Any]) -> list[str]:
             raise SystemExit(f"README.md: pyproject.toml has no extra {', '.join(sorted(unknown))}")
     for extra in table["optional-dependencies"].values():
         found += [one for one in extra if not one.startswith(f"{table['name']}[")]  # such as kvpolicy[plots]
-    return list(dict.fromkeys(found))
+    return [one for one in dict.fromkeys(found) if not one.startswith(FROM_SOURCE)]
 
 
 def installed_by(readme: str) -> Iterator[str]:

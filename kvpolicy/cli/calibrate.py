@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import line, print_json
-from kvpolicy.cli.options import Device, Dtype, Json
+from kvpolicy.cli.console import line, print_json, tell
+from kvpolicy.cli.options import MODEL, Device, Dtype, Json
 from kvpolicy.cli.prompt import read_prompt
 
 
 def calibrate(
     policy: Annotated[str, typer.Argument(help="A policy's name, or a file.")],
-    model: Annotated[str, typer.Option(help="Path or id of a model; `testbed` is the one that comes with kvpolicy.")],
+    model: Annotated[str, typer.Option(help=MODEL)],
     text: Annotated[Path, typer.Option(help="A file with text such as the model will see; - is stdin.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; by default POLICY.safetensors.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to cut from the text, at most.")] = 16,
@@ -22,8 +22,9 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Measure a model on a text, and write what the policy's store needs as a safetensors file."""
-    from kvpolicy.cli.models import device_of, dtype_of, load_model
+    from kvpolicy.cli.models import device_of, dtype_of
     from kvpolicy.errors import CalibrationError, InputError
+    from kvpolicy.evaluate.models import load_model
     from kvpolicy.policy import load
 
     if sequences < 1 or length < 2:
@@ -32,7 +33,7 @@ def calibrate(
     if not loaded.spec.store.calibrated:
         raise CalibrationError(f"policy {loaded.name}: store {loaded.spec.store.name} needs no calibration")
     words = read_prompt(None, text)
-    live, tokenizer = load_model(model, target, kind)
+    live, tokenizer = load_model(model, target, kind, tell)
     tokens = _cut(tokenizer, words, sequences, length)
     measured = loaded.calibrate(live, tokens)
     path = out or Path(f"{loaded.name}.safetensors")

@@ -46,6 +46,11 @@ def line(text: str, *, error: bool = False) -> None:
     typer.echo(text, err=error)
 
 
+def tell(text: str) -> None:
+    """A step of something that takes long, on stderr."""
+    line(text, error=True)
+
+
 def print_json(value: Any) -> None:
     """A result for programs; in ASCII where stdout takes no more."""
     wide = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")

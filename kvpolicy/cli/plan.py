@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.console import out, print_json
-from kvpolicy.cli.options import Budget, Calibration, Dtype, Json, budget_override
+from kvpolicy.cli.console import out, print_json, tell
+from kvpolicy.cli.options import MODEL, Budget, Calibration, Dtype, Json, budget_override
 
 
 def plan(
     policy: Annotated[str, typer.Argument(help="A policy's name, or a file.")],
-    model: Annotated[str, typer.Option(help="Path or id of a model; only its configuration is read.")] = "testbed",
+    model: Annotated[str, typer.Option(help=f"{MODEL} Only its configuration is read.")] = "testbed",
     length: Annotated[int, typer.Option(help="Tokens that the sequence grows to.")] = 8192,
     budget: Budget = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or a GPU by name: h200. Need not be present.")] = "cpu",
@@ -21,13 +21,14 @@ def plan(
     """Show budgets, bytes held and bytes moved for a model's shape."""
     import torch
 
-    from kvpolicy.cli.models import config_of, dtype_of
+    from kvpolicy.cli.models import dtype_of
+    from kvpolicy.evaluate.models import config_of
     from kvpolicy.plan.explain import explain
     from kvpolicy.plan.explain.devices import device_named
     from kvpolicy.policy import load
 
     loaded, wanted = load(policy, **budget_override(budget)), dtype_of(dtype)
-    config = config_of(model)
+    config = config_of(model, tell)
     own = getattr(config.get_text_config(decoder=True), "dtype", None)
     kind = wanted or own or torch.float32
     rates = None if device.split(":")[0] in ("cpu", "cuda") else device_named(device)

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from kvpolicy.cli.files import decoded, read_text
 from kvpolicy.errors import InputError, one_line
+from kvpolicy.evaluate.data.files import decoded, read_text
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:

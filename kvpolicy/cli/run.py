@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import err, line, print_json
-from kvpolicy.cli.options import Budget, Calibration, Device, Dtype, Json, budget_override
+from kvpolicy.cli.console import err, line, print_json, tell
+from kvpolicy.cli.options import MODEL, Budget, Calibration, Device, Dtype, Json, budget_override
 from kvpolicy.cli.prompt import read_prompt
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Path or id of a model; `testbed` is the one that comes with kvpolicy.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     policy: Annotated[str | None, typer.Option(help="A policy's name, or a file; by default full.")] = None,
     budget: Budget = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
@@ -24,8 +24,9 @@ def run(
     json: Json = False,
 ) -> None:
     """Generate greedily under a policy; the text goes to stdout as it is written, the report to stderr."""
-    from kvpolicy.cli.models import config_of, device_of, dtype_of, load_model
+    from kvpolicy.cli.models import device_of, dtype_of
     from kvpolicy.errors import InputError
+    from kvpolicy.evaluate.models import config_of, load_model
     from kvpolicy.policy import load
 
     if max_new_tokens < 1:
@@ -33,8 +34,8 @@ def run(
     loaded = load("kvpolicy:full" if policy is None else policy, **budget_override(budget))
     target, kind = device_of(device), dtype_of(dtype)
     text = read_prompt(prompt, prompt_file)
-    loaded.check(config_of(model), calibration)  # refuses what cannot go together before weights are read
-    live, tokenizer = load_model(model, target, kind)
+    loaded.check(config_of(model, tell), calibration)  # refuses what cannot go together before weights are read
+    live, tokenizer = load_model(model, target, kind, tell)
     with loaded.attach(live, calibration=calibration) as attachment:
         result = _generate(live, tokenizer, attachment, text, max_new_tokens, stream=not json)
     if json:

@@ -17,7 +17,7 @@ from kvpolicy.bench.protocol.case import OURS
 from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.cli.app import app
 from kvpolicy.errors import InputError
-from kvpolicy.evaluate import plots
+from kvpolicy.evaluate.report import plots
 
 
 @pytest.fixture(autouse=True)

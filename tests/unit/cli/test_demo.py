@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from kvpolicy.evaluate import plots
+from kvpolicy.evaluate.report import plots
 from kvpolicy.evaluate.testbed import EVALUATED
 
 trained = pytest.mark.skipif(

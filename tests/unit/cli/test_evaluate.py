@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kvpolicy.evaluate import plots
+from kvpolicy.evaluate.report import plots
 from kvpolicy.evaluate.testbed import EVALUATED
 
 QUICK = ("evaluate", "--quick", "--policy", "streaming_llm", "--policy", "full", "--policy", "kivi4")

@@ -10,6 +10,7 @@ import pytest
 from kvpolicy.cli import files, policies
 from kvpolicy.cli.prompt import read_prompt
 from kvpolicy.errors import InputError
+from kvpolicy.evaluate.data import files as read_files
 
 UNTOLD = type("UntoldError", (Exception,), {"__str__": lambda self: 1 / 0})
 
@@ -91,7 +92,7 @@ def test_prompt_is_what_the_file_holds(tmp_path):
 @pytest.mark.timeout(60)
 def test_what_is_no_text_file_is_refused_without_waiting(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(files, "LARGEST", 2**20)
+    monkeypatch.setattr(read_files, "LARGEST", 2**20)
     (tmp_path / "long.txt").write_bytes(b"x" * (2**20 + 1))
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
     for path, message in (
@@ -104,7 +105,7 @@ def test_what_is_no_text_file_is_refused_without_waiting(tmp_path, monkeypatch):
         (tmp_path / "latin.txt", "must be UTF-8"),
     ):
         with pytest.raises(InputError, match=message) as caught:
-            files.read_text(files.Path(path))
+            read_files.read_text(files.Path(path))
         assert len(str(caught.value).splitlines()) == 1
 
 

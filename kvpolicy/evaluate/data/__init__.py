@@ -1,0 +1,1 @@
+"""Texts, questions and conversations of real data, from pinned wheels, and reads of files."""
