@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli.console import line, out, print_json
-from kvpolicy.cli.evaluate import RECORD, inputs_of, measure, parse_share
+from kvpolicy.cli.evaluate import RECORD, inputs_of, measure, parse_share, slow_in_16_bits
 from kvpolicy.cli.files import make_folder, write_text
 from kvpolicy.cli.options import Json
 
@@ -83,7 +83,8 @@ def _setup(
         policies,
         TESTBED_TASKS if embedded else TEXT_TASKS,
         tuple(map(parse_share, shares)),
-        TaskSizes(documents=documents, length=tokens, scored=32 if quick else 256, seed=seed),
+        TaskSizes(documents=documents, length=tokens, scored=32 if quick else 128, seed=seed),
+        prompts_in_float32=slow_in_16_bits("cpu"),
     )
 
 

@@ -33,7 +33,7 @@ def evaluate(
     length: Annotated[
         int | None, typer.Option(help="Tokens of a context; by default 2048, testbed 1024.")
     ] = None,
-    scored: Annotated[int, typer.Option(help="Tokens behind a context whose predictions are compared.")] = 256,
+    scored: Annotated[int, typer.Option(help="Tokens behind a context whose predictions are compared.")] = 128,
     questions: Annotated[int, typer.Option(help="Questions about each context, where a task asks several.")] = 4,
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
     jobs: Annotated[int, typer.Option(help="Processes, each with a copy of the model.")] = 1,
@@ -58,7 +58,7 @@ def evaluate(
         _render(record, read_record(record / RECORD), json=json)
         return
     sizes = {"documents": documents, "length": length, "scored": scored, "questions": questions, "seed": seed}
-    setup = _setup(model, policy, share, task, sizes, quick=quick)
+    setup = _setup(model, policy, share, task, sizes, device, quick=quick)
     inputs = inputs_of(model, text, device, dtype, setup)
     make_folder(out_dir, "--out ")
     _render(out_dir, measure(inputs, out_dir / RECORD, jobs)[0], json=json)
@@ -77,6 +77,7 @@ def _setup(
     shares: list[str] | None,
     tasks: list[str] | None,
     sizes: dict[str, int | None],
+    device: str,
     *,
     quick: bool,
 ) -> "EvaluationSetup":
@@ -96,7 +97,15 @@ def _setup(
         names,
         tuple(map(parse_share, shares or SHARES)),
         TaskSizes(**{**defaults, **given, **(_QUICK if quick else {})}),
+        prompts_in_float32=slow_in_16_bits(device),
     )
+
+
+def slow_in_16_bits(device: str) -> bool:
+    """Whether a long prompt takes several times as long in bfloat16 as in float32: CPUs without AVX-512."""
+    import torch
+
+    return device == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
 
 
 def parse_share(text: str) -> Fraction:

@@ -15,6 +15,7 @@ from kvpolicy.evaluate.tasks.case import Answer, Case, Continuation
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.plan.plan import Plan
+from kvpolicy.policy import load
 
 CacheOf = Callable[[Sequence[int]], Cache]  # a new cache after the prompts of the cases named
 
@@ -34,8 +35,14 @@ class GroupRun:
     """The cases of a group, whose prompts the model has computed."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], step: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cases: Sequence[Case],
+        step: int,
+        prompt_model: PreTrainedModel | None = None,
     ) -> None:
+        """`prompt_model` computes the prompts: the model in another precision, whose results are rounded to its own."""
         self.model = model
         self.cases = cases
         self._tokenizer = tokenizer
@@ -43,7 +50,9 @@ class GroupRun:
         distinct = {case.prompt: None for case in cases}
         order = {prompt: row for row, prompt in enumerate(distinct)}
         self._rows = [order[case.prompt] for case in cases]  # of the prompts, by case
-        self.prompts: TracedPrompts = trace_prompts(model, list(distinct))
+        prompts = trace_prompts(prompt_model or model, list(distinct))
+        self.prompts: TracedPrompts = prompts if prompt_model is None else prompts.to(model.dtype)
+        self._full_plan = load("kvpolicy:full").compile(model)
         self._reference: list[Tensor] = []  # logits of the full cache, by forward
 
     @torch.inference_mode()
@@ -56,7 +65,7 @@ class GroupRun:
             return self.prompts.uncompressed([self._rows[case] for case in cases], self.model)
 
         values, texts = self._run(cache_of)
-        full_bytes = self._full_bytes(self.prompts)
+        full_bytes = self._full_bytes
         return Measured(values, time.perf_counter() - started, full_bytes, full_bytes, texts)
 
     @torch.inference_mode()
@@ -80,7 +89,7 @@ class GroupRun:
 
         values, texts = self._run(cache_of)
         held = max(map(_bytes_of_a_row, caches))
-        full_bytes = self._full_bytes(self.prompts)
+        full_bytes = self._full_bytes
         return Measured(values, time.perf_counter() - started, held, full_bytes, texts), caches
 
     @torch.inference_mode()
@@ -94,12 +103,13 @@ class GroupRun:
             return other.prompts.uncompressed([other._rows[case] for case in cases], model)
 
         values, texts = other._run(cache_of)
-        full_bytes = self._full_bytes(other.prompts)
+        full_bytes = other._full_bytes
         return Measured(values, time.perf_counter() - started, full_bytes, full_bytes, texts)
 
-    def _full_bytes(self, prompts: TracedPrompts) -> int:
+    @property
+    def _full_bytes(self) -> int:
         """Bytes of a full cache in the managed layers when the longest case is over."""
-        return prompts.full.plan.footprint.full_bytes(max(case.tokens for case in self.cases))
+        return self._full_plan.footprint.full_bytes(max(case.tokens for case in self.cases))
 
     # -- what is run -------------------------------------------------------------------------------------------
 

@@ -78,7 +78,10 @@ class Evaluation:
         """The cells of a unit, each as it is measured. A cell that cannot be measured says why."""
         cases = self._groups[unit.task][unit.group]
         try:
-            run = GroupRun(self.model, self._sources.tokenizer, cases, self.setup.step)
+            # Copied before a policy is attached, which the copy would have, too.
+            other = self._in_other_precision() if self.setup.precision or self._rounds_prompts else None
+            prompt_model = other if self._rounds_prompts else None
+            run = GroupRun(self.model, self._sources.tokenizer, cases, self.setup.step, prompt_model)
             full = run.full()
         except (MemoryError, RuntimeError) as error:
             reason = _out_of_memory(error)
@@ -147,6 +150,10 @@ class Evaluation:
             seconds=round(measured.seconds, 3),
             texts=list(measured.texts),
         )
+
+    @property
+    def _rounds_prompts(self) -> bool:
+        return self.setup.prompts_in_float32 and self.model.dtype != torch.float32
 
     def _in_other_precision(self) -> PreTrainedModel:
         if self._other is None:

@@ -58,6 +58,7 @@ class EvaluationSetup:
     sizes: TaskSizes = attrs.field(factory=TaskSizes)
     step: int = 32  # tokens of a continuation that are computed at once
     precision: bool = True  # whether the full cache in another precision is measured, as a floor of the noise
+    prompts_in_float32: bool = False  # whether prompts are computed in float32, and rounded to the model's dtype
 
     def __attrs_post_init__(self) -> None:
         for name in ("documents", "length", "scored", "questions"):

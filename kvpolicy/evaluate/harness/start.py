@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from hashlib import sha256
 from typing import Any
 
 import attrs
@@ -78,8 +77,9 @@ def head_of(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
         "sizes": attrs.asdict(setup.sizes),
         "tokens_at_once": setup.step,
         "other_precision": setup.precision,
+        "prompts_in_float32": setup.prompts_in_float32,
     }
 
 
 def _digests(texts: Sequence[Text]) -> dict[str, str]:
-    return {text.name: sha256(text.text.encode()).hexdigest()[:16] for text in texts}
+    return {text.name: text.digest[:16] for text in texts}

@@ -29,6 +29,10 @@ class TracedLayer:
     values: Tensor
     scaling: float
 
+    def to(self, dtype: torch.dtype) -> "TracedLayer":
+        """The same in another dtype."""
+        return TracedLayer(self.queries.to(dtype), self.keys.to(dtype), self.values.to(dtype), self.scaling)
+
 
 @attrs.frozen(eq=False)
 class TracedPrompts:
@@ -42,7 +46,7 @@ class TracedPrompts:
     tokens: Tensor  # [B, T] ids
     valid: Tensor  # [B, T] bool, False = pad
     layers: tuple[TracedLayer, ...]  # the managed ones
-    full: PolicyCache  # of the policy `full`, from which the other layers are copied
+    unmanaged: dict[int, Any]  # the model's own cache layers, by their index, from which others are copied
 
     @property
     def lengths(self) -> list[int]:
@@ -62,7 +66,7 @@ class TracedPrompts:
         fill(cache.managed, self.layers, self.valid)
         cache.end_forward()
         with cache.integrity.unmoved:
-            for index, layer in self._unmanaged(self.full):
+            for index, layer in self.unmanaged.items():
                 _copy_layer(layer, cache.layers[index])
         cache.resume()
         return cache
@@ -71,25 +75,26 @@ class TracedPrompts:
     def uncompressed(self, rows: Sequence[int], model: PreTrainedModel) -> DynamicCache:
         """Transformers' own full cache after the prompts of the rows named, in that order."""
         cache = DynamicCache(config=model.config)
-        for index, layer in self._unmanaged(self.full):
-            _copy_layer(layer, cache.layers[index])
         chosen = torch.tensor(list(rows), device=self.tokens.device)
-        for ordinal, index in enumerate(self.full.plan.geometry.managed):
-            seen = self.layers[ordinal]
+        managed = (index for index in range(len(cache.layers)) if index not in self.unmanaged)
+        for index, seen in zip(managed, self.layers, strict=True):
             cache.update(seen.keys[chosen], seen.values[chosen], index)
-        for index, _ in self._unmanaged(self.full):
-            layer: Any = cache.layers[index]
-            layer.batch_select_indices(chosen)
+        for index, layer in self.unmanaged.items():
+            other: Any = cache.layers[index]
+            _copy_layer(layer, other)
+            other.batch_select_indices(chosen)
         return cache
+
+    def to(self, dtype: torch.dtype) -> "TracedPrompts":
+        """The same with queries, keys and values rounded to another dtype."""
+        for layer in self.unmanaged.values():
+            _round_layer(layer, dtype)
+        return attrs.evolve(self, layers=tuple(layer.to(dtype) for layer in self.layers))
 
     @property
     def _call(self) -> dict[str, Any]:
         places = (self.valid.long().cumsum(1) - 1).clamp(min=0)
         return {"attention_mask": self.valid.long(), "position_ids": places, "logits_to_keep": 1}
-
-    @staticmethod
-    def _unmanaged(cache: PolicyCache) -> list[tuple[int, Any]]:
-        return [(index, layer) for index, layer in enumerate(cache.layers) if not isinstance(layer, PolicyLayer)]
 
 
 @torch.inference_mode()
@@ -101,9 +106,10 @@ def trace_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> T
     plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), observers=())
     with Attachment(plan, model) as attachment:
         cache = attachment.cache()
-        traced = TracedPrompts(tokens, valid, (), cache)
+        traced = TracedPrompts(tokens, valid, (), {})
         model(tokens, **traced._call, past_key_values=cache, use_cache=True)  # noqa: SLF001 - of its own class
-    return attrs.evolve(traced, layers=tuple(map(_traced, cache.managed)))
+    unmanaged = {index: layer for index, layer in enumerate(cache.layers) if not isinstance(layer, PolicyLayer)}
+    return attrs.evolve(traced, layers=tuple(map(_traced, cache.managed)), unmanaged=unmanaged)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -139,3 +145,12 @@ def _copy_layer(source: Any, target: Any) -> None:
     """Make a new layer of the model's library hold what another of its kind holds."""
     for name, value in vars(source).items():
         setattr(target, name, value.clone() if isinstance(value, Tensor) else copy.copy(value))
+
+
+def _round_layer(layer: Any, dtype: torch.dtype) -> None:
+    """Round what a layer of the model's library holds to another dtype."""
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            setattr(layer, name, value.to(dtype))
+        elif name == "dtype":
+            layer.dtype = dtype

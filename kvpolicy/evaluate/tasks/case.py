@@ -58,7 +58,7 @@ class TaskSizes:
 
     documents: int = 4  # different contexts
     length: int = 2048  # tokens of a prompt, about
-    scored: int = 256  # tokens of a continuation
+    scored: int = 128  # tokens of a continuation
     questions: int = 4  # about each document, where a task asks several
     seed: int = 1
 
