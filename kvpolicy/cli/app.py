@@ -12,6 +12,7 @@ from kvpolicy.cli.evaluate import evaluate
 from kvpolicy.cli.group import TRACEBACK, KVPolicyGroup
 from kvpolicy.cli.plan import plan
 from kvpolicy.cli.policies import list_policies, show
+from kvpolicy.cli.recommend import recommend
 from kvpolicy.cli.registry import plugins, schema
 from kvpolicy.cli.run import run
 
@@ -44,6 +45,7 @@ def root(version: _Version = False, traceback: _Traceback = False) -> None:
 for command, name in (
     (demo, "demo"),
     (evaluate, "evaluate"),
+    (recommend, "recommend"),
     (run, "run"),
     (plan, "plan"),
     (calibrate, "calibrate"),

@@ -23,7 +23,7 @@ from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.policy import NEVER, Compress, PolicySpec, Protect
 from kvpolicy.stages import Codec, Reader
 
-MOST_EVERY = 16
+_OFTEN = 16  # tokens between two compressions that small budgets may have
 
 Calibrate = Callable[[Policy], CalibrationSource | None]
 
@@ -43,7 +43,8 @@ def fit(
     unpacked, which a budget of a hundred cannot give. What is changed is this, and nothing else; the *nominal* tokens
     are those that a full cache of the share's bytes would hold:
 
-    - `compress.every` is at most 16 tokens and at most an eighth of the nominal tokens; this slack counts as held;
+    - `compress.every` is at most an eighth of the nominal tokens, and at most 16 or, if that is more, a 32nd of them;
+      this slack counts as held;
     - observation windows of scorers and mergers have at most a twelfth of the nominal tokens in queries, though never
       fewer than 4;
     - a store leaves at most an eighth of the nominal tokens unpacked, in whole groups, and at least one group;
@@ -119,7 +120,9 @@ def _observing_and_packing(spec: PolicySpec, nominal: int) -> PolicySpec:
 
 
 def _every(compress: Compress, nominal: int) -> int | str:
-    return compress.every if compress.every == NEVER else min(int(compress.every), MOST_EVERY, max(1, nominal // 8))
+    if compress.every == NEVER:
+        return compress.every
+    return min(int(compress.every), max(_OFTEN, nominal // 32), max(1, nominal // 8))
 
 
 def _mostly_unpacked(spec: PolicySpec, model: PreTrainedModel, length: int, limit: int, calibrate: Calibrate) -> Codec:

@@ -41,6 +41,11 @@ class Line:
         """Mean and interval of a metric."""
         return estimate(self.values[metric])
 
+    def differs(self, other: "Line", metric: str) -> bool:
+        """Whether it can be told apart from another line; always, if they were not measured on the same cases."""
+        ours, theirs = self.values[metric], other.values[metric]
+        return len(ours) != len(theirs) or differ(ours, theirs)
+
 
 @attrs.frozen
 class TaskSummary:
@@ -77,9 +82,7 @@ class TaskSummary:
         if not lines:
             return ()
         lines.sort(key=lambda line: line.estimate(self.metric).mean, reverse=METRICS[self.metric].larger_is_better)
-        first = lines[0].values[self.metric]
-        same = [line for line in lines[1:] if _comparable(line, first, self.metric)]
-        return (lines[0], *(line for line in same if not differ(first, line.values[self.metric])))
+        return (lines[0], *(line for line in lines[1:] if not line.differs(lines[0], self.metric)))
 
 
 @attrs.frozen(eq=False)
@@ -123,8 +126,3 @@ def _line(task: str, policy: str, share: float | None, cells: list[Cell]) -> Lin
         groups=len(measured),
         refusal=next((cell.refusal for cell in cells if cell.refusal), ""),
     )
-
-
-def _comparable(line: Line, values: tuple[float, ...], metric: str) -> bool:
-    """Whether a line has been measured on as many cases; another one is not ranked."""
-    return len(line.values[metric]) == len(values)

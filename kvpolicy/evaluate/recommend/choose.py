@@ -1,0 +1,92 @@
+"""Which policy: by predictions of the user's text, at the bytes that there are or within the error allowed."""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Final
+
+import attrs
+
+from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate.harness.record import Cell, EvaluationRecord
+from kvpolicy.evaluate.harness.run import Evaluation, Unit
+from kvpolicy.evaluate.recommend.risk import RiskBound, fewest_pieces, smallest_share
+from kvpolicy.evaluate.report.summary import Line, Summary
+
+TASK, METRIC = "text", "kl"
+LADDER: Final = tuple(Fraction(1, 2**power) for power in (1, 2, 3, 4, 5))
+_ROUNDING = 1.02  # held bytes above the share that bookkeeping may take
+
+Run = Callable[[Sequence[Unit]], Sequence[Cell]]  # measures units
+
+
+@attrs.frozen
+class Choice:
+    """A policy and a share, and what speaks for them."""
+
+    policy: str
+    share: Fraction | None  # None for a policy that keeps everything
+    lines: tuple[Line, ...]  # all that was compared, the best first
+    same: tuple[str, ...] = ()  # policies whose difference from it has an interval that contains zero
+    risk: RiskBound | None = None
+
+
+def choose_by_bytes(evaluation: Evaluation, run: Run, share: Fraction) -> Choice:
+    """The policy with the least KL divergence among those that hold at most `share` of the full cache's bytes.
+
+    Raises EvaluationError when none does.
+    """
+    lines = _lines(run(evaluation.units()))
+    small = [line for line in lines if line.held_share <= _ROUNDING * float(share)]
+    if not small:
+        raise EvaluationError(f"no policy fits into {float(share):.3g} of a full cache")
+    best, *others = sorted(small, key=lambda line: line.estimate(METRIC).mean)
+    same = tuple(line.policy for line in others if not line.differs(best, METRIC))
+    left_out = [line for line in lines if line not in small]
+    return Choice(best.policy, _share(best), (best, *others, *left_out), same)
+
+
+def choose_by_bound(evaluation: Evaluation, run: Run, bound: float) -> Choice:
+    """The policy and the smallest share for which the KL divergence of a further piece of text is at most `bound`.
+
+    The first half of the pieces chooses the policy: the one that holds the fewest bytes with a mean below the bound.
+    The others choose its share, see `smallest_share`. Raises EvaluationError when nothing holds the bound, or when
+    there are too few pieces.
+    """
+    units = evaluation.units()
+    groups = sorted({unit.group for unit in units})
+    first, second = groups[: len(groups) // 2], groups[len(groups) // 2 :]
+    if len(second) < fewest_pieces() + 1:
+        raise EvaluationError(f"a bound needs at least {2 * (fewest_pieces() + 1)} pieces of text: {len(groups)}")
+    lines = _lines(run([unit for unit in units if unit.group in first]))
+    below = [line for line in lines if line.estimate(METRIC).mean <= bound]
+    if not below:
+        raise EvaluationError(f"no policy has a mean KL divergence of at most {bound:g} on this text")
+    best = min(below, key=lambda line: line.held_share)
+    chosen = [
+        attrs.evolve(unit, contenders=tuple(one for one in unit.contenders if one.name == best.policy))
+        for unit in units
+        if unit.group in second
+    ]
+    held_out = _lines(run(chosen))
+    if best.share is None:
+        held_shares = {held_out[0].held_share: held_out[0].values[METRIC]}
+    else:
+        held_shares = {line.share or 0.0: line.values[METRIC] for line in held_out}
+    risk = smallest_share(held_shares, bound)
+    if risk is None:
+        raise EvaluationError(
+            f"{best.policy} has a mean KL divergence of at most {bound:g} where it was chosen, but {len(second)} "
+            "further pieces do not confirm it: give more text, or a larger bound"
+        )
+    share = None if best.share is None else Fraction(risk.share)
+    return Choice(best.policy, share, tuple(sorted(lines, key=lambda line: line.held_share)), (), risk)
+
+
+def _lines(cells: Sequence[Cell]) -> list[Line]:
+    """The measured lines of policies."""
+    tasks = Summary(EvaluationRecord({}, tuple(cells))).tasks
+    return [line for task in tasks for line in task.measured if not line.is_baseline]
+
+
+def _share(line: Line) -> Fraction | None:
+    return None if line.share is None else Fraction(line.share).limit_denominator(10**6)
