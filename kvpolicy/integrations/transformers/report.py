@@ -92,7 +92,7 @@ class Report:
             table.add_section()
             table.add_row("all", "", "", "", *_sums(self.layers), "", _time(self.layers))
         named = {name: count for name, count in self.parts.items() if count or name == "entries"}
-        lines = ["held, read: entries per KV head, now and in a step; times compressed", ""]
+        lines = ["held, read: entries per KV head, now and in a step", "times: compressions of a layer", ""]
         lines += [f"{_NAMES[name]}: {human_bytes(count)}" for name, count in named.items()]
         if self.full_bytes:
             lines.append(f"a full cache of as many tokens: {human_bytes(self.full_bytes)}")
