@@ -28,10 +28,9 @@ def chat(
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Converse with a model under a policy: one line a message, from the terminal or stdin, until its end or /exit.
+    """Converse with a model under a policy: one line a message, from the terminal or stdin, until it ends or /exit.
 
-    /report says what the policy holds. Answers go to stdout as they are written. Each turn computes its own tokens
-    only: what has been evicted stays evicted.
+    /report says what the policy holds. Each turn computes its own tokens only: what has been evicted stays evicted.
     """
     from kvpolicy.cli.conversation import Conversation
     from kvpolicy.cli.models import device_of, dtype_of
