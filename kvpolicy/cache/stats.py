@@ -12,6 +12,7 @@ class LayerStats:
     """Counts of one managed layer. Entries are per KV head, averaged over rows and heads; bytes are for all rows."""
 
     layer: int  # index within the model
+    rows: int = 0  # sequences of the batch
     seq_len: int = 0  # tokens, pads included
     held: float = 0.0
     read: float = 0.0  # entries that the newest query of a row attended to, averaged over decode steps

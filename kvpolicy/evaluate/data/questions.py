@@ -1,5 +1,6 @@
 """Questions with known answers, and how a written answer is scored."""
 
+import difflib
 import json
 import random
 import re
@@ -55,7 +56,8 @@ def reasoning_gym(task: str, count: int, seed: int) -> tuple[Question, ...]:
     except ImportError as error:
         raise InputError("reasoning-gym is missing: pip install reasoning-gym, or 'kvpolicy[evaluate]'") from error
     if task not in DATASETS:
-        raise EvaluationError(f"unknown task {shown(task)}{did_you_mean(task, sorted(DATASETS), 'reasoning-gym has')}")
+        close = difflib.get_close_matches(task, DATASETS, n=5, cutoff=0.3)  # of more than a hundred
+        raise EvaluationError(f"reasoning-gym has no task {shown(task)}{did_you_mean(task, close, 'close to it')}")
     if count < 1:
         raise EvaluationError(f"count must be at least 1: {shown(count)}")
     try:

@@ -390,6 +390,7 @@ class PolicyLayer(LogicalLayer):
             if self.scheduler.prompt is not None:
                 beside += self.scheduler.prompt.tensors
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
+        self.stats.rows = len(self.state.num_tokens)
         self.stats.sample(self.seq_len, self.storage.average, self.storage.nbytes, self.window.nbytes, state)
 
     def count(self, counted: set[int]) -> None:

