@@ -24,7 +24,7 @@ _QUICK: dict[str, Any] = {"documents": 1, "length": 160, "scored": 16, "question
 def evaluate(
     model: Annotated[str, typer.Option(help="Name, path or id of a model.")] = "testbed",
     policy: Annotated[
-        list[str] | None, typer.Option(help="A policy's name or file; may be repeated. By default all installed ones.")
+        list[str] | None, typer.Option(help="A policy's name or file, changed by +key=value; may be repeated.")
     ] = None,
     share: Annotated[list[str] | None, typer.Option(help="Share of the full cache's bytes; may be repeated.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated. `list` prints all.")] = None,
@@ -46,7 +46,7 @@ def evaluate(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Measure policies on a model: answers, and predictions against the full cache's, at equal bytes held."""
+    """Measure policies, by default all installed ones, on a model: answers and predictions at equal bytes held."""
     from kvpolicy.evaluate.harness.record import read_record
 
     if task == ["list"]:
@@ -83,7 +83,6 @@ def _setup(
     from kvpolicy.evaluate.models import TESTBED
     from kvpolicy.evaluate.tasks.case import TaskSizes
     from kvpolicy.evaluate.tasks.names import TESTBED_TASKS, TEXT_TASKS, require_tasks
-    from kvpolicy.policy import load
     from kvpolicy.stages.registry.plugins import registry
 
     defaults = {"documents": 32, "length": 1024} if model == TESTBED else {"documents": 4, "length": 2048}
@@ -91,12 +90,39 @@ def _setup(
     names = tuple(tasks or (TESTBED_TASKS if model == TESTBED else TEXT_TASKS))
     require_tasks(names, testbed=model == TESTBED)
     return EvaluationSetup(
-        tuple(map(load, policies or registry().policies())),
+        tuple(map(loaded, policies or registry().policies())),
         names,
         tuple(map(parse_share, shares or SHARES)),
         TaskSizes(**{**defaults, **given, **(_QUICK if quick else {})}),
         prompts_in_float32=slow_in_16_bits(device),
     )
+
+
+def loaded(text: str) -> "Policy":
+    """A policy by name or file, with other values of top-level keys: `snapkv+merge=window_fit`.
+
+    Its name is the text. Raises what `kvpolicy.load` raises, and InputError for a change that is none.
+    """
+    import attrs
+    import yaml
+
+    from kvpolicy.errors import InputError, one_line, shown
+    from kvpolicy.policy import load
+
+    source, *changes = text.split("+")
+    if not changes or Path(text).is_file():
+        return load(text)
+    values: dict[str, object] = {}
+    for change in changes:
+        key, separator, value = change.partition("=")
+        if not separator:
+            raise InputError(f"--policy {shown(text)}: must be NAME+KEY=VALUE: {shown(change)}")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--policy {shown(text)}: {key}: is no YAML: {one_line(error)}") from error
+    changed = load(source, **values)
+    return attrs.evolve(changed, spec=attrs.evolve(changed.spec, name=text))
 
 
 def slow_in_16_bits(device: str) -> bool:

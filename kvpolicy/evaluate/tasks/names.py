@@ -26,7 +26,7 @@ TASKS: dict[str, Task] = {
         Generated("tracking", seen=False, summary="testbed: the same, scorers do not see the question"),
     )
 }
-TESTBED_TASKS = ("recall", "tracking", "reasoning")
+TESTBED_TASKS = ("recall", "recall-unseen", "tracking")
 TEXT_TASKS = ("text", "needles", "needles-unseen")
 
 

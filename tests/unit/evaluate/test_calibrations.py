@@ -5,12 +5,12 @@ from fractions import Fraction
 import attrs
 import pytest
 import torch
-
-import kvpolicy
 from kvpolicy.evaluate.answers import answer
 from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.compare import compare
 from kvpolicy.evaluate.setup import Setup
+
+import kvpolicy
 from kvpolicy.evaluate.testbed import make_item
 from kvpolicy.evaluate.testbed.vocabulary import IDS, PAD
 

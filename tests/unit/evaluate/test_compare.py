@@ -6,17 +6,17 @@ from fractions import Fraction
 import attrs
 import pytest
 import torch
-from transformers import DynamicCache
-
-from kvpolicy.errors import EvaluationError
-from kvpolicy.evaluate import environment
 from kvpolicy.evaluate.answers import answer, total_tokens
 from kvpolicy.evaluate.compare import compare, steps
 from kvpolicy.evaluate.comparison_data import comparison_data
 from kvpolicy.evaluate.fit import fit
-from kvpolicy.bench.caches.meter import held_bytes
 from kvpolicy.evaluate.scoring import before_mistake, is_whole
 from kvpolicy.evaluate.setup import Contender, Setup
+from transformers import DynamicCache
+
+from kvpolicy.bench.caches.meter import held_bytes
+from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate import environment
 from kvpolicy.evaluate.testbed import Item, make_item
 
 SHARE = Fraction(1, 4)

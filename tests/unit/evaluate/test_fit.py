@@ -4,13 +4,13 @@ from fractions import Fraction
 
 import attrs
 import pytest
+from kvpolicy.evaluate.calibrations import Calibrations
+from kvpolicy.evaluate.fit import fit, fit_tokens, keeps_everything
+from kvpolicy.evaluate.shrink import reading, reads
 
 import kvpolicy
 import kvpolicy.spec.load
 from kvpolicy.errors import EvaluationError
-from kvpolicy.evaluate.calibrations import Calibrations
-from kvpolicy.evaluate.fit import fit, fit_tokens, keeps_everything
-from kvpolicy.evaluate.shrink import reading, reads
 from kvpolicy.plan.explain import explain
 
 SHIPPED = ["adakv", "blend", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova"]

@@ -4,16 +4,16 @@ from fractions import Fraction
 
 import pytest
 import torch
-
 from kvpolicy.evaluate.answers import answer
 from kvpolicy.evaluate.compare import compare
 from kvpolicy.evaluate.fit import fit
+from kvpolicy.evaluate.setup import Setup
+from kvpolicy.evaluate.tradeoff import plot_tradeoff
+
 from kvpolicy.evaluate.report.heatmap import plot_retention
 from kvpolicy.evaluate.report.plots import can_plot
 from kvpolicy.evaluate.report.retention import held_tokens, retention, tokens_that_matter
-from kvpolicy.evaluate.setup import Setup
 from kvpolicy.evaluate.testbed import Item
-from kvpolicy.evaluate.tradeoff import plot_tradeoff
 
 SHARE = Fraction(1, 4)
 PNG = b"\x89PNG"

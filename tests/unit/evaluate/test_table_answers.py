@@ -5,13 +5,13 @@ from fractions import Fraction
 import attrs
 import pytest
 import torch
-
-import kvpolicy
-from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.answers import answer, places_of
 from kvpolicy.evaluate.fit import fit
 from kvpolicy.evaluate.table.accuracy import answered
 from kvpolicy.evaluate.table.trace import batch_of, catch, replay
+
+import kvpolicy
+from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.testbed import make_item
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 

@@ -5,13 +5,13 @@ from fractions import Fraction
 import attrs
 import pytest
 import torch
-
-import kvpolicy
 from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.fit import fit, keeps_everything
 from kvpolicy.evaluate.table.error import attention_error, exact_attention, filled, reference_of, tokens_of
 from kvpolicy.evaluate.table.storage import storage_of
 from kvpolicy.evaluate.table.trace import Traced, batch_of, catch
+
+import kvpolicy
 from kvpolicy.evaluate.testbed import load_testbed, make_item
 from kvpolicy.stages.registry.plugins import registry
 

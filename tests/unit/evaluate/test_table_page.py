@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from kvpolicy.evaluate.table.page import page_of, percent
 from kvpolicy.evaluate.table.pictures import ACCURACY, TIME, draw
 from kvpolicy.evaluate.table.table_data import FORM

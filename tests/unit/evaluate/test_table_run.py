@@ -7,9 +7,6 @@ from statistics import mean
 import attrs
 import pytest
 import torch
-
-import kvpolicy
-from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.calibrations import SEED as CALIBRATION
 from kvpolicy.evaluate.calibrations import Calibrations
 from kvpolicy.evaluate.fit import fit
@@ -17,6 +14,9 @@ from kvpolicy.evaluate.table.lines import Kind, distinct, main_lines, merge_line
 from kvpolicy.evaluate.table.run import evaluate
 from kvpolicy.evaluate.table.setup import DecodeSetup, TableSetup
 from kvpolicy.evaluate.table.speed import DecodeBench, StepTime, decode_model
+
+import kvpolicy
+from kvpolicy.errors import EvaluationError
 
 SHARES = (Fraction(1, 4), Fraction(1, 8))
 DECODE = DecodeSetup((64, 128), pairs=2, hidden=32, layers=2, heads=2, kv_heads=1)
