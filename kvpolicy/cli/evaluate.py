@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvpolicy.evaluate.harness.record import EvaluationRecord
     from kvpolicy.evaluate.harness.setup import EvaluationSetup
     from kvpolicy.evaluate.harness.start import Inputs
+    from kvpolicy.policy import Policy
 
 RECORD, PAGE, PICTURE = "cells.jsonl", "evaluation.md", "tradeoff.png"
 SHARES = ("25%", "12.5%", "6.25%")
