@@ -29,6 +29,7 @@ from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
@@ -39,6 +40,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Attention,
     History,
     KeyNorm,
+    RandomDraw,
     Recency,
     Redundancy,
     ValueNorm,

@@ -14,6 +14,7 @@ from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
+from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 
@@ -39,7 +40,12 @@ CASES = [
     pytest.param(check, id=f"{plugin.stage} {plugin.name} {number}: {name}")
     for number, plugin in enumerate(VARIANTS)
     for name, check in conformance_cases(
-        plugin, Promises(gathers=isinstance(plugin, Drop), error=ERRORS.get(plugin.name, 0.0))
+        plugin,
+        Promises(
+            heads_apart=not isinstance(plugin, RandomDraw),  # each head draws for itself, whatever it holds
+            gathers=isinstance(plugin, Drop),
+            error=ERRORS.get(plugin.name, 0.0),
+        ),
     )
 ]
 
