@@ -61,9 +61,9 @@ def test_after_it_has_raised_all_is_well(stage, method, call, monkeypatch):
             assert fingerprint.of_model(one) == attached
             with pytest.raises(CacheError, match="failed"):
                 steps(one, cache, tokens[0])
-            assert difference(generate(one, *tokens), expected) == 0
             with torch.no_grad():
                 steady.append(one(tokens[0][:, :1], past_key_values=copy.deepcopy(other)).logits)
+        assert difference(generate(one, *tokens), expected) == 0
         assert all(torch.equal(logits, steady[0]) for logits in steady)
     assert fingerprint.of_model(one) == plain
 
@@ -84,7 +84,7 @@ def test_a_packed_layer_says_that_it_failed_whichever_allocation_fails(store, be
     with counting:
         expected = feed(whole, *given)
     assert counting.count > 10
-    for at in range(0, counting.count, 5):
+    for at in range(0, counting.count, 9):
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
             feed(layer, *given)

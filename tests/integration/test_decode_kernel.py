@@ -14,7 +14,7 @@ from tests.support.decisions import Decisions
 from tests.support.models import build, generate, prompt
 from tests.support.policies import small
 
-LAYERS, STEPS = 2, 6
+LAYERS, STEPS = 2, 4
 KIVI = {"use": "kivi", "bits": 4, "group": 8, "residual": 8}
 POLICIES = {
     "rkv": small("rkv", 20, 4, protect={"recent": 8}),
