@@ -30,9 +30,7 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated. `list` prints all.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="A text file; may be repeated. By default essays.")] = None,
     documents: Annotated[int | None, typer.Option(help="Contexts of a task; by default 4, of the testbed 32.")] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a context; by default 2048, testbed 1024.")
-    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a context; by default 2048, testbed 1024.")] = None,
     scored: Annotated[int, typer.Option(help="Tokens behind a context whose predictions are compared.")] = 128,
     questions: Annotated[int, typer.Option(help="Questions about each context, where a task asks several.")] = 4,
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
