@@ -148,7 +148,7 @@ class Evaluation:
             held_bytes=measured.held_bytes,
             full_bytes=measured.full_bytes,
             seconds=round(measured.seconds, 3),
-            texts=list(measured.texts),
+            texts=measured.texts,
         )
 
     @property
