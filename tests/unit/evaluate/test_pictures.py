@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+import kvpolicy
 from kvpolicy.evaluate.fitting.fit import fit
 from kvpolicy.evaluate.harness.calibrations import Calibrations
 from kvpolicy.evaluate.harness.measure import GroupRun
@@ -66,6 +67,16 @@ def test_policies_are_fitted_to_the_share(kept, policies, tiny):
         assert one.held.shape == (2, len(kept.tokens))
         assert one.held.mean() < 0.35
         assert one.right == (one.text.split() == kept.item.target.split())
+
+
+def test_policies_that_cannot_be_used_are_left_out(tiny, policies):
+    """The others are shown all the same."""
+    wide = kvpolicy.load("kivi2")  # heads of the model are narrower than its groups
+    made = Calibrations(tiny[0], lambda: torch.ones(1, 8, dtype=torch.long))
+
+    assert [one.policy.name for one in retention(*tiny, [wide, policies[1]], made, share=SHARE).by_policy] == [
+        policies[1].name
+    ]
 
 
 def test_streaming_keeps_both_ends(kept):

@@ -92,6 +92,7 @@ def test_units_are_what_has_not_been_measured(tiny, policies):
         ({"sizes": TaskSizes(length=5), "tasks": ("recall",)}, "length must be from 128 to 2048: 5"),
         ({"tasks": ("recal",)}, "task: unknown: 'recal'"),
         ({"shares": (Fraction(1),)}, "a share must be above 0% and below 100%: 100%"),
+        ({"shares": (QUARTER, Fraction(1, 8), QUARTER)}, "shares must be different: 25%, 12.5%, 25%"),
         ({"policies": (kvpolicy.load("rkv"), kvpolicy.load("rkv"))}, "policies must have different names: rkv"),
     ],
 )
