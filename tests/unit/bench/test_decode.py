@@ -17,6 +17,7 @@ from kvpolicy.bench.baselines.contenders import (
     twin,
 )
 from kvpolicy.bench.baselines.preallocated_cache import PreallocatedCache
+from kvpolicy.bench.caches.decoding import fill, fill_until_due
 from kvpolicy.bench.cases.decode import DecodeSetup, measure, measure_one
 from kvpolicy.bench.cases.overhead import Age, Overhead
 from kvpolicy.bench.protocol.case import AGAIN, OURS
@@ -25,7 +26,6 @@ from kvpolicy.bench.protocol.decode_steps import time_round
 from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.model_shapes import model_shape
 from kvpolicy.errors import InputError
-from kvpolicy.bench.caches.decoding import fill, fill_until_due
 
 CPU = torch.device("cpu")
 EVERY = {"compress": {"prefill": True, "every": 8}}

@@ -8,7 +8,7 @@ import pytest
 from kvpolicy.evaluate.harness.measure import GroupRun
 from kvpolicy.evaluate.report import plots
 from kvpolicy.evaluate.tasks.names import TASKS
-from tests.unit.evaluate.records import two_tasks
+from tests.support.evaluation_records import two_tasks
 
 QUICK = ("evaluate", "--quick", "--task", "recall", "--policy", "streaming_llm", "--policy", "kivi4", "--share", "25%")
 FILES = {"cells.jsonl", "evaluation.md", "tradeoff.png"}

@@ -17,8 +17,8 @@ from kvpolicy.evaluate.report.retention import held_tokens, retention, tokens_th
 from kvpolicy.evaluate.tasks.case import Sources
 from kvpolicy.evaluate.tasks.generated import Generated
 from kvpolicy.evaluate.testbed import Item, make_item
+from tests.support.evaluation_records import cell, record_of, two_tasks
 from tests.support.policies import held
-from tests.unit.evaluate.records import cell, record_of, two_tasks
 
 SHARE = Fraction(1, 4)
 PNG = b"\x89PNG"

@@ -14,7 +14,7 @@ from kvpolicy.evaluate.report.page import page_of
 from kvpolicy.evaluate.report.statistics import differ, estimate
 from kvpolicy.evaluate.report.summary import Summary
 from kvpolicy.evaluate.report.table import table_of
-from tests.unit.evaluate.records import cell, record_of, two_tasks
+from tests.support.evaluation_records import cell, record_of, two_tasks
 
 # -- intervals -------------------------------------------------------------------------------------------------
 
