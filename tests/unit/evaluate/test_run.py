@@ -187,6 +187,19 @@ def test_without_memory_for_the_full_cache_no_cell_of_the_group_is_measured(tiny
     assert [cell.refusal for cell in cells_of(made, made.units()[:1])] == ["does not fit into memory"] * 3
 
 
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_a_store_for_whose_calibration_there_is_no_memory_costs_its_own_cells_only(tiny, monkeypatch, error):
+    made = evaluation(tiny, setup_of(kvpolicy.load("tada"), kvpolicy.load("streaming_llm"), precision=False))
+    monkeypatch.setattr(kvpolicy.Policy, "calibrate", _raising(error))
+    cells = cells_of(made, made.units()[:1])
+
+    assert [(cell.policy, cell.refusal) for cell in cells] == [
+        ("full cache", ""),
+        ("tada", "does not fit into memory"),
+        ("streaming_llm", ""),
+    ]
+
+
 @pytest.mark.parametrize("place", ["full", "under"])
 def test_any_other_error_goes_on(tiny, policies, monkeypatch, place):
     """The model is given back all the same."""
