@@ -14,6 +14,7 @@ from kvpolicy.cli.options import Json
 if TYPE_CHECKING:
     from kvpolicy.evaluate.harness.record import EvaluationRecord
     from kvpolicy.evaluate.harness.setup import EvaluationSetup
+    from kvpolicy.evaluate.harness.start import Inputs
     from kvpolicy.evaluate.report.retention import Kept
     from kvpolicy.policy import Policy
 
@@ -35,14 +36,17 @@ def demo(
     json: Json = False,
 ) -> None:
     """Compare policies with the full cache: answers and predictions at equal bytes held; and draw it."""
+    from attrs import evolve
+
     from kvpolicy.evaluate.report.data import summary_data
     from kvpolicy.evaluate.report.plots import MISSING, can_plot
     from kvpolicy.evaluate.report.table import table_of
 
     setup = _setup(model, _policies(policy or POLICIES), share or SHARES, items, length, seed, quick=quick)
+    inputs = evolve(inputs_of(model, None, "cpu", None, setup), dtype=None)
     make_folder(out_dir, "--out ")
     (out_dir / RECORD).unlink(missing_ok=True)  # a demo begins anew
-    record, kept = _run(model, setup, out_dir / RECORD)
+    record, kept = _run(inputs, out_dir / RECORD)
     results = {**summary_data(record), **({} if kept is None else {"retention": _kept_data(kept)})}
     _write(out_dir, results, record, kept)
     print_json(results) if json else out().print(table_of(record))
@@ -88,22 +92,21 @@ def _setup(
     )
 
 
-def _run(model: str, setup: "EvaluationSetup", file: Path) -> "tuple[EvaluationRecord, Kept | None]":
+def _run(inputs: "Inputs", file: Path) -> "tuple[EvaluationRecord, Kept | None]":
     """Measure; and for the embedded model, whose words can be shown, what some of the policies keep of a prompt."""
-    from attrs import evolve
-
     from kvpolicy.evaluate.harness.start import calibrations_of
     from kvpolicy.evaluate.models import TESTBED
     from kvpolicy.evaluate.report.retention import retention
 
-    inputs = evolve(inputs_of(model, None, "cpu", None, setup), dtype=None)
+    setup = inputs.setup
     record, live, tokenizer = measure(inputs, file, 1)
-    if model != TESTBED:
+    if inputs.model != TESTBED:
         return record, None
     few = sorted({0, len(setup.policies) // 2, len(setup.policies) - 1})
     pictured = [setup.policies[index] for index in few]
     made = calibrations_of(live, tokenizer, inputs)
-    return record, retention(live, tokenizer, pictured, made, share=RETAINED, seed=setup.sizes.seed)
+    kept = retention(live, tokenizer, pictured, made, share=RETAINED, seed=setup.sizes.seed)
+    return record, kept if kept.by_policy else None
 
 
 def _write(folder: Path, results: dict[str, Any], record: "EvaluationRecord", kept: "Kept | None") -> None:

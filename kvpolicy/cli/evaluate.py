@@ -56,11 +56,20 @@ def evaluate(
     if record is not None:
         _render(record, read_record(record / RECORD), json=json)
         return
+    _require_jobs(jobs)
     sizes = {"documents": documents, "length": length, "scored": scored, "questions": questions, "seed": seed}
     setup = _setup(model, policy, share, task, sizes, device, quick=quick)
     inputs = inputs_of(model, text, device, dtype, setup)
     make_folder(out_dir, "--out ")
     _render(out_dir, measure(inputs, out_dir / RECORD, jobs)[0], json=json)
+
+
+def _require_jobs(jobs: int) -> None:
+    """Raise InputError for a number of processes that is none."""
+    from kvpolicy.errors import InputError
+
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1: {jobs}")
 
 
 def _list_tasks() -> None:
@@ -152,9 +161,11 @@ def inputs_of(
 
     from kvpolicy.cli.models import device_of, dtype_of
     from kvpolicy.evaluate.harness.start import Inputs
-    from kvpolicy.evaluate.models import TESTBED
+    from kvpolicy.evaluate.models import NAMES, TESTBED, config_of
 
     device_of(device)
+    if model not in NAMES:
+        config_of(model)  # a mistyped path is told before texts are fetched
     # Of the embedded model the bytes compare with those of a 16-bit cache.
     chosen = dtype_of(dtype) or (torch.bfloat16 if model == TESTBED else None)
     texts, calibration = _texts(model, files)
@@ -163,16 +174,18 @@ def inputs_of(
 
 def _texts(model: str, files: list[Path] | None) -> "tuple[tuple[Text, ...], tuple[Text, ...]]":
     """Texts for the cases, and others to calibrate stores on: essays, of which the cases leave some alone."""
+    from kvpolicy.errors import InputError
+    from kvpolicy.evaluate.data.texts import essays, user_text
     from kvpolicy.evaluate.models import TESTBED
 
     if model == TESTBED:
+        if files:
+            raise InputError("--text: the embedded model knows no words but its own: give another --model")
         return (), ()
-    from kvpolicy.evaluate.data.texts import essays, user_text
-
+    given = tuple(map(user_text, files or ()))
     every = essays(tell)
     held_back = len(every) // 4
-    texts = tuple(map(user_text, files)) if files else every[:-held_back]
-    return texts, every[-held_back:]
+    return given or every[:-held_back], every[-held_back:]
 
 
 def measure(inputs: "Inputs", file: Path, jobs: int) -> "tuple[EvaluationRecord, Any, Any]":
@@ -180,14 +193,11 @@ def measure(inputs: "Inputs", file: Path, jobs: int) -> "tuple[EvaluationRecord,
     import torch
 
     from kvpolicy.cli.progress import cells
-    from kvpolicy.errors import InputError
     from kvpolicy.evaluate.harness.record import RecordFile
     from kvpolicy.evaluate.harness.start import evaluation_of, head_of
     from kvpolicy.evaluate.harness.workers import run_here, run_in_processes
     from kvpolicy.evaluate.models import load_model
 
-    if jobs < 1:
-        raise InputError(f"--jobs must be at least 1: {jobs}")
     model, tokenizer = load_model(inputs.model, torch.device(inputs.device), inputs.dtype, tell)
     evaluation = evaluation_of(model, tokenizer, inputs)
     record = RecordFile(file, head_of(model, inputs))

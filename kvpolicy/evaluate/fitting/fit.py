@@ -56,9 +56,11 @@ def fit(
     A policy that keeps everything (`budget: "100%"`) evicts nothing here either: it holds what it holds, whatever the
     share, with a store sized as above for `length` tokens; its reader, if it has one, reads `share` of the `length`.
 
-    Raises ParameterError for a `share` that is none, EvaluationError when it leaves no room for an entry, and what
-    `Policy.compile` raises when the policy cannot be used with the model.
+    Raises ParameterError for a `share` or `length` that is none, EvaluationError when it leaves no room for an entry,
+    and what `Policy.compile` raises when the policy cannot be used with the model.
     """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ParameterError(f"length must be a whole number, at least 1: {shown(length)}")
     return fit_calibrated(policy, model, share=share_of(share), length=length, calibrate=lambda _: calibration)
 
 
@@ -75,7 +77,9 @@ def fit_calibrated(
     limit = int(plan.footprint.full_bytes(length) * share)
     tokens = plan.budgets.affordable(limit)
     if tokens < 1:
-        raise EvaluationError(f"{policy.name}: {float(share):.4g} of {length} tokens leaves no room for an entry")
+        raise EvaluationError(
+            f"{policy.name}: {float(100 * share):.4g}% of {length} tokens leaves no room for an entry"
+        )
     if tokens + plan.budgets.slack >= length:
         spec = attrs.evolve(spec, store=_mostly_unpacked(spec, model, length, limit, calibrate))
         tokens = length

@@ -53,13 +53,13 @@ class GroupRun:
         prompts = trace_prompts(prompt_model or model, list(distinct))
         self.prompts: TracedPrompts = prompts if prompt_model is None else prompts.to(model.dtype)
         self._full_plan = load("kvpolicy:full").compile(model)
-        self._reference: list[Tensor] = []  # logits of the full cache, by forward
+        self._reference: dict[tuple[int, int], Tensor] = {}  # logits of the full cache, by first case and token
 
     @torch.inference_mode()
     def full(self) -> Measured:
         """With transformers' own full cache. What follows is compared with it, so it comes first."""
         started = time.perf_counter()
-        self._reference = []
+        self._reference = {}
 
         def cache_of(cases: Sequence[int]) -> Cache:
             return self.prompts.uncompressed([self._rows[case] for case in cases], self.model)
@@ -154,7 +154,9 @@ class GroupRun:
             max_new_tokens=max(case.new_tokens for case in cases),
             do_sample=False,
         )
-        texts: list[str] = self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        # A case that may write less than another one of the group writes no more than it would alone.
+        answers = [row[: case.new_tokens] for row, case in zip(written[:, ids.shape[1] :], cases, strict=True)]
+        texts: list[str] = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
 
     def _predictions(
@@ -163,17 +165,16 @@ class GroupRun:
         """The text is computed some tokens at a time, as candidates or a further turn would be."""
         rows = self._prompt_rows(chosen)
         tokens = torch.tensor(texts, device=self.model.device)
-        is_reference = not self._reference
         parts = []
-        for number, start in enumerate(range(0, tokens.shape[1] - 1, self._step)):
+        for start in range(0, tokens.shape[1] - 1, self._step):
             now = tokens[:, start : min(start + self._step, tokens.shape[1] - 1)]
-            places = self.prompts.valid[rows].sum(1, keepdim=True) + start + torch.arange(now.shape[1])
+            lengths = self.prompts.valid[rows].sum(1, keepdim=True)
+            places = lengths + start + torch.arange(now.shape[1], device=lengths.device)
             call: Any = {"attention_mask": self._mask(rows, start + now.shape[1]), "position_ids": places}
             logits: Tensor = self.model(now, **call, past_key_values=cache, use_cache=True).logits
-            if is_reference:
-                self._reference.append(logits)
+            reference = self._reference.setdefault((chosen[0], start), logits)
             following = tokens[:, start + 1 : start + 1 + now.shape[1]]
-            parts.append(compared(logits, self._reference[number], following))
+            parts.append(compared(logits, reference, following))
         yield from _joined(parts)
 
     def _prompt_rows(self, chosen: Sequence[int]) -> Tensor:

@@ -7,8 +7,9 @@ killed goes on where it stopped.
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import attrs
 
@@ -16,7 +17,12 @@ from kvpolicy.errors import InputError, one_line
 
 FORM = 2  # of the record
 _RUN, _CELL = "run", "cell"
+_NEEDED = ("date", "versions", "machine", "model", "texts", "sizes")  # of a head, by whoever shows it
 _NOT_COMPARED = ("date", "versions", "machine")  # a run may go on another day
+
+
+def _listed(texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(texts)
 
 
 @attrs.frozen
@@ -34,7 +40,7 @@ class Cell:
     full_bytes: float = 0.0  # what a full cache of as many tokens takes there
     prompt_tokens: int = 0  # of the longest prompt
     seconds: float = 0.0
-    texts: Sequence[str] = ()  # the answers
+    texts: Sequence[str] = attrs.field(default=(), converter=_listed)  # the answers
     refusal: str = ""  # why there are no values
 
     @property
@@ -62,11 +68,12 @@ class RecordFile:
         """Begin a new file, or go on with one of the same run. Raises InputError for one of another run."""
         self.path = path
         self.record = EvaluationRecord(head)
-        if path.exists() and path.stat().st_size:
+        if path.exists() and not _is_part_of_a_head(_read(path)):
             self.record = read_record(path)
             _require_same(path, self.record.head, head)
             self._drop_what_is_cut_off()
         else:
+            self._drop_what_is_cut_off()
             self._write({"kind": _RUN, "form": FORM, **head})
 
     def add(self, cell: Cell) -> None:
@@ -75,32 +82,50 @@ class RecordFile:
         self.record = attrs.evolve(self.record, cells=(*self.record.cells, cell))
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(f"{one_line(self.path)}: cannot be written: {error.strerror}") from error
+        data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        with _writing(self.path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _drop_what_is_cut_off(self) -> None:
         """Remove a last line without its end: a run was killed while it was written."""
-        data = self.path.read_bytes()
+        data = _read(self.path) if self.path.exists() else b""
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
-            with self.path.open("r+b") as file:
+            with _writing(self.path, "r+b") as file:
                 file.truncate(whole)
+
+
+@contextmanager
+def _writing(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    try:
+        with path.open(mode) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{one_line(path)}: cannot be written: {error.strerror}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{one_line(path)}: cannot be read: {error.strerror}") from error
+
+
+def _is_part_of_a_head(data: bytes) -> bool:
+    """Whether a run was killed while it wrote its first line; an empty file is none of anybody."""
+    start = json.dumps({"kind": _RUN, "form": FORM}).removesuffix("}").encode()
+    return b"\n" not in data and (data.startswith(start) or start.startswith(data))
 
 
 def read_record(path: Path) -> EvaluationRecord:
     """The record in a file; a last line that was cut off is left out. Raises InputError for anything else."""
     try:
-        lines = list(_lines(path.read_bytes()))
-        head = _head(lines[0])
+        lines = list(_lines(_read(path)))
+        head = _head(lines[0] if lines else {})
         cells = tuple(_cell(line) for line in lines[1:])
-    except OSError as error:
-        raise InputError(f"{one_line(path)}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, TypeError) as error:
         raise InputError(f"{one_line(path)}: is not a record of kvpolicy evaluate: {one_line(error)}") from error
     return EvaluationRecord(head, cells)
 
@@ -117,13 +142,19 @@ def _lines(data: bytes) -> Iterator[dict[str, Any]]:
 def _head(line: dict[str, Any]) -> dict[str, Any]:
     if line.pop("kind", None) != _RUN or line.pop("form", None) != FORM:
         raise ValueError(f"its form is not {FORM}")
+    if missing := [name for name in _NEEDED if name not in line]:
+        raise ValueError(f"its head lacks {', '.join(missing)}")
     return line
 
 
 def _cell(line: dict[str, Any]) -> Cell:
     if line.pop("kind", None) != _CELL:
         raise ValueError("a line is no cell")
-    return Cell(**line)
+    cell = Cell(**line)
+    numbers = cell.values.values() if isinstance(cell.values, dict) else [None]
+    if not all(isinstance(one, list) and all(isinstance(number, int | float) for number in one) for one in numbers):
+        raise ValueError("values of a cell are no numbers")
+    return cell
 
 
 def _require_same(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> None:

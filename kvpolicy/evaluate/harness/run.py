@@ -127,6 +127,8 @@ class Evaluation:
             return fitted.compile(self.model, calibration=calibrations.of(fitted))
         except KVPolicyError as error:  # a policy that does not go with the model must not cost all the others
             return str(error)
+        except (MemoryError, RuntimeError) as error:
+            return _out_of_memory(error)
 
     def _cell(self, unit: Unit, contender: Contender, measured: Measured | str) -> Cell:
         plan = self._plans.get((unit.task, contender))
@@ -148,7 +150,7 @@ class Evaluation:
             held_bytes=measured.held_bytes,
             full_bytes=measured.full_bytes,
             seconds=round(measured.seconds, 3),
-            texts=list(measured.texts),
+            texts=measured.texts,
         )
 
     @property

@@ -71,6 +71,8 @@ class EvaluationSetup:
         for share in self.shares:
             if not 0 < share < 1:
                 raise EvaluationError(f"a share must be above 0% and below 100%: {percent(share)}")
+        if len(set(self.shares)) < len(self.shares):
+            raise EvaluationError(f"shares must be different: {', '.join(map(percent, self.shares))}")
         embedded = any(isinstance(task_of(name), Generated) for name in self.tasks)
         if embedded and not SHORTEST <= self.sizes.length <= MAXIMUM_LENGTH:
             raise EvaluationError(f"length must be from {SHORTEST} to {MAXIMUM_LENGTH}: {self.sizes.length}")

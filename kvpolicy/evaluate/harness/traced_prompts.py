@@ -87,9 +87,8 @@ class TracedPrompts:
 
     def to(self, dtype: torch.dtype) -> "TracedPrompts":
         """The same with queries, keys and values rounded to another dtype."""
-        for layer in self.unmanaged.values():
-            _round_layer(layer, dtype)
-        return attrs.evolve(self, layers=tuple(layer.to(dtype) for layer in self.layers))
+        unmanaged = {index: _rounded(layer, dtype) for index, layer in self.unmanaged.items()}
+        return attrs.evolve(self, layers=tuple(layer.to(dtype) for layer in self.layers), unmanaged=unmanaged)
 
     @property
     def _call(self) -> dict[str, Any]:
@@ -147,10 +146,12 @@ def _copy_layer(source: Any, target: Any) -> None:
         setattr(target, name, value.clone() if isinstance(value, Tensor) else copy.copy(value))
 
 
-def _round_layer(layer: Any, dtype: torch.dtype) -> None:
-    """Round what a layer of the model's library holds to another dtype."""
+def _rounded(layer: Any, dtype: torch.dtype) -> Any:
+    """A layer of the model's library with what it holds rounded to another dtype."""
+    other = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            setattr(layer, name, value.to(dtype))
+            setattr(other, name, value.to(dtype))
         elif name == "dtype":
-            layer.dtype = dtype
+            other.dtype = dtype
+    return other

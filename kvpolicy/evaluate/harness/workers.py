@@ -47,24 +47,25 @@ def run_in_processes(inputs: Inputs, units: Sequence[Unit], add: Add, jobs: int)
 
 
 def _collect(cells: "multiprocessing.Queue[Cell]", futures: Sequence[Future[int]], add: Add) -> None:
-    """Add cells until all units are done, and all of their cells have arrived."""
+    """Add cells until all units are done, or one has failed, and all cells that were sent have arrived."""
     received = 0
     while True:
         done = [future for future in futures if future.done()]
-        try:
-            for future in done:
-                future.result()
-        except BrokenProcessPool as error:
-            raise EvaluationError(
-                "a process of the evaluation has ended, perhaps for want of memory; the same command goes on with it"
-            ) from error
-        if len(done) == len(futures) and received == sum(future.result() for future in done):
+        failed = next((error for future in done if (error := future.exception()) is not None), None)
+        everything = failed is None and len(done) == len(futures)
+        if everything and received == sum(future.result() for future in done):
             return
         try:
             add(cells.get(timeout=_LOOK_SECONDS))
             received += 1
         except queue.Empty:
-            continue
+            if isinstance(failed, BrokenProcessPool):
+                raise EvaluationError(
+                    "a process of the evaluation has ended, perhaps for want of memory; the same command goes on "
+                    "with it"
+                ) from failed
+            if failed is not None:
+                raise failed from None
 
 
 def _begin(inputs: Inputs, threads: int, cells: Any) -> None:

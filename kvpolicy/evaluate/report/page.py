@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from kvpolicy.errors import one_line
 from kvpolicy.evaluate.harness.record import EvaluationRecord
 from kvpolicy.evaluate.harness.setup import OTHER_PRECISION, percent
 from kvpolicy.evaluate.report.statistics import Estimate
@@ -66,9 +67,17 @@ def _task(task: TaskSummary, summary: Summary) -> Iterator[str]:
     yield f"## {task.task}\n"
     about = TASKS[task.task].summary if task.task in TASKS else ""
     yield f"{about[:1].upper()}{about[1:]}. {task.cases} cases.\n"
-    if not task.tells_something:
+    if task.full is not None and not task.tells_something:
         yield f"{_NOTHING}\n"
-    metrics = list(task.measured[0].values) if task.measured else []
+    if task.measured:
+        yield from _measured(task, summary)
+    for line in task.lines:
+        if line.refusal:
+            yield f"Not measured: {line.label}: {one_line(line.refusal)}\n"
+
+
+def _measured(task: TaskSummary, summary: Summary) -> Iterator[str]:
+    metrics = list(task.measured[0].values)
     yield "; ".join(f"**{name}**: {METRICS[name].help}" for name in metrics) + ".\n"
     yield from _heading("cache", "held", *metrics)
     for share in (None, *summary.shares):
@@ -76,9 +85,6 @@ def _task(task: TaskSummary, summary: Summary) -> Iterator[str]:
         for line in (line for line in task.measured if line.share == share):
             yield _cells(line, metrics, bold=task.metric if line in best else None)
     yield ""
-    for line in task.lines:
-        if line.refusal:
-            yield f"Not measured: {line.label}: {line.refusal}\n"
 
 
 def _cells(line: Line, metrics: list[str], bold: str | None) -> str:

@@ -45,12 +45,13 @@ def _draw(panel: Any, task: TaskSummary, names: Sequence[str]) -> None:
     if full is not None and metric.larger_is_better:
         panel.axhline(factor * full.estimate(task.metric).mean, color="black", linewidth=0.8, linestyle="--")
     for index, name in enumerate(names):
-        lines = sorted((line for line in task.measured if line.policy == name), key=lambda line: line.held_share)
-        if lines:
-            _points(panel, lines, task.metric, factor, name, {**style_of(name, names), "linestyle": _kind(index)})
+        points = sorted((line for line in task.measured if line.policy == name), key=lambda line: line.held_share)
+        if points:
+            _points(panel, points, task.metric, factor, name, {**style_of(name, names), "linestyle": _kind(index)})
     shares = sorted({100 * line.share for line in task.measured if line.share is not None})
     panel.set(title=task.task if task.tells_something else f"{task.task} (not done by the full cache)", xscale="log")
-    if not metric.larger_is_better:
+    lines = [line for line in task.measured if line.policy in names]
+    if not metric.larger_is_better and any(line.estimate(task.metric).mean > 0 for line in lines):
         panel.set_yscale("log")
     panel.set_ylabel(f"{metric.name} (%)" if metric.percent else metric.name)
     panel.set_xlabel("bytes held (% of the full cache)")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpolicy.errors import KVPolicyError
 from kvpolicy.evaluate.fitting.fit import fit_calibrated
 from kvpolicy.evaluate.harness.calibrations import Calibrations
 from kvpolicy.evaluate.harness.measure import GroupRun
@@ -57,14 +58,18 @@ def retention(
     """Answer one short item of the embedded model under each policy; what is left of its prompt after the answer.
 
     The item is the first of the seed whose answer stands in the first half, where a recent window has lost it.
+    Policies that do not go with the model, or cannot be fitted to so short a prompt, are left out.
     """
     items = (make_item(TASK, seed, index, LENGTH) for index in count())
     item, tokens = next((one, words) for one in items if _stands_early(one, words := _tokens(tokenizer, one)))
     case = Generated(TASK, "").case(Sources(tokenizer, ()), item)
     run, kept = GroupRun(model, tokenizer, [case], step=1), []
     for policy in policies:
-        fitted = fit_calibrated(policy, model, share=share, length=case.tokens, calibrate=calibrations.of)
-        plan = fitted.compile(model, calibration=calibrations.of(fitted))
+        try:
+            fitted = fit_calibrated(policy, model, share=share, length=case.tokens, calibrate=calibrations.of)
+            plan = fitted.compile(model, calibration=calibrations.of(fitted))
+        except KVPolicyError:
+            continue
         with Attachment(plan, model) as attachment:
             measured, caches = run.caches_under(plan, attachment)
         held = held_tokens(caches[0], len(tokens))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 _DRAWS = 2000
 _LEVEL = 0.95
+_FEWEST = 3  # cases by which two contenders can be told apart
 
 
 @attrs.frozen
@@ -27,7 +28,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether the interval of the mean difference, case by case, leaves out zero."""
+    """Whether the interval of the mean difference, case by case, leaves out zero; never with fewer than three cases.
+
+    Two cases that differ in the same direction would do so by chance every other time.
+    """
+    if len(ours) < _FEWEST:
+        return False
     low, high = _interval(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64))
     return low > 0 or high < 0
 

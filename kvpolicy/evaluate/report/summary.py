@@ -1,5 +1,6 @@
 """The cells of a record, brought together: one line a contender and task."""
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -9,6 +10,7 @@ from kvpolicy.evaluate.harness.record import Cell, EvaluationRecord
 from kvpolicy.evaluate.harness.setup import FULL, OTHER_PRECISION, percent
 from kvpolicy.evaluate.report.statistics import Estimate, differ, estimate
 from kvpolicy.evaluate.tasks.case import METRICS
+from kvpolicy.evaluate.tasks.names import TASKS
 
 MAIN = ("correct", "kl")  # the metrics that lines are compared by, of which a task has one
 _DONE_AT_ALL = 0.5  # of the answers right with the full cache
@@ -24,7 +26,7 @@ class Line:
     values: Mapping[str, tuple[float, ...]]  # by metric, one number a case
     held_share: float  # bytes held at the end as a share of the full cache's, mean over the groups
     seconds: float
-    groups: int
+    groups: tuple[int, ...]  # those that were measured
     refusal: str = ""
 
     @property
@@ -43,8 +45,7 @@ class Line:
 
     def differs(self, other: "Line", metric: str) -> bool:
         """Whether it can be told apart from another line; always, if they were not measured on the same cases."""
-        ours, theirs = self.values[metric], other.values[metric]
-        return len(ours) != len(theirs) or differ(ours, theirs)
+        return self.groups != other.groups or differ(self.values[metric], other.values[metric])
 
 
 @attrs.frozen
@@ -78,7 +79,7 @@ class TaskSummary:
 
     def best(self, share: float | None) -> tuple[Line, ...]:
         """The line with the best mean at a share, and those that cannot be told apart from it; the best one first."""
-        lines = [line for line in self.measured if line.share == share and not line.is_baseline]
+        lines = _on_the_same_groups([line for line in self.measured if line.share == share and not line.is_baseline])
         if not lines:
             return ()
         lines.sort(key=lambda line: line.estimate(self.metric).mean, reverse=METRICS[self.metric].larger_is_better)
@@ -95,7 +96,7 @@ class Summary:
     def tasks(self) -> tuple[TaskSummary, ...]:
         """In the order in which they were run."""
         names = dict.fromkeys(cell.task for cell in self.record.cells)
-        return tuple(found for name in names if (found := _task(name, self.record.of(name))) is not None)
+        return tuple(_task(name, self.record.of(name)) for name in names)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -103,11 +104,11 @@ class Summary:
         return tuple(sorted({cell.share for cell in self.record.cells if cell.share is not None}, reverse=True))
 
 
-def _task(name: str, cells: tuple[Cell, ...]) -> TaskSummary | None:
+def _task(name: str, cells: tuple[Cell, ...]) -> TaskSummary:
     metrics = {metric for cell in cells for metric in cell.values}
-    metric = next((metric for metric in MAIN if metric in metrics), None)
-    if metric is None:
-        return None
+    if not metrics and name in TASKS:
+        metrics = set(TASKS[name].metrics)  # nothing was measured, and the lines say why
+    metric = next((metric for metric in MAIN if metric in metrics), MAIN[0])
     keys = dict.fromkeys((cell.policy, cell.share) for cell in cells)
     lines = tuple(_line(name, *key, [cell for cell in cells if (cell.policy, cell.share) == key]) for key in keys)
     return TaskSummary(name, metric, lines)
@@ -123,6 +124,13 @@ def _line(task: str, policy: str, share: float | None, cells: list[Cell]) -> Lin
         values={name: tuple(value for cell in measured for value in cell.values[name]) for name in metrics},
         held_share=sum(cell.held_bytes / max(1, cell.full_bytes) for cell in measured) / max(1, len(measured)),
         seconds=sum(cell.seconds for cell in measured),
-        groups=len(measured),
+        groups=tuple(cell.group for cell in measured),
         refusal=next((cell.refusal for cell in cells if cell.refusal), ""),
     )
+
+
+def _on_the_same_groups(lines: list[Line]) -> list[Line]:
+    """The lines that were measured on the groups that most of them were measured on; others are not ranked."""
+    counts = Counter(line.groups for line in lines)
+    most = max(counts, key=lambda groups: (counts[groups], len(groups)), default=())
+    return [line for line in lines if line.groups == most]

@@ -1,6 +1,7 @@
 """The table of an evaluation on a terminal: one line a contender, the main number of each task."""
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from kvpolicy.evaluate.harness.record import EvaluationRecord
@@ -14,13 +15,15 @@ held: bytes of one sequence at the end, slack, observed queries and state includ
 def table_of(record: EvaluationRecord) -> Table:
     """The contenders in the order in which they ran."""
     summary, head = Summary(record), record.head
-    title = f"{head['model']['name']}, {head['model']['dtype']}, contexts of about {head['sizes']['length']} tokens"
+    title = (
+        f"{escape(head['model']['name'])}, {head['model']['dtype']}, contexts of about {head['sizes']['length']} tokens"
+    )
     table = Table(title=title, caption=_CAPTION, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("cache", no_wrap=True)
     table.add_column("held", justify="right", no_wrap=True)
     for task in summary.tasks:
         name = METRICS[task.metric].name if task.metric != "correct" else ""
-        doubt = "" if task.tells_something else " (not done by the full cache)"
+        doubt = "" if task.tells_something or task.full is None else " (not done by the full cache)"
         table.add_column(f"{task.task} {name}{doubt}".rstrip(), justify="right")
     best: dict[tuple[str, float | None], tuple[Line, ...]] = {
         (task.task, share): task.best(share) for task in summary.tasks for share in summary.shares
@@ -32,7 +35,7 @@ def table_of(record: EvaluationRecord) -> Table:
             measured = [line for line in lines.values() if line.values]
             held = sum(line.held_share for line in measured) / max(1, len(measured))
             row = (_cell(task, lines.get(task.task), best.get((task.task, share), ())) for task in summary.tasks)
-            table.add_row(label, f"{held:.1%}" if measured else "", *row)
+            table.add_row(escape(label), f"{held:.1%}" if measured else "", *row)
     return table
 
 

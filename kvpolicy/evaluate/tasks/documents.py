@@ -30,6 +30,10 @@ def token_windows(
     encoded = [ids_of(tokenizer, text.text) for text in texts]
     if not any(len(ids) >= body for ids in encoded):
         encoded = [[token for ids in encoded for token in ids]]
+    if body < 1:
+        raise EvaluationError(
+            f"text: pieces of {length} tokens are too short: each begins with {len(start)} of its own"
+        )
     places = [(index, offset) for index, ids in enumerate(encoded) for offset in range(0, len(ids) - body + 1, body)]
     if len(places) < count:
         have = sum(map(len, encoded))

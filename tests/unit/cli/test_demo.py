@@ -1,45 +1,56 @@
 """`kvpolicy demo --quick` from end to end, and bad input before anything is written."""
 
 import json
-from importlib.resources import files
 
 import pytest
 
 from kvpolicy.evaluate.report import plots
 from kvpolicy.evaluate.testbed import EVALUATED
 
-trained = pytest.mark.skipif(
-    not (files("kvpolicy.evaluate.testbed") / "weights" / "model.safetensors").is_file(), reason="no testbed weights"
-)
-QUICK = ("demo", "--quick", "--policy", "snapkv", "--policy", "streaming_llm")
+QUICK = ("demo", "--quick", "--items", "1", "--policy", "snapkv", "--policy", "streaming_llm")
 
 
-@trained
-def test_quick_demo_writes_pictures_results_and_a_table(kv, tmp_path):
-    """The whole way on the embedded model."""
-    result = kv(*QUICK, "--out", "there/results", "--share", "25%", "--share", "12.5%")
+def test_a_quick_demo_writes_pictures_results_and_a_table(kv, tmp_path):
+    """The whole way on the embedded model; what an earlier one left in the folder does not count."""
     folder = tmp_path / "there" / "results"
-
+    folder.mkdir(parents=True)
+    (folder / "cells.jsonl").write_text("of an earlier run\n")
+    result = kv(*QUICK, "--policy", "kivi2", "--out", "there/results", "--share", "25%")
     assert result.exit_code == 0, result.stderr
-    assert {path.name for path in folder.iterdir()} == {"retention.png", "tradeoff.png", "results.json"}
-    for expected in ("full cache", "snapkv 25%", "streaming_llm 12.5%", *EVALUATED, "KV held", "tok/s"):
-        assert expected in result.stdout
+    assert {path.name for path in folder.iterdir()} == {
+        *("cells.jsonl", "results.json", "retention.png", "tradeoff.png"),
+    }
+    for word in ("full cache", "snapkv 25%", "streaming_llm 25%", *EVALUATED, "held"):
+        assert word in result.stdout
     data = json.loads((folder / "results.json").read_text())
-    assert len(data["outcomes"]) == 3 * 5
-    assert all(one["held_share"] <= one["share"] for one in data["outcomes"])
-    assert {one["policy"] for one in data["retention"]["policies"]} == {"snapkv", "streaming_llm"}
+    assert set(data["tasks"]) == set(EVALUATED)
+    for task in data["tasks"].values():
+        assert [line["policy"] for line in task["lines"]] == ["full cache", "kivi2", "snapkv", "streaming_llm"]
+        assert task["cases"] == 1
+        assert all(line["held_share"] <= line["share"] for line in task["lines"] if line["share"])
+    cells = list(map(json.loads, (folder / "cells.jsonl").read_text().splitlines()))
+    assert cells[0]["sizes"]["seed"] == 1
+    assert len(cells) == 1 + 3 * 4
+    kept = data["retention"]
+    assert {one["policy"] for one in kept["policies"]} == {"snapkv", "streaming_llm", "kivi2"}
+    for one in kept["policies"]:
+        assert {len(row) for row in one["held_by_layer_and_token"]} == {len(kept["tokens"])}
+    assert any(kept["answer_follows_from"])
 
 
-@trained
 def test_without_matplotlib_the_numbers_are_still_written(kv, tmp_path, monkeypatch):
-    """One line says what is missing."""
+    """One line says what is missing; stdout is JSON alone."""
     monkeypatch.setattr(plots, "find_spec", lambda _name: None)
-    result = kv(*QUICK, "--share", "25%", "--json")
+    monkeypatch.setattr("kvpolicy.evaluate.tasks.names.TESTBED_TASKS", ("recall",))
+    result = kv("demo", "--quick", "--items", "1", "--policy", "streaming_llm", "--share", "25%", "--json")
 
     assert result.exit_code == 0, result.stderr
-    assert "pip install 'kvpolicy[plots]'" in result.stderr
-    assert [path.name for path in (tmp_path / "demo-results").iterdir()] == ["results.json"]
-    assert json.loads(result.stdout)["setup"]["items_per_task"] == 2
+    assert result.stderr.count("pip install 'kvpolicy[plots]'") == 1
+    assert sorted(path.name for path in (tmp_path / "demo-results").iterdir()) == ["cells.jsonl", "results.json"]
+    data = json.loads(result.stdout)
+    assert list(data["tasks"]) == ["recall"]
+    assert data["sizes"]["documents"] == 1
+    assert data == json.loads((tmp_path / "demo-results" / "results.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -50,10 +61,10 @@ def test_without_matplotlib_the_numbers_are_still_written(kv, tmp_path, monkeypa
         (("--policy", "rkv", "--policy", "rkv"), "policies must have different names: rkv"),
         (("--share", "512"), "--share must be a percentage above 0% and below 100%: '512'"),
         (("--share", "100%"), "--share must be a percentage above 0% and below 100%: '100%'"),
-        (("--question", "maybe"), "question must be one of seen, unseen: 'maybe'"),
-        (("--items", "0"), "items must be at least 1: 0"),
+        (("--items", "0"), "documents must be at least 1: 0"),
         (("--length", "5"), "length must be from 128 to 2048: 5"),
         (("--seed", "-1"), "seed must be at least 0: -1"),
+        (("--model", "./nowhere"), "./nowhere: its configuration cannot be read"),
         (("--out", "file/below"), "--out file/below: cannot be made"),
     ],
 )

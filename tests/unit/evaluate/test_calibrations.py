@@ -1,23 +1,21 @@
-"""Stores are calibrated once each, on text of their own; and what comparisons do with that."""
-
-from fractions import Fraction
+"""Stores are calibrated once each, and on the tokens that were given."""
 
 import attrs
 import pytest
 import torch
-from kvpolicy.evaluate.answers import answer
-from kvpolicy.evaluate.calibrations import Calibrations
-from kvpolicy.evaluate.compare import compare
-from kvpolicy.evaluate.setup import Setup
 
 import kvpolicy
-from kvpolicy.evaluate.testbed import make_item
-from kvpolicy.evaluate.testbed.vocabulary import IDS, PAD
+from kvpolicy.errors import CalibrationError
+from kvpolicy.evaluate.harness.calibrations import Calibrations
+
+TOKENS = torch.arange(8, 8 + 3 * 64).reshape(3, 64)
 
 
 @pytest.fixture
-def calibrations(tiny):
-    return Calibrations(tiny[0], sequences=3, length=64)
+def made(tiny):
+    """With the calls for tokens that it has made."""
+    calls = []
+    return Calibrations(tiny[0], lambda: calls.append(1) or TOKENS), calls
 
 
 @pytest.fixture(scope="module")
@@ -25,47 +23,35 @@ def sals():
     return kvpolicy.load("sals25", store={"use": "latent", "rank": 0.25, "value_group": 8})
 
 
-def test_text_is_real_and_repeatable(tiny, calibrations):
-    """No pads, all tasks in turn, the same every time."""
-    tokens = calibrations.tokens
-
-    assert tokens.shape == (3, 64)
-    assert not (tokens == IDS[PAD]).any()
-    assert torch.equal(tokens, Calibrations(tiny[0], 3, 64).tokens)
-
-
-def test_each_store_is_calibrated_once(calibrations, sals):
-    """And those that need it only."""
-    first = calibrations.of(sals)
-
-    assert first is calibrations.of(attrs.evolve(sals, origin="elsewhere"))
+def test_each_store_is_calibrated_once(made, sals):
+    """Whatever else differs; and tokens are made when the first store asks for them."""
+    calibrations, calls = made
     assert calibrations.of(kvpolicy.load("snapkv")) is None
-    assert calibrations.of(None) is None
-    assert calibrations.plan(sals).formats[0].keys.joint
+    assert calls == []
+    first = calibrations.of(sals)
+    other = attrs.evolve(sals, spec=attrs.evolve(sals.spec, name="other"), origin="elsewhere")
+
+    assert calibrations.of(other) is first
+    assert calls == [1]
 
 
-def test_comparisons_calibrate_what_needs_it(tiny, sals):
-    """The way of the demo."""
-    setup = Setup((sals,), (Fraction(1, 4),), tasks=("recall",), items=1, length=128)
-    outcomes = compare(*tiny, setup)
+def test_another_store_has_a_calibration_of_its_own(made, sals):
+    """Both fit the policies that they were made for, and on the same tokens."""
+    calibrations, calls = made
+    half = kvpolicy.load("sals25", store={"use": "latent", "rank": 0.5, "value_group": 8})
+    first, second = calibrations.of(sals), calibrations.of(half)
 
-    assert outcomes[1].held_share < 1
+    assert calls == [1]
+    sals.compile(calibrations.model, calibration=first)
+    half.compile(calibrations.model, calibration=second)
+    with pytest.raises(CalibrationError, match="another store"):
+        half.compile(calibrations.model, calibration=first)
 
 
-def test_positions_do_not_count_pads(tiny):
-    """The context's positions are those that `generate` goes on from, so that rows mean what they mean alone."""
-    model, tokenizer = tiny
-    seen = []
-    hook = model.model.register_forward_pre_hook(
-        lambda _module, _args, call: seen.append(call["position_ids"]), with_kwargs=True
-    )
-    try:
-        items = [attrs.evolve(make_item("recall", 0, index, 128), new_tokens=2) for index in range(3)]
-        answer(model, tokenizer, items, None)
-    finally:
-        hook.remove()
-    lengths = [len(tokenizer(item.prompt).input_ids) for item in items]
+def test_it_is_what_the_policy_measures_itself(made, sals):
+    own = sals.calibrate(made[0].model, TOKENS)
+    found = made[0].of(sals)
 
-    assert len(set(lengths)) > 1
-    assert seen[0][:, -1].tolist() == [length - 1 for length in lengths]
-    assert seen[1][:, 0].tolist() == lengths
+    for ours, theirs in zip(found.layers, own.layers, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -1,57 +1,154 @@
 """Fitted policies keep their recipe and never take more bytes than their share."""
 
 from fractions import Fraction
+from functools import cache
 
 import attrs
 import pytest
-from kvpolicy.evaluate.calibrations import Calibrations
-from kvpolicy.evaluate.fit import fit, fit_tokens, keeps_everything
-from kvpolicy.evaluate.shrink import reading, reads
+import torch
 
 import kvpolicy
 import kvpolicy.spec.load
-from kvpolicy.errors import EvaluationError
-from kvpolicy.plan.explain import explain
+from kvpolicy.errors import EvaluationError, ParameterError
+from kvpolicy.evaluate.fitting.fit import fit_calibrated, keeps_everything, share_of
+from kvpolicy.evaluate.fitting.sizes import reading, reads
+from kvpolicy.evaluate.harness.calibrations import Calibrations
+from kvpolicy.evaluate.harness.traced_prompts import trace_prompts
+from kvpolicy.stages.registry.plugins import registry
+from tests.support.models import build, prompt
 
-SHIPPED = ["adakv", "blend", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova"]
+LENGTH = 1024
+SHARES = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 10))
+EVICTING = [name for name in registry().policies() if not keeps_everything(kvpolicy.load(name).spec)]
+WHOLE = [name for name in registry().policies() if name not in EVICTING]
 
 
-@pytest.mark.parametrize("share", [Fraction(1, 10), Fraction(1, 4), Fraction(1, 2)])
-@pytest.mark.parametrize("name", SHIPPED)
-def test_bytes_stay_within_the_share_and_use_it_up(tiny, name, share):
-    """At capacity, slack included, the share is not exceeded, and one more token everywhere would exceed it."""
-    model, _ = tiny
-    fitted = fit(kvpolicy.load(name), model, length=1024, share=share)
+@cache
+def model_of(dtype):
+    """Heads wide enough for every shipped store."""
+    return build(num_hidden_layers=2, head_dim=32, max_position_embeddings=2048, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return model_of(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def traced(wide):
+    """A prompt that leaves some tokens of the length to be decoded."""
+    return trace_prompts(wide, [prompt(LENGTH - 40)[0][0].tolist()])
+
+
+def total(footprint, entries):
+    """Bytes of one sequence with so many entries, by the plan's own formula."""
+    return footprint.nbytes(entries) + footprint.window_bytes + footprint.state_bytes
+
+
+def full_bytes(model, length):
+    """Bytes of a full cache, from the shapes of its keys and values."""
+    config = model.config
+    return length * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", EVICTING)
+def test_bytes_stay_within_the_share_and_use_it_up(name, share, dtype):
+    """Slack, queries and state included; one more token everywhere, or unpacked group, would exceed the share."""
+    model = model_of(dtype)
+    fitted = kvpolicy.fit(kvpolicy.load(name), model, length=LENGTH, share=share)
     plan = fitted.compile(model)
-    limit, held = plan.footprint.full_bytes(1024) * share, explain(plan, 1024).held_bytes
-    one_more = plan.footprint.entry_bytes * plan.geometry.layers * plan.geometry.kv_heads
+    limit, tokens = full_bytes(model, LENGTH) * share, fitted.spec.budget.tokens
 
-    assert held <= limit < held + one_more
+    if tokens < LENGTH:
+        most = tokens + plan.spec.compress.every
+        assert max(total(plan.footprint, entries) for entries in range(1, most + 1)) <= limit
+        assert total(plan.footprint, most + 1) > limit
+        return
+    assert tokens == LENGTH
+    assert max(total(plan.footprint, entries) for entries in range(1, LENGTH + 1)) <= limit
+    store = fitted.spec.store
+    more = attrs.evolve(store, residual=store.residual + (getattr(store, "group", 0) or 1))
+    other = attrs.evolve(fitted, spec=attrs.evolve(fitted.spec, store=more)).compile(model)
+    assert store.residual == LENGTH or total(other.footprint, LENGTH) > limit
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_only_sizes_change(tiny, name):
-    """Plugins, weights and every other parameter stay as shipped."""
-    model, _ = tiny
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_real_cache_never_takes_more_than_the_share(wide, traced, name):
+    """From the end of the prompt on, after each of the tokens up to the length."""
+    share = Fraction(1, 10)
+    plan = kvpolicy.fit(kvpolicy.load(name), wide, length=LENGTH, share=share).compile(wide)
+    taken = []
+    with kvpolicy.load("full").attach(wide) as attachment, torch.inference_mode():
+        made = traced.compressed(plan, attachment)
+        for step in range(plan.spec.compress.every + 2):
+            made.count()
+            taken.append(sum(layer.nbytes for layer in made.stats))
+            wide(torch.tensor([[5 + step]]), past_key_values=made)
+
+    limit = full_bytes(wide, LENGTH) * share
+    assert max(taken) <= limit
+    assert max(taken) > 0.95 * limit
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_policies_that_keep_everything_evict_nothing_at_any_share(wide, name):
+    """Nor do they leave more unpacked than shipped."""
     shipped = kvpolicy.load(name)
-    fitted = fit(shipped, model, length=1024, share=Fraction(1, 10))
+    fitted = kvpolicy.fit(shipped, wide, length=LENGTH, share="10%")
+
+    assert fitted.spec.budget == shipped.spec.budget
+    assert fitted.spec.compress == shipped.spec.compress
+    assert getattr(fitted.spec.store, "residual", 0) <= min(getattr(shipped.spec.store, "residual", 0), LENGTH // 8)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_only_sizes_change(wide, name):
+    """Plugins, weights and every other parameter stay as shipped."""
+    shipped = kvpolicy.load(name)
+    fitted = kvpolicy.fit(shipped, wide, length=1024, share=Fraction(1, 10))
     kinds = [(type(one.scorer), one.weight, one.normalise) for one in fitted.spec.score]
 
     assert kinds == [(type(one.scorer), one.weight, one.normalise) for one in shipped.spec.score]
     assert fitted.spec.allocate == shipped.spec.allocate
+    assert type(fitted.spec.store) is type(shipped.spec.store)
+    assert type(fitted.spec.merge) is type(shipped.spec.merge)
     assert fitted.spec.compress.prefill == shipped.spec.compress.prefill
     assert fitted.spec.compress.every == min(shipped.spec.compress.every, 12)
     assert fitted.digest != shipped.digest
+
+
+@pytest.mark.parametrize("share", ["25%", 0.25, Fraction(1, 4), "25.0%"])
+def test_a_share_may_be_given_in_several_ways(wide, share):
+    fitted = kvpolicy.fit(kvpolicy.load("snapkv"), wide, length=512, share=share)
+
+    assert share_of(share) == Fraction(1, 4)
+    assert fitted == kvpolicy.fit(kvpolicy.load("snapkv"), wide, length=512, share=Fraction(1, 4))
+
+
+@pytest.mark.parametrize("share", [0, 1, 2, -0.5, "x", "", "512", "0%", "100%", "64MiB", None, float("nan"), True, [1]])
+def test_a_share_that_is_none_is_refused(wide, share):
+    with pytest.raises(ParameterError, match="share must be a percentage above 0% and below 100%"):
+        kvpolicy.fit(kvpolicy.load("snapkv"), wide, length=512, share=share)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5, "x", None, True])
+def test_a_length_that_is_none_is_refused(wide, length):
+    with pytest.raises(ParameterError, match="length must be a whole number, at least 1"):
+        kvpolicy.fit(kvpolicy.load("snapkv"), wide, length=length, share="25%")
 
 
 def test_windows_are_scaled(tiny):
     """A quarter of the budget is recent at most; shares of the budget stay what they are."""
     model, _ = tiny
     sizes = {"length": 1024, "share": Fraction(1, 10)}
-    snapkv, h2o, streaming = (fit(kvpolicy.load(name), model, **sizes) for name in ("snapkv", "h2o", "streaming_llm"))
+    snapkv, h2o, streaming = (
+        kvpolicy.fit(kvpolicy.load(name), model, **sizes) for name in ("snapkv", "h2o", "streaming_llm")
+    )
 
     assert snapkv.spec.protect.recent == snapkv.spec.budget.tokens // 4
-    assert snapkv.spec.score[0].scorer.queries == snapkv.spec.budget.tokens // 12
+    assert snapkv.spec.score[0].scorer.queries == 102 // 12
     assert h2o.spec.protect == kvpolicy.load("h2o").spec.protect
     assert h2o.spec.protect.of(h2o.spec.budget.tokens) == (0, h2o.spec.budget.tokens // 2)
     assert streaming.spec.protect.of(streaming.spec.budget.tokens) == (4, streaming.spec.budget.tokens - 4)
@@ -60,7 +157,7 @@ def test_windows_are_scaled(tiny):
 def test_scorers_inside_scorers_are_scaled_too(tiny):
     """The window of a scorer that another one is built on."""
     model, _ = tiny
-    fitted = fit(kvpolicy.load("gkv"), model, length=200, share=Fraction(1, 4))
+    fitted = kvpolicy.fit(kvpolicy.load("gkv"), model, length=200, share=Fraction(1, 4))
 
     assert attrs.asdict(fitted.spec.score[0].scorer)["of"]["queries"] == 4
 
@@ -69,17 +166,17 @@ def test_no_room_is_an_error(tiny):
     """A share that holds not one entry beside the slack."""
     model, _ = tiny
     with pytest.raises(EvaluationError, match="snapkv: 1% of 100 tokens leaves no room"):
-        fit(kvpolicy.load("snapkv"), model, length=100, share=Fraction(1, 100))
+        kvpolicy.fit(kvpolicy.load("snapkv"), model, length=100, share=Fraction(1, 100))
 
 
 @pytest.fixture(scope="module")
 def calibrations(tiny):
-    return Calibrations(tiny[0], sequences=3, length=64)
+    return Calibrations(tiny[0], lambda: torch.arange(5, 5 + 3 * 64).reshape(3, 64))
 
 
 def fitted(tiny, calibrations, text, **sizes):
     sizes = {"length": 1024, "share": Fraction(1, 4), **sizes}
-    return fit(policy_of(text), tiny[0], calibrations=calibrations, **sizes).spec
+    return fit_calibrated(policy_of(text), tiny[0], calibrate=calibrations.of, **sizes).spec
 
 
 def policy_of(text):
@@ -123,12 +220,12 @@ def test_stores_leave_an_eighth_unpacked(tiny, calibrations, store, share, resid
 
 
 def test_windows_of_mergers_are_scaled_like_those_of_scorers(tiny, calibrations):
-    """A twelfth of the budget; 0 stands for all that is observed."""
+    """A twelfth of what a full cache of those bytes would hold; 0 stands for all that is observed."""
     score = "score: [{use: attention, queries: 32}]\n"
     spec = fitted(tiny, calibrations, f"budget: 512\n{score}merge: {{use: keepkv, window: 32}}\n", share=Fraction(1, 8))
     other = fitted(tiny, calibrations, f"budget: 512\n{score}merge: window_fit\n")
 
-    assert spec.merge.window == spec.score[0].scorer.queries == spec.budget.tokens // 12
+    assert spec.merge.window == spec.score[0].scorer.queries == 128 // 12
     assert other.merge.queries == 0
 
 
@@ -167,16 +264,3 @@ def test_dense_layers_are_an_eighth_at_most():
 
     assert [reading(reader, 256, layers).dense_first for layers in (4, 8, 32)] == [0, 1, 2]
     assert reading(reader, 3, 4).budget == 16
-
-
-def test_a_share_of_the_tokens_is_the_budget(tiny):
-    """Where time is measured: whatever the bytes, with compressions as rare as shipped."""
-    sizes = {"length": 4096, "share": Fraction(1, 8), "most_every": 128}
-    specs = [fit_tokens(kvpolicy.load(name), tiny[0], **sizes).spec for name in ("snapkv", "h2o", "gkv")]
-    quest = fit_tokens(kvpolicy.load("quest"), tiny[0], **sizes).spec
-
-    assert [spec.budget.tokens for spec in specs] == [512] * 3
-    assert [spec.compress.every for spec in specs] == [64, 1, 64]
-    assert specs[1].protect.of(512) == (0, 256)
-    assert keeps_everything(quest)
-    assert reads(quest.read) == 512

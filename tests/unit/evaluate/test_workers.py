@@ -1,0 +1,114 @@
+"""Several processes measure what one does; one that ends before its time is an error that loses nothing."""
+
+import multiprocessing
+import os
+import time
+from fractions import Fraction
+
+import attrs
+import pytest
+
+import kvpolicy
+from kvpolicy.errors import EvaluationError, PolicyError
+from kvpolicy.evaluate.data.texts import Text
+from kvpolicy.evaluate.harness import workers
+from kvpolicy.evaluate.harness.run import Evaluation, Unit
+from kvpolicy.evaluate.harness.setup import Contender, EvaluationSetup
+from kvpolicy.evaluate.harness.start import Inputs, evaluation_of
+from kvpolicy.evaluate.harness.workers import run_here, run_in_processes
+from kvpolicy.evaluate.tasks.case import TaskSizes
+from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny, tmp_path_factory):
+    """Two groups of a model that is saved in a folder."""
+    place = tmp_path_factory.mktemp("model")
+    for part in tiny:
+        part.save_pretrained(place)
+    texts = tuple(Text(str(start), " ".join(VOCABULARY[start : start + 200])) for start in (20, 90))
+    sizes = TaskSizes(documents=2, length=128, scored=9)
+    setup = EvaluationSetup((kvpolicy.load("snapkv"),), ("text",), (Fraction(1, 4),), sizes, precision=False)
+    return Inputs(str(place), "cpu", None, texts, (), setup)
+
+
+@pytest.fixture(scope="module")
+def here(tiny, inputs):
+    """The evaluation in this process, and its cells."""
+    made, cells = evaluation_of(*tiny, inputs), []
+    run_here(made, made.units(), cells.append)
+    return made, cells
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that start as copies of this one, at once, and know what is patched here."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _method: context)
+
+
+def comparable(cells):
+    return sorted(
+        ((cell.task, cell.group, cell.policy, cell.share, cell.values, cell.held_bytes, cell.full_bytes))
+        for cell in (attrs.evolve(cell, share=cell.share or 0.0) for cell in cells)
+    )
+
+
+def test_two_processes_measure_what_this_one_does(inputs, here):
+    made, expected = here
+    found = []
+    run_in_processes(inputs, made.units(), found.append, 2)
+
+    assert len(found) == len(expected) == 4
+    assert comparable(found) == comparable(expected)
+    assert {cell.fitted for cell in found} == {cell.fitted for cell in expected}
+
+
+class Deadly:
+    """A process that is sent one ends, once what it has sent has left it."""
+
+    def __reduce__(self):
+        return _end, ()
+
+
+def _end():
+    time.sleep(0.5)
+    os._exit(3)
+
+
+def test_a_process_that_ends_is_an_error_and_what_it_had_measured_is_kept(inputs, here, forked):
+    made, expected = here
+    before = []
+    units = [attrs.evolve(made.units()[0], contenders=(Contender(),)), Unit("text", 1, (Deadly(),))]
+    with pytest.raises(EvaluationError, match="a process of the evaluation has ended") as error:
+        run_in_processes(inputs, units, before.append, 1)
+
+    assert comparable(before) == comparable(expected[:1])
+    assert "\n" not in str(error.value)
+
+
+def measuring(error):
+    """Gives the cells of the full cache, then fails."""
+    measure = Evaluation.measure
+
+    def fails(self, unit):
+        yield next(measure(self, unit))
+        raise error
+
+    return fails
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (PolicyError(["budget: must be something else"]), EvaluationError),
+        (ZeroDivisionError("division by zero"), ZeroDivisionError),
+    ],
+)
+def test_an_error_of_a_process_is_raised_here_after_its_cells_have_come(inputs, here, forked, monkeypatch, error, kind):
+    monkeypatch.setattr(Evaluation, "measure", measuring(error))
+    before = []
+    with pytest.raises(kind, match=str(error).splitlines()[0]):
+        run_in_processes(inputs, here[0].units()[:1], before.append, 1)
+
+    assert comparable(before) == comparable(here[1][:1])
