@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli.console import line, out, print_json
-from kvpolicy.cli.evaluate import RECORD, inputs_of, measure, parse_share, slow_in_16_bits
+from kvpolicy.cli.evaluate import inputs_of, measure, parse_share, slow_in_16_bits
 from kvpolicy.cli.files import make_folder, write_text
 from kvpolicy.cli.options import Json
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 POLICIES = tuple(f"kvpolicy:{name}" for name in ("streaming_llm", "h2o", "snapkv", "rkv", "blend"))
 SHARES = ("25%", "10%")
 RETAINED = Fraction(1, 4)
-RESULTS, RETENTION, TRADEOFF = "results.json", "retention.png", "tradeoff.png"
+CELLS, RESULTS, RETENTION, TRADEOFF = "demo.jsonl", "results.json", "retention.png", "tradeoff.png"
 
 
 def demo(
@@ -45,8 +45,8 @@ def demo(
     setup = _setup(model, _policies(policy or POLICIES), share or SHARES, items, length, seed, quick=quick)
     inputs = evolve(inputs_of(model, None, "cpu", None, setup), dtype=None)
     make_folder(out_dir, "--out ")
-    (out_dir / RECORD).unlink(missing_ok=True)  # a demo begins anew
-    record, kept = _run(inputs, out_dir / RECORD)
+    (out_dir / CELLS).unlink(missing_ok=True)  # a demo begins anew
+    record, kept = _run(inputs, out_dir / CELLS)
     results = {**summary_data(record), **({} if kept is None else {"retention": _kept_data(kept)})}
     _write(out_dir, results, record, kept)
     print_json(results) if json else out().print(table_of(record))

@@ -32,8 +32,12 @@ def evaluate(
     text: Annotated[list[Path] | None, typer.Option(help="A text file; may be repeated. By default essays.")] = None,
     documents: Annotated[int | None, typer.Option(help="Contexts of a task; by default 4, of the testbed 32.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a context; by default 2048, testbed 1024.")] = None,
-    scored: Annotated[int, typer.Option(help="Tokens behind a context whose predictions are compared.")] = 128,
-    questions: Annotated[int, typer.Option(help="Questions about each context, where a task asks several.")] = 4,
+    scored: Annotated[
+        int | None, typer.Option(help="Tokens predicted behind a context; by default 128.")
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(help="About each context, if several; by default 4.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
     jobs: Annotated[int, typer.Option(help="Processes, each with a copy of the model.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One short context a task: does it run?")] = False,
@@ -103,7 +107,7 @@ def _setup(
         tuple(map(loaded, policies or registry().policies())),
         names,
         tuple(map(parse_share, shares or SHARES)),
-        TaskSizes(**{**defaults, **given, **(_QUICK if quick else {})}),
+        TaskSizes(**{**defaults, **(_QUICK if quick else {}), **given}),
         prompts_in_float32=slow_in_16_bits(device),
     )
 
@@ -168,12 +172,15 @@ def inputs_of(
         config_of(model)  # a mistyped path is told before texts are fetched
     # Of the embedded model the bytes compare with those of a 16-bit cache.
     chosen = dtype_of(dtype) or (torch.bfloat16 if model == TESTBED else None)
-    texts, calibration = _texts(model, files)
+    texts, calibration = _texts(model, files, calibrated=any(one.spec.store.calibrated for one in setup.policies))
     return Inputs(model, device, chosen, texts, calibration, setup)
 
 
-def _texts(model: str, files: list[Path] | None) -> "tuple[tuple[Text, ...], tuple[Text, ...]]":
-    """Texts for the cases, and others to calibrate stores on: essays, of which the cases leave some alone."""
+def _texts(model: str, files: list[Path] | None, *, calibrated: bool) -> "tuple[tuple[Text, ...], tuple[Text, ...]]":
+    """Texts for the cases, and others to calibrate stores on: essays, of which the cases leave some alone.
+
+    Essays are read only where they are needed.
+    """
     from kvpolicy.errors import InputError
     from kvpolicy.evaluate.data.texts import essays, user_text
     from kvpolicy.evaluate.models import TESTBED
@@ -183,6 +190,8 @@ def _texts(model: str, files: list[Path] | None) -> "tuple[tuple[Text, ...], tup
             raise InputError("--text: the embedded model knows no words but its own: give another --model")
         return (), ()
     given = tuple(map(user_text, files or ()))
+    if given and not calibrated:
+        return given, ()
     every = essays(tell)
     held_back = len(every) // 4
     return given or every[:-held_back], every[-held_back:]

@@ -34,7 +34,7 @@ def fit(
     *,
     share: Fraction | float | str,
     length: int,
-    calibration: CalibrationSource | None = None,
+    calibration: CalibrationSource | Calibrate | None = None,
 ) -> Policy:
     """`policy` with sizes such that its cache never takes more than `share` of a full cache of `length` tokens.
 
@@ -56,12 +56,17 @@ def fit(
     A policy that keeps everything (`budget: "100%"`) evicts nothing here either: it holds what it holds, whatever the
     share, with a store sized as above for `length` tokens; its reader, if it has one, reads `share` of the `length`.
 
+    `calibration` is that of the policy's store, where it needs one. The store of a policy that evicts is resized, and
+    needs one of its own: give a function that calibrates the policy that it is given, such as
+    `lambda policy: policy.calibrate(model, tokens)`.
+
     Raises ParameterError for a `share` or `length` that is none, EvaluationError when it leaves no room for an entry,
     and what `Policy.compile` raises when the policy cannot be used with the model.
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ParameterError(f"length must be a whole number, at least 1: {shown(length)}")
-    return fit_calibrated(policy, model, share=share_of(share), length=length, calibrate=lambda _: calibration)
+    calibrate: Calibrate = calibration if callable(calibration) else lambda _: calibration
+    return fit_calibrated(policy, model, share=share_of(share), length=length, calibrate=calibrate)
 
 
 def fit_calibrated(

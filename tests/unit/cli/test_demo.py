@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvpolicy.evaluate.report import plots
-from kvpolicy.evaluate.testbed import EVALUATED
+from kvpolicy.evaluate.tasks.names import TESTBED_TASKS
 
 QUICK = ("demo", "--quick", "--items", "1", "--policy", "snapkv", "--policy", "streaming_llm")
 
@@ -14,21 +14,21 @@ def test_a_quick_demo_writes_pictures_results_and_a_table(kv, tmp_path):
     """The whole way on the embedded model; what an earlier one left in the folder does not count."""
     folder = tmp_path / "there" / "results"
     folder.mkdir(parents=True)
-    (folder / "cells.jsonl").write_text("of an earlier run\n")
+    (folder / "demo.jsonl").write_text("of an earlier run\n")
     result = kv(*QUICK, "--policy", "kivi2", "--out", "there/results", "--share", "25%")
     assert result.exit_code == 0, result.stderr
     assert {path.name for path in folder.iterdir()} == {
-        *("cells.jsonl", "results.json", "retention.png", "tradeoff.png"),
+        *("demo.jsonl", "results.json", "retention.png", "tradeoff.png"),
     }
-    for word in ("full cache", "snapkv 25%", "streaming_llm 25%", *EVALUATED, "held"):
+    for word in ("full cache", "snapkv 25%", "streaming_llm 25%", *TESTBED_TASKS, "held"):
         assert word in result.stdout
     data = json.loads((folder / "results.json").read_text())
-    assert set(data["tasks"]) == set(EVALUATED)
+    assert set(data["tasks"]) == set(TESTBED_TASKS)
     for task in data["tasks"].values():
         assert [line["policy"] for line in task["lines"]] == ["full cache", "kivi2", "snapkv", "streaming_llm"]
         assert task["cases"] == 1
         assert all(line["held_share"] <= line["share"] for line in task["lines"] if line["share"])
-    cells = list(map(json.loads, (folder / "cells.jsonl").read_text().splitlines()))
+    cells = list(map(json.loads, (folder / "demo.jsonl").read_text().splitlines()))
     assert cells[0]["sizes"]["seed"] == 1
     assert len(cells) == 1 + 3 * 4
     kept = data["retention"]
@@ -46,7 +46,7 @@ def test_without_matplotlib_the_numbers_are_still_written(kv, tmp_path, monkeypa
 
     assert result.exit_code == 0, result.stderr
     assert result.stderr.count("pip install 'kvpolicy[plots]'") == 1
-    assert sorted(path.name for path in (tmp_path / "demo-results").iterdir()) == ["cells.jsonl", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "demo-results").iterdir()) == ["demo.jsonl", "results.json"]
     data = json.loads(result.stdout)
     assert list(data["tasks"]) == ["recall"]
     assert data["sizes"]["documents"] == 1

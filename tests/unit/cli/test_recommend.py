@@ -23,7 +23,7 @@ from kvpolicy.errors import InputError
 )
 def test_bad_input_is_one_line(kv, words, message):
     """Exit code 2, nothing on stdout."""
-    result = kv("recommend", "--model", "some/model", *words)
+    result = kv("recommend", "--model", "smollm2", *words)
 
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr

@@ -9,7 +9,7 @@ import torch
 
 import kvpolicy
 import kvpolicy.spec.load
-from kvpolicy.errors import EvaluationError, ParameterError
+from kvpolicy.errors import CalibrationError, EvaluationError, ParameterError
 from kvpolicy.evaluate.fitting.fit import fit_calibrated, keeps_everything, share_of
 from kvpolicy.evaluate.fitting.sizes import reading, reads
 from kvpolicy.evaluate.harness.calibrations import Calibrations
@@ -264,3 +264,21 @@ def test_dense_layers_are_an_eighth_at_most():
 
     assert [reading(reader, 256, layers).dense_first for layers in (4, 8, 32)] == [0, 1, 2]
     assert reading(reader, 3, 4).budget == 16
+
+
+def test_a_store_that_is_resized_is_calibrated_anew(tiny):
+    """By a function of the policy; the calibration of the policy as it is shipped goes with another store."""
+    model, policy = tiny[0], kvpolicy.load("tada", budget=512, store={"use": "tada", "bits": "auto"})
+    tokens = torch.randint(5, 100, (2, 64), generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def calibrated(one):
+        asked.append(one)
+        return one.calibrate(model, tokens)
+
+    fitted = kvpolicy.fit(policy, model, share="25%", length=1024, calibration=calibrated)
+
+    assert fitted.spec.store.residual < policy.spec.store.residual
+    assert fitted.compile(model, calibration=calibrated(fitted)).footprint.entries(10**6)
+    with pytest.raises(CalibrationError):
+        kvpolicy.fit(policy, model, share="25%", length=1024, calibration=policy.calibrate(model, tokens))

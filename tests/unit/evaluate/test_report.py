@@ -58,6 +58,8 @@ def test_a_single_case_has_an_interval_without_width():
         ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], False),
         ([1, 1, 1, 1, 1], [1, 1, 1, 1, 0], False),
         ([1] * 12, [0] * 6 + [1] * 6, True),
+        ([1, 1], [0, 0], False),
+        ([1, 1, 1], [0, 0, 0], True),
     ],
 )
 def test_contenders_are_told_apart_case_by_case(ours, theirs, expected):
