@@ -6,7 +6,7 @@ import pytest
 
 from tests.models_sweep import record
 from tests.models_sweep.children import examine_apart
-from tests.models_sweep.examine import EXACT, NOT_TRIED, REFUSED, WRONG
+from tests.models_sweep.examine import EXACT, NOT_TRIED, REFUSED, WRONG, examine
 from tests.models_sweep.pairs import Pair, all_pairs
 
 FEW = {
@@ -26,12 +26,14 @@ FEW = {
     "text:diffllama": REFUSED,  # two calls of attention a layer
     "text:mllama": REFUSED,  # layers that attend to an image
 }
-CASES = FEW if os.environ.get("KVPOLICY_SWEEP") != "all" else {pair.name: None for pair in all_pairs()}
+EVERYTHING = os.environ.get("KVPOLICY_SWEEP") == "all"
+CASES = {pair.name: None for pair in all_pairs()} if EVERYTHING else FEW
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_class_is_refused_with_nothing_changed_or_exact(name):
-    verdict = examine_apart(Pair.of(name))
+    # Of all classes some hang, and each has a process of its own; of the few it is known that they do not.
+    verdict = examine_apart(Pair.of(name)) if EVERYTHING else examine(Pair.of(name))
     assert verdict.kind != WRONG, verdict.why
     assert CASES[name] in (None, verdict.kind), verdict.why
     if record.versions() == record.read()["versions"]:
