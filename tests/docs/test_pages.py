@@ -15,6 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
+from kvpolicy.evaluate.harness.record import read_record
+from kvpolicy.evaluate.report.page import page_of
 from kvpolicy.plan.compress.fusion import fusion_of
 from kvpolicy.plan.small_view import small_view
 from kvpolicy.spec.load import parse_policy
@@ -203,16 +205,24 @@ def test_version_is_one():
 
 
 def results_table():
-    """The committed results of the demo as the README shows them: whole answers right, bytes held, per contender."""
+    """The committed results of the demo as the README shows them: answers right, bytes held."""
     results = json.loads((ROOT / "docs" / "images" / "demo-results.json").read_text("utf-8"))
-    tasks = list(dict.fromkeys(one["task"] for one in results["outcomes"]))
-    lines = [f"| contender | KV held | {' | '.join(tasks)} |", "|---|---|" + "---|" * len(tasks)]
-    for label in dict.fromkeys(one["label"] for one in results["outcomes"]):
-        own = [one for one in results["outcomes"] if one["label"] == label]
-        rights = [f"{one['accuracy']:.0%}" for one in own]
-        share = sum(one["held_bytes"] for one in own) / sum(one["full_bytes"] for one in own)
-        lines.append(f"| {label} | {share:.0%} | {' | '.join(rights)} |")
+    tasks = results["tasks"]
+    lines = [f"| cache | held | {' | '.join(tasks)} |", "|---|---|" + "---|" * len(tasks)]
+    for index, first in enumerate(next(iter(tasks.values()))["lines"]):
+        own = [task["lines"][index] for task in tasks.values()]
+        label = first["policy"] if first["share"] is None else f"{first['policy']} {first['share']:.0%}"
+        held = sum(one["held_share"] for one in own) / len(own)
+        rights = [f"{one['correct']['mean']:.0%}" for one in own]
+        lines.append(f"| {label} | {held:.0%} | {' | '.join(rights)} |")
     return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", ["testbed", "smollm2"])
+def test_pages_of_evaluations_are_those_of_their_records(name):
+    folder = ROOT / "docs" / "reference" / "evaluation" / name
+
+    assert (folder / "evaluation.md").read_text("utf-8") == page_of(read_record(folder / "cells.jsonl"), "tradeoff.png")
 
 
 def gates_on_record(name):
