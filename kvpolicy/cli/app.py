@@ -5,17 +5,17 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli.bench import bench
-from kvpolicy.cli.calibrate import calibrate
-from kvpolicy.cli.chat import chat
-from kvpolicy.cli.check import check_policies
-from kvpolicy.cli.demo import demo
-from kvpolicy.cli.evaluate import evaluate
+from kvpolicy.cli.generate.chat import chat
+from kvpolicy.cli.generate.run import run
 from kvpolicy.cli.group import TRACEBACK, KVPolicyGroup
-from kvpolicy.cli.plan import plan
-from kvpolicy.cli.policies import list_policies, show
-from kvpolicy.cli.recommend import recommend
-from kvpolicy.cli.registry import plugins, schema
-from kvpolicy.cli.run import run
+from kvpolicy.cli.policy.check import check_policies
+from kvpolicy.cli.policy.plan import plan
+from kvpolicy.cli.policy.policies import list_policies, show
+from kvpolicy.cli.policy.registry import plugins, schema
+from kvpolicy.cli.quality.calibrate import calibrate
+from kvpolicy.cli.quality.demo import demo
+from kvpolicy.cli.quality.evaluate import evaluate
+from kvpolicy.cli.quality.recommend import recommend
 
 app = typer.Typer(
     cls=KVPolicyGroup,

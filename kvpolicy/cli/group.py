@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvpolicy.cli.console import line, prepare, silence
+from kvpolicy.cli.terminal.console import line, prepare, silence
 from kvpolicy.errors import KVPolicyError, described, one_line
 
 TRACEBACK = "--traceback"

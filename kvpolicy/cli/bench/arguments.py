@@ -32,7 +32,7 @@ OUT = Path("bench-results")
 def target_of(device: str, dtype: str | None) -> "tuple[torch.device, torch.dtype, Sizes]":
     """Device, dtype and default sizes. Raises InputError."""
     from kvpolicy.bench.sizes import sizes_for
-    from kvpolicy.cli.models import device_of, dtype_of
+    from kvpolicy.cli.terminal.models import device_of, dtype_of
 
     target = device_of(device)
     sizes = sizes_for(target)
@@ -44,7 +44,7 @@ def policies_of(
     names: Iterable[str] | None, budget: int, defaults: Sequence[str], **overrides: Any
 ) -> "tuple[Policy, ...]":
     """Policies by name or file; without names those of some shipped ones that can keep so few entries."""
-    from kvpolicy.cli.console import line
+    from kvpolicy.cli.terminal.console import line
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.policy import load
 

@@ -7,7 +7,7 @@ import typer
 from kvpolicy.cli.bench import arguments
 from kvpolicy.cli.bench.peers import add_peers, required_peer
 from kvpolicy.cli.bench.session import session
-from kvpolicy.cli.options import Device
+from kvpolicy.cli.terminal.options import Device
 
 
 def compress(

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from kvpolicy.cli.console import line, out
-from kvpolicy.cli.files import write_text
+from kvpolicy.cli.terminal.console import line, out
+from kvpolicy.cli.terminal.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kvpolicy.cli.console import line
+from kvpolicy.cli.terminal.console import line
 
 if TYPE_CHECKING:
     from pathlib import Path

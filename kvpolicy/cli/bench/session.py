@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from kvpolicy.cli.bench.output import finish
-from kvpolicy.cli.files import make_folder
+from kvpolicy.cli.terminal.files import make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def session(
     from kvpolicy.bench.protocol.clock import clock_for
     from kvpolicy.bench.protocol.deadline import Deadline
     from kvpolicy.bench.protocol.result import Result
-    from kvpolicy.cli.progress import bars
+    from kvpolicy.cli.terminal.progress import bars
     from kvpolicy.errors import InputError
 
     if (threads is not None and threads < 1) or (seconds is not None and seconds <= 0):

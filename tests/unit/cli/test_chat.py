@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kvpolicy.cli.conversation import Conversation
+from kvpolicy.cli.generate.conversation import Conversation
 from kvpolicy.errors import InputError
 from kvpolicy.policy import load
 

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from kvpolicy.cli import files, policies
-from kvpolicy.cli.prompt import read_prompt
+from kvpolicy.cli.policy import policies
+from kvpolicy.cli.terminal import files
+from kvpolicy.cli.terminal.prompt import read_prompt
 from kvpolicy.errors import InputError
 from kvpolicy.evaluate.data import files as read_files
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvpolicy.cli.recommend import parse_tokens
+from kvpolicy.cli.quality.recommend import parse_tokens
 from kvpolicy.errors import InputError
 
 

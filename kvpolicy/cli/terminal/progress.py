@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kvpolicy.cli.console import err
+from kvpolicy.cli.terminal.console import err
 
 if TYPE_CHECKING:
     from rich.progress import Progress

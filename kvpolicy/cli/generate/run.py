@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import err, line, print_json, tell
-from kvpolicy.cli.options import MODEL, Budget, Calibration, Device, Dtype, Json, System, budget_override
-from kvpolicy.cli.prompt import read_prompt
-from kvpolicy.cli.sampling import Seed, Temperature, TopK, TopP, sampling_of
+from kvpolicy.cli.generate.sampling import Seed, Temperature, TopK, TopP, sampling_of
+from kvpolicy.cli.terminal.console import err, line, print_json, tell
+from kvpolicy.cli.terminal.options import MODEL, Budget, Calibration, Device, Dtype, Json, System, budget_override
+from kvpolicy.cli.terminal.prompt import read_prompt
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
 
     The prompt is put into the model's chat template, where it has one. Tokens are chosen greedily, or sampled.
     """
-    from kvpolicy.cli.models import device_of, dtype_of
+    from kvpolicy.cli.terminal.models import device_of, dtype_of
     from kvpolicy.errors import InputError
     from kvpolicy.evaluate.models import config_of, load_model
     from kvpolicy.policy import load
@@ -57,7 +57,7 @@ def run(
 
 
 def _ids(tokenizer: Any, prompt: str, system: str | None, *, raw: bool) -> list[int]:
-    from kvpolicy.cli.tokens import encoded, has_template, opening, rendered
+    from kvpolicy.cli.generate.tokens import encoded, has_template, opening, rendered
     from kvpolicy.errors import InputError
 
     if raw or not has_template(tokenizer):
@@ -81,7 +81,7 @@ def _generate(
     import torch
     from transformers import TextStreamer
 
-    from kvpolicy.cli.tokens import check_length
+    from kvpolicy.cli.generate.tokens import check_length
 
     check_length(model, len(ids) + max_new_tokens)
     tokens = torch.tensor([ids], device=model.device)

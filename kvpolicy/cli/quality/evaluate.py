@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import line, out, print_json, tell
-from kvpolicy.cli.files import make_folder, write_text
-from kvpolicy.cli.options import Device, Dtype, Json
+from kvpolicy.cli.terminal.console import line, out, print_json, tell
+from kvpolicy.cli.terminal.files import make_folder, write_text
+from kvpolicy.cli.terminal.options import Device, Dtype, Json
 
 if TYPE_CHECKING:
     from kvpolicy.evaluate.data.texts import Text
@@ -32,12 +32,8 @@ def evaluate(
     text: Annotated[list[Path] | None, typer.Option(help="A text file; may be repeated. By default essays.")] = None,
     documents: Annotated[int | None, typer.Option(help="Contexts of a task; by default 4, of the testbed 32.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a context; by default 2048, testbed 1024.")] = None,
-    scored: Annotated[
-        int | None, typer.Option(help="Tokens predicted behind a context; by default 128.")
-    ] = None,
-    questions: Annotated[
-        int | None, typer.Option(help="About each context, if several; by default 4.")
-    ] = None,
+    scored: Annotated[int | None, typer.Option(help="Tokens predicted behind a context; by default 128.")] = None,
+    questions: Annotated[int | None, typer.Option(help="About each context, if several; by default 4.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
     jobs: Annotated[int, typer.Option(help="Processes, each with a copy of the model.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One short context a task: does it run?")] = False,
@@ -163,7 +159,7 @@ def inputs_of(
     """What is measured, with texts and dtype as they are given or by default. Raises InputError."""
     import torch
 
-    from kvpolicy.cli.models import device_of, dtype_of
+    from kvpolicy.cli.terminal.models import device_of, dtype_of
     from kvpolicy.evaluate.harness.start import Inputs
     from kvpolicy.evaluate.models import NAMES, TESTBED, config_of
 
@@ -201,7 +197,7 @@ def measure(inputs: "Inputs", file: Path, jobs: int) -> "tuple[EvaluationRecord,
     """Measure what the record in a file lacks; returns the record, the model and its tokenizer. Raises InputError."""
     import torch
 
-    from kvpolicy.cli.progress import cells
+    from kvpolicy.cli.terminal.progress import cells
     from kvpolicy.evaluate.harness.record import RecordFile
     from kvpolicy.evaluate.harness.start import evaluation_of, head_of
     from kvpolicy.evaluate.harness.workers import run_here, run_in_processes

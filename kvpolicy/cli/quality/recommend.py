@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import line, print_json, tell
-from kvpolicy.cli.evaluate import inputs_of, slow_in_16_bits
-from kvpolicy.cli.options import MODEL, Device, Dtype, Json
+from kvpolicy.cli.quality.evaluate import inputs_of, slow_in_16_bits
+from kvpolicy.cli.terminal.console import line, print_json, tell
+from kvpolicy.cli.terminal.options import MODEL, Device, Dtype, Json
 
 if TYPE_CHECKING:
     from kvpolicy.evaluate.harness.record import Cell
@@ -45,7 +45,7 @@ def recommend(
     """Measure a few policies on a model and a text, and give the one to use, as YAML, with its evidence."""
     import torch
 
-    from kvpolicy.cli.files import write_text
+    from kvpolicy.cli.terminal.files import write_text
     from kvpolicy.errors import InputError
     from kvpolicy.evaluate.harness.start import evaluation_of
     from kvpolicy.evaluate.models import TESTBED, load_model
@@ -147,7 +147,7 @@ def _with_shares(inputs: "Inputs", room: "Memory | None") -> "Inputs":
 
 
 def _choose(evaluation: Any, room: "Memory | None", max_kl: float | None) -> "Choice":
-    from kvpolicy.cli.progress import cells
+    from kvpolicy.cli.terminal.progress import cells
     from kvpolicy.evaluate.harness.workers import run_here
     from kvpolicy.evaluate.recommend.choose import choose_by_bound, choose_by_bytes
 
@@ -208,7 +208,7 @@ def _table(choice: "Choice") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from kvpolicy.cli.console import err
+    from kvpolicy.cli.terminal.console import err
     from kvpolicy.evaluate.recommend.choose import METRIC
 
     table = Table(box=SIMPLE_HEAD, padding=0)

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import err, line, tell
-from kvpolicy.cli.options import MODEL, Budget, Calibration, Device, Dtype, System, budget_override
-from kvpolicy.cli.sampling import Seed, Temperature, TopK, TopP, sampling_of
+from kvpolicy.cli.generate.sampling import Seed, Temperature, TopK, TopP, sampling_of
+from kvpolicy.cli.terminal.console import err, line, tell
+from kvpolicy.cli.terminal.options import MODEL, Budget, Calibration, Device, Dtype, System, budget_override
 
 _COMMAND = re.compile(r"/[a-z]+")
 
@@ -32,9 +32,9 @@ def chat(
 
     /report says what the policy holds. Each turn computes its own tokens only: what has been evicted stays evicted.
     """
-    from kvpolicy.cli.conversation import Conversation
-    from kvpolicy.cli.models import device_of, dtype_of
-    from kvpolicy.cli.tokens import has_template
+    from kvpolicy.cli.generate.conversation import Conversation
+    from kvpolicy.cli.generate.tokens import has_template
+    from kvpolicy.cli.terminal.models import device_of, dtype_of
     from kvpolicy.errors import InputError, one_line
     from kvpolicy.evaluate.models import config_of, load_model
     from kvpolicy.policy import load

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvpolicy.cli.tokens import Message, check_length, encoded, opening, rendered
+from kvpolicy.cli.generate.tokens import Message, check_length, encoded, opening, rendered
 from kvpolicy.errors import InputError
 
 _REWRITTEN = (

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import line, print_json, tell
-from kvpolicy.cli.options import MODEL, Device, Dtype, Json
-from kvpolicy.cli.prompt import read_prompt
+from kvpolicy.cli.terminal.console import line, print_json, tell
+from kvpolicy.cli.terminal.options import MODEL, Device, Dtype, Json
+from kvpolicy.cli.terminal.prompt import read_prompt
 
 
 def calibrate(
@@ -22,7 +22,7 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Measure a model on a text, and write what the policy's store needs as a safetensors file."""
-    from kvpolicy.cli.models import device_of, dtype_of
+    from kvpolicy.cli.terminal.models import device_of, dtype_of
     from kvpolicy.errors import CalibrationError, InputError
     from kvpolicy.evaluate.models import load_model
     from kvpolicy.policy import load

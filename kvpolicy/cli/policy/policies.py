@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import line, out, print_json
-from kvpolicy.cli.options import Budget, Json, budget_override
+from kvpolicy.cli.terminal.console import line, out, print_json
+from kvpolicy.cli.terminal.options import Budget, Json, budget_override
 
 
 def list_policies(json: Json = False) -> None:

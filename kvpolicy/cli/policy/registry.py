@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import line, out, print_json
-from kvpolicy.cli.options import Json
+from kvpolicy.cli.terminal.console import line, out, print_json
+from kvpolicy.cli.terminal.options import Json
 
 
 def plugins(json: Json = False) -> None:

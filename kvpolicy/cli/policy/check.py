@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.console import line, print_json
-from kvpolicy.cli.options import Json
+from kvpolicy.cli.terminal.console import line, print_json
+from kvpolicy.cli.terminal.options import Json
 
 BAD = 1
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli.console import line, out, print_json
-from kvpolicy.cli.evaluate import inputs_of, measure, parse_share, slow_in_16_bits
-from kvpolicy.cli.files import make_folder, write_text
-from kvpolicy.cli.options import Json
+from kvpolicy.cli.quality.evaluate import inputs_of, measure, parse_share, slow_in_16_bits
+from kvpolicy.cli.terminal.console import line, out, print_json
+from kvpolicy.cli.terminal.files import make_folder, write_text
+from kvpolicy.cli.terminal.options import Json
 
 if TYPE_CHECKING:
     from kvpolicy.evaluate.harness.record import EvaluationRecord

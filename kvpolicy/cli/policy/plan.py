@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.console import out, print_json, tell
-from kvpolicy.cli.options import MODEL, Budget, Calibration, Dtype, Json, budget_override
+from kvpolicy.cli.terminal.console import out, print_json, tell
+from kvpolicy.cli.terminal.options import MODEL, Budget, Calibration, Dtype, Json, budget_override
 
 
 def plan(
@@ -21,7 +21,7 @@ def plan(
     """Show budgets, bytes held and bytes moved for a model's shape."""
     import torch
 
-    from kvpolicy.cli.models import dtype_of
+    from kvpolicy.cli.terminal.models import dtype_of
     from kvpolicy.evaluate.models import config_of
     from kvpolicy.plan.explain import explain
     from kvpolicy.plan.explain.devices import device_named
