@@ -108,6 +108,8 @@ def _writing(path: Path, mode: str) -> Iterator[IO[bytes]]:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe may never end
+            raise InputError(f"{one_line(path)}: is no regular file")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{one_line(path)}: cannot be read: {error.strerror}") from error

@@ -133,7 +133,10 @@ def test_unreadable_prompt_and_text_files_end_the_commands(fails, tmp_path):
     fails("pipe: is no regular file", "run", "testbed", "--prompt-file", "pipe")
     fails("/dev/zero: is no regular file", "calibrate", "sals25", "--model", "testbed", "--text", "/dev/zero")
     fails("'pipe': is no regular file", "show", "./pipe")
-    fails("--from pipe: is no regular file".removeprefix("--from "), "evaluate", "--from", "pipe")
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "cells.jsonl")
+    fails("run/cells.jsonl: is no regular file", "evaluate", "--from", "run")
+    fails("pipe/cells.jsonl: cannot be read: Not a directory", "evaluate", "--from", "pipe")
 
 
 SHELL = r"""
