@@ -17,9 +17,10 @@ documents a task of about {length} tokens; {minutes} minutes of measuring in all
 _HOW = """**held** is what the cache of one sequence takes at the end, entries, slack, observed queries and state, as a
 share of a full cache's bytes in the same layers. Policies are scaled to their share by `kvpolicy.fit`; a reader (it
 keeps everything) reads the share. Numbers are means over cases with 95 % bootstrap intervals. **Bold**: the best at
-its share, and every policy whose difference from it, case by case, has an interval that contains zero: between those
-nothing is decided. `{floor}` shows how far rounding alone moves the numbers.
+its share among those that hold no more, and every policy whose difference from it, case by case, has an interval that
+contains zero: between those nothing is decided. `{floor}` shows how far rounding alone moves the numbers.
 """
+_NAMED = 4  # of the best policies of a task and share
 _NOTHING = "The full cache itself does not do this task: it says nothing about policies."
 
 
@@ -60,7 +61,9 @@ def _names(task: TaskSummary, share: float) -> str:
     if not best:
         return ""
     metric = METRICS[task.metric]
-    return f"{', '.join(line.policy for line in best)} ({_number(best[0].estimate(task.metric).mean, metric)})"
+    names = [line.policy for line in best[:_NAMED]]
+    more = f" and {len(best) - _NAMED} more" if len(best) > _NAMED else ""
+    return f"{', '.join(names)}{more} ({_number(best[0].estimate(task.metric).mean, metric)})"
 
 
 def _task(task: TaskSummary, summary: Summary) -> Iterator[str]:

@@ -9,7 +9,9 @@ from kvpolicy.evaluate.report.plots import new_figure, save, style_of
 from kvpolicy.evaluate.report.summary import Line, Summary, TaskSummary
 from kvpolicy.evaluate.tasks.case import METRICS
 
-_PANEL, _HEIGHT = 3.6, 4.6
+_PANEL, _HEIGHT, _ROW = 3.6, 4.2, 0.22  # inches: a panel, all panels, a row of the legend
+_LONGEST = 30  # letters of a name in the legend
+_LETTERS, _KEY = 11, 9  # letters of an inch, and what the key of a legend takes, in letters
 _KINDS = ("-", "--", ":", "-.")  # more policies than colours: the kind of line tells those of one colour apart
 
 
@@ -18,7 +20,10 @@ def plot_tradeoff(record: EvaluationRecord, path: Path) -> None:
     summary = Summary(record)
     tasks = [task for task in summary.tasks if task.measured]
     names = list(dict.fromkeys(line.policy for task in tasks for line in task.measured if not line.is_baseline))
-    figure = new_figure(max(2, len(tasks)) * _PANEL, _HEIGHT)
+    labels = {name: name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names}
+    width = max(2, len(tasks)) * _PANEL
+    columns = _columns(list(labels.values()), width)
+    figure = new_figure(width, _HEIGHT + _ROW * -(-len(names) // columns))
     axes = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
     for panel, task in zip(axes, tasks, strict=False):
         _draw(panel, task, names)
@@ -28,14 +33,20 @@ def plot_tradeoff(record: EvaluationRecord, path: Path) -> None:
     order = [name for name in names if name in handles]
     figure.legend(
         [handles[name] for name in order],
-        order,
+        [labels[name] for name in order],
         loc="outside lower center",
-        ncols=min(8, max(1, len(order))),
+        ncols=columns,
         frameon=False,
     )
     model, sizes = record.head["model"], record.head["sizes"]
     figure.suptitle(f"{model['name']}, {model['dtype']}: prompts of about {sizes['length']} tokens", fontsize=12)
     save(figure, path)
+
+
+def _columns(names: Sequence[str], width: float) -> int:
+    """Columns of a legend that fit beside each other, all as wide as the longest name."""
+    longest = max(map(len, names), default=1)
+    return max(1, min(8, len(names), int(width * _LETTERS / (longest + _KEY))))
 
 
 def _draw(panel: Any, task: TaskSummary, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from kvpolicy.evaluate.tasks.case import METRICS
 from kvpolicy.evaluate.tasks.names import TASKS
 
 MAIN = ("correct", "kl")  # the metrics that lines are compared by, of which a task has one
+_ROUNDING = 1.02  # held bytes above a share that bookkeeping may take
 _DONE_AT_ALL = 0.5  # of the answers right with the full cache
 
 
@@ -78,8 +79,12 @@ class TaskSummary:
         return self.metric != "correct" or (full is not None and full.estimate("correct").mean >= _DONE_AT_ALL)
 
     def best(self, share: float | None) -> tuple[Line, ...]:
-        """The line with the best mean at a share, and those that cannot be told apart from it; the best one first."""
-        lines = _on_the_same_groups([line for line in self.measured if line.share == share and not line.is_baseline])
+        """The line with the best mean at a share, and those that cannot be told apart from it; the best one first.
+
+        Policies that hold more than their share, such as readers, which only read less, are not among them.
+        """
+        alike = [line for line in self.measured if line.share == share and not line.is_baseline]
+        lines = _on_the_same_groups([line for line in alike if share is None or line.held_share <= _ROUNDING * share])
         if not lines:
             return ()
         lines.sort(key=lambda line: line.estimate(self.metric).mean, reverse=METRICS[self.metric].larger_is_better)

@@ -19,7 +19,7 @@ def table_of(record: EvaluationRecord) -> Table:
         f"{escape(head['model']['name'])}, {head['model']['dtype']}, contexts of about {head['sizes']['length']} tokens"
     )
     table = Table(title=title, caption=_CAPTION, caption_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("cache", no_wrap=True)
+    table.add_column("cache", no_wrap=True, overflow="ellipsis", max_width=32)
     table.add_column("held", justify="right", no_wrap=True)
     for task in summary.tasks:
         name = METRICS[task.metric].name if task.metric != "correct" else ""
