@@ -73,10 +73,11 @@ def _require_jobs(jobs: int) -> None:
 
 
 def _list_tasks() -> None:
-    from kvpolicy.evaluate.tasks.names import TASKS
+    from kvpolicy.evaluate.tasks.names import GYM, TASKS
 
     for name, task in TASKS.items():
         line(f"{name:18} {task.summary}")
+    line(f"{GYM + 'NAME':18} questions of a generator of reasoning-gym, such as chain_sum")
 
 
 def _setup(

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from kvpolicy.errors import one_line
+from kvpolicy.errors import EvaluationError, one_line
 from kvpolicy.evaluate.harness.record import EvaluationRecord
 from kvpolicy.evaluate.harness.setup import OTHER_PRECISION, percent
 from kvpolicy.evaluate.report.statistics import Estimate
 from kvpolicy.evaluate.report.summary import Line, Summary, TaskSummary
 from kvpolicy.evaluate.tasks.case import METRICS, Metric
-from kvpolicy.evaluate.tasks.names import TASKS
+from kvpolicy.evaluate.tasks.names import task_of
 
 _SETTING = """Run on {date} with kvpolicy {kvpolicy}, torch {torch}, transformers {transformers}, Python {python}, on
 {processor} with {threads} threads. Model: {name} ({parameters:,} parameters, {dtype}; weights {digest}). {documents}
@@ -68,7 +68,7 @@ def _names(task: TaskSummary, share: float) -> str:
 
 def _task(task: TaskSummary, summary: Summary) -> Iterator[str]:
     yield f"## {task.task}\n"
-    about = TASKS[task.task].summary if task.task in TASKS else ""
+    about = _about(task.task)
     yield f"{about[:1].upper()}{about[1:]}. {task.cases} cases.\n"
     if task.full is not None and not task.tells_something:
         yield f"{_NOTHING}\n"
@@ -88,6 +88,14 @@ def _measured(task: TaskSummary, summary: Summary) -> Iterator[str]:
         for line in (line for line in task.measured if line.share == share):
             yield _cells(line, metrics, bold=task.metric if line in best else None)
     yield ""
+
+
+def _about(name: str) -> str:
+    """What a task asks; nothing for one that this version does not have."""
+    try:
+        return task_of(name).summary
+    except EvaluationError:
+        return ""
 
 
 def _cells(line: Line, metrics: list[str], bold: str | None) -> str:
