@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.harness.traced_prompts import TracedPrompts, trace_prompts
 from kvpolicy.evaluate.tasks.case import Answer, Case, Continuation
 from kvpolicy.integrations.transformers.attachment import Attachment
@@ -76,11 +77,9 @@ class GroupRun:
     @torch.inference_mode()
     def caches_under(self, plan: Plan, attachment: Attachment) -> tuple[Measured, list[PolicyCache]]:
         """The same, and the caches as they were left."""
+        self._require_reference()
         started = time.perf_counter()
         cache = self.prompts.compressed(plan, attachment)
-        if not self._reference and isinstance(self.cases[0], Continuation):
-            self.full()
-
         caches = []
 
         def cache_of(cases: Sequence[int]) -> Cache:
@@ -95,6 +94,7 @@ class GroupRun:
     @torch.inference_mode()
     def in_precision(self, model: PreTrainedModel) -> Measured:
         """The same model in another precision with a full cache: how far rounding alone moves the predictions."""
+        self._require_reference()
         started = time.perf_counter()
         other = GroupRun(model, self._tokenizer, self.cases, self._step)
         other._reference = self._reference
@@ -105,6 +105,11 @@ class GroupRun:
         values, texts = other._run(cache_of)
         full_bytes = other._full_bytes
         return Measured(values, time.perf_counter() - started, full_bytes, full_bytes, texts)
+
+    def _require_reference(self) -> None:
+        """Raise EvaluationError if there is nothing yet that predictions can be compared with."""
+        if isinstance(self.cases[0], Continuation) and not self._reference:
+            raise EvaluationError("measure the full cache first: predictions are compared with its own")
 
     @property
     def _full_bytes(self) -> int:
