@@ -103,7 +103,8 @@ def test_the_report_says_what_was_read():
     assert all(layer.held == 83 for layer in layers)
     assert all(8 < layer.read <= 12 + 4 for layer in layers)
     assert attachment.report().to_dict()["layers"][0]["read"] == layers[0].read
-    assert "read a step" in str(attachment.report())
+    assert "held, read: entries per KV head, now and in a step" in str(attachment.report())
+    assert f"{layers[0].read:.1f}" in str(attachment.report())
 
 
 def test_a_mask_that_is_not_causal_is_refused_before_a_packed_past():

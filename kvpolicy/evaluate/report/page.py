@@ -1,6 +1,6 @@
 """The record of an evaluation as a page: every number in it is from the record."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvpolicy.errors import EvaluationError, one_line
 from kvpolicy.evaluate.harness.record import EvaluationRecord
@@ -20,7 +20,7 @@ keeps everything) reads the share. Numbers are means over cases with 95 % bootst
 its share among those that hold no more, and every policy whose difference from it, case by case, has an interval that
 contains zero: between those nothing is decided. `{floor}` shows how far rounding alone moves the numbers.
 """
-_NAMED = 4  # of the best policies of a task and share
+_NAMED = 4  # of the best policies of a task and share, and of the texts
 _NOTHING = "The full cache itself does not do this task: it says nothing about policies."
 
 
@@ -32,7 +32,7 @@ def page_of(record: EvaluationRecord, picture: str | None = None) -> str:
 def _page(record: EvaluationRecord, picture: str | None) -> Iterator[str]:
     summary, head = Summary(record), record.head
     yield f"# Evaluation: {head['model']['name']}\n"
-    sizes, texts = head["sizes"], ", ".join(sorted(head["texts"])) or "generated"
+    sizes, texts = head["sizes"], _texts(sorted(head["texts"]))
     minutes = max(1, round(sum(cell.seconds for cell in record.cells) / 60))
     about = {**head["versions"], **head["machine"], **head["model"], **sizes}
     yield _SETTING.format(**about, date=head["date"], minutes=minutes, texts=texts)
@@ -42,6 +42,14 @@ def _page(record: EvaluationRecord, picture: str | None) -> Iterator[str]:
     yield _HOW.format(floor=OTHER_PRECISION)
     for task in summary.tasks:
         yield from _task(task, summary)
+
+
+def _texts(names: Sequence[str]) -> str:
+    """What the texts are called, the first of many; their digests are in the record."""
+    if not names:
+        return "generated"
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def _best(summary: Summary) -> Iterator[str]:
