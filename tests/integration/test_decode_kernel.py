@@ -29,7 +29,7 @@ POLICIES = {
 }
 
 
-BATCHED = ("adakv", "h2o", "kivi4", "tada")
+BATCHED = ("adakv", "kivi4")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ POLICIES = {
 }
 
 
-CASES = [*((name, (25, 14)) for name in POLICIES), ("snapkv", (28,)), ("adakv", (28,))]  # heads alike, and not
+CASES = [*((name, (25, 14)) for name in POLICIES), ("adakv", (28,))]
 
 
 @pytest.mark.parametrize(("name", "rows"), CASES, ids=str)
@@ -70,8 +70,8 @@ BY_PLACE = {
     "regions": {"regions": ["system", "tools"]},
     "prompt": {"prompt": True},
 }
-PROTECTING = [*((name, "regions") for name in ("snapkv", "rkv", "adakv", "h2o", "global"))]
-PROTECTING += [("snapkv", "prompt"), ("adakv", "prompt"), ("global", "prompt")]
+PROTECTING = [*((name, "regions") for name in ("rkv", "adakv", "h2o", "global"))]
+PROTECTING += [("snapkv", "prompt"), ("global", "prompt")]
 
 
 def protecting(name, what):

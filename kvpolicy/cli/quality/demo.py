@@ -9,7 +9,7 @@ import typer
 from kvpolicy.cli.quality.evaluate import inputs_of, measure, parse_share, slow_in_16_bits
 from kvpolicy.cli.terminal.console import line, out, print_json
 from kvpolicy.cli.terminal.files import make_folder, write_text
-from kvpolicy.cli.terminal.options import Json
+from kvpolicy.cli.terminal.options import MODEL, Json
 
 if TYPE_CHECKING:
     from kvpolicy.evaluate.harness.record import EvaluationRecord
@@ -26,7 +26,7 @@ CELLS, RESULTS, RETENTION, TRADEOFF = "demo.jsonl", "results.json", "retention.p
 
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for pictures and results.")] = Path("demo-results"),
-    model: Annotated[str, typer.Option(help="Name, path or id of a model.")] = "testbed",
+    model: Annotated[str, typer.Option(help=MODEL)] = "testbed",
     policy: Annotated[list[str] | None, typer.Option(help="A policy's name or file; may be repeated.")] = None,
     share: Annotated[list[str] | None, typer.Option(help="Share of the full cache's bytes; may be repeated.")] = None,
     items: Annotated[int | None, typer.Option(help="Contexts of a task; by default 16, of a real model 2.")] = None,

@@ -8,7 +8,7 @@ import typer
 
 from kvpolicy.cli.terminal.console import line, out, print_json, tell
 from kvpolicy.cli.terminal.files import make_folder, write_text
-from kvpolicy.cli.terminal.options import Device, Dtype, Json
+from kvpolicy.cli.terminal.options import MODEL, Device, Dtype, Json
 
 if TYPE_CHECKING:
     from kvpolicy.evaluate.data.texts import Text
@@ -23,7 +23,7 @@ _QUICK: dict[str, Any] = {"documents": 1, "length": 160, "scored": 16, "question
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Name, path or id of a model.")] = "testbed",
+    model: Annotated[str, typer.Option(help=MODEL)] = "testbed",
     policy: Annotated[
         list[str] | None, typer.Option(help="A policy's name or file, changed by +key=value; may be repeated.")
     ] = None,
@@ -39,7 +39,7 @@ def evaluate(
     quick: Annotated[bool, typer.Option("--quick", help="One short context a task: does it run?")] = False,
     out_dir: Annotated[
         Path, typer.Option("--out", help="Folder of the record; a run that was interrupted goes on from it.")
-    ] = Path("evaluation"),
+    ] = Path("evaluation-results"),
     record: Annotated[
         Path | None, typer.Option("--from", help="Measure nothing: render the record in this folder.")
     ] = None,
