@@ -67,7 +67,7 @@ def test_it_passes_its_own_tests(installed, tmp_path):
     """Among them that its tile gives what its score gives: it chooses the interpreter itself where there is no GPU."""
     command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(SOURCE / "tests"))
 
-    told = run(*command, cwd=tmp_path, path=installed, TRITON_INTERPRET="")
+    told = run(*command, cwd=tmp_path, path=installed, TRITON_INTERPRET="", PYTEST_ADDOPTS="")
 
     assert " passed" in told
     assert told.count("[tile gives what score gives") == 2
