@@ -105,6 +105,7 @@ def test_tasks_are_listed(kv, tmp_path):
     listed = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
 
     assert result.exit_code == 0
+    assert listed.pop("gym:NAME").startswith("questions of a generator of reasoning-gym")
     assert listed == {name: task.summary for name, task in TASKS.items()}
     assert list(tmp_path.iterdir()) == []
 

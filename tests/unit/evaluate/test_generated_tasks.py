@@ -80,5 +80,6 @@ def test_an_item_without_a_question_is_refused(sources):
 
 
 def test_three_tasks_are_run_by_default():
-    assert TESTBED_TASKS == ("recall", "tracking", "reasoning")
+    """Not `reasoning`, at which every policy fails alike."""
+    assert TESTBED_TASKS == ("recall", "recall-unseen", "tracking")
     assert all(task_of(name).name == name for name in TESTBED_TASKS)
