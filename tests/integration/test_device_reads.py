@@ -51,7 +51,7 @@ def reads(policy, layers, *, kernels):
             given = {"system": (2, 5)} if plan.spec.protect.regions else None
             cache = attachment.cache(regions=given)
             attachment.model(prompt(24)[0], past_key_values=cache)
-            for _ in range(3 * EVERY):
+            for _ in range(EVERY + 2):
                 before = state_of(cache)
                 found = reads_of(lambda: attachment.model(token, past_key_values=cache))
                 compressed, packed = (one != other for one, other in zip(before, state_of(cache), strict=True))

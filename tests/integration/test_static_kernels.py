@@ -19,7 +19,7 @@ from tests.support.policies import held, small
 
 LAYERS, STEPS = 2, 9
 ROWS = (25, 14)
-NAMES = ("snapkv", "rkv", "gkv", "pyramidkv", "h2o")
+NAMES = ("snapkv", "rkv", "gkv", "h2o")
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "aten::equal"}
 
 

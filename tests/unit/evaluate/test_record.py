@@ -192,7 +192,7 @@ def test_an_empty_file_is_no_record_to_read_but_a_place_to_write(tmp_path):
 def test_a_place_that_cannot_be_read_or_written_is_an_error(tmp_path):
     with pytest.raises(InputError, match="nothing: cannot be read: No such file"):
         read_record(tmp_path / "nothing")
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="is no regular file"):
         RecordFile(tmp_path, HEAD)
     with pytest.raises(InputError, match="cells: cannot be written: No such file"):
         RecordFile(tmp_path / "not there" / "cells", HEAD)
