@@ -33,10 +33,10 @@ def chat(
     /report says what the policy holds. Each turn computes its own tokens only: what has been evicted stays evicted.
     """
     from kvpolicy.cli.generate.conversation import Conversation
-    from kvpolicy.cli.generate.tokens import has_template
     from kvpolicy.cli.terminal.models import device_of, dtype_of
     from kvpolicy.errors import InputError, one_line
     from kvpolicy.evaluate.models import config_of, load_model
+    from kvpolicy.evaluate.models.text_encoding import has_template
     from kvpolicy.policy import load
 
     if max_new_tokens < 1:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kvpolicy.cli.generate.tokens import Message, check_length, encoded, opening, rendered
+from kvpolicy.cli.generate.tokens import check_length, encoded, opening
 from kvpolicy.errors import InputError
+from kvpolicy.evaluate.models.text_encoding import Message, rendered
 
 _REWRITTEN = (
     "the chat template of this model writes earlier turns anew, so what the cache holds is no longer the conversation; "

@@ -57,8 +57,9 @@ def run(
 
 
 def _ids(tokenizer: Any, prompt: str, system: str | None, *, raw: bool) -> list[int]:
-    from kvpolicy.cli.generate.tokens import encoded, has_template, opening, rendered
+    from kvpolicy.cli.generate.tokens import encoded, opening
     from kvpolicy.errors import InputError
+    from kvpolicy.evaluate.models.text_encoding import has_template, rendered
 
     if raw or not has_template(tokenizer):
         if system is not None:

@@ -1,15 +1,9 @@
-"""Prompts and conversations as token ids; every failure is an InputError."""
+"""Prompts as token ids, and what is refused about them; every failure is an InputError."""
 
 from typing import Any
 
-from kvpolicy.errors import InputError, described, one_line
-
-Message = dict[str, str]  # "role" and "content", as chat templates take them
-
-
-def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer knows how its model's conversations are written."""
-    return bool(getattr(tokenizer, "chat_template", None))
+from kvpolicy.errors import InputError
+from kvpolicy.evaluate.models.text_encoding import Message, positions_of, token_ids
 
 
 def opening(system: str | None) -> list[Message]:
@@ -17,21 +11,9 @@ def opening(system: str | None) -> list[Message]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def rendered(tokenizer: Any, messages: list[Message]) -> str:
-    """A conversation as its chat template writes it, up to where the model goes on."""
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs: they raise of their own, and fail
-        raise InputError(f"the chat template refuses this conversation: {described(error)}") from error
-    return text
-
-
 def encoded(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Token ids of a text; with `special` those that the tokenizer puts around every text."""
-    try:
-        ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    except Exception as error:  # tokenizers raises this very class, for a word that is not in its vocabulary
-        raise InputError(f"the prompt has words that the tokenizer does not know: {one_line(error)}") from error
+    """Token ids of a prompt, at least one; with `special` those that the tokenizer puts around every text."""
+    ids = token_ids(tokenizer, text, special=special, what="prompt")
     if not ids:
         raise InputError("the prompt has no tokens")
     return ids
@@ -39,6 +21,6 @@ def encoded(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 def check_length(model: Any, length: int) -> None:
     """Refuse more tokens than the model has positions for."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = positions_of(model.config)
     if most is not None and length > most:
         raise InputError(f"prompt and new tokens are {length} together, and the model knows {most} positions")

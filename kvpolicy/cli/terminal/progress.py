@@ -4,44 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from kvpolicy.cli.terminal.console import err
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from kvpolicy.evaluate.harness.record import Cell
-
-
-@contextmanager
-def cells(total: int, add: "Callable[[Cell], None]") -> "Iterator[Callable[[Cell], None]]":
-    """What to call for each cell that has been measured: `add`, and a bar with the time that is left moves on."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = err()
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    # Where nobody watches, rich would write an empty line for bars that it does not show.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("starting", total=total)
-
-        def added(cell: "Cell") -> None:
-            add(cell)
-            progress.update(bar, advance=1, description=f"{cell.task} {cell.policy}")
-
-        yield added
 
 
 class BarWatcher:
@@ -52,8 +22,8 @@ class BarWatcher:
 
     def begin(self, what: str, steps: int) -> Callable[[str], None]:
         """A new bar."""
-        bar = self._progress.add_task(what, total=steps)
-        return lambda text: self._progress.update(bar, advance=1, description=text)
+        bar = self._progress.add_task(escape(what), total=steps)
+        return lambda text: self._progress.update(bar, advance=1, description=escape(text))
 
 
 @contextmanager
@@ -65,3 +35,16 @@ def bars() -> Iterator[BarWatcher]:
     # Where nobody watches, rich would write an empty line for bars that it does not show.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield BarWatcher(progress)
+
+
+@contextmanager
+def cells(total: int, add: "Callable[[Cell], None]") -> "Iterator[Callable[[Cell], None]]":
+    """What to call for each cell that has been measured: `add`, and a bar with the time that is left moves on."""
+    with bars() as watcher:
+        done = watcher.begin("starting", total)
+
+        def added(cell: "Cell") -> None:
+            add(cell)
+            done(f"{cell.task} {cell.policy}")
+
+        yield added

@@ -9,12 +9,13 @@ import attrs
 import torch
 from transformers import PreTrainedModel
 
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.errors import EvaluationError, KVPolicyError
 from kvpolicy.evaluate.fitting.fit import fit_calibrated
 from kvpolicy.evaluate.harness.calibrations import Calibrations
 from kvpolicy.evaluate.harness.measure import GroupRun, Measured
 from kvpolicy.evaluate.harness.record import Cell
 from kvpolicy.evaluate.harness.setup import Contender, EvaluationSetup
+from kvpolicy.evaluate.models.text_encoding import positions_of
 from kvpolicy.evaluate.tasks.case import Case, Continuation, Sources
 from kvpolicy.evaluate.tasks.names import task_of
 from kvpolicy.integrations.transformers.attachment import Attachment
@@ -44,7 +45,7 @@ class Evaluation:
         setup: EvaluationSetup,
         calibrations: Calibrations,
     ) -> None:
-        """Makes all cases. Raises EvaluationError when texts are too short for them."""
+        """Makes all cases. Raises EvaluationError when texts, or the positions of the model, are too few for them."""
         self.model = model
         self.setup = setup
         self._sources = sources
@@ -52,8 +53,16 @@ class Evaluation:
         self._groups: dict[str, tuple[tuple[Case, ...], ...]] = {
             task: task_of(task).groups(sources, setup.sizes) for task in setup.tasks
         }
+        self._require_positions()
         self._plans: dict[tuple[str, Contender], Plan | str] = {}
         self._other: PreTrainedModel | None = None
+
+    def _require_positions(self) -> None:
+        most = positions_of(self.model.config)
+        for task, groups in self._groups.items():
+            longest = max(case.tokens for group in groups for case in group)
+            if most is not None and longest > most:
+                raise EvaluationError(f"{task}: takes {longest} tokens, and the model knows {most} positions")
 
     def units(self, done: Collection[Key] = ()) -> list[Unit]:
         """What is left to be measured, in the order in which it is."""

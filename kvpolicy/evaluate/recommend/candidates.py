@@ -7,6 +7,7 @@ import attrs
 from transformers import PretrainedConfig
 
 from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate.models.text_encoding import positions_of
 from kvpolicy.plan.plan import Plan
 
 CANDIDATES: Final = (
@@ -48,7 +49,7 @@ def memory_of(plan: Plan, config: PretrainedConfig, size: int, context: int, bat
     Raises EvaluationError when the model has fewer positions, or when the layers that cannot be made smaller alone
     take more.
     """
-    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = positions_of(config)
     if most is not None and context > most:
         raise EvaluationError(f"--context {context}: the model knows {most} positions")
     full = batch * plan.footprint.full_bytes(context)

@@ -14,7 +14,6 @@ from kvpolicy.evaluate.report.summary import Line, Summary
 
 TASK, METRIC = "text", "kl"
 LADDER: Final = tuple(Fraction(1, 2**power) for power in (1, 2, 3, 4, 5))
-_ROUNDING = 1.02  # held bytes above the share that bookkeeping may take
 
 Run = Callable[[Sequence[Unit]], Sequence[Cell]]  # measures units
 
@@ -36,7 +35,7 @@ def choose_by_bytes(evaluation: Evaluation, run: Run, share: Fraction) -> Choice
     Raises EvaluationError when none does.
     """
     lines = _lines(run(evaluation.units()))
-    small = [line for line in lines if line.held_share <= _ROUNDING * float(share)]
+    small = [line for line in lines if line.holds_at_most(float(share))]
     if not small:
         raise EvaluationError(f"no policy fits into {float(share):.3g} of a full cache")
     best, *others = sorted(small, key=lambda line: line.estimate(METRIC).mean)

@@ -44,6 +44,10 @@ class Line:
         """Mean and interval of a metric."""
         return estimate(self.values[metric])
 
+    def holds_at_most(self, share: float) -> bool:
+        """Whether it holds no more than a share of the full cache's bytes, up to what bookkeeping takes."""
+        return self.held_share <= _ROUNDING * share
+
     def differs(self, other: "Line", metric: str) -> bool:
         """Whether it can be told apart from another line; always, if they were not measured on the same cases."""
         return self.groups != other.groups or differ(self.values[metric], other.values[metric])
@@ -84,7 +88,7 @@ class TaskSummary:
         Policies that hold more than their share, such as readers, which only read less, are not among them.
         """
         alike = [line for line in self.measured if line.share == share and not line.is_baseline]
-        lines = _on_the_same_groups([line for line in alike if share is None or line.held_share <= _ROUNDING * share])
+        lines = _on_the_same_groups([line for line in alike if share is None or line.holds_at_most(share)])
         if not lines:
             return ()
         lines.sort(key=lambda line: line.estimate(self.metric).mean, reverse=METRICS[self.metric].larger_is_better)

@@ -1,12 +1,11 @@
 """The next turn of a recorded agent, given what came before it: predictions against those with the full cache."""
 
-from typing import Any
-
 import attrs
 from transformers import PreTrainedTokenizerBase
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.data.transcripts import Transcript, transcripts
+from kvpolicy.evaluate.models.text_encoding import has_template, rendered
 from kvpolicy.evaluate.tasks.case import Continuation, Sources, TaskSizes, ids_of
 from kvpolicy.evaluate.tasks.continuations import FIDELITY
 
@@ -46,7 +45,6 @@ def _case(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, sizes: Tas
 def _rendered(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, count: int) -> str:
     """The first `count` turns, up to where the agent speaks: by the chat template, or line by line."""
     turns = [{"role": turn.role, "content": turn.content} for turn in transcript.turns[:count]]
-    if tokenizer.chat_template is None:
+    if not has_template(tokenizer):
         return "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in turns) + "assistant: "
-    text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return str(text)
+    return rendered(tokenizer, turns)

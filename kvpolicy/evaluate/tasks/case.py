@@ -1,12 +1,13 @@
 """What a task gives to be run: prompts that are compressed, and what must follow."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import attrs
 from transformers import PreTrainedTokenizerBase
 
 from kvpolicy.evaluate.data.texts import Text
+from kvpolicy.evaluate.models.text_encoding import token_ids
 
 Score = Callable[[str], float]  # of an answer as it was written, 0 to 1
 
@@ -118,7 +119,5 @@ METRICS: dict[str, Metric] = {
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, start: bool = False) -> list[int]:
-    """Token ids of a text; with the tokens that begin a sequence if it is the `start` of one."""
-    encoded: Any = tokenizer(text, add_special_tokens=start)
-    ids: list[int] = encoded["input_ids"]
-    return ids
+    """Token ids of a text; with the tokens that begin a sequence if it is the `start` of one. Raises InputError."""
+    return token_ids(tokenizer, text, special=start)

@@ -1,10 +1,9 @@
 """A context and a question about it as a prompt: by the chat template of the tokenizer, or one after the other."""
 
-from typing import Any
-
 import attrs
 from transformers import PreTrainedTokenizerBase
 
+from kvpolicy.evaluate.models.text_encoding import has_template, rendered
 from kvpolicy.evaluate.tasks.case import ids_of
 
 _CONTEXT, _QUESTION = "kvpolicycontext", "kvpolicyquestion"  # words that no template has
@@ -22,9 +21,8 @@ class ChatPrompt:
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str, answer: str = "") -> ChatPrompt:
     """The parts of a prompt with a context, a question and the first words of the answer."""
     before, between, behind = _frame(tokenizer)
-    template = tokenizer.chat_template is not None
     return ChatPrompt(
-        tuple(ids_of(tokenizer, before + context, start=not template)),
+        tuple(ids_of(tokenizer, before + context, start=not has_template(tokenizer))),
         tuple(ids_of(tokenizer, between + question)),
         tuple(ids_of(tokenizer, behind + answer)),
     )
@@ -32,11 +30,10 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str,
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     """What stands before the context, before the question, and before the answer."""
-    if tokenizer.chat_template is None:
+    if not has_template(tokenizer):
         return "", "\n\n", "\n"
-    message = {"role": "user", "content": f"{_CONTEXT}\n\n{_QUESTION}"}
-    rendered: Any = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    before, _, rest = rendered.partition(_CONTEXT)
+    text = rendered(tokenizer, [{"role": "user", "content": f"{_CONTEXT}\n\n{_QUESTION}"}])
+    before, _, rest = text.partition(_CONTEXT)
     between, _, behind = rest.partition(_QUESTION)
     return before, between, behind
 

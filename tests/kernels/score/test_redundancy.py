@@ -18,7 +18,7 @@ from tests.support.views import view_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 129])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 129])
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 59), (torch.bfloat16, 64), (torch.float16, 80)], ids=str)
 def test_lengths_and_dtypes(kind, length, dtype, dim):
     check(keys_of(kind, torch.tensor([[[length]]]), dim, dtype, seed=length))
@@ -35,7 +35,7 @@ def test_several_chunks_of_columns(kind, dtype, end):
 
 @pytest.mark.parametrize("empty_row", ["slot0", "none"])
 @pytest.mark.parametrize("end", ["last", "first"])
-@pytest.mark.parametrize("forgive", [0, 2, 16])
+@pytest.mark.parametrize("forgive", [0, 1, 2, 16])
 @pytest.mark.parametrize(("kind", "dtype"), list(zip(KINDS, (*DTYPES, torch.bfloat16), strict=True)), ids=str)
 def test_options(kind, forgive, end, empty_row, dtype):
     found = keys_of(kind, torch.tensor([[[67, 3]]]), 16, dtype, seed=forgive)
@@ -92,7 +92,7 @@ def test_published_similarities(name, forgive, mode):
 
 @pytest.mark.parametrize("end", ["last", "first"])
 @pytest.mark.parametrize("forgive", [1, 2])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 def test_as_the_plugin(seed, forgive, end):
     """The scorer's own formula around the kernel gives the scorer's scores."""
     found = keys_of("clustered", torch.tensor([[[90, 90]]]), 24, torch.float32, seed, capacity=90)

@@ -33,14 +33,14 @@ def test_count_lengths(kind, sinks, recent):
         check_counts(found, scores, torch.tensor(totals, device=DEVICE), sinks=sinks, recent=recent)
 
 
-@pytest.mark.parametrize("count", [0, 37, 499, 501])
+@pytest.mark.parametrize("count", [0, 37, 200, 499, 500, 501])
 @pytest.mark.parametrize("kind", KINDS)
 def test_select_five_hundred(kind, count):
     found = scene(torch.tensor([[[500]]]), 1, torch.float32)
     check_select(found, scores_of(kind, found, count), torch.tensor([count], device=DEVICE))
 
 
-@pytest.mark.parametrize("total", [0, 77, 999, 1000])
+@pytest.mark.parametrize("total", [0, 1, 77, 700, 999, 1000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_of_a_thousand(kind, total):
     found = scene(torch.tensor([[[500, 500]]]), 1, torch.float32)
@@ -95,7 +95,7 @@ def test_any_segments(lengths, shape, kind, counts, sinks, recent, capacity, see
     check_counts(found, scores, totals, sinks=sinks, recent=recent)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(10))
 def test_as_the_plugins(seed):
     """The selector and the allocator of the same names choose the same."""
     found = scene(torch.tensor([[[90, 90, 90], [90, 90, 90]]]), 1, torch.float32, capacity=90, seed=seed)

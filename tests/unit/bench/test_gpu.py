@@ -135,7 +135,9 @@ def checkout(tmp_path):
     return write
 
 
-def test_kernel_tests_are_counted(checkout):
+def test_kernel_tests_are_counted(checkout, monkeypatch):
+    """Whatever options pytest has from the shell."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-v")
     source = "def test_a(): pass\ndef test_b(): pass\ndef test_c(): assert 0, 'wrong'\n"
     found = kernel_tests(100.0, checkout(source))
 

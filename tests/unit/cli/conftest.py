@@ -3,13 +3,12 @@
 import shutil
 
 import pytest
-import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from kvpolicy.cli.app import app
-from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
 from kvpolicy.stages.registry.plugins import registry
+from tests.support.untrained_testbed import untrained_testbed
 from tests.testbed_training.tokenizer import build_tokenizer
 
 TEMPLATE = """
@@ -72,19 +71,7 @@ def bad(tmp_path):
 def folder(tmp_path_factory):
     """An untrained model with a tokenizer, as a folder."""
     path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=256,
-        )
-    )
+    model = untrained_testbed(max_position_embeddings=256)
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     model.save_pretrained(path)
     build_tokenizer().save_pretrained(path)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -89,6 +90,39 @@ def test_without_reasoning_gym_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(InputError, match="reasoning-gym is missing: pip install"):
         reasoning_gym("chain_sum", 1, 0)
+
+
+class Generator:
+    """As reasoning-gym's: entries by index, and a verifier."""
+
+    def __init__(self, size, seed):
+        self.size, self.seed = size, seed
+
+    def __getitem__(self, index):
+        return {"question": f"{self.seed} + {index}?", "answer": self.seed + index}
+
+    def score_answer(self, answer, entry):
+        return 1.0 if answer == str(entry["answer"]) else 0.01
+
+
+def test_generated_questions_are_verified_by_their_generator(monkeypatch):
+    """A stand-in with the interface of reasoning-gym 0.1.25, which needs a compiler to be installed."""
+    gym, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
+    gym.create_dataset = lambda name, size, seed: {"sums": Generator}[name](size, seed)
+    factory.DATASETS = {"sums": Generator}
+    monkeypatch.setitem(sys.modules, "reasoning_gym", gym)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
+    found = reasoning_gym("sums", 3, seed=7)
+
+    assert [one.prompt for one in found] == ["7 + 0?", "7 + 1?", "7 + 2?"]
+    assert [one.answer for one in found] == ["7", "8", "9"]
+    assert [[one.check(text) for text in ("7", "8", "9")] for one in found] == [
+        [1, 0.01, 0.01],
+        [0.01, 1, 0.01],
+        [0.01, 0.01, 1],
+    ]
+    with pytest.raises(EvaluationError, match=r"no task 'sum'; did you mean 'sums'\?"):
+        reasoning_gym("sum", 1, 0)
 
 
 class TestReasoningGym:

@@ -2,26 +2,17 @@
 
 import pytest
 
-from kvpolicy.errors import EvaluationError
+from kvpolicy.errors import EvaluationError, InputError
 from kvpolicy.evaluate.data.texts import Text
 from kvpolicy.evaluate.tasks.case import Sources, TaskSizes, ids_of
 from kvpolicy.evaluate.tasks.chat_prompt import as_case_parts, chat_prompt
 from kvpolicy.evaluate.tasks.documents import sentence_window, sentences_of, token_windows
 from kvpolicy.evaluate.tasks.names import task_of
-from tests.support.texts import SENTENCES, TEMPLATE, TEXTS, tokenizer_of
+from tests.support.texts import SENTENCES, TEXTS, tokenizer_of
+from tests.testbed_training.tokenizer import build_tokenizer
 
 SIZES = TaskSizes(documents=3, length=600, scored=20)
 TEXT_TASKS = ("text", "needle", "needles", "needles-two", "variables")
-
-
-@pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["plain", "chat"])
-def sources(request):
-    return Sources(tokenizer_of(request.param), TEXTS)
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return Sources(tokenizer_of(None), TEXTS)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------
@@ -144,3 +135,12 @@ def test_windows_of_sentences_go_round(plain):
         assert window == (sentences + sentences)[start : start + len(window)]
         tokens = [len(ids_of(plain.tokenizer, sentence)) for sentence in window]
         assert sum(tokens) >= 15 * one > sum(tokens[:-1])
+
+
+def test_a_template_that_refuses_and_words_that_are_unknown_are_told_in_a_line(plain):
+    """Templates are programs, and tokenizers of words know some only."""
+    refusing = tokenizer_of("{{ raise_exception('no users') }}")
+    with pytest.raises(InputError, match=r"the chat template refuses this conversation: .*no users"):
+        chat_prompt(refusing, "A king. ", "Who?")
+    with pytest.raises(InputError, match="the text has words that the tokenizer does not know"):
+        ids_of(build_tokenizer(), "supercalifragilistic")

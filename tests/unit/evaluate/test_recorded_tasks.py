@@ -8,12 +8,11 @@ from kvpolicy.evaluate.data.transcripts import Transcript, Turn
 from kvpolicy.evaluate.tasks import agent_turns, questions
 from kvpolicy.evaluate.tasks.case import Sources, TaskSizes
 from kvpolicy.evaluate.tasks.names import require_tasks, task_of
-from tests.support.texts import TEMPLATE, tokenizer_of
 
 
-@pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["plain", "chat"])
-def tokenizer(request):
-    return tokenizer_of(request.param)
+@pytest.fixture
+def tokenizer(sources):
+    return sources.tokenizer
 
 
 def told(count):

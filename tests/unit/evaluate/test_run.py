@@ -17,6 +17,8 @@ from kvpolicy.evaluate.harness.start import Inputs, calibrations_of, head_of
 from kvpolicy.evaluate.harness.workers import run_here
 from kvpolicy.evaluate.tasks.case import Sources, TaskSizes
 from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
+from tests.support.untrained_testbed import untrained_testbed
+from tests.testbed_training.tokenizer import build_tokenizer
 
 QUARTER, TINY = Fraction(1, 4), Fraction(1, 500)
 TEXTS = tuple(
@@ -243,3 +245,11 @@ def test_stores_are_calibrated_on_other_texts_than_the_cases(tiny):
     assert real.shape == (8, 1024)
     assert set(real[:, 1:].unique().tolist()) <= set(range(20, 60))
     assert generated.shape == (16, 1024)
+
+
+def test_cases_that_are_longer_than_the_model_knows_are_refused():
+    """Before anything is measured: beyond its positions a model says nothing about policies."""
+    model, tokenizer = untrained_testbed(max_position_embeddings=100), build_tokenizer()
+    setup = EvaluationSetup((), ("recall",), sizes=TaskSizes(documents=1, length=128))
+    with pytest.raises(EvaluationError, match=r"recall: takes 1[0-9][0-9] tokens, and the model knows 100 positions"):
+        Evaluation(model, Sources(tokenizer, ()), setup, Calibrations(model, lambda: None))

@@ -6,23 +6,13 @@ from itertools import pairwise
 import pytest
 
 from kvpolicy.errors import EvaluationError
-from kvpolicy.evaluate.tasks.case import Sources, TaskSizes, ids_of
+from kvpolicy.evaluate.tasks.case import TaskSizes, ids_of
 from kvpolicy.evaluate.tasks.names import TASKS, require_tasks, task_of
-from tests.support.texts import TEMPLATE, TEXTS, tokenizer_of
+from tests.support.texts import TEXTS
 
 SIZES = TaskSizes(documents=3, length=600, scored=20, questions=3, seed=4)
 SEEN = {"needle": True, "needle-unseen": False, "needles": True, "needles-unseen": False, "needles-two": True}
 NEEDLE = re.compile(r"One of the special magic numbers for (\w+) is: (\d+)\. ")
-
-
-@pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["plain", "chat"])
-def sources(request):
-    return Sources(tokenizer_of(request.param), TEXTS)
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return Sources(tokenizer_of(None), TEXTS)
 
 
 def text_of(sources, ids):
