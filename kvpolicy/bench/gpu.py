@@ -3,7 +3,7 @@
 The time is shared out over the parts; what does not fit is left out by name, and results are written as they come.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,14 +27,16 @@ from kvpolicy.bench.protocol.result import Result
 from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.bench.sizes import DECODED, Sizes
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.policy import load
+from kvpolicy.policy import Policy, load
 from kvpolicy.spec.budget import Budget
 
-SECONDS = 540.0
+SECONDS = 480.0
 _LEAST = 48  # entries that a policy keeps in generation; a tenth of the tokens, where that is more
 COMPRESSED = ("snapkv", "rkv", "adakv")
+ATTENDED = ("snapkv", "adakv", "rkv_int4")  # as many entries in every head; ragged heads; packed entries
 # Of what remains when a part begins. The tests of the kernels come first: wrong kernels need no timing.
-_SHARES = {"correctness": 0.2, "compress": 0.3, "attention": 0.12, "decode": 0.45, "generate": 0.95}
+_SHARES = {"correctness": 0.2, "attention": 0.15, "compress": 0.3, "decode": 0.45, "generate": 0.95}
+PARTS = tuple(_SHARES)
 _RESERVE = 30.0  # seconds for writing and for the part that is late
 
 
@@ -53,13 +55,15 @@ class GpuSetup:
         """How much `measure` yields, at most."""
         contenders = len(self.generate.policies) + len(self.generate.full) + 1
         compressed = len(self.compress.policies) * len(self.compress.lengths)
-        return 1 + compressed + len(self.attention.entries) + len(self.decode.lengths) + contenders
+        attended = len(self.attention.policies) * len(self.attention.entries)
+        return 1 + compressed + attended + len(self.decode.lengths) + contenders
 
 
 def setup_for(sizes: Sizes, budget: int, device: torch.device, dtype: torch.dtype, *, graph: bool) -> GpuSetup:
     """All parts at these sizes; attention heads are those of the 8B model unless the sizes are tiny."""
     shape = attrs.evolve(model_shape(sizes.model), layers=sizes.layers)
     policies = tuple(load(f"kvpolicy:{name}", budget=budget) for name in COMPRESSED)
+    attended = tuple(_attended(name, budget, shape.head_dim) for name in ATTENDED)
     decoded = tuple(load(f"kvpolicy:{name}", budget=budget, **sizes.overrides) for name in DECODED)
     tenth = tuple(load(f"kvpolicy:{name}", budget=max(_LEAST, sizes.new // 10), **sizes.overrides) for name in DECODED)
     memory = Budget.parse(sizes.memory)
@@ -67,7 +71,7 @@ def setup_for(sizes: Sizes, budget: int, device: torch.device, dtype: torch.dtyp
     common: dict[str, Any] = {"device": device, "dtype": dtype}
     return GpuSetup(
         compress.CompressSetup(policies, shape, sizes.lengths, protocol=protocol, **common),
-        attention.AttentionSetup(policies[0], shape, sizes.attended, sizes.attention_rows, protocol=protocol, **common),
+        attention.AttentionSetup(attended, shape, sizes.attended, sizes.attention_rows, protocol=protocol, **common),
         decode.DecodeSetup(
             decoded,
             model_shape(sizes.model),
@@ -91,12 +95,14 @@ def setup_for(sizes: Sizes, budget: int, device: torch.device, dtype: torch.dtyp
     )
 
 
-def measure(setup: GpuSetup, clock: Clock, deadline: Deadline, result: Result) -> Iterator[str]:
-    """Run all parts into `result`; yields what was done last."""
+def measure(
+    setup: GpuSetup, clock: Clock, deadline: Deadline, result: Result, only: Collection[str] = PARTS
+) -> Iterator[str]:
+    """Run the parts into `result`; yields what was done last."""
     parts: dict[str, Callable[[Deadline], Iterator[tuple[str, list[Case]]]]] = {
         "correctness": partial(_correctness, setup, result),
-        "compress": lambda until: compress.measure(setup.compress, clock, until, result.leave_out),
         "attention": lambda until: attention.measure(setup.attention, clock, until, result.leave_out),
+        "compress": lambda until: compress.measure(setup.compress, clock, until, result.leave_out),
         "decode": lambda until: decode.measure(
             setup.decode, _model(setup.decode, max(setup.decode.lengths)), clock, until, result.leave_out
         ),
@@ -105,12 +111,14 @@ def measure(setup: GpuSetup, clock: Clock, deadline: Deadline, result: Result) -
         ),
     }
     until = Deadline(deadline.at if deadline.at is None else deadline.at - _RESERVE, deadline.now)
-    for name, part in parts.items():
+    for name in PARTS:
+        if name not in only:
+            continue
         if until.expired():
             result.leave_out(name, NO_TIME)
             continue
         try:
-            yield from result.collect(name, part(until.share(_SHARES[name])))
+            yield from result.collect(name, parts[name](until.share(_SHARES[name])))
         except (KVPolicyError, RuntimeError) as error:  # one part that fails must not cost what the others measured
             result.leave_out(name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
             yield f"{name} failed"
@@ -139,6 +147,15 @@ def _generation_goals(case: Case) -> Iterator[Verdict]:
         for name, least in ((DYNAMIC, 6.6), (COMPILED, 5.0)):
             claim = f"{case.what}, {case.length} tokens: times the tokens/s of {name}, each at its largest batch"
             yield Verdict("generate", claim, case.ratio(name), least)
+
+
+def _attended(name: str, budget: int, head_dim: int) -> Policy:
+    """A shipped policy, quantised in groups that fit into tiny heads."""
+    policy = load(f"kvpolicy:{name}", budget=budget)
+    group = getattr(policy.spec.store, "group", head_dim)
+    if group <= head_dim:
+        return policy
+    return load(f"kvpolicy:{name}", budget=budget, store={"use": "kivi", "group": head_dim})
 
 
 def _correctness(setup: GpuSetup, result: Result, deadline: Deadline) -> Iterator[tuple[str, list[Case]]]:

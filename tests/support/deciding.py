@@ -116,7 +116,7 @@ def _choosing(result, mask):
 
 def _mask(view, kept):
     """Keep indices [B, K, N] as bool [B, K, T]."""
-    mask = torch.zeros((*view.positions.shape[:2], view.positions.shape[2] + 1), dtype=torch.bool)
+    mask = torch.zeros((*view.positions.shape[:2], view.positions.shape[2] + 1), dtype=torch.bool, device=kept.device)
     mask.scatter_(-1, kept.long().masked_fill(kept < 0, view.positions.shape[2]), value=True)
     return mask[..., :-1]
 

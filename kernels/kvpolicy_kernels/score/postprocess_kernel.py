@@ -198,7 +198,7 @@ def _normal_part(scores, inside, NORMALISE: tl.constexpr):
         second = first
     else:
         first = tl.sum(tl.where(inside, scores, 0.0), 0)
-        mean = first / tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0)
+        mean = tl.div_rn(first, tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0))  # exact where all scores are equal
         deviation = tl.where(inside, scores - mean, 0.0)
         second = tl.sum(deviation * deviation, 0)
     return first, second
@@ -281,8 +281,8 @@ def _normalised(
             candidates = end - first
         counts = tl.maximum(counts, 0).to(tl.float32)
         count = tl.maximum(candidates.to(tl.float32), 1.0)
-        mean = tl.sum(firsts, 0) / count
-        deviation = firsts / tl.maximum(counts, 1.0) - mean
+        mean = tl.div_rn(tl.sum(firsts, 0), count)
+        deviation = tl.div_rn(firsts, tl.maximum(counts, 1.0)) - mean
         standard_deviation = tl.sqrt(tl.sum(seconds + counts * deviation * deviation, 0) / count)
         normalised = (scores - mean) / tl.where(standard_deviation < _TINY, _TINY, standard_deviation)
     return normalised

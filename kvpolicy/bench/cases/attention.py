@@ -12,10 +12,10 @@ from kvpolicy.bench.baselines.naive import LayerTensors
 from kvpolicy.bench.cases.filled_layers import due, plan_at, random_layers
 from kvpolicy.bench.cases.floors import COPY, bandwidth_of, copy_of
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
-from kvpolicy.bench.protocol.clock import Call, Clock
+from kvpolicy.bench.protocol.clock import Call, Clock, captured
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
-from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut
+from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.errors import InputError
@@ -24,13 +24,14 @@ from kvpolicy.policy import Policy
 from kvpolicy.spec.budget import Budget
 
 LIBRARY = "library attention"
+LAUNCHED = "ours, launched by the host"  # on a GPU the other variants are CUDA graphs
 
 
 @attrs.frozen
 class AttentionSetup:
-    """A policy's layers, each after an eviction that left its budget."""
+    """Layers of some policies, each after an eviction that left its budget."""
 
-    policy: Policy
+    policies: tuple[Policy, ...]
     shape: ModelShape
     entries: tuple[int, ...]  # that remain
     rows: int
@@ -39,9 +40,9 @@ class AttentionSetup:
     protocol: Repetitions = Repetitions()
 
     def __attrs_post_init__(self) -> None:
-        protected = self.policy.spec.protect.of
-        if not self.entries or any(sum(protected(count)) >= count for count in self.entries) or self.rows < 1:
-            raise InputError("attention needs more entries than are protected, and at least one row")
+        protected = [sum(policy.spec.protect.of(count)) / count for policy in self.policies for count in self.entries]
+        if not protected or max(protected) >= 1 or self.rows < 1:
+            raise InputError("attention needs a policy, more entries than are protected, and at least one row")
 
 
 def measure(
@@ -49,29 +50,33 @@ def measure(
 ) -> Iterator[tuple[str, list[Case]]]:
     """Few entries first."""
     for entries in sorted(setup.entries):
-        what, cases = f"attention over {entries} entries", []
-        if deadline.expired():
-            left_out(what, NO_TIME)
-        else:
-            cases = [measure_one(setup, entries, clock, deadline)]
-        yield what, cases
+        for policy in setup.policies:
+            what, cases = f"attention over {entries} entries of {policy.name}", []
+            if deadline.expired():
+                left_out(what, NO_TIME)
+            else:
+                with leaving_out(what, left_out):
+                    cases = [measure_one(setup, policy, entries, clock, deadline)]
+            yield what, cases
 
 
 @torch.inference_mode()
-def measure_one(setup: AttentionSetup, entries: int, clock: Clock, deadline: Deadline) -> Case:
-    """Ours twice, the library's attention over as many entries, and a large copy."""
-    spec, shape = attrs.evolve(setup.policy.spec, budget=Budget(tokens=entries)), setup.shape
+def measure_one(setup: AttentionSetup, policy: Policy, entries: int, clock: Clock, deadline: Deadline) -> Case:
+    """Ours twice, the library's attention over as many entries as they were, and a large copy."""
+    spec, shape = attrs.evolve(policy.spec, budget=Budget(tokens=entries)), setup.shape
     plan = plan_at(spec, shape, entries + 16, setup.dtype, setup.device)
     layers = random_layers(plan, shape, setup.rows, entries + 16)
     cache, finish_forward = due(plan, shape, layers)
     finish_forward()
     ours = _each([_step(layer, tensors) for layer, tensors in zip(cache.managed, layers, strict=True)])
     library = _each([partial(_library, tensors, entries + 1) for tensors in layers])
-    variants = [Variant.repeated(name, call) for name, call in ((OURS, ours), (AGAIN, ours), (LIBRARY, library))]
+    alone, launched = captured(ours, setup.device), {LAUNCHED: ours} if setup.device.type == "cuda" else {}
+    calls = {OURS: alone, AGAIN: alone, LIBRARY: captured(library, setup.device), **launched}
+    variants = [Variant.repeated(name, call) for name, call in calls.items()]
     samples = interleave([*variants, copy_of(layers[0].keys)], clock, setup.protocol, expired=deadline.expired)
-    read = shape.layers * setup.rows * shape.kv_heads * (entries + 1) * 2 * shape.head_dim * setup.dtype.itemsize
+    read = setup.rows * attrs.evolve(plan.footprint, columns={}).nbytes(entries + 1)  # keys and values as they are held
     return Case(
-        setup.policy.name,
+        policy.name,
         entries,
         samples={name: seconds for name, seconds in samples.items() if name != COPY},
         floors={"bytes": read / bandwidth_of(samples, layers[0].keys)},

@@ -10,6 +10,7 @@ from typing import Any
 
 _MARKS = re.compile(r"^([.FEsxX]+)(?: +\[ *\d+%\])?$", re.MULTILINE)
 _TAIL = 2000  # characters of the output that are kept
+_MOST_WORKERS = 14
 _LEAST = 5.0  # seconds below which no run is worth starting
 CHECKOUT = Path(__file__).parents[3]
 
@@ -19,7 +20,10 @@ def kernel_tests(seconds: float, checkout: Path = CHECKOUT) -> dict[str, Any]:
     reason = _obstacle(seconds, checkout)
     if reason:
         return {"ran": False, "why": reason}
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider"]
+    compiling = "tests/kernels/test_compiled.py"  # for other devices: says nothing of this one
+    command = [sys.executable, "-m", "pytest", "tests/kernels", f"--ignore={compiling}", "-q", "-p", "no:cacheprovider"]
+    if find_spec("xdist") is not None:  # most of the time goes into compiling kernels, on the host
+        command += ["-n", str(max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - 1)))]
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # marks are counted
     try:
         done = subprocess.run(  # noqa: S603 - this Python, on tests of this checkout

@@ -41,7 +41,7 @@ def per_channel(columns: list[Tensor], bits: int, unit: int, dim: int, dtype: to
     for place, one in enumerate(packed):
         own = codes(one.view(unit, -1), bits, dim)
         rows.append(own * scales[place].float() + minima[place].float())
-    return torch.cat(rows).to(dtype) if rows else torch.zeros(0, dim, dtype=dtype)
+    return torch.cat(rows).to(dtype) if rows else torch.zeros(0, dim, dtype=dtype, device=packed.device)
 
 
 def per_token(columns: list[Tensor], bits: int, group: int, dim: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy_kernels import Postprocess, Segments, UnsupportedInputError
+from kvpolicy_kernels import Postprocess, UnsupportedInputError
 from kvpolicy_kernels.score.postprocess import postprocess, traffic
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.counting import counted
@@ -127,12 +127,12 @@ def test_bytes_are_what_traffic_says(settings):
 
 def test_guards_refuse_before_anything_is_written():
     made = scene(torch.tensor([[[9, 9]]]), 16, torch.float32)
-    good = {"segments": made.segments, "positions": made.columns["positions"], "terms": torch.randn(1, 2, 9)}
-    good |= {"settings": [Postprocess()], "sinks": 0, "recent": 0}
+    good = {"segments": made.segments, "positions": made.columns["positions"]}
+    good |= {"terms": torch.randn(1, 2, 9, device=DEVICE), "settings": [Postprocess()], "sinks": 0, "recent": 0}
     bad = [
-        {"terms": torch.randn(1, 2, 9, dtype=torch.float64)},
-        {"terms": torch.randn(2, 2, 9)},
-        {"terms": torch.randn(1, 9, 2).transpose(1, 2)},
+        {"terms": torch.randn(1, 2, 9, dtype=torch.float64, device=DEVICE)},
+        {"terms": torch.randn(2, 2, 9, device=DEVICE)},
+        {"terms": torch.randn(1, 9, 2, device=DEVICE).transpose(1, 2)},
         {"settings": [Postprocess(pool="median")]},
         {"settings": [Postprocess(pool="max", size=4)]},
         {"settings": []},
@@ -141,17 +141,16 @@ def test_guards_refuse_before_anything_is_written():
         {"sinks": 5000},
     ]
     for one in bad:
-        out = torch.full((2, 9), 7.0)
+        out = torch.full((2, 9), 7.0, device=DEVICE)
         with pytest.raises(UnsupportedInputError):
             postprocess(**{**good, **one}, out=out)
         assert (out == 7).all()
 
 
-@pytest.mark.parametrize("out", [torch.empty(2, 8), torch.empty(2, 9, dtype=torch.float16)])
-def test_guards_refuse_wrong_outputs(out):
+@pytest.mark.parametrize(("slots", "dtype"), [(8, torch.float32), (9, torch.float16)])
+def test_guards_refuse_wrong_outputs(slots, dtype):
+    out = torch.empty(2, slots, dtype=dtype, device=DEVICE)
     made = scene(torch.tensor([[[9, 9]]]), 16, torch.float32)
-    segments: Segments = made.segments
+    terms = torch.randn(1, 2, 9, device=DEVICE)
     with pytest.raises(UnsupportedInputError, match="scores"):
-        postprocess(
-            segments, made.columns["positions"], torch.randn(1, 2, 9), [Postprocess()], sinks=0, recent=0, out=out
-        )
+        postprocess(made.segments, made.columns["positions"], terms, [Postprocess()], sinks=0, recent=0, out=out)

@@ -87,7 +87,7 @@ def test_far_maxima(scale, busy, monkeypatch):
     monkeypatch.setattr(launch_config, "_CONCURRENT_PROGRAMS", busy)
     given = situation([[[200, 70]]], seed=5)
     for storage in given.scene.columns["keys"].storages:
-        storage.mul_(scale * torch.linspace(0, 1, len(storage))[:, None])
+        storage.mul_(scale * torch.linspace(0, 1, len(storage), device=storage.device)[:, None])
     check(given, [WindowUse(4), WindowUse(4, causal=False)], [])
 
 

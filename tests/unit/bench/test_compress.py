@@ -112,18 +112,18 @@ def test_attention_is_over_what_is_left_and_compared_with_the_library(scripted, 
         return both(variants, clock, protocol, **rest)
 
     monkeypatch.setattr(attention, "interleave", watched)
-    only = AttentionSetup(kvpolicy.load("snapkv", budget=40), SHAPE, (50,), 2, CPU, torch.float32, Repetitions(3))
+    only = AttentionSetup((kvpolicy.load("snapkv", budget=40),), SHAPE, (50,), 2, CPU, torch.float32, Repetitions(3))
     ((what, (case,)),) = attention.measure(only, scripted(1.0), Deadline(), left_out)
 
-    assert what == "attention over 50 entries"
+    assert what == "attention over 50 entries of snapkv"
     assert set(case.samples) == {OURS, AGAIN, LIBRARY}
     assert case.facts["read_bytes"] == 2 * 2 * 2 * 51 * 2 * 16 * 4
     assert case.floors["bytes"] == case.facts["read_bytes"] / (2 * LARGE["cpu"])
     assert left_out == []
-    assert list(attention.measure(only, scripted(), Deadline(0.0), left_out)) == [("attention over 50 entries", [])]
-    assert left_out == [("attention over 50 entries", "no time was left")]
+    assert list(attention.measure(only, scripted(), Deadline(0.0), left_out)) == [(what, [])]
+    assert left_out == [(what, "no time was left")]
 
 
 def test_attention_over_fewer_entries_than_are_protected_is_refused():
-    with pytest.raises(InputError, match="attention needs more entries"):
-        AttentionSetup(kvpolicy.load("snapkv"), SHAPE, (32,), 1, CPU, torch.float32)
+    with pytest.raises(InputError, match="more entries than are protected"):
+        AttentionSetup((kvpolicy.load("snapkv"),), SHAPE, (32,), 1, CPU, torch.float32)

@@ -15,7 +15,7 @@ from kvpolicy.bench.protocol.result import Result, read_result
 from kvpolicy.bench.sizes import CPU, GPU, TINY, sizes_for
 from kvpolicy.errors import InputError
 
-PARTS = ("correctness", "compress", "attention", "decode", "generate")
+PARTS = ("correctness", "attention", "compress", "decode", "generate")
 HERE = {"versions": {}, "machine": {}}
 
 
@@ -25,8 +25,8 @@ def setup():
     return attrs.evolve(made, tests=lambda seconds: {"ran": True, "seconds": seconds})
 
 
-def run(setup, clock, result, deadline=None):
-    return list(measure(setup, clock, deadline or Deadline(), result))
+def run(setup, clock, result, deadline=None, only=PARTS):
+    return list(measure(setup, clock, deadline or Deadline(), result, only))
 
 
 def test_all_parts_are_written_as_they_are_found(setup, scripted, tmp_path):
@@ -34,11 +34,12 @@ def test_all_parts_are_written_as_they_are_found(setup, scripted, tmp_path):
     steps = run(setup, scripted(1.0), result)
     found = read_result(tmp_path / "gpu.json")
 
-    assert list(found.parts) == ["compress", "attention", "decode", "generate"]
+    assert list(found.parts) == ["attention", "compress", "decode", "generate"]
     assert [case.what for case in found.parts["compress"]] == list(gpu.COMPRESSED)
     assert [case.what for case in found.parts["generate"]] == ["snapkv", "rkv"]
     assert found.facts["kernel tests"]["ran"]
-    assert [one["gate"] for one in found.facts["goals"]] == ["attention"]
+    assert [case.what for case in found.parts["attention"]] == list(gpu.ATTENDED)
+    assert [one["gate"] for one in found.facts["goals"]] == ["attention"] * 3
     assert len(steps) == setup.steps
     assert found.left_out == []
 
@@ -50,6 +51,15 @@ def test_without_time_every_part_is_left_out_by_name(setup, scripted):
     assert run(setup, clock, result, Deadline(0.0, lambda: 0.0)) == []
     assert [one["what"] for one in result.left_out] == list(PARTS)
     assert clock.calls == 0
+
+
+def test_only_the_parts_that_are_asked_for_are_measured(setup, scripted):
+    result = Result("gpu", {}, HERE)
+    run(setup, scripted(), result, only=("attention",))
+
+    assert list(result.parts) == ["attention"]
+    assert "kernel tests" not in result.facts
+    assert result.left_out == []
 
 
 @pytest.mark.parametrize("error", [InputError("broken"), RuntimeError("CUDA error"), torch.OutOfMemoryError("no room")])
@@ -81,10 +91,10 @@ def test_time_is_shared_out_and_some_is_held_back(setup, scripted, monkeypatch):
     for part, module in (("compress", gpu.compress), ("attention", gpu.attention), ("decode", gpu.decode)):
         monkeypatch.setattr(module, "measure", note(part))
     monkeypatch.setattr(gpu.generation, "measure", note("generate"))
-    run(setup, scripted(), Result("gpu", {}, HERE), Deadline(540.0, lambda: 0.0))
+    run(setup, scripted(), Result("gpu", {}, HERE), Deadline(480.0, lambda: 0.0))
 
     assert asked == pytest.approx(
-        {"compress": 0.3 * 510, "attention": 0.12 * 510, "decode": 0.45 * 510, "generate": 484.5}
+        {"compress": 0.3 * 450, "attention": 0.15 * 450, "decode": 0.45 * 450, "generate": 427.5}
     )
 
 
