@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from kvpolicy.cache.compaction.batched_compaction import compact_layers
 from kvpolicy.cache.request.prompt_tokens import PromptTokens
 from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.packing import pack_layers
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.cache.trigger import entries_allowed
 from kvpolicy.plan.compress.step import Compressed, compress
@@ -47,8 +49,11 @@ class Compressible(Protocol):
     def close_gaps(self) -> None:
         """Drop the pads."""
 
-    def pack(self) -> None:
-        """Pack what the formats say."""
+    def before_packing(self) -> None:
+        """Leave out what must not be packed."""
+
+    def note_packing(self) -> None:
+        """Something has been packed."""
 
     def view(self, rows: Sequence[int]) -> View:
         """The rows as plugins see them."""
@@ -67,9 +72,8 @@ class CompressionScheduler:
     """Decides for all layers of one cache, and compresses them: each when it has attended, or all when a step is over.
 
     A prompt is compressed layer by layer, so that no more than one layer holds all of it. While decoding, the slack of
-    `every` slots lets layers that kernels serve wait for the end of the step: then the host waits for the device once,
-    and one launch of each kernel is for all. Layers whose views are copies do not wait: all copies at once would cost
-    what the policy saves. Where layers compete for the budget, all wait, after a prompt too; so they do where a scorer
+    `every` slots lets layers wait for the end of the step: then the host waits for the device once, and one launch of
+    each kernel is for all. Where layers compete for the budget, all wait, after a prompt too; so they do where a scorer
     reads prompts again, until the passes are over.
     """
 
@@ -77,11 +81,13 @@ class CompressionScheduler:
         self.plan = plan
         self.waits = waits  # whether somebody says when a step ends
         self._due: list[tuple[Compressible, Rows]] = []  # a layer may wait with several groups of rows
+        self._packing: list[Compressible] = []  # layers that are packed when the step ends
         self._attended: list[Compressible] = []  # layers that compete, once they have attended in this forward
         self._decoding = True  # whether that forward is a decode step
         self.prompt = prompt  # ids of its tokens, where a scorer reads prompts again
         self.prompt_end: int | None = None  # how many tokens the prompt ends behind, where `generate` has told
         self._arrived: tuple[object, Tensor] | None = None
+        self._undone = torch.zeros(1, dtype=torch.int64, device=plan.device)  # as in `compress`
 
     def positions(self, num_tokens: Sequence[int], count: int, device: torch.device) -> Tensor:
         """Positions of `count` new tokens behind `num_tokens` in each row, int32 [B, count]; shared by all layers."""
@@ -103,9 +109,16 @@ class CompressionScheduler:
         else:
             self._compress([layer], rows, fills=decoding and self.plan.fills_holes)
 
+    def pack(self, layer: Compressible, *, decoding: bool, immediately: bool = False) -> None:
+        """Pack what is due in a layer, now or when the step ends and what is due to be compressed has been."""
+        if decoding and self.waits and not immediately:
+            self._packing.append(layer)
+        else:
+            self._pack([layer])
+
     def clear(self) -> None:
         """Forget who was due: the cache has been emptied."""
-        self._due, self._attended, self.prompt_end = [], [], None
+        self._due, self._packing, self._attended, self.prompt_end = [], [], [], None
         if self.prompt is not None:
             self.prompt.clear()
 
@@ -123,6 +136,9 @@ class CompressionScheduler:
         for kind in sorted({(rows, layer.scaling) for layer, rows in due}):
             alike = [layer for layer, rows in due if (rows, layer.scaling) == kind]
             self._compress(alike, kind[0], fills=self.plan.fills_holes)
+        if self._packing:
+            packing, self._packing = self._packing, []
+            self._pack(packing)
         attended, self._attended = self._attended, []
         if attended:
             self._end_for_competing(attended)
@@ -135,8 +151,8 @@ class CompressionScheduler:
                 layer.close_gaps()
             for alike in self.plan.budgets.protected_alike(layers[0].num_tokens, rows):
                 self._compress(layers, alike, fills=self._decoding and self.plan.fills_holes)
-        for layer in layers:
-            layer.pack()
+        if self.plan.packs:
+            self._pack(layers)
 
     def _rows_due(self, layers: Sequence[Compressible]) -> list[int]:
         heads, least = self.plan.geometry.kv_heads, layers[0].min_entries(layers[0].num_tokens)
@@ -154,18 +170,33 @@ class CompressionScheduler:
         started = time.perf_counter()
         plan = self.plan
         alike = len({layer.scaling for layer in layers}) == 1  # a launch has one scaling
-        apart = plan.views_are_copies or bool(plan.fusion.off) or not alike
-        groups = [[layer] for layer in layers] if apart else [layers]
+        # All copies at once would cost what the policy saves.
+        groups = [layers] if alike and not plan.views_are_copies else [[layer] for layer in layers]
         shown = [[partial(layer.view, rows) for layer in group] for group in groups]
         budgets = torch.tensor([layer.budget(rows) for layer in layers], device=plan.device)
         tokens = torch.tensor([layers[0].num_tokens[row] for row in rows], device=plan.device)
-        for group, results in zip(groups, compress(plan.spec, plan.fusion, shown, budgets, tokens), strict=True):
-            moved = [False] * len(group)
-            storages = [layer.storage for layer in group if isinstance(layer.storage, SegmentedStorage)]
-            if plan.kernels and len(storages) == len(group):
-                moved = compact_layers(storages, [layer.limit for layer in group], rows, results, fills=fills)
-            for layer, result, done in zip(group, results, moved, strict=True):
-                layer.apply(rows, result, fills=fills, moved=done)
+        rest = iter(layers)
+        for results in compress(plan.spec, plan.fusion, shown, budgets, tokens, packs=plan.packs, undone=self._undone):
+            self._reduce(list(islice(rest, len(results))), rows, results, fills=fills)
         spent = (time.perf_counter() - started) / len(layers)
         for layer in layers:
             layer.note_compression(spent)
+
+    def _pack(self, layers: Sequence[Compressible]) -> None:
+        for layer in layers:
+            layer.before_packing()
+        packed = pack_layers([layer.storage for layer in layers], [layer.limit for layer in layers])
+        for layer, done in zip(layers, packed, strict=True):
+            if done:
+                layer.note_packing()
+
+    def _reduce(
+        self, layers: Sequence[Compressible], rows: Sequence[int], results: Sequence[Compressed], *, fills: bool
+    ) -> None:
+        """Leave in some rows of the layers what a compression left of them; in kernels if they can."""
+        moved = [False] * len(layers)
+        storages = [layer.storage for layer in layers if isinstance(layer.storage, SegmentedStorage)]
+        if self.plan.kernels and len(storages) == len(layers):
+            moved = compact_layers(storages, [layer.limit for layer in layers], rows, results, fills=fills)
+        for layer, result, done in zip(layers, results, moved, strict=True):
+            layer.apply(rows, result, fills=fills, moved=done)

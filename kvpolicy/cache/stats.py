@@ -1,10 +1,11 @@
-"""What happened in each layer while a sequence ran: plain numbers that outlive the cache."""
+"""What happened in each layer while a sequence ran: numbers that outlive the cache."""
 
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
+from torch import Tensor
 
 
 @attrs.define
@@ -15,7 +16,6 @@ class LayerStats:
     rows: int = 0  # sequences of the batch
     seq_len: int = 0  # tokens, pads included
     held: float = 0.0
-    read: float = 0.0  # entries that the newest query of a row attended to, averaged over decode steps
     decode_steps: int = 0
     entry_bytes: int = 0  # keys and values, packed or not, what their slots carry, and the reader's pages
     window_bytes: int = 0  # queries observed for scorers and mergers
@@ -24,6 +24,14 @@ class LayerStats:
     peak_entry_bytes: int = 0  # the most that `entry_bytes` has been
     compressions: int = 0
     seconds: float = 0.0  # host time spent compressing
+    _attended: float = attrs.field(default=0.0, init=False, repr=False)  # the sum of what `read` averages
+    _chosen: Tensor | None = attrs.field(default=None, init=False, repr=False, eq=False)  # more of it, on the device
+
+    @property
+    def read(self) -> float:
+        """Entries that the newest query of a row attended to, averaged over decode steps. May wait for the device."""
+        chosen = 0.0 if self._chosen is None else float(self._chosen)
+        return (self._attended + chosen) / max(1, self.decode_steps)
 
     @property
     def nbytes(self) -> int:
@@ -41,10 +49,13 @@ class LayerStats:
         """Note that entries came or went in storage that stays as it is."""
         self.seq_len, self.held = seq_len, held
 
-    def read_by_step(self, entries: float) -> None:
-        """Note how many entries a decode step attends to."""
+    def read_by_step(self, entries: float | Tensor) -> None:
+        """Note how many entries a decode step attends to; a number on a device, float64 [], stays there."""
         self.decode_steps += 1
-        self.read += (entries - self.read) / self.decode_steps
+        if isinstance(entries, Tensor):
+            self._chosen = entries if self._chosen is None else self._chosen + entries
+        else:
+            self._attended += entries
 
 
 class Counted(Protocol):

@@ -89,11 +89,6 @@ class Plan:
         return self.ragged or self.packs
 
     @cached_property
-    def waits_for_all(self) -> bool:
-        """Whether decode steps compress when all layers have attended: kernels serve all, and the host waits once."""
-        return self.compresses_jointly or not (self.fusion.off or self.views_are_copies)
-
-    @cached_property
     def fills_holes(self) -> bool:
         """Whether the last of the kept entries fill the holes that a decode step leaves: few move, but out of order.
 

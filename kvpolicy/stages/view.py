@@ -43,6 +43,7 @@ class View:
     row_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B] float32 each, declared by the plugin
     rotary: Rotary | None = None  # None = the model's rotation is not known
     in_order: bool = True  # whether entries stand in ascending order of position
+    most_evicted: int | None = None  # a merger's: no head loses more entries; None = the host has not been told
     _computed: dict[str, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # shared by `with_state`
 
     def with_state(self, slot_state: Mapping[str, Tensor], row_state: Mapping[str, Tensor] | None = None) -> "View":

@@ -9,7 +9,6 @@ import torch
 import kvpolicy
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.errors import CacheError
-from kvpolicy.plan.plan import Plan
 from tests.support.interrupts import Interrupts, failing, forward
 from tests.support.models import build, model, prompt
 from tests.support.policies import small
@@ -80,8 +79,7 @@ def test_a_layer_that_was_left_out_is_found_when_the_forward_ends():
             forward(one, cache, NEXT)
 
 
-def test_a_model_that_always_leaves_out_its_last_layer_is_compressed_at_the_end_of_a_forward(monkeypatch):
-    monkeypatch.setattr(Plan, "waits_for_all", True)
+def test_a_model_that_always_leaves_out_its_last_layer_is_compressed_at_the_end_of_a_forward():
     one = build()
     with small("h2o").attach(one) as attachment:
         one.model.layers = one.model.layers[:2]
@@ -141,11 +139,7 @@ CHANGES = {  # each the steps of a change, which are tried again one by one
     ],
     "reset": [lambda _, cache: cache.reset(), feeding(40)],
 }
-SHOWN = {
-    "snapkv": (POLICIES["snapkv"], False),
-    "all at once": (POLICIES["snapkv"], True),
-    "kivi": (POLICIES["kivi"], False),
-}
+SHOWN = {"snapkv": POLICIES["snapkv"], "kivi": POLICIES["kivi"]}
 
 
 def trials(lines, most=24):
@@ -154,9 +148,8 @@ def trials(lines, most=24):
 
 
 @pytest.mark.parametrize("steps", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize(("policy", "waits"), SHOWN.values(), ids=SHOWN)
-def test_after_an_interrupt_at_any_line_a_retry_is_exact_or_refused(policy, waits, steps, monkeypatch):
-    monkeypatch.setattr(Plan, "waits_for_all", waits)
+@pytest.mark.parametrize("policy", SHOWN.values(), ids=SHOWN)
+def test_after_an_interrupt_at_any_line_a_retry_is_exact_or_refused(policy, steps):
     one, refused = model(), 0
     with policy().attach(one) as attachment:
         start, fresh = attachment.cache(), attachment.cache()

@@ -86,9 +86,9 @@ def test_merging_and_packing_come_after_the_layers_have_competed(rest):
 def test_packing_waits_for_the_compression(monkeypatch):
     packed, inner = [], KVTensor._packed
 
-    def noted(half, vectors, positions, counts):
+    def noted(half, vectors, *others):
         packed.append(vectors.shape[2])
-        return inner(half, vectors, positions, counts)
+        return inner(half, vectors, *others)
 
     monkeypatch.setattr(KVTensor, "_packed", noted)
     with competing(store="rotation").attach(model()) as attachment, torch.no_grad():

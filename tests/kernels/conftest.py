@@ -1,7 +1,6 @@
-"""Which cases are run: on a GPU none that count bytes; interpreted, which is slow, half of the cases of large tests.
+"""Which cases are run: half of those of large tests, and on a GPU none that count bytes.
 
-Every value of every parameter is among them. With KVPOLICY_CASES=all, as in the nightly environment, all cases are run
-interpreted, too.
+Kernels are slow interpreted, and slow to compile. Every value of every parameter is among them. With KVPOLICY_CASES=all, as in the nightly environment, all cases are run.
 """
 
 import os
@@ -22,13 +21,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect tests that call `counted`, themselves or by a helper, where it cannot count; else see above."""
     here = Path(__file__).parent
     ours = [item for item in items if isinstance(item, pytest.Function) and here in item.path.parents]
-    if not interpreting():
-        left_out = {item for item in ours if counts(item.function)}
-    elif not ALL and len(config.args) < len(ours):  # cases that are named are run
+    left_out = set() if interpreting() else {item for item in ours if counts(item.function)}
+    if not ALL and len(config.args) < len(ours):  # cases that are named are run
         cases, seen = Counter(item.function for item in ours), set()
-        left_out = {item for item in ours if cases[item.function] >= MANY and adds_nothing(item, seen)}
-    else:
-        return
+        left_out |= {item for item in ours if cases[item.function] >= MANY and adds_nothing(item, seen)}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kvpolicy.errors import NonFiniteScoreWarning
+from kvpolicy.plan.compress import step
 from kvpolicy.plan.compress.finite import faults_of, is_finite
-from kvpolicy.plan.compress.step import Chosen, compress_one, reduced
+from kvpolicy.plan.compress.step import Chosen, choose, compress_one
 from kvpolicy.stages import Entries, Merger, State
 from kvpolicy.stages.conformance.samples import query_logits_of, sample_view
 from kvpolicy.stages.slots import gather, indices_of
@@ -102,7 +103,8 @@ def kept_of(view):
 def merged(merger, view, kept):
     spec = attrs.evolve(small("snapkv").spec, merge=merger)
     lengths = tuple(map(tuple, (kept >= 0).sum(-1).tolist()))
-    return reduced(spec, view, Chosen(kept, lengths, {}, int(faults_of(merger, view))))
+    faults, most = int(faults_of(view, queries=True)), int((view.lengths - (kept >= 0).sum(-1)).max())
+    return step.merged(spec, view, Chosen(kept, lengths, {}, faults, most), torch.zeros(1))
 
 
 def parts(result):
@@ -264,14 +266,19 @@ def test_nothing_is_said_and_nothing_copied_where_all_is_finite():
         warnings.simplefilter("error")
         for merger in MERGERS.values():
             view = view_for(merger)
-            assert faults_of(merger, view) == 0
+            assert faults_of(view, queries=True) == 0
             merged(merger, view, kept_of(view))
 
 
 def test_a_merger_that_only_moves_is_not_looked_after():
     view = spoilt(sample_view(), ("keys", EVICTED), torch.nan)
-    assert faults_of(Drop(), view) == 0
-    assert faults_of(Pivot(), view) == 1
+    (dropped,), (merged_into,) = (
+        choose(
+            attrs.evolve(small("streaming_llm").spec, merge=merger), None, [view], torch.full((1, len(view.keys)), 4)
+        )
+        for merger in (Drop(), Pivot())
+    )
+    assert (dropped.faults, merged_into.faults) == (0, 1)
 
 
 def test_what_empty_slots_hold_is_not_merged_and_not_told():

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from kvpolicy.cache.storage.packing import pack_layers
 from kvpolicy.errors import NonFiniteScoreWarning
 from kvpolicy.plan.plan import POSITIONS
 from tests.property.test_packed_layers import DIM, HEADS, STORES, entries, plan_of
@@ -180,7 +181,7 @@ def test_what_was_held_unpacked_is_packed_when_the_fault_is_undone():
     with pytest.warns(NonFiniteScoreWarning, match="held unpacked"):
         feed(layer, *wrong)
     assert layer.storage.is_plain
-    layer.storage.pack(layer.limit)  # looks no further, and says nothing again: warnings are errors here
+    pack_layers([layer.storage], [layer.limit])  # looks no further, and says nothing again: warnings are errors here
     layer.crop(-4)
     feed(layer, *good)
     assert layer.storage.keys.packed_lengths == layer.storage.values.packed_lengths == ((3, 3),)

@@ -21,8 +21,8 @@ def places(settle):
     """Owner, name and wrapped function of each; `settle(kind, decision)` gives the decision that is to stand."""
     merged, packed, anyhow, on_device = merge, KVTensor._packed, step._choose_anyhow, evict._choose
 
-    def views(spec, fusion, batch, tokens, *, forgets):
-        results, parts = [], anyhow(spec, fusion, batch, tokens, forgets=forgets)
+    def views(spec, fusion, batch, tokens, asked, *, forgets):
+        results, parts = [], anyhow(spec, fusion, batch, tokens, asked, forgets=forgets)
         if spec.allocate.joint is not None:
             return _of_all_layers(settle, spec, batch, parts)
         for (shown, budgets), (seen, found) in zip(batch, parts, strict=True):
@@ -40,11 +40,11 @@ def places(settle):
         masks = [_kept(settle, plan.spec, view, budget, _mask(view, own), rows) for own, view, budget, rows in layers]
         return [indices_of(mask, own.shape[-1]) for mask, own in zip(masks, kept, strict=True)], groups
 
-    def merging(spec, view, kept, *, faults):
-        return _merged(settle, spec, view, kept, merged(spec, view, kept, faults=faults))
+    def merging(spec, view, kept, **given):
+        return _merged(settle, spec, view, kept, merged(spec, view, kept, **given))
 
-    def packing(half, vectors, positions, counts):
-        found = packed(half, vectors, positions, counts)
+    def packing(half, vectors, positions, *counts):
+        found = packed(half, vectors, positions, *counts)
         return attrs.evolve(found, columns=_packed(settle, half, vectors, positions, found.columns))
 
     yield from (
@@ -158,7 +158,7 @@ def _merged(settle, spec, view, kept, entries):
         own = kept[row : row + 1, :, :width]
 
         def decide(noise, part=part, own=own):
-            return _numbers(merge(spec, noisy_view(part, noise), own, faults=0), own)
+            return _numbers(merge(spec, noisy_view(part, noise), own, faults=0, undone=torch.zeros(1)), own)
 
         mine = _entries_of(entries, row, width)
         exact = torch.cat([part.positions, gather(part.positions[..., None], own)[..., 0]], -1)

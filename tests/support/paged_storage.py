@@ -137,9 +137,6 @@ class PagedStorage(LayerStorage):
         for row, length in enumerate(list(self.row_lengths)):
             self._resize(row, length - count)
 
-    def pack(self, _limit):
-        return False
-
     def sort_by_position(self):
         slots = by_position(self.column(POSITIONS, self.everything))
         for name in self.pool.tensors:

@@ -57,12 +57,22 @@ def fill_one_by_one(cache: Cache, model: PreTrainedModel, rows: int, count: int)
 
 
 def fill_until_due(cache: Cache, model: PreTrainedModel, rows: int) -> None:
-    """Fill a policy's cache until the next step makes it compress; nothing for other caches."""
+    """Fill a policy's cache until the next step makes it compress, as if it had decoded; nothing for other caches."""
     if isinstance(cache, PolicyCache):
-        fill_one_by_one(cache, model, rows, min(cache.plan.budgets.slack, _CHUNK) - 1)
+        count = min(cache.plan.budgets.slack, _CHUNK) - 1
+        _forwards(
+            cache, model, rows, (count,) if count else (), torch.Generator(model.device).manual_seed(1), queries=1
+        )
 
 
-def _forwards(cache: Cache, model: PreTrainedModel, rows: int, counts: Iterable[int], random: torch.Generator) -> None:
+def _forwards(
+    cache: Cache,
+    model: PreTrainedModel,
+    rows: int,
+    counts: Iterable[int],
+    random: torch.Generator,
+    queries: int = _QUERIES,
+) -> None:
     config: Any = model.config
     layers = [layer for layer in cache.layers if isinstance(layer, PolicyLayer)]
     if not layers:
@@ -70,7 +80,7 @@ def _forwards(cache: Cache, model: PreTrainedModel, rows: int, counts: Iterable[
     for count in counts:
         for layer in layers:
             keys, values = _entries(random, model, rows, count)
-            feed(layer, keys, values, _normal(random, model, rows, config.num_attention_heads, min(count, _QUERIES)))
+            feed(layer, keys, values, _normal(random, model, rows, config.num_attention_heads, min(count, queries)))
 
 
 def _entries(random: torch.Generator, model: PreTrainedModel, rows: int, count: int) -> tuple[Tensor, Tensor]:

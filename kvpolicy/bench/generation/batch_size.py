@@ -16,7 +16,7 @@ from kvpolicy.bench.generation.memory import Memory, tidy
 from kvpolicy.bench.generation.search import largest
 from kvpolicy.bench.generation.setup import GenerateSetup, LargestBatch
 from kvpolicy.bench.protocol.deadline import Deadline
-from kvpolicy.bench.protocol.left_out import LeftOut, leaving_out
+from kvpolicy.bench.protocol.left_out import NO_TIME, LeftOut, leaving_out
 
 _MOST_ROWS = 1024
 
@@ -39,7 +39,10 @@ def largest_batch(setup: GenerateSetup, contender: Contender, deadline: Deadline
     with leaving_out(contender.name, left_out):
         rows = largest(fits, _MOST_ROWS, deadline.expired)
         if rows:
-            return LargestBatch(rows, peaks[rows])
+            searched = not deadline.expired()
+            if not searched:
+                left_out(f"larger batches of {contender.name}", NO_TIME)
+            return LargestBatch(rows, peaks[rows], searched)
         left_out(contender.name, f"one row of {setup.length} tokens does not fit {setup.memory} bytes")
     return LargestBatch()
 

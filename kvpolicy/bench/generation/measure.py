@@ -63,6 +63,7 @@ def _case(setup: GenerateSetup, policy: Policy, throughputs: Mapping[str, Throug
             "digest": policy.digest,
             "how": f"steps at {setup.points} lengths" if setup.points else "every token generated",
             "rows": {name: throughput.batch.rows for name, throughput in own.items()},
+            "largest": {name: throughput.batch.searched for name, throughput in own.items()},
             "peak_bytes": {name: throughput.batch.peak_bytes for name, throughput in own.items()},
             "tokens_per_second": {name: rounds / sum(of_name) for name, of_name in seconds.items()},
             "more": {name: throughput.facts for name, throughput in own.items()},

@@ -50,6 +50,7 @@ class LargestBatch:
 
     rows: int = 0
     peak_bytes: int = 0
+    searched: bool = True  # False: time ran out, and more rows may fit
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
+from kvpolicy.cache.compaction.write_back import most_evicted
 from kvpolicy.cache.storage.layout import Layout
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.compress.kernel_errors import kernel_errors
@@ -27,7 +28,7 @@ def compact_layers(
 
     It is not where entries were changed or are packed, and nothing is done then: packed entries and pages do not stand
     where their slots do. `limits` are the slots per KV head beyond which a layer's storage does not grow; `fills` as in
-    `CompactionPlan`.
+    `write_back`.
     """
     if any(storage.packs for storage in storages) or any(result.entries is not None for result in results):
         return [False] * len(storages)
@@ -51,8 +52,9 @@ def compact_layers(
 def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compressed, *, fills: bool) -> CompactionPlan:
     """A compaction that keeps of some rows what is said, and everything of the others."""
     kept = result.kept
+    holes = most_evicted([storage.lengths[row] for row in rows], result.lengths) if fills else None
     if len(rows) == storage.rows:
-        return CompactionPlan(rows, kept, fills, result.lengths)
+        return CompactionPlan(rows, kept, holes, result.lengths)
     slots = torch.arange(storage.longest, device=kept.device)
     lengths = storage.slots.lengths_on_device.view(storage.rows, storage.heads, 1)
     everything = slots.where(slots < lengths, -1)
@@ -60,13 +62,13 @@ def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compres
     after = list(storage.lengths)
     for row, counts in zip(rows, result.lengths, strict=True):
         after[row] = counts
-    return CompactionPlan(range(storage.rows), everything, fills, tuple(after))
+    return CompactionPlan(range(storage.rows), everything, holes, tuple(after))
 
 
 def _compact_in_place(storages: Sequence[SegmentedStorage], compactions: Sequence[CompactionPlan]) -> bool:
     """Move entries within their storages, all layers in one launch; False when kernels cannot."""
     try:
-        move_in_kernel(storages, [compaction.kept for compaction in compactions], ordered=not compactions[0].fills)
+        move_in_kernel(storages, [compaction.kept for compaction in compactions], ordered=compactions[0].fills is None)
     except kernel_errors():
         return False
     for storage, compaction in zip(storages, compactions, strict=True):

@@ -17,12 +17,14 @@ class CompactionPlan:
     """Which slots of some rows stay: they become the first of their segment.
 
     They close up in order; or, if the move `fills` and storage stays, the last of them fill the holes among the first.
+    How many holes a head has need not be known: as many as `fills` are filled, some of them with what they hold.
     """
 
     rows: Sequence[int]
     kept: Tensor  # [rows, K, N] int64, ascending, -1 behind a head's last one
-    fills: bool = False
+    fills: int | None = None  # no head has more holes; None = entries close up
     known_lengths: PerSegment | None = None  # what `lengths` gives, where the host has been told
+    finite: bool = False  # whether the vectors of all that stays are known to be finite
     _holes: dict[Layout, tuple[Tensor, Tensor]] = attrs.field(init=False, factory=dict, repr=False)
     _sources: dict[Layout, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # what all columns share
 
@@ -37,7 +39,7 @@ class CompactionPlan:
 
     def copy(self, source: Tensor, before: Layout, target: Tensor, after: Layout) -> None:
         """Copy a column of a storage laid out as `before` into that of one laid out as `after`, or within itself."""
-        if self.fills and target is source:
+        if self.fills is not None and target is source:
             holes, last = self._in_holes(before)
             target.index_copy_(0, holes, source.index_select(0, last))
             return
@@ -57,18 +59,32 @@ class CompactionPlan:
         return self._sources[layout]
 
     def _in_holes(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Slots of a storage that are to be filled, and those whose entries fill them: as many in each segment."""
+        """Slots of a storage that are to be filled, and those whose entries fill them: `fills` in each segment.
+
+        Where there are fewer holes, the last of the kept slots is filled with itself.
+        """
         if layout not in self._holes:
-            counts, places = self._counts[..., None], torch.arange(self.kept.shape[-1] + 1, device=self.kept.device)
-            stays = torch.zeros(*self.kept.shape[:2], len(places), dtype=torch.bool, device=self.kept.device)
-            stays.scatter_(-1, self.kept.where((self.kept >= 0) & (self.kept < counts), len(places) - 1), True)
-            starts = self._starts(layout)
-            holes, last = (starts + places)[(places < counts) & ~stays], (starts + self.kept)[self.kept >= counts]
+            kept, counts, most = self.kept, self._counts[..., None], min(self.fills or 0, self.kept.shape[-1])
+            places = torch.arange(kept.shape[-1] + 1, device=kept.device)
+            stays = torch.zeros(*kept.shape[:2], len(places), dtype=torch.bool, device=kept.device)
+            stays.scatter_(-1, kept.where((kept >= 0) & (kept < counts), len(places) - 1), True)
+            holes = _first(places, (places < counts) & ~stays, most)
+            last = _first(kept, kept >= counts, most)
+            own = kept.gather(-1, (counts - 1).clamp(min=0)).clamp(min=0) if most else kept[..., :1]
+            pairs = (slots.where(holes >= 0, own) + self._starts(layout) for slots in (holes, last))
+            holes, last = (slots.flatten() for slots in pairs)
             self._holes[layout] = holes, last
         return self._holes[layout]
 
     def _starts(self, layout: Layout) -> Tensor:
         return torch.tensor([layout.offsets[row] for row in self.rows], device=self.kept.device)[..., None]
+
+
+def _first(slots: Tensor, wanted: Tensor, most: int) -> Tensor:
+    """The wanted ones of slots [..., n], at most `most` of each row, in order: [..., most], -1 behind them."""
+    columns = (wanted.cumsum(-1) - 1).where(wanted, most)
+    found = wanted.new_full((*wanted.shape[:-1], most + 1), -1, dtype=torch.int64)
+    return found.scatter_(-1, columns, slots.expand_as(wanted))[..., :most]
 
 
 def write(target: Tensor, layout: Layout, rows: Sequence[int], entries: Tensor, lengths: PerSegment) -> None:

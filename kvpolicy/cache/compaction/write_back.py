@@ -7,6 +7,7 @@ from torch import Tensor
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.layout import PerSegment
 from kvpolicy.cache.storage.segment_index import RowSegments
 from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.forward_observers import ATTENTION
@@ -60,13 +61,23 @@ def build_view(
     )
 
 
+def most_evicted(before: Sequence[Sequence[int]], after: PerSegment) -> int:
+    """The most entries that a head loses; both are lengths [rows][K]."""
+    pairs = (pair for rows in zip(before, after, strict=True) for pair in zip(*rows, strict=True))
+    return max((held - stays for held, stays in pairs), default=0)
+
+
 def write_back(
     storage: LayerStorage, rows: Sequence[int], result: Compressed, limit: int, *, fills: bool = False
 ) -> None:
-    """Replace the contents of the rows by what a compression left of them; `fills` as in `CompactionPlan`."""
+    """Replace the contents of the rows by what a compression left of them.
+
+    With `fills`, the last of the entries that stay fill the holes that the others leave, if storage stays.
+    """
     for name, values in result.observed.items():
         storage.write_column(name, RowSegments(rows), values)
-    compaction = CompactionPlan(rows, result.kept, fills, result.lengths)
+    holes = most_evicted([storage.lengths[row] for row in rows], result.lengths) if fills else None
+    compaction = CompactionPlan(rows, result.kept, holes, result.lengths, result.finite)
     if result.entries is None:
         storage.evict(compaction, limit)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below, counts_of
-from kvpolicy.cache.storage.layer_storage import KVReader
+from kvpolicy.cache.storage.layer_storage import DuePacking, KVReader
 from kvpolicy.cache.storage.layout import Layout, PerSegment, per_segment
 from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex
 from kvpolicy.cache.storage.slot_store import SlotStore
@@ -126,17 +126,23 @@ class KVTensor(KVReader):
         """Add [B, K, q, D] behind all segments; their storage need not grow beyond `limit` slots."""
         self.residual.append({self.name: vectors}, limit if self._stuck else self.form.residual_capacity(limit))
 
-    def pack(self, slots: SlotStore, positions: str, limit: int) -> bool:
-        """Pack what is due, now that the segments are as long as those of `slots`; False when nothing was.
+    def due_packing(self, slots: SlotStore, positions: str) -> DuePacking | None:
+        """What is to be packed, now that the segments are as long as those of `slots`; None when nothing is."""
+        counts, most = self._due(slots) if self.form.columns else ((), 0)
+        if not most:
+            return None
+        everything = range(slots.layout.rows)
+        vectors = self.residual.padded(self.name, everything)[:, :, :most]
+        places = self._places(slots.padded(positions, everything), most)
+        return DuePacking(self.name, vectors, places, counts, self._sound(vectors))
+
+    def pack(self, due: DuePacking, sound: Sequence[Sequence[int]], slots: SlotStore, limit: int) -> bool:
+        """Pack what is due and `sound`, entries [B][K]; False when nothing is.
 
         Storage grows as if up to `limit` slots.
         """
-        counts, most = self._due(slots) if self.form.columns else ((), 0)
-        if not most:
-            return False
-        everything = range(slots.layout.rows)
-        vectors = self.residual.padded(self.name, everything)[:, :, :most]
-        packing = self._packed(vectors, self._places(slots.padded(positions, everything), most), counts)
+        counts, everything = due.counts, range(slots.layout.rows)
+        packing = self._packed(due.vectors, due.positions, counts, sound)
         stuck = _differing(everything, packing.packed_lengths, counts)
         if any(map(any, packing.packed_lengths)):
             self.packed.extend(
@@ -181,16 +187,21 @@ class KVTensor(KVReader):
         positions: Tensor,
         changed: Tensor | None,
         lengths: PerSegment,
+        *,
+        finite: bool,
     ) -> PackedEntries:
         """The entries [rows, K, N, D], `lengths` in each segment, that are in the slots `kept` [rows, K, N], packed.
 
-        Packed groups whose entries stay together, none of them `changed`, are moved bit for bit.
+        The host waits for where something is not finite, unless it is known that all is. Packed groups whose entries
+        stay together, none of them `changed`, are moved bit for bit.
         """
         due = self._due_lengths(lengths)
         if not self.form.columns:
             return PackedEntries({}, due)
         most = max((count for row in due for count in row), default=0)
-        packing = self._packed(vectors[:, :, :most], positions[:, :, :most], due)
+        vectors = vectors[:, :, :most]
+        sound = due if finite or not most else self._sound(vectors).tolist()
+        packing = self._packed(vectors, positions[:, :, :most], due, sound)
         if self.is_plain or not most:
             return packing
         stay, source = self._staying(rows, kept[:, :, :most], None if changed is None else changed[:, :, :most])
@@ -313,19 +324,22 @@ class KVTensor(KVReader):
 
     # -- storage -----------------------------------------------------------------------------------------------
 
-    def _packed(self, vectors: Tensor, positions: Tensor, due: PerSegment) -> PackedEntries:
-        """Vectors [rows, K, n, D] packed; of the entries that are `due` only those before a group that is not finite.
-
-        The host waits for where that is.
-        """
-        group_size, finite = self.form.group_size, is_finite(vectors)
-        whole = finite.unflatten(2, (-1, group_size)).all(-1)
+    def _sound(self, vectors: Tensor) -> Tensor:
+        """How many of the oldest vectors [rows, K, n, D] are in groups before any that is not finite: [rows, K]."""
+        group_size = self.form.group_size
+        whole = is_finite(vectors).unflatten(2, (-1, group_size)).all(-1)
         if self.form.joint:
             whole = whole.all(1, keepdim=True).expand_as(whole)
-        sound = (whole.cumprod(-1).sum(-1) * group_size).tolist()
+        sound: Tensor = whole.cumprod(-1).sum(-1) * group_size
+        return sound
+
+    def _packed(
+        self, vectors: Tensor, positions: Tensor, due: PerSegment, sound: Sequence[Sequence[int]]
+    ) -> PackedEntries:
+        """Vectors [rows, K, n, D] packed; of the entries that are `due` only those that are `sound`."""
         packed_lengths = tuple(tuple(map(min, *pair)) for pair in zip(sound, due, strict=True))
         if packed_lengths != due:
-            vectors = vectors.masked_fill(~finite[..., None], 0)
+            vectors = vectors.masked_fill(~is_finite(vectors)[..., None], 0)
         return PackedEntries(self.form.encode(vectors, positions), packed_lengths)
 
     def _forget(self, rows: Sequence[int]) -> None:

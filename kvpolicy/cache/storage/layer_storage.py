@@ -7,6 +7,7 @@ tensor for every (row, KV head); a serving engine has pages of a pool that all r
 import abc
 from collections.abc import Mapping, Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -16,6 +17,17 @@ from kvpolicy.cache.storage.layout import PerSegment
 from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.stages import Column, Entries, Format
+
+
+@attrs.frozen(eq=False)
+class DuePacking:
+    """The oldest keys or values that are not packed yet and are to be, of all segments."""
+
+    name: str  # of what they are
+    vectors: Tensor  # [B, K, n, D]
+    positions: Tensor  # [B, K, n]
+    counts: PerSegment  # how many are due, [B][K]
+    sound: Tensor  # int64 [B, K], how many stand in groups in front of any that is not finite
 
 
 class KVReader(abc.ABC):
@@ -168,9 +180,17 @@ class LayerStorage(abc.ABC):
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment, none of which may be packed."""
 
-    @abc.abstractmethod
-    def pack(self, limit: int) -> bool:
-        """Pack what is due and complete pages; False when there was nothing to do."""
+    def due_packing(self) -> Sequence[DuePacking]:
+        """What is to be packed."""
+        return ()
+
+    def pack(self, due: Sequence[DuePacking], sound: Sequence[Sequence[Sequence[int]]], limit: int) -> bool:
+        """Pack what is due, and complete pages; False when there was nothing to do.
+
+        `sound` says what the device has counted of each that is due. Storage grows as if up to `limit` slots a head.
+        """
+        del due, sound, limit  # of a storage that packs nothing
+        return False
 
     @abc.abstractmethod
     def sort_by_position(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below
 from kvpolicy.cache.storage.kv_tensor import KVTensor
-from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.layer_storage import DuePacking, LayerStorage
 from kvpolicy.cache.storage.layout import Layout, PerSegment
 from kvpolicy.cache.storage.page_summaries import PageSummaries
 from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex, SingleSegment
@@ -130,10 +130,15 @@ class SegmentedStorage(LayerStorage):
         self.values.truncate(count)
         self.slots.truncate(count)
 
-    def pack(self, limit: int) -> bool:
-        paged = self.page_summaries.complete(self.keys, self.slots, limit)
-        keys = self.keys.pack(self.slots, POSITIONS, limit)
-        return self.values.pack(self.slots, POSITIONS, limit) or keys or paged
+    def due_packing(self) -> Sequence[DuePacking]:
+        due = (part.due_packing(self.slots, POSITIONS) for part in (self.keys, self.values))
+        return [one for one in due if one is not None]
+
+    def pack(self, due: Sequence[DuePacking], sound: Sequence[Sequence[Sequence[int]]], limit: int) -> bool:
+        parts = {part.name: part for part in (self.keys, self.values)}
+        done = [self.page_summaries.complete(self.keys, self.slots, limit)]  # before keys are packed
+        done += [parts[one.name].pack(one, counts, self.slots, limit) for one, counts in zip(due, sound, strict=True)]
+        return any(done)
 
     def sort_by_position(self) -> None:
         slots = by_position(self.slots.padded(POSITIONS, self.everything.rows))
@@ -168,7 +173,7 @@ class SegmentedStorage(LayerStorage):
         moved = {name: gather(self.slots.padded(name, rows), kept) for name in self.columns if name not in fresh}
         columns = {**moved, **fresh}
         keys, values = (
-            part.packing(rows, kept, vectors, columns[POSITIONS], entries.changed, lengths)
+            part.packing(rows, kept, vectors, columns[POSITIONS], entries.changed, lengths, finite=compaction.finite)
             for part, vectors in ((self.keys, entries.keys), (self.values, entries.values))
         )
         pages = self.page_summaries.summary(entries.keys, columns[POSITIONS])

@@ -56,7 +56,7 @@ class PolicyCache(DynamicCache):
         self.stock_bytes: dict[int, int] = {}  # of each layer that is none of ours, as it was when it last changed
         self.integrity = Integrity(range(len(self.layers)))
         self.prompt = PromptTokens(tokens) if plan.passes else None
-        self._scheduler = CompressionScheduler(plan, waits=plan.waits_for_all, prompt=self.prompt)
+        self._scheduler = CompressionScheduler(plan, waits=True, prompt=self.prompt)
         self.spans = RequestSpans(plan.spec.protect, regions)
         for ordinal, layer in enumerate(plan.geometry.managed):
             self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans, new_storage)

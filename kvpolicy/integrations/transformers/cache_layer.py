@@ -221,8 +221,7 @@ class PolicyLayer(LogicalLayer):
 
     def _note_reading(self, batch: QueryBatch, slots: Tensor | None) -> None:
         if batch.queries.shape[2] == 1:
-            chosen = None if slots is None else float((slots >= 0).sum()) / max(1, slots.shape[0] * slots.shape[1])
-            self.stats.read_by_step(self.storage.average if chosen is None else chosen)
+            self.stats.read_by_step(self.storage.average if slots is None else (slots >= 0).double().sum(-1).mean())
 
     def _spread(self, positions: Tensor) -> Tensor:
         return positions[:, None].expand(-1, self.plan.geometry.kv_heads, -1)
@@ -279,7 +278,8 @@ class PolicyLayer(LogicalLayer):
             self.close_gaps()
             for alike in self.plan.budgets.protected_alike(self.num_tokens, rows):
                 self.scheduler.due(self, alike, decoding=decoding, immediately=immediately)
-        self.pack()
+        if self.plan.packs:
+            self.scheduler.pack(self, decoding=decoding, immediately=immediately)
 
     @exactly
     def compress_prompt(self) -> None:
@@ -297,13 +297,15 @@ class PolicyLayer(LogicalLayer):
             self.padded, self.compressed, self.rollback_limit = False, True, self.seq_len
             self._sample()
 
-    def pack(self) -> None:
-        """Pack what the formats say, pads left out: they would leave their mark on a group."""
+    def before_packing(self) -> None:
+        """Leave out pads, which would leave their mark on a group."""
         if self.padded and self.plan.wants_order(self.ordinal):
             self.close_gaps()
-        if self.storage.pack(self.limit):
-            self.compressed, self.rollback_limit = self.compressed or not self.storage.is_plain, self.seq_len
-            self._sample()
+
+    def note_packing(self) -> None:
+        """Something has been packed."""
+        self.compressed, self.rollback_limit = self.compressed or not self.storage.is_plain, self.seq_len
+        self._sample()
 
     def _due(self, num_tokens: Sequence[int], *, decoding: bool, before: int = 0) -> list[int]:
         """Rows that hold too much at `num_tokens` tokens, the newest `before` entries of every head left out."""

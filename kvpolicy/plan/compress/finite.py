@@ -23,15 +23,13 @@ def is_finite(vectors: Tensor) -> Tensor:
     return largest < torch.inf
 
 
-def faults_of(merger: Merger, view: View) -> Tensor:
-    """How many slots and queries of a view a merger must not see, int64 [] on the device; 0 for one that only moves.
+def faults_of(view: View, *, queries: bool) -> Tensor:
+    """How many slots of a view, and with `queries` how many queries, are not finite: int64 [] on the device.
 
     Slots that hold nothing count too: a merger may multiply them by 0.
     """
-    if merger.moves_only:
-        return torch.zeros((), dtype=torch.int64, device=view.keys.device)
     wrong = (~_sound_slots(view)).sum()
-    return wrong if view.queries is None else wrong + (~_sound_queries(view)).sum()
+    return wrong + (~_sound_queries(view)).sum() if queries and view.queries is not None else wrong
 
 
 def _sound_slots(view: View) -> Tensor:
@@ -137,10 +135,11 @@ def _votes(view: View) -> Tensor:
     return torch.zeros(view.positions.shape, dtype=torch.float32, device=view.keys.device)
 
 
-def kept_finite(entries: Entries, view: View, kept: Tensor) -> Entries:
+def kept_finite(entries: Entries, view: View, kept: Tensor, undone: Tensor) -> Entries:
     """The entries of a merger; those that did not stay finite are as they were, and so is the state of their slots.
 
-    The host waits for their number. A row whose new state is NaN keeps its old one.
+    On a CPU it warns of them; elsewhere it adds their number to `undone`, int64 [1], and nobody waits. A row whose new
+    state is NaN keeps its old one.
     """
     rows = {name: torch.where(new.isnan(), view.row_state[name], new) for name, new in entries.row_state.items()}
     entries = attrs.evolve(entries, row_state=rows)
@@ -150,22 +149,30 @@ def kept_finite(entries: Entries, view: View, kept: Tensor) -> Entries:
     for state in entries.slot_state.values():
         fine = fine & ~state.isnan()
     wrong = ~fine & (kept >= 0)
-    if not bool(wrong.any()):
-        return entries
-    _warn("merged entries would not be finite: these stay as they were")
+    if wrong.device.type == "cpu":
+        if not bool(wrong.any()):
+            return entries
+        warn_of_undone()
+    else:
+        undone += wrong.sum()
 
-    def undone(merged: Tensor, before: Tensor) -> Tensor:
+    def restored(merged: Tensor, before: Tensor) -> Tensor:
         return torch.where(wrong.reshape(*kept.shape, *[1] * (merged.ndim - 3)), gather(before, kept), merged)
 
     votes, changed = entries.log_votes, entries.changed
     return attrs.evolve(
         entries,
-        keys=undone(entries.keys, view.keys),
-        values=undone(entries.values, view.values),
-        log_votes=None if votes is None else undone(votes, _votes(view).nan_to_num(0.0, 0.0, 0.0)),
+        keys=restored(entries.keys, view.keys),
+        values=restored(entries.values, view.values),
+        log_votes=None if votes is None else restored(votes, _votes(view).nan_to_num(0.0, 0.0, 0.0)),
         changed=None if changed is None else changed & ~wrong,
-        slot_state={name: undone(state, view.slot_state[name]) for name, state in entries.slot_state.items()},
+        slot_state={name: restored(state, view.slot_state[name]) for name, state in entries.slot_state.items()},
     )
+
+
+def warn_of_undone() -> None:
+    """Say that some entries were not merged."""
+    _warn("merged entries would not be finite: these stay as they were")
 
 
 def warn_of_faults(view: View) -> None:

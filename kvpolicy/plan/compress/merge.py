@@ -12,18 +12,18 @@ from kvpolicy.stages.checking.returned import check_state, check_tensor, contrac
 from kvpolicy.stages.checking.untouched import tensors_of, watching
 
 
-def merge(spec: PolicySpec, view: View, kept: Tensor, *, faults: int) -> Entries:
+def merge(spec: PolicySpec, view: View, kept: Tensor, *, faults: int, undone: Tensor) -> Entries:
     """The entries of the kept slots, [B, K, N, D] and [B, K, N, Dv].
 
     `faults` says how many slots and queries must not be shown to the merger: something in them is not finite. What is
-    not finite is merged into nothing, and what was finite stays finite.
+    not finite is merged into nothing, and what was finite stays finite; `undone` as in `kept_finite`.
     """
     own = view.with_state(state_of(view, MERGE_STATE), view.row_state)
     if not faults:
-        return kept_finite(_merged(spec, own, kept), own, kept)
+        return kept_finite(_merged(spec, own, kept), own, kept, undone)
     warn_of_faults(own)
     sound = Sound.of(spec.merge, own, kept)
-    merged = kept_finite(_merged(spec, sound.view, sound.kept), sound.view, sound.kept)
+    merged = kept_finite(_merged(spec, sound.view, sound.kept), sound.view, sound.kept, undone)
     return sound.whole(merged, own, kept)
 
 

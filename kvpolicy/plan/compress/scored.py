@@ -50,10 +50,11 @@ class ScoredLayers:
     nan: Tensor  # int64 [L, B], how many of a row's candidates had NaN
     room: Tensor  # int64 [L, B, K], candidates of each head
     protected: Tensor  # int64 [L, B, K]
+    faults: Tensor  # int64 [L], slots and queries that are not finite; 0 until they are looked for
 
     def __init__(self, spec: PolicySpec, views: Sequence[View]) -> None:
         self.spec, self.views = spec, tuple(views)
-        self.faults = torch.stack([faults_of(spec.merge, view) for view in views])  # [L], what mergers must not see
+        self.faults = torch.zeros(len(views), dtype=torch.int64, device=views[0].positions.device)
         self.observed: list[dict[str, Tensor]] = [{} for _ in views]  # new slot state, named as in the store
         self.score()
 
@@ -69,6 +70,10 @@ class ScoredLayers:
         self.nan = torch.stack(nan)
         self.room = torch.stack([view.candidates.sum(-1) for view in self.views])
         self.protected = torch.stack([view.protected.sum(-1) for view in self.views])
+
+    def look_for_faults(self) -> None:
+        """Set `faults`: what a merger must not see of each layer, and what is not packed."""
+        self.faults = torch.stack([faults_of(view, queries=not self.spec.merge.moves_only) for view in self.views])
 
     def won(self, best: Tensor) -> Tensor:
         """How many of the best `best` [L, B] candidates of a layer each of its heads owns, int64 [L, B, K]."""

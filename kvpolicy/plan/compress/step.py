@@ -6,12 +6,14 @@ everything to the device, for decode steps of fixed shapes.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 import attrs
 import torch
 from torch import Tensor
 
 from kvpolicy.plan.compress.allocate import allocate
+from kvpolicy.plan.compress.finite import warn_of_undone
 from kvpolicy.plan.compress.fusion import Fusion
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.compress.merge import merge
@@ -19,7 +21,7 @@ from kvpolicy.plan.compress.nan import warn_of_nan
 from kvpolicy.plan.compress.scored import ScoredLayers, Selection
 from kvpolicy.plan.forward_observers import MERGE_STATE
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.stages import Entries, JointAllocator, View
+from kvpolicy.stages import Entries, View
 
 Shown = Callable[[], View]  # a layer that is due, as plugins see it; asked for when it is needed
 
@@ -32,6 +34,7 @@ class Compressed:
     lengths: tuple[tuple[int, ...], ...]  # [B][K], how many a head keeps
     observed: dict[str, Tensor]  # [B, K, T] float32, new slot state of all entries, named as in the store
     entries: Entries | None = None  # [B, K, N, D] and [B, K, N, Dv]; None = those of the kept slots, as they are
+    finite: bool = False  # whether all keys and values of the layer are known to be finite
     slot_state: dict[str, Tensor] = attrs.field(factory=dict)  # [B, K, N] float32, the merger's; new values only
     row_state: dict[str, Tensor] = attrs.field(factory=dict)  # [B] float32, the merger's
 
@@ -43,30 +46,45 @@ class Chosen:
     kept: Tensor  # as in `Compressed`
     lengths: tuple[tuple[int, ...], ...]  # likewise
     observed: dict[str, Tensor]  # likewise
-    faults: int  # how many slots and queries must not be shown to the merger: something in them is not finite
+    faults: int  # how many slots and queries are not finite; 0 where nobody needs to know
+    evicted: int  # the most entries that a head loses
 
 
 def compress(
-    spec: PolicySpec, fusion: Fusion | None, groups: Sequence[Sequence[Shown]], budgets: Tensor, tokens: Tensor
+    spec: PolicySpec,
+    fusion: Fusion | None,
+    groups: Sequence[Sequence[Shown]],
+    budgets: Tensor,
+    tokens: Tensor,
+    *,
+    packs: bool = False,
+    undone: Tensor | None = None,
 ) -> Iterator[list[Compressed]]:
     """Reduce layers of the same rows to `budgets` [L, B] entries per KV head on average, protected ones included.
 
     `tokens` [B] are those that each row has had; both are int64. Layers of a group are scored and selected from
-    together, in kernels where `fusion` says so: their views all exist at one time. The host waits for the device once
-    for all groups whose entries compete, and once more where scores are NaN. What becomes of a group is computed when
-    the iterator gets there, so that it can be written back first: no more than one group then exists twice.
+    together, in kernels where `fusion` says so: their views all exist at one time, those of another group do not. The
+    host waits for the device once for all groups, and once more where scores are NaN.
+
+    `packs` says that what stays is packed, for which the host must know whether it is finite. `undone`, int64 [1],
+    counts on the device the merged entries that would not have been finite; it is told with what the host reads next.
+
+    Yields the results of some layers, in order, until all have been given: those of a group if its entries are only
+    moved, else those of one layer, to be written back first. So no more than one layer's merged entries exist.
 
     A row that holds no more than its budget keeps everything. Rows never influence each other, and layers only where
     the policy has a joint allocator.
     """
-    parts = list(zip(groups, budgets.split([len(group) for group in groups]), strict=True))
-    jointly = isinstance(spec.allocate.divider, JointAllocator)
-    for batch in [parts] if jointly else [[part] for part in parts]:
-        forgets = len(batch) > 1
-        chosen = _choose_anyhow(spec, fusion, batch, tokens, forgets=forgets)
-        for (group, _), (views, results) in zip(batch, chosen, strict=True):
-            shown = [again() for again in group] if forgets and not spec.merge.moves_only else views
-            yield [reduced(spec, view, chosen_of_view) for view, chosen_of_view in zip(shown, results, strict=True)]
+    batch = list(zip(groups, budgets.split([len(group) for group in groups]), strict=True))
+    forgets = len(batch) > 1
+    undone = torch.zeros(1, dtype=torch.int64, device=budgets.device) if undone is None else undone
+    chosen = _choose_anyhow(spec, fusion, batch, tokens, _Asked(packs, undone), forgets=forgets)
+    for (group, _), (views, results) in zip(batch, chosen, strict=True):
+        if spec.merge.moves_only:
+            yield [Compressed(one.kept, one.lengths, one.observed, finite=not one.faults) for one in results]
+            continue
+        for again, view, result in zip(group, views, results, strict=True):
+            yield [merged(spec, again() if forgets else view, result, undone)]
 
 
 def compress_one(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
@@ -95,56 +113,74 @@ def tokens_of(view: View) -> Tensor:
     return view.positions.amax((1, 2)).long() + 1
 
 
-def reduced(spec: PolicySpec, view: View, chosen: Chosen) -> Compressed:
-    """What remains of a layer of which the `chosen` entries stay."""
-    if spec.merge.moves_only:
-        return Compressed(chosen.kept, chosen.lengths, chosen.observed)
-    entries = merge(spec, view, chosen.kept, faults=chosen.faults)
+def merged(spec: PolicySpec, view: View, chosen: Chosen, undone: Tensor) -> Compressed:
+    """What remains of a layer of which the `chosen` entries stay, and the others are merged into them."""
+    shown = attrs.evolve(view, most_evicted=chosen.evicted)
+    entries = merge(spec, shown, chosen.kept, faults=chosen.faults, undone=undone)
     state = {MERGE_STATE + name: values for name, values in entries.slot_state.items()}
-    return Compressed(chosen.kept, chosen.lengths, chosen.observed, entries, state, dict(entries.row_state))
+    kept, finite = chosen.kept, not chosen.faults
+    return Compressed(kept, chosen.lengths, chosen.observed, entries, finite, state, dict(entries.row_state))
 
 
+@attrs.frozen(eq=False)
+class _Asked:
+    """What the host reads beside the lengths."""
+
+    packs: bool = False  # whether all that stays is finite
+    undone: Tensor | None = None  # as in `compress`
+
+
+_NOTHING = _Asked()
 _Part = tuple[Sequence[Shown], Tensor]  # a group and its budgets [L, B]
 _Result = tuple[Sequence[View], list[Chosen]]
 
 
 def _choose_anyhow(
-    spec: PolicySpec, fusion: Fusion | None, batch: Sequence[_Part], tokens: Tensor, *, forgets: bool
+    spec: PolicySpec, fusion: Fusion | None, batch: Sequence[_Part], tokens: Tensor, asked: _Asked, *, forgets: bool
 ) -> list[_Result]:
     """In kernels if they can, else by references."""
     if fusion is not None and not fusion.off:
         try:
-            return _choose(spec, fusion, batch, tokens, forgets=forgets)
+            return _choose(spec, fusion, batch, tokens, asked, forgets=forgets)
         except kernel_errors() as error:
             note_once(f"policy {spec.name}: a compression runs without kernels: {error}")
-    return _choose(spec, None, batch, tokens, forgets=forgets)
+    return _choose(spec, None, batch, tokens, asked, forgets=forgets)
 
 
 def _choose(
-    spec: PolicySpec, fusion: Fusion | None, batch: Sequence[_Part], tokens: Tensor, *, forgets: bool
+    spec: PolicySpec,
+    fusion: Fusion | None,
+    batch: Sequence[_Part],
+    tokens: Tensor,
+    asked: _Asked = _NOTHING,
+    *,
+    forgets: bool,
 ) -> list[_Result]:
     """The views of each group, and what stays of them; entries that compete are all in one batch."""
     groups = []
     for shown, _ in batch:
         group = score_layers(spec, fusion, [view() for view in shown])
+        if asked.packs or not spec.merge.moves_only:
+            group.look_for_faults()
         if forgets:
             group.forget_entries()
         groups.append(group)
     counts = allocate(spec, groups, [budgets for _, budgets in batch], tokens)
     selections = [group.select(count) for group, count in zip(groups, counts, strict=True)]
-    lengths, nan, faults = _read(groups, selections)  # the host waits
-    if nan:
-        warn_of_nan(nan, sum(int(group.room.sum()) for group in groups))
+    read = _Read.of(groups, selections, asked.undone)  # the host waits
+    if read.nan:
+        warn_of_nan(read.nan, sum(int(group.room.sum()) for group in groups))
         for group, (shown, _) in zip(groups, batch, strict=True):
             group.rank_faulty_last([view() for view in shown] if forgets else group.views)
         selections = [group.select(count) for group, count in zip(groups, counts, strict=True)]
-        lengths, _, faults = _read(groups, selections)
+        read = _Read.of(groups, selections)
     results: list[_Result] = []
+    lengths, faults, evicted = iter(read.lengths), iter(read.faults), iter(read.evicted)
     for group, selection in zip(groups, selections, strict=True):
-        own = [lengths.pop(0) for _ in group.views]
+        own = list(islice(lengths, len(group.views)))
         kept = selection.indices([max(map(max, rows), default=0) for rows in own])
-        wrong = [faults.pop(0) for _ in group.views]
-        results.append((group.views, [Chosen(*parts) for parts in zip(kept, own, group.observed, wrong, strict=True)]))
+        chosen = zip(kept, own, group.observed, faults, evicted)  # noqa: B905 - the numbers of later groups come behind
+        results.append((group.views, [Chosen(*parts) for parts in chosen]))
     return results
 
 
@@ -157,24 +193,33 @@ def score_layers(spec: PolicySpec, fusion: Fusion | None, views: Sequence[View])
     return FusedLayers(spec, fusion, views)
 
 
-_Table = tuple[tuple[int, ...], ...]
+@attrs.frozen
+class _Read:
+    """What the device must tell the host, in one transfer."""
 
+    lengths: list[tuple[tuple[int, ...], ...]]  # of each layer [B][K], entries that each head keeps
+    nan: int  # scores that are NaN
+    faults: list[int]  # of each layer
+    evicted: list[int]  # of each layer, the most that a head loses
 
-def _read(groups: Sequence[ScoredLayers], selections: Sequence[Selection]) -> tuple[list[_Table], int, list[int]]:
-    """What the device must tell the host, in one transfer.
-
-    How many entries each head of each layer keeps, how many scores are NaN, and the faults of each layer.
-    """
-    lengths = torch.cat([selection.lengths for selection in selections])
-    nan, faults = torch.cat([group.nan for group in groups]), torch.cat([group.faults for group in groups])
-    layers, rows, heads = lengths.shape
-    numbers: list[int] = torch.cat([lengths.flatten(), nan.sum()[None], faults]).tolist()
-    counts, wrong, wanting = numbers[: lengths.numel()], numbers[lengths.numel()], numbers[lengths.numel() + 1 :]
-    table = [
-        tuple(tuple(counts[start : start + heads]) for start in range(first, first + rows * heads, heads or 1))
-        for first in range(0, layers * rows * heads, rows * heads or 1)
-    ]
-    return table or [()] * layers, wrong, wanting
+    @classmethod
+    def of(
+        cls, groups: Sequence[ScoredLayers], selections: Sequence[Selection], undone: Tensor | None = None
+    ) -> "_Read":
+        lengths = torch.cat([selection.lengths for selection in selections])
+        held = torch.cat([group.room + group.protected for group in groups])
+        nan, faults = torch.cat([group.nan for group in groups]), torch.cat([group.faults for group in groups])
+        layers, rows, heads = lengths.shape
+        evicted = (held - lengths).flatten(1).amax(1) if held[0].numel() else torch.zeros_like(faults)
+        beside = nan.sum()[None] if undone is None else torch.cat([nan.sum()[None], undone])
+        told: Iterator[int] = iter(torch.cat([lengths.flatten(), faults, evicted, beside]).tolist())
+        table = [tuple(tuple(islice(told, heads)) for _ in range(rows)) for _ in range(layers)]
+        of_layers = list(islice(told, layers)), list(islice(told, layers))
+        read = cls(table, next(told), *of_layers)
+        if undone is not None and next(told):
+            warn_of_undone()
+            undone.zero_()
+        return read
 
 
 def choose_on_device(

@@ -47,7 +47,7 @@ class D2O(Merger):
         return (State(_STATE, fill=_NO_THRESHOLD),)
 
     def merge(self, view: View, kept: Tensor) -> Entries:
-        similarity, target = nearest(view.keys, kept, evicted_of(view, kept))
+        similarity, target = nearest(view.keys, kept, evicted_of(view, kept), most=view.most_evicted)
         comparable = similarity > -torch.inf
         threshold = self._threshold(view.row_state[_STATE], similarity, comparable)
         agreed = _mean_over_heads(similarity, comparable, *self._pairs(view, comparable))

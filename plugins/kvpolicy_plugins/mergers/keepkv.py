@@ -151,7 +151,7 @@ class KeepKV(Merger):
 
     def merge(self, view: View, kept: Tensor) -> Entries:
         evicted = evicted_of(view, kept)
-        similarity, index = nearest(view.keys, kept, evicted)
+        similarity, index = nearest(view.keys, kept, evicted, most=view.most_evicted)
         return self.merge_groups(view, kept, groups_of(kept, evicted & self._mergeable(similarity), index))
 
     def _mergeable(self, similarity: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Pivot(Merger):
     merge_keys: bool = parameter(Flag(), True, help="merge keys too, not only values")
 
     def merge(self, view: View, kept: Tensor) -> Entries:
-        similarity, target = nearest(view.keys, kept, evicted_of(view, kept))
+        similarity, target = nearest(view.keys, kept, evicted_of(view, kept), most=view.most_evicted)
         assignment = Assignment(kept, similarity > -torch.inf, target)
         weights = torch.full_like(similarity, 0.5)
         own_weight = 1 + assignment.merged_counts.to(weights.dtype) / 2

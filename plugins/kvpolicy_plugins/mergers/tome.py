@@ -38,7 +38,7 @@ class ToMe(Merger):
         if kept.shape[-1] == 0:
             return kept_entries(view, kept)
         evicted = evicted_of(view, kept)
-        similarity, target = nearest(view.keys, kept, evicted)
+        similarity, target = nearest(view.keys, kept, evicted, most=view.most_evicted)
         passed = similarity >= self.threshold
         if self.fraction < 1:
             ranked = similarity.masked_fill(~passed, -torch.inf)

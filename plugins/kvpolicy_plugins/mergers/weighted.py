@@ -30,7 +30,7 @@ class Weighted(Merger):
     merge_keys: bool = parameter(Flag(), True, help="merge keys too, not only values")
 
     def merge(self, view: View, kept: Tensor) -> Entries:
-        similarity, target = nearest(view.keys, kept, evicted_of(view, kept))
+        similarity, target = nearest(view.keys, kept, evicted_of(view, kept), most=view.most_evicted)
         assignment = Assignment(kept, similarity > -torch.inf, target)
         weights = ((similarity + 1) / 2).clamp(min=_LEAST)
         keys = assignment.blend(view.keys, weights) if self.merge_keys else None

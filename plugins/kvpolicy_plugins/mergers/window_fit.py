@@ -177,7 +177,7 @@ class WindowFit(Merger):
         self, view: View, receivers: Tensor, evicted: Tensor, window: WindowLogits, attention: Tensor
     ) -> tuple[Tensor, Tensor]:
         if self.assign == "cosine":
-            return nearest(view.keys, receivers, evicted)
+            return nearest(view.keys, receivers, evicted, most=view.most_evicted)
         traits = _traits(view, window)
         survivors, receiver_attention = gather(traits, receivers), gather(attention, receivers)[:, :, None]
 
@@ -187,7 +187,7 @@ class WindowFit(Merger):
             weight = slot_attention * receiver_attention / total
             return -weight * _square_distance(gather(traits, slots), survivors)
 
-        return nearest_by(closeness, receivers, evicted, traits.dtype)
+        return nearest_by(closeness, receivers, evicted, traits.dtype, most=view.most_evicted)
 
 
 def _complete(view: View, groups: Groups, window: WindowLogits) -> Tensor:

@@ -127,14 +127,18 @@ def test_without_time_speed_is_left_out(tiny, scripted, left_out):
     found = cases(setup(new=ROOM + 20, points=2), tiny, scripted(), left_out, Deadline(0.0))
 
     assert found == []
-    assert [what for what, _ in left_out] == [f"speed of {name}" for name in (DYNAMIC, STATIC, "rkv")]
+    names = (DYNAMIC, STATIC, "rkv")
+    assert [what for what, _ in left_out] == [
+        f"{what} of {name}" for what in ("larger batches", "speed") for name in names
+    ]
 
 
 def test_whole_generations_stop_after_a_round_when_time_is_up(tiny, scripted, left_out):
     (case,) = cases(setup(), tiny, scripted(), left_out, Deadline(0.0))
 
     assert {len(samples) for samples in case.samples.values()} == {1}
-    assert left_out == [("round 2 of 3", "no time was left")]
+    assert left_out[-1] == ("round 2 of 3", "no time was left")
+    assert set(case.facts["largest"].values()) == {False}
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_all_parts_are_written_as_they_are_found(setup, scripted, tmp_path):
     assert [case.what for case in found.parts["generate"]] == ["snapkv", "rkv"]
     assert found.facts["kernel tests"]["ran"]
     assert [case.what for case in found.parts["attention"]] == list(gpu.ATTENDED)
-    assert [one["gate"] for one in found.facts["goals"]] == ["attention"] * 3
+    assert found.facts["goals"] == []  # there is none at such sizes
     assert len(steps) == setup.steps
     assert found.left_out == []
 
@@ -106,7 +106,7 @@ def test_goals_of_the_card_are_judged_from_the_cases():
     result = Result("gpu", {}, HERE)
     result.parts = {
         "compress": [case("snapkv", 8192), case("snapkv", 4096), case("rkv", 4096, **{NAIVE: 19.0})],
-        "attention": [case("snapkv", 8192)],
+        "attention": [case("snapkv", 8192), case("snapkv", 1024)],
         "generate": [case("rkv", 16_512, **{DYNAMIC: 6.7, COMPILED: 4.9}), case("snapkv", 16_512, **{DYNAMIC: 9.0})],
     }
     found = [(one.gate, one.threshold, one.passed) for one in goals(result)]

@@ -26,9 +26,9 @@ def test_layers_that_wait_together_are_compressed_with_those_of_their_own_scalin
     """A kernel takes one scaling for all layers of a launch; logits of window votes depend on it."""
     launches = []
 
-    def recorded(spec, fusion, groups, budgets, tokens):
+    def recorded(spec, fusion, groups, budgets, tokens, **named):
         launches.append([(view().layer, view().scaling) for group in groups for view in group])
-        return compress(spec, fusion, groups, budgets, tokens)
+        return compress(spec, fusion, groups, budgets, tokens, **named)
 
     monkeypatch.setattr(scheduler, "compress", recorded)
     plan = plan_of(small("snapkv", budget=6, every=2, protect={"recent": 2}), layers=4)

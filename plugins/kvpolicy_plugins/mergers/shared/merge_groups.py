@@ -51,13 +51,16 @@ def evicted_of(view: View, kept: Tensor) -> Tensor:
     return view.valid & (kept_index(kept, view.positions.shape[-1]) < 0)
 
 
-def nearest(keys: Tensor, kept: Tensor, evicted: Tensor, *, block: int = 512) -> tuple[Tensor, Tensor]:
+def nearest(
+    keys: Tensor, kept: Tensor, evicted: Tensor, *, most: int | None = None, block: int = 512
+) -> tuple[Tensor, Tensor]:
     """For every evicted slot, the kept slot whose key has the largest cosine similarity.
 
     Args:
         keys: [B, K, T, D].
         kept: int64 [B, K, N], padded with -1.
         evicted: bool [B, K, T].
+        most: no head has more evicted slots; without it the host waits for the device.
         block: evicted entries per step; at most `block` x N similarities exist at a time.
 
     Returns:
@@ -68,11 +71,21 @@ def nearest(keys: Tensor, kept: Tensor, evicted: Tensor, *, block: int = 512) ->
         with suppress(UnsupportedInputError):
             return merge_groups_kernels.nearest(keys, kept, evicted)
     survivors = _directions(gather(keys, kept)).transpose(-1, -2)
-    return nearest_by(lambda slots: _directions(gather(keys, slots)) @ survivors, kept, evicted, survivors.dtype, block)
+
+    def cosines(slots: Tensor) -> Tensor:
+        return _directions(gather(keys, slots)) @ survivors
+
+    return nearest_by(cosines, kept, evicted, survivors.dtype, most=most, block=block)
 
 
 def nearest_by(
-    measure: Callable[[Tensor], Tensor], kept: Tensor, evicted: Tensor, dtype: torch.dtype, block: int = 512
+    measure: Callable[[Tensor], Tensor],
+    kept: Tensor,
+    evicted: Tensor,
+    dtype: torch.dtype,
+    *,
+    most: int | None = None,
+    block: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """As `nearest`, for any similarity of that dtype: `measure` maps slots [B, K, E] (-1 = none) to [B, K, E, N]."""
     similarity = torch.full(evicted.shape, -torch.inf, dtype=dtype, device=kept.device)
@@ -80,7 +93,7 @@ def nearest_by(
     if kept.shape[-1] == 0:
         return similarity, index
     none = (kept < 0)[:, :, None]
-    for slots in indices_of(evicted).split(block, dim=-1):
+    for slots in indices_of(evicted, most).split(block, dim=-1):
         best, slot_index = measure(slots).masked_fill(none, -torch.inf).max(-1)  # the first of equal ones
         similarity = _scatter(similarity, slots, best)
         index = _scatter(index, slots, slot_index)
