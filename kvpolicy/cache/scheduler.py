@@ -87,7 +87,14 @@ class CompressionScheduler:
         self.prompt = prompt  # ids of its tokens, where a scorer reads prompts again
         self.prompt_end: int | None = None  # how many tokens the prompt ends behind, where `generate` has told
         self._arrived: tuple[object, Tensor] | None = None
-        self._undone = torch.zeros(1, dtype=torch.int64, device=plan.device)  # as in `compress`
+        counts = plan.device.type != "cpu" and not plan.spec.merge.moves_only
+        self._undone = torch.zeros(1, dtype=torch.int64, device=plan.device) if counts else None  # as in `compress`
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What it holds for all layers."""
+        prompt = () if self.prompt is None else self.prompt.tensors
+        return [*prompt, *(() if self._undone is None else (self._undone,))]
 
     def positions(self, num_tokens: Sequence[int], count: int, device: torch.device) -> Tensor:
         """Positions of `count` new tokens behind `num_tokens` in each row, int32 [B, count]; shared by all layers."""

@@ -34,6 +34,11 @@ class LayerStats:
         return (self._attended + chosen) / max(1, self.decode_steps)
 
     @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What of these numbers is on the device."""
+        return () if self._chosen is None else (self._chosen,)
+
+    @property
     def nbytes(self) -> int:
         """All bytes that the layer holds."""
         return self.entry_bytes + self.window_bytes + self.state_bytes

@@ -1,6 +1,7 @@
 """Which cases are run: half of those of large tests, and on a GPU none that count bytes.
 
-Kernels are slow interpreted, and slow to compile. Every value of every parameter is among them. With KVPOLICY_CASES=all, as in the nightly environment, all cases are run.
+Kernels are slow interpreted, and slow to compile. Every value of every parameter is among the cases that are run. With
+KVPOLICY_CASES=all, as in the nightly environment, all are.
 """
 
 import os

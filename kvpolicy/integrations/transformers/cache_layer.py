@@ -386,11 +386,9 @@ class PolicyLayer(LogicalLayer):
         return max(capacity, max(self.min_entries(self.num_tokens), default=0) + self.plan.budgets.slack)
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
-        beside = [*index, *self.row_state.values(), *self.recording.tensors]
+        beside = [*index, *self.row_state.values(), *self.recording.tensors, *self.stats.tensors]
         if self.ordinal == 0:
-            beside += self.spans.tensors  # which are there for all layers
-            if self.scheduler.prompt is not None:
-                beside += self.scheduler.prompt.tensors
+            beside += [*self.spans.tensors, *self.scheduler.tensors]  # which are there for all layers
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.rows = len(self.state.num_tokens)
         self.stats.sample(self.seq_len, self.storage.average, self.storage.nbytes, self.window.nbytes, state)

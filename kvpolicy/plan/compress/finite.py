@@ -135,11 +135,11 @@ def _votes(view: View) -> Tensor:
     return torch.zeros(view.positions.shape, dtype=torch.float32, device=view.keys.device)
 
 
-def kept_finite(entries: Entries, view: View, kept: Tensor, undone: Tensor) -> Entries:
+def kept_finite(entries: Entries, view: View, kept: Tensor, undone: Tensor | None) -> Entries:
     """The entries of a merger; those that did not stay finite are as they were, and so is the state of their slots.
 
-    On a CPU it warns of them; elsewhere it adds their number to `undone`, int64 [1], and nobody waits. A row whose new
-    state is NaN keeps its old one.
+    On a CPU it warns of them; elsewhere it adds their number to `undone`, int64 [1], if there is one, and nobody waits.
+    A row whose new state is NaN keeps its old one.
     """
     rows = {name: torch.where(new.isnan(), view.row_state[name], new) for name, new in entries.row_state.items()}
     entries = attrs.evolve(entries, row_state=rows)
@@ -153,7 +153,7 @@ def kept_finite(entries: Entries, view: View, kept: Tensor, undone: Tensor) -> E
         if not bool(wrong.any()):
             return entries
         warn_of_undone()
-    else:
+    elif undone is not None:
         undone += wrong.sum()
 
     def restored(merged: Tensor, before: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from kvpolicy.stages.checking.returned import check_state, check_tensor, contrac
 from kvpolicy.stages.checking.untouched import tensors_of, watching
 
 
-def merge(spec: PolicySpec, view: View, kept: Tensor, *, faults: int, undone: Tensor) -> Entries:
+def merge(spec: PolicySpec, view: View, kept: Tensor, *, faults: int, undone: Tensor | None = None) -> Entries:
     """The entries of the kept slots, [B, K, N, D] and [B, K, N, Dv].
 
     `faults` says how many slots and queries must not be shown to the merger: something in them is not finite. What is

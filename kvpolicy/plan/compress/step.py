@@ -67,7 +67,8 @@ def compress(
     host waits for the device once for all groups, and once more where scores are NaN.
 
     `packs` says that what stays is packed, for which the host must know whether it is finite. `undone`, int64 [1],
-    counts on the device the merged entries that would not have been finite; it is told with what the host reads next.
+    counts on a device that is no CPU the merged entries that would not have been finite; the host is told with what it
+    reads next.
 
     Yields the results of some layers, in order, until all have been given: those of a group if its entries are only
     moved, else those of one layer, to be written back first. So no more than one layer's merged entries exist.
@@ -77,7 +78,6 @@ def compress(
     """
     batch = list(zip(groups, budgets.split([len(group) for group in groups]), strict=True))
     forgets = len(batch) > 1
-    undone = torch.zeros(1, dtype=torch.int64, device=budgets.device) if undone is None else undone
     chosen = _choose_anyhow(spec, fusion, batch, tokens, _Asked(packs, undone), forgets=forgets)
     for (group, _), (views, results) in zip(batch, chosen, strict=True):
         if spec.merge.moves_only:
@@ -113,7 +113,7 @@ def tokens_of(view: View) -> Tensor:
     return view.positions.amax((1, 2)).long() + 1
 
 
-def merged(spec: PolicySpec, view: View, chosen: Chosen, undone: Tensor) -> Compressed:
+def merged(spec: PolicySpec, view: View, chosen: Chosen, undone: Tensor | None = None) -> Compressed:
     """What remains of a layer of which the `chosen` entries stay, and the others are merged into them."""
     shown = attrs.evolve(view, most_evicted=chosen.evicted)
     entries = merge(spec, shown, chosen.kept, faults=chosen.faults, undone=undone)
