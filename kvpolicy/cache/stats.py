@@ -24,14 +24,23 @@ class LayerStats:
     peak_entry_bytes: int = 0  # the most that `entry_bytes` has been
     compressions: int = 0
     seconds: float = 0.0  # host time spent compressing
-    _attended: float = attrs.field(default=0.0, init=False, repr=False)  # the sum of what `read` averages
+    attended: float = 0.0  # entries, summed over decode steps; without those that are counted on the device
     _chosen: Tensor | None = attrs.field(default=None, init=False, repr=False, eq=False)  # more of it, on the device
 
     @property
     def read(self) -> float:
         """Entries that the newest query of a row attended to, averaged over decode steps. May wait for the device."""
         chosen = 0.0 if self._chosen is None else float(self._chosen)
-        return (self._attended + chosen) / max(1, self.decode_steps)
+        return (self.attended + chosen) / max(1, self.decode_steps)
+
+    def in_plain_numbers(self) -> "LayerStats":
+        """A copy of which nothing is on the device. May wait for it."""
+        return attrs.evolve(self, attended=self.read * self.decode_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a report's JSON."""
+        numbers = attrs.asdict(self, filter=lambda field, _: field.name not in {"attended", "_chosen"})
+        return {**numbers, "read": self.read, "nbytes": self.nbytes}
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -60,7 +69,7 @@ class LayerStats:
         if isinstance(entries, Tensor):
             self._chosen = entries if self._chosen is None else self._chosen + entries
         else:
-            self._attended += entries
+            self.attended += entries
 
 
 class Counted(Protocol):

@@ -43,7 +43,7 @@ class Report:
         forwards_without_cache: int = 0,
     ) -> "Report":
         """A report of the current state; later tokens do not change it."""
-        layers = tuple(attrs.evolve(layer_stats) for layer_stats in stats)
+        layers = tuple(layer_stats.in_plain_numbers() for layer_stats in stats)
         return cls(plan.spec.name, layers, stock_bytes, static_bytes, forwards_without_cache, _full_bytes(plan, layers))
 
     @property
@@ -76,7 +76,7 @@ class Report:
             "share_of_full": self.share,
             "bytes": self.parts,
             "forwards_without_cache": self.forwards_without_cache,
-            "layers": [{**attrs.asdict(layer), "nbytes": layer.nbytes} for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
         }
 
     def table(self) -> Table:

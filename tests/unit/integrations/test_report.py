@@ -69,7 +69,7 @@ def stats_of(layer, **known):
 
 def test_alike_neighbours_share_a_line_and_sums_come_last():
     stats = [stats_of(layer, seconds=0.001) for layer in range(30)]
-    stats[7] = stats_of(7, held=100.0, compressions=1234, read=99.96, decode_steps=3)
+    stats[7] = stats_of(7, held=100.0, compressions=1234, attended=299.88, decode_steps=3)
     report = Report.of(small("snapkv").compile(model()), stats)
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in str(report).splitlines() if "│" in line]
     assert lines == [
