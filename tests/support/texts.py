@@ -15,7 +15,7 @@ VERBS = ["waits", "dreams", "sings", "walks", "laughs", "listens"]
 SENTENCES = [f"Sentence {number}: the {WORDS[number % 8]} {VERBS[number % 6]} by the river. " for number in range(400)]
 TEXTS = tuple(Text(f"part {part}", "".join(SENTENCES[part::4])) for part in range(4))
 TEMPLATE = (
-    "{% for message in messages %}<|user|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|end|>", "<|assistant|>"]

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.harness.traced_prompts import TracedPrompts, trace_prompts
-from kvpolicy.evaluate.tasks.case import Answer, Case, Continuation
+from kvpolicy.evaluate.tasks.case import Answer, Case, Continuation, Turn
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.plan.plan import Plan
@@ -130,15 +130,19 @@ class GroupRun:
         return by_metric, tuple(texts)
 
     def _alike(self) -> list[list[int]]:
-        """Cases that are computed together: as many tokens come behind the prompt."""
-        groups: dict[int, list[int]] = {}
+        """Cases that are computed together: as many tokens come behind the prompt, and no further turns."""
+        groups: dict[tuple[int, int | None], list[int]] = {}
         for index, case in enumerate(self.cases):
-            groups.setdefault(case.behind, []).append(index)
+            alone = index if isinstance(case, Answer) and case.more else None
+            groups.setdefault((case.behind, alone), []).append(index)
         return list(groups.values())
 
     def _measured(self, chosen: Sequence[int], cache: Cache) -> Iterator[tuple[dict[str, float], str]]:
         cases = [self.cases[index] for index in chosen]
         answers = [case for case in cases if isinstance(case, Answer)]
+        if answers and answers[0].more:
+            yield self._conversation(chosen, answers[0], cache)
+            return
         if answers:
             for case, text in zip(answers, self._answers(chosen, answers, cache), strict=True):
                 yield {name: score(text) for name, score in case.scores.items()}, text
@@ -151,18 +155,41 @@ class GroupRun:
         rows = self._prompt_rows(chosen)
         questions = torch.tensor([case.question for case in cases], device=self.model.device)
         ids = torch.cat([self.prompts.tokens[rows], questions], 1)
-        generate: Any = self.model.generate
-        written = generate(
-            input_ids=ids,
-            attention_mask=self._mask(rows, questions.shape[1]),
-            past_key_values=cache,
-            max_new_tokens=max(case.new_tokens for case in cases),
-            do_sample=False,
-        )
+        written = self._generated(rows, ids, max(case.new_tokens for case in cases), cache)
         # A case that may write less than another one of the group writes no more than it would alone.
         answers = [row[: case.new_tokens] for row, case in zip(written[:, ids.shape[1] :], cases, strict=True)]
         texts: list[str] = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
+
+    def _conversation(self, chosen: Sequence[int], case: Answer, cache: Cache) -> tuple[dict[str, float], str]:
+        """Mean values of one case over its turns, those of the last turn, and all that was written."""
+        rows, ids = self._prompt_rows(chosen), self.prompts.tokens[self._prompt_rows(chosen)]
+        ends = self.model.generation_config.eos_token_id
+        ended = set(ends if isinstance(ends, list) else [ends])
+        texts: list[str] = []
+        scores: list[dict[str, float]] = []
+        turns: list[Answer | Turn] = [case, *case.more]
+        for turn in turns:
+            ids = torch.cat([ids, torch.tensor([turn.question], device=ids.device)], 1)
+            written = self._generated(rows, ids, turn.new_tokens, cache)
+            texts += self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            scores.append({name: score(texts[-1]) for name, score in turn.scores.items()})
+            # The next question begins with what ends an answer; the newest token is not in the cache yet.
+            ids = written[:, :-1] if int(written[0, -1]) in ended else written
+        means = {name: sum(turn[name] for turn in scores) / len(scores) for name in case.scores}
+        return {**means, "last": scores[-1]["correct"]}, "\n".join(texts)
+
+    def _generated(self, rows: Tensor, ids: Tensor, new_tokens: int, cache: Cache) -> Tensor:
+        """Greedily, behind ids [R, t] that begin with the prompts of the rows."""
+        generate: Any = self.model.generate
+        written: Tensor = generate(
+            input_ids=ids,
+            attention_mask=self._mask(rows, ids.shape[1] - self.prompts.tokens.shape[1]),
+            past_key_values=cache,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+        )
+        return written
 
     def _predictions(
         self, chosen: Sequence[int], texts: Sequence[Sequence[int]], cache: Cache

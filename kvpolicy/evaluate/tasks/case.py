@@ -13,6 +13,15 @@ Score = Callable[[str], float]  # of an answer as it was written, 0 to 1
 
 
 @attrs.frozen(eq=False)
+class Turn:
+    """A further question, asked once the answer before it has been written."""
+
+    question: tuple[int, ...]  # ids, with what ends the answer before
+    new_tokens: int  # written at most
+    scores: Mapping[str, Score]  # by metric
+
+
+@attrs.frozen(eq=False)
 class Answer:
     """A question that the model answers greedily, after the prompt has been compressed."""
 
@@ -20,6 +29,7 @@ class Answer:
     question: tuple[int, ...]  # ids that are computed behind it, at least one
     new_tokens: int  # written at most
     scores: Mapping[str, Score]  # by metric
+    more: tuple[Turn, ...] = ()  # asked behind it, of the same cache; their scores are averaged with its own
 
     @property
     def behind(self) -> int:
@@ -29,7 +39,8 @@ class Answer:
     @property
     def tokens(self) -> int:
         """Tokens that a full cache holds in the end: the last one is never cached."""
-        return len(self.prompt) + len(self.question) + self.new_tokens - 1
+        more = sum(len(turn.question) + turn.new_tokens for turn in self.more)
+        return len(self.prompt) + len(self.question) + self.new_tokens + more - 1
 
 
 @attrs.frozen(eq=False)
@@ -105,6 +116,7 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("correct", larger_is_better=True, percent=True, help="answers that are right"),
+        Metric("last", larger_is_better=True, percent=True, help="answers of the last turn that are right"),
         Metric(
             "prefix", larger_is_better=True, percent=True, help="share of an answer's words before the first wrong one"
         ),

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from kvpolicy.evaluate.models.text_encoding import has_template, rendered
 from kvpolicy.evaluate.tasks.case import ids_of
 
-_CONTEXT, _QUESTION = "kvpolicycontext", "kvpolicyquestion"  # words that no template has
+_CONTEXT, _QUESTION, _ANSWER = "kvpolicycontext", "kvpolicyquestion", "kvpolicyanswer"  # words that no template has
 
 
 @attrs.frozen
@@ -36,6 +36,17 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     before, _, rest = text.partition(_CONTEXT)
     between, _, behind = rest.partition(_QUESTION)
     return before, between, behind
+
+
+def turn_of(tokenizer: PreTrainedTokenizerBase, question: str, answer: str = "") -> tuple[int, ...]:
+    """Token ids of a further turn: what ends the answer before, the question, and the first words of its answer."""
+    between, behind = "\n\n", "\n"
+    if has_template(tokenizer):
+        texts = (_CONTEXT, _ANSWER, _QUESTION)
+        roles = ("user", "assistant", "user")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        between, _, behind = rendered(tokenizer, messages).partition(_ANSWER)[2].partition(_QUESTION)
+    return tuple(ids_of(tokenizer, between + question + behind + answer))
 
 
 def as_case_parts(parts: ChatPrompt, *, seen: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -9,6 +9,7 @@ from kvpolicy.evaluate.tasks.continuations import Continuations
 from kvpolicy.evaluate.tasks.generated import Generated
 from kvpolicy.evaluate.tasks.needles import Needles
 from kvpolicy.evaluate.tasks.questions import VerifiedQuestions
+from kvpolicy.evaluate.tasks.turns import Turns
 from kvpolicy.evaluate.tasks.variables import Variables
 
 TASKS: dict[str, Task] = {
@@ -21,6 +22,7 @@ TASKS: dict[str, Task] = {
         Needles("needles-unseen", 4, 1, seen=False, summary="one of four needles; scorers do not see the question"),
         Needles("needles-two", 4, 2, seen=True, summary="two of four needles at once; scorers see the question"),
         Variables("variables", seen=True, summary="which variables have a value; scorers see the question"),
+        Turns(),
         AgentTurns(),
         VerifiedQuestions("gsm8k"),
         Generated("recall", summary="testbed: facts amid filler"),

@@ -26,7 +26,7 @@ _SEVERAL = (
     "What are the special magic numbers for {cities} mentioned in the text above?",
     ("The special magic numbers for {cities} mentioned in the text are"),
 )
-_TOKENS_A_NUMBER = 10
+TOKENS_A_NUMBER = 10  # of an answer
 
 
 @attrs.frozen
@@ -47,14 +47,7 @@ class Needles:
 
     def _document(self, sources: Sources, sizes: TaskSizes, sentences: list[str], index: int) -> tuple[Answer, ...]:
         rng = random.Random(f"{self.needles} {sizes.seed} {index}")  # noqa: S311 - makes questions
-        cities = rng.sample(_CITIES, self.needles)
-        numbers = [str(rng.randrange(10**4, 10**5)) for _ in cities]
-        needles = [_NEEDLE.format(city=city, number=number) for city, number in zip(cities, numbers, strict=True)]
-        taken = sum(len(ids_of(sources.tokenizer, needle)) for needle in needles)
-        hay = sentence_window(sources.tokenizer, sentences, index, sizes.documents, sizes.length - taken)
-        for place, needle in sorted(self._places(len(hay), needles, index, sizes.documents), reverse=True):
-            hay.insert(place, needle)
-        context = _INTRODUCTION + "".join(hay)
+        context, cities, numbers = document_with_needles(rng, sources, sizes, sentences, index, self.needles)
         asked = rng.sample(range(self.needles), self.needles)[: sizes.questions * self.asked]
         return tuple(
             self._case(sources, context, [cities[one] for one in chosen], [numbers[one] for one in chosen])
@@ -62,17 +55,38 @@ class Needles:
             if len(chosen) == self.asked
         )
 
-    def _places(self, sentences: int, needles: list[str], index: int, documents: int) -> list[tuple[int, str]]:
-        """Before which sentence each needle stands; documents shift the depths, so that all depths occur."""
-        parts = len(needles) * documents
-        depths = [(order * documents + index + 0.5) / parts for order in range(len(needles))]
-        return [(int(depth * sentences), needle) for depth, needle in zip(depths, needles, strict=True)]
-
     def _case(self, sources: Sources, context: str, cities: list[str], numbers: list[str]) -> Answer:
-        question, answer = (text.format(cities=_listed(cities)) for text in (_ONE if len(cities) == 1 else _SEVERAL))
+        question, answer = asking(cities)
         parts = chat_prompt(sources.tokenizer, context, question, answer)
         prompt, behind = as_case_parts(parts, seen=self.seen)
-        return Answer(prompt, behind, _TOKENS_A_NUMBER * len(numbers), {"correct": mentions(numbers)})
+        return Answer(prompt, behind, TOKENS_A_NUMBER * len(numbers), {"correct": mentions(numbers)})
+
+
+def document_with_needles(
+    rng: random.Random, sources: Sources, sizes: TaskSizes, sentences: list[str], index: int, count: int
+) -> tuple[str, list[str], list[str]]:
+    """The `index`-th document, and the cities and numbers of its `count` needles, at depths that are spread evenly."""
+    cities = rng.sample(_CITIES, count)
+    numbers = [str(rng.randrange(10**4, 10**5)) for _ in cities]
+    needles = [_NEEDLE.format(city=city, number=number) for city, number in zip(cities, numbers, strict=True)]
+    taken = sum(len(ids_of(sources.tokenizer, needle)) for needle in needles)
+    hay = sentence_window(sources.tokenizer, sentences, index, sizes.documents, sizes.length - taken)
+    for place, needle in sorted(_places(len(hay), needles, index, sizes.documents), reverse=True):
+        hay.insert(place, needle)
+    return _INTRODUCTION + "".join(hay), cities, numbers
+
+
+def asking(cities: list[str]) -> tuple[str, str]:
+    """The question for the numbers of some cities, and the words that the answer begins with."""
+    question, answer = _ONE if len(cities) == 1 else _SEVERAL
+    return question.format(cities=_listed(cities)), answer.format(cities=_listed(cities))
+
+
+def _places(sentences: int, needles: list[str], index: int, documents: int) -> list[tuple[int, str]]:
+    """Before which sentence each needle stands; documents shift the depths, so that all depths occur."""
+    parts = len(needles) * documents
+    depths = [(order * documents + index + 0.5) / parts for order in range(len(needles))]
+    return [(int(depth * sentences), needle) for depth, needle in zip(depths, needles, strict=True)]
 
 
 def mentions(numbers: list[str]) -> Score:

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 import kvpolicy
 from kvpolicy.evaluate.harness.measure import GroupRun
-from kvpolicy.evaluate.tasks.case import Answer, Continuation
+from kvpolicy.evaluate.tasks.case import Answer, Continuation, Turn
 from kvpolicy.evaluate.testbed.vocabulary import EOS, IDS, PAD, VOCABULARY
 from tests.support.models import build, prompt
 from tests.support.policies import small
@@ -238,6 +238,63 @@ def test_questions_about_one_prompt_are_answered_as_each_is_alone(model, tokeniz
     assert together.texts == tuple(one.texts[0] for one in alone)
     assert together.values["letters"] == [one.values["letters"][0] for one in alone]
     assert [len(text.split()) for text in together.texts] == [words for _, words in kinds]
+
+
+def conversation(asked=(3, 5, 4), words=(6, 2, 5)):
+    """A question about a prompt, and two further turns."""
+    first, *others = (Turn(ids(a, 300 + a), w, {"correct": score_of}) for a, w in zip(asked, words, strict=True))
+    return Answer(ids(40, 9), first.question, first.new_tokens, first.scores, tuple(others))
+
+
+def score_of(text):
+    return float(len(text))
+
+
+def written_in_turns(model, tokenizer, case, cache, ended=()):
+    """Token by token, each by a forward of its own, with the cache or with everything computed anew."""
+    tokens, texts = list(case.prompt), []
+    if cache is not None:
+        model(torch.tensor([tokens]), past_key_values=cache)
+    for turn in (case, *case.more):
+        tokens += turn.question
+        written = []
+        while len(written) < turn.new_tokens and not (written and written[-1] in ended):
+            seen = 0 if cache is None else cache.get_seq_length()
+            call = {} if cache is None else {"past_key_values": cache}
+            written.append(int(model(torch.tensor([tokens + written])[:, seen:], **call).logits[0, -1].argmax()))
+        texts.append(tokenizer.decode(written, skip_special_tokens=True))
+        tokens += written[:-1] if written[-1] in ended else written
+    return texts
+
+
+@pytest.mark.parametrize("name", [None, "adakv", "streaming_llm"])
+def test_turns_are_answered_one_after_another_in_one_cache(model, tokenizer, name):
+    case, policy = conversation(), name and small(name)
+    found = measured(model, tokenizer, [conversation(words=(2, 3, 2)), case], policy)
+    with torch.no_grad():
+        if policy is None:
+            expected = written_in_turns(model, tokenizer, case, None)
+        else:
+            with policy.attach(model) as attachment:
+                expected = written_in_turns(model, tokenizer, case, attachment.cache())
+
+    assert found.texts[1] == "\n".join(expected)
+    lengths = [float(len(text)) for text in expected]
+    assert found.values["correct"][1:] == [pytest.approx(sum(lengths) / 3)]
+    assert found.values["last"][1:] == lengths[-1:]
+    assert case.tokens == 40 + 3 + 6 + 5 + 2 + 4 + 5 - 1
+
+
+def test_a_turn_that_the_model_ends_is_not_ended_twice(model, tokenizer, monkeypatch):
+    """The next question brings what ends an answer."""
+    case = conversation()
+    with torch.no_grad():
+        (first, *_) = written_in_turns(model, tokenizer, case, None)
+        end = tokenizer.convert_tokens_to_ids(first.split()[2])
+        monkeypatch.setattr(model.generation_config, "eos_token_id", end)
+        expected = written_in_turns(model, tokenizer, case, None, (end,))
+    assert len(expected[0].split()) < 6
+    assert measured(model, tokenizer, [case]).texts == ("\n".join(expected),)
 
 
 def test_an_answer_ends_where_the_model_ends_it(model, tokenizer, monkeypatch):

@@ -5,14 +5,14 @@ import pytest
 from kvpolicy.errors import EvaluationError, InputError
 from kvpolicy.evaluate.data.texts import Text
 from kvpolicy.evaluate.tasks.case import Sources, TaskSizes, ids_of
-from kvpolicy.evaluate.tasks.chat_prompt import as_case_parts, chat_prompt
+from kvpolicy.evaluate.tasks.chat_prompt import as_case_parts, chat_prompt, turn_of
 from kvpolicy.evaluate.tasks.documents import sentence_window, sentences_of, token_windows
 from kvpolicy.evaluate.tasks.names import task_of
 from tests.support.texts import SENTENCES, TEXTS, tokenizer_of
 from tests.testbed_training.tokenizer import build_tokenizer
 
 SIZES = TaskSizes(documents=3, length=600, scored=20)
-TEXT_TASKS = ("text", "needle", "needles", "needles-two", "variables")
+TEXT_TASKS = ("text", "needle", "needles", "needles-two", "variables", "turns")
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------
@@ -45,6 +45,23 @@ def test_the_parts_of_a_prompt_are_together_the_whole_text(sources):
     assert joined.count(0) == (tokenizer.chat_template is None)
     assert as_case_parts(parts, seen=True) == ((*parts.context, *parts.question), parts.answer)
     assert as_case_parts(parts, seen=False) == (parts.context, (*parts.question, *parts.answer))
+
+
+def test_a_further_turn_goes_on_as_the_template_would(sources):
+    """Behind an answer as it was written, and without what ends it."""
+    tokenizer, answered = sources.tokenizer, "There was a king."
+    parts = chat_prompt(tokenizer, *PARTS)
+    turn = turn_of(tokenizer, "And who else?", "There was also")
+    whole = tokenizer.decode([*parts.context, *parts.question, *parts.answer, *ids_of(tokenizer, answered), *turn])
+    context, question, answer = PARTS
+    if tokenizer.chat_template is None:
+        assert whole == f"<s>{context}\n\n{question}\n{answer}{answered}\n\nAnd who else?\nThere was also"
+        return
+    asked = [f"{context}\n\n{question}", answer + answered, "And who else?"]
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, asked, strict=True)]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert whole == expected + "There was also"
 
 
 def test_without_blanks_at_the_borders_the_parts_are_the_tokens_of_the_whole(sources):

@@ -24,6 +24,24 @@ def asked_about(text):
     return re.findall(r"\b(?:[A-Z][a-z]+)\b", text.partition("for ")[2].partition(" mentioned")[0])
 
 
+# -- turns -----------------------------------------------------------------------------------------------------
+
+
+def test_every_needle_is_asked_for_in_a_turn_of_its_own(sources):
+    firsts = set()
+    for (case,) in task_of("turns").groups(sources, SIZES):
+        numbers = dict(NEEDLE.findall(text_of(sources, case.prompt)))
+        turns = [(text_of(sources, case.prompt)[-200:], case.scores)]
+        turns += [(text_of(sources, turn.question), turn.scores) for turn in case.more]
+        asked = [asked_about(text[text.rindex("What ") :])[0] for text, _ in turns]
+        assert sorted(asked) == sorted(numbers)
+        firsts.add(list(numbers).index(asked[0]))
+        for city, (_, scores) in zip(asked, turns, strict=True):
+            assert scores["correct"](f" {numbers[city]}.") == 1
+            assert [scores["correct"](number) for other, number in numbers.items() if other != city] == [0] * 3
+    assert len(firsts) > 1
+
+
 # -- needles ---------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +161,12 @@ def test_tasks_have_the_names_and_metrics_they_say():
     for name, task in TASKS.items():
         assert task.name == name
         assert task.summary
-        assert set(task.metrics) in ({"correct"}, {"correct", "prefix"}, {"kl", "top1", "agreed", "nll"})
+        assert set(task.metrics) in (
+            {"correct"},
+            {"correct", "prefix"},
+            {"correct", "last"},
+            {"kl", "top1", "agreed", "nll"},
+        )
 
 
 def test_unknown_tasks_and_those_of_other_models_are_refused():
