@@ -128,11 +128,17 @@ class StoreMachine(RuleBasedStateMachine):
         before = {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
         unchanged = layout == self.store.layout
         stand = filled if fills and unchanged else list
+        evicted = max(
+            len(held) - len(left)
+            for row, own in zip(rows, slots, strict=True)
+            for held, left in zip(self.segments[row], own, strict=True)
+        )
+        holes = evicted + data.draw(st.integers(0, 2), "spare") if fills else None
         for row, heads in zip(rows, slots, strict=True):
             self.segments[row] = [
                 [held[slot] for slot in stand(head)] for held, head in zip(self.segments[row], heads, strict=True)
             ]
-        self.store.keep(CompactionPlan(rows, kept.reshape(len(rows), self.heads, most), fills), layout)
+        self.store.keep(CompactionPlan(rows, kept.reshape(len(rows), self.heads, most), holes), layout)
         if unchanged:
             assert before == {name: tensor.data_ptr() for name, tensor in self.store.tensors.items()}
 

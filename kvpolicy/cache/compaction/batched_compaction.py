@@ -68,7 +68,9 @@ def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compres
 def _compact_in_place(storages: Sequence[SegmentedStorage], compactions: Sequence[CompactionPlan]) -> bool:
     """Move entries within their storages, all layers in one launch; False when kernels cannot."""
     try:
-        move_in_kernel(storages, [compaction.kept for compaction in compactions], ordered=compactions[0].fills is None)
+        move_in_kernel(
+            storages, [compaction.kept for compaction in compactions], ordered=compactions[0].most_holes is None
+        )
     except kernel_errors():
         return False
     for storage, compaction in zip(storages, compactions, strict=True):

@@ -16,13 +16,13 @@ _BLOCK = {"cpu": 2**20}  # bytes moved at once, so that what is set aside stays 
 class CompactionPlan:
     """Which slots of some rows stay: they become the first of their segment.
 
-    They close up in order; or, if the move `fills` and storage stays, the last of them fill the holes among the first.
-    How many holes a head has need not be known: as many as `fills` are filled, some of them with what they hold.
+    They close up in order; or, with `most_holes` and if storage stays, the last of them fill the holes among the first.
+    How many holes a head has need not be known: so many are filled, some of them with what they hold.
     """
 
     rows: Sequence[int]
     kept: Tensor  # [rows, K, N] int64, ascending, -1 behind a head's last one
-    fills: int | None = None  # no head has more holes; None = entries close up
+    most_holes: int | None = None  # no head has more of them; None = entries close up
     known_lengths: PerSegment | None = None  # what `lengths` gives, where the host has been told
     finite: bool = False  # whether the vectors of all that stays are known to be finite
     _holes: dict[Layout, tuple[Tensor, Tensor]] = attrs.field(init=False, factory=dict, repr=False)
@@ -39,7 +39,7 @@ class CompactionPlan:
 
     def copy(self, source: Tensor, before: Layout, target: Tensor, after: Layout) -> None:
         """Copy a column of a storage laid out as `before` into that of one laid out as `after`, or within itself."""
-        if self.fills is not None and target is source:
+        if self.most_holes is not None and target is source:
             holes, last = self._in_holes(before)
             target.index_copy_(0, holes, source.index_select(0, last))
             return
@@ -59,21 +59,24 @@ class CompactionPlan:
         return self._sources[layout]
 
     def _in_holes(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Slots of a storage that are to be filled, and those whose entries fill them: `fills` in each segment.
+        """Slots of a storage that are to be filled, and those whose entries fill them: `most_holes` in each segment.
 
         Where there are fewer holes, the last of the kept slots is filled with itself.
         """
         if layout not in self._holes:
-            kept, counts, most = self.kept, self._counts[..., None], min(self.fills or 0, self.kept.shape[-1])
-            places = torch.arange(kept.shape[-1] + 1, device=kept.device)
-            stays = torch.zeros(*kept.shape[:2], len(places), dtype=torch.bool, device=kept.device)
+            kept, counts, most = self.kept.flatten(0, 1), self._counts.flatten()[:, None], self.most_holes or 0
+            most = min(most, kept.shape[1])
+            places = torch.arange(kept.shape[1] + 1, device=kept.device)
+            stays = torch.zeros(len(kept), len(places), dtype=torch.bool, device=kept.device)
             stays.scatter_(-1, kept.where((kept >= 0) & (kept < counts), len(places) - 1), True)
             holes = _first(places, (places < counts) & ~stays, most)
             last = _first(kept, kept >= counts, most)
-            own = kept.gather(-1, (counts - 1).clamp(min=0)).clamp(min=0) if most else kept[..., :1]
-            pairs = (slots.where(holes >= 0, own) + self._starts(layout) for slots in (holes, last))
-            holes, last = (slots.flatten() for slots in pairs)
-            self._holes[layout] = holes, last
+            starts = self._starts(layout).flatten()[:, None]
+            own = starts + kept.gather(1, (counts - 1).clamp(min=0)) if most else starts
+            # A head of which nothing stays may have no slot: one of another head is filled with itself.
+            own = own.where(counts > 0, own.index_select(0, (counts > 0).flatten().int().argmax()[None]))
+            holes, last = ((starts + slots).where(slots >= 0, own).clamp(min=0) for slots in (holes, last))
+            self._holes[layout] = holes.flatten(), last.flatten()
         return self._holes[layout]
 
     def _starts(self, layout: Layout) -> Tensor:
