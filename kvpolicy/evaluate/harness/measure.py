@@ -42,8 +42,12 @@ class GroupRun:
         cases: Sequence[Case],
         step: int,
         prompt_model: PreTrainedModel | None = None,
+        prompts: TracedPrompts | None = None,
     ) -> None:
-        """`prompt_model` computes the prompts: the model in another precision, whose results are rounded to its own."""
+        """`prompt_model` computes the prompts: the model in another precision, whose results are rounded to its own.
+
+        `prompts` are those of the same cases, if they have been computed.
+        """
         self.model = model
         self.cases = cases
         self._tokenizer = tokenizer
@@ -51,8 +55,9 @@ class GroupRun:
         distinct = {case.prompt: None for case in cases}
         order = {prompt: row for row, prompt in enumerate(distinct)}
         self._rows = [order[case.prompt] for case in cases]  # of the prompts, by case
-        prompts = trace_prompts(prompt_model or model, list(distinct))
-        self.prompts: TracedPrompts = prompts if prompt_model is None else prompts.to(model.dtype)
+        self._prompt_model = prompt_model or model
+        self._computed = trace_prompts(self._prompt_model, list(distinct)) if prompts is None else prompts
+        self.prompts: TracedPrompts = self._computed if prompt_model is None else self._computed.to(model.dtype)
         self._full_plan = load("kvpolicy:full").compile(model)
         self._reference: dict[tuple[int, int], Tensor] = {}  # logits of the full cache, by first case and token
 
@@ -96,7 +101,8 @@ class GroupRun:
         """The same model in another precision with a full cache: how far rounding alone moves the predictions."""
         self._require_reference()
         started = time.perf_counter()
-        other = GroupRun(model, self._tokenizer, self.cases, self._step)
+        prompts = self._computed if model is self._prompt_model else None
+        other = GroupRun(model, self._tokenizer, self.cases, self._step, prompts=prompts)
         other._reference = self._reference
 
         def cache_of(cases: Sequence[int]) -> Cache:

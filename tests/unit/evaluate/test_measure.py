@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 import kvpolicy
+from kvpolicy.evaluate.harness import measure
 from kvpolicy.evaluate.harness.measure import GroupRun
 from kvpolicy.evaluate.tasks.case import Answer, Continuation, Turn
 from kvpolicy.evaluate.testbed.vocabulary import EOS, IDS, PAD, VOCABULARY
@@ -184,6 +185,21 @@ def test_prompts_of_another_precision_are_rounded_to_that_of_the_model(model, to
     assert {layer.keys.dtype for layer in run.prompts.layers} == {torch.bfloat16}
     assert found["nll"] == pytest.approx(own["nll"], abs=0.2)
     assert found["nll"] != own["nll"]
+
+
+def test_prompts_that_the_other_precision_has_computed_are_not_computed_twice(model, tokenizer, monkeypatch):
+    """And that precision's own numbers are those of its plain model."""
+    case, computed = text_after(40), []
+    narrow, exact = build(vocab_size=len(VOCABULARY), dtype=torch.bfloat16), build(vocab_size=len(VOCABULARY))
+    trace = measure.trace_prompts
+    monkeypatch.setattr(measure, "trace_prompts", lambda *given: computed.append(given[0]) or trace(*given))
+    run = GroupRun(narrow, tokenizer, [case], STEP, exact)
+    run.full()
+    found = values_of(run.in_precision(exact), 0)
+    run.in_precision(model)
+
+    assert computed == [exact, model]
+    assert found["nll"] == pytest.approx(values_of(measured(exact, tokenizer, [case]), 0)["nll"], abs=ROUNDING)
 
 
 # -- answers ---------------------------------------------------------------------------------------------------
