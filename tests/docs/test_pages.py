@@ -25,6 +25,7 @@ from kvpolicy.spec.reference import reference_markdown
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from tests.docs.evidence import EVIDENCE, evidence
 from tests.support.building import COMMAND, printed, run_together
 from tests.support.compressing import fused, score
 from tests.support.models import build, generate, prompt
@@ -223,6 +224,11 @@ def test_pages_of_evaluations_are_those_of_their_records(name):
     folder = ROOT / "docs" / "reference" / "evaluation" / name
 
     assert (folder / "evaluation.md").read_text("utf-8") == page_of(read_record(folder / "cells.jsonl"), "tradeoff.png")
+
+
+def test_policies_of_which_others_are_better_are_those_of_the_records():
+    """`python -m tests.docs.evidence` writes the file anew."""
+    assert json.loads(EVIDENCE.read_text("utf-8")) == evidence()
 
 
 def gates_on_record(name):

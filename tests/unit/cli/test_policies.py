@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 
@@ -22,6 +23,21 @@ def test_list_names_every_installed_policy(kv):
     for one in listed.values():
         assert one["name"] in table.stdout
         assert one["summary"] in table.stdout
+
+
+def test_list_says_which_policies_others_are_better_than(kv):
+    """As the file says that the records of the documentation give; policies of others have no such line."""
+    table, data = kv("list"), kv("list", "--json")
+    listed = {one["name"]: one["better"] for one in json.loads(data.stdout)}
+    by_model = json.loads(resources.files("kvpolicy_policies").joinpath("evidence.json").read_text("utf-8"))
+
+    assert by_model["smollm2"]
+    for model, better in by_model.items():
+        for name, policy in listed.items():
+            assert policy.get(model) == better.get(name)
+    assert not listed["full"]
+    assert "better: blend3 on smollm2 and testbed" in table.stdout
+    assert "Time is not compared." in table.stdout
 
 
 def test_show_prints_yaml_that_loads_to_the_same_policy(kv, tmp_path):
