@@ -14,11 +14,11 @@ CANDIDATES: Final = (
     "kvpolicy:streaming_llm",
     "kvpolicy:snapkv",
     "kvpolicy:rkv",
-    "kvpolicy:blend",
     "kvpolicy:rkv_int4",
     "kvpolicy:blend3",
+    "kvpolicy:blend4",
     "kvpolicy:kivi4",
-    "kvpolicy:kivi2",
+    "kvpolicy:rotation4",
 )
 
 
