@@ -81,10 +81,11 @@ def compress(
     chosen = _choose_anyhow(spec, fusion, batch, tokens, _Asked(packs, undone), forgets=forgets)
     for (group, _), (views, results) in zip(batch, chosen, strict=True):
         if spec.merge.moves_only:
-            yield [Compressed(one.kept, one.lengths, one.observed, finite=not one.faults) for one in results]
+            yield [Compressed(one.kept, one.lengths, one.observed, finite=packs and not one.faults) for one in results]
             continue
         for again, view, result in zip(group, views, results, strict=True):
-            yield [merged(spec, again() if forgets else view, result, undone)]
+            reduced = merged(spec, again() if forgets else view, result, undone)
+            yield [attrs.evolve(reduced, finite=packs and not result.faults)]
 
 
 def compress_one(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:
@@ -118,8 +119,8 @@ def merged(spec: PolicySpec, view: View, chosen: Chosen, undone: Tensor | None =
     shown = attrs.evolve(view, most_evicted=chosen.evicted)
     entries = merge(spec, shown, chosen.kept, faults=chosen.faults, undone=undone)
     state = {MERGE_STATE + name: values for name, values in entries.slot_state.items()}
-    kept, finite = chosen.kept, not chosen.faults
-    return Compressed(kept, chosen.lengths, chosen.observed, entries, finite, state, dict(entries.row_state))
+    rows = dict(entries.row_state)
+    return Compressed(chosen.kept, chosen.lengths, chosen.observed, entries, slot_state=state, row_state=rows)
 
 
 @attrs.frozen(eq=False)
