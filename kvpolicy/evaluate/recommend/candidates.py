@@ -16,7 +16,6 @@ CANDIDATES: Final = (
     "kvpolicy:rkv",
     "kvpolicy:rkv_int4",
     "kvpolicy:blend3",
-    "kvpolicy:blend4",
     "kvpolicy:kivi4",
     "kvpolicy:rotation4",
 )
