@@ -20,6 +20,7 @@ from kvpolicy.plan.plan import Plan
 from kvpolicy.stages import View
 
 Rows = tuple[int, ...]
+_COPIED = 8  # of so many layers one may be shown as a copy
 
 
 class Compressible(Protocol):
@@ -176,10 +177,7 @@ class CompressionScheduler:
     def _compress(self, layers: Sequence[Compressible], rows: Sequence[int], *, fills: bool) -> None:
         started = time.perf_counter()
         plan = self.plan
-        alike = len({layer.scaling for layer in layers}) == 1  # a launch has one scaling
-        # All copies at once would cost what the policy saves.
-        groups = [layers] if alike and not plan.views_are_copies else [[layer] for layer in layers]
-        shown = [[partial(layer.view, rows) for layer in group] for group in groups]
+        shown = [[partial(layer.view, rows) for layer in group] for group in self._shown_together(layers)]
         budgets = torch.tensor([layer.budget(rows) for layer in layers], device=plan.device)
         tokens = torch.tensor([layers[0].num_tokens[row] for row in rows], device=plan.device)
         rest = iter(layers)
@@ -188,6 +186,15 @@ class CompressionScheduler:
         spent = (time.perf_counter() - started) / len(layers)
         for layer in layers:
             layer.note_compression(spent)
+
+    def _shown_together(self, layers: Sequence[Compressible]) -> list[Sequence[Compressible]]:
+        """Layers in groups whose views may exist at one time: copies of all would cost what the policy saves."""
+        plan, count = self.plan, len(layers)
+        if len({layer.scaling for layer in layers}) > 1:  # a launch has one scaling
+            count = 1
+        elif plan.views_are_copies:  # several save launches, of which kernels make a dozen a group
+            count = count // _COPIED if not plan.packs and not plan.fusion.off else 1
+        return [layers[first : first + max(1, count)] for first in range(0, len(layers), max(1, count))]
 
     def _pack(self, layers: Sequence[Compressible]) -> None:
         for layer in layers:

@@ -1,13 +1,17 @@
 """What the layers of one step share."""
 
+import pytest
 import torch
 
 from kvpolicy.cache import scheduler
 from kvpolicy.cache.integrity import Integrity
 from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
+from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.compress.step import compress
+from kvpolicy.plan.plan import compile_policy
 from tests.support.driving import feed, plan_of, random_entries, worth_plan
+from tests.support.models import build
 from tests.support.policies import small
 
 
@@ -46,3 +50,26 @@ def test_layers_that_wait_together_are_compressed_with_those_of_their_own_scalin
         assert torch.equal(
             layer.storage.keys.residual.padded("keys", [0, 1]), single.storage.keys.residual.padded("keys", [0, 1])
         )
+
+
+@pytest.mark.parametrize(
+    ("policy", "kernels", "sizes"),
+    [
+        (small("snapkv"), True, [16]),
+        (small("snapkv"), False, [16]),
+        (small("adakv"), True, [2] * 8),  # copies, of which kernels take two layers in a launch
+        (small("adakv"), False, [1] * 16),
+        (small("snapkv", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}), True, [1] * 16),
+    ],
+)
+def test_no_more_than_an_eighth_of_the_layers_is_shown_as_copies_at_once(policy, kernels, sizes):
+    one = build(num_hidden_layers=16)
+    plan = compile_policy(policy.spec, geometry_of(one.config), "cpu", torch.float32, kernels=kernels)
+    shared = CompressionScheduler(plan, waits=True)
+    layers = [PolicyLayer(plan, ordinal, shared) for ordinal in range(16)]
+    for layer in layers:
+        layer.scaling = 0.25
+    groups = shared._shown_together(layers)
+
+    assert [len(group) for group in groups] == sizes
+    assert [layer for group in groups for layer in group] == layers
