@@ -1,5 +1,7 @@
 """Records that are made by hand."""
 
+import attrs
+
 from kvpolicy.evaluate.harness.record import Cell, EvaluationRecord
 from kvpolicy.evaluate.harness.setup import FULL, OTHER_PRECISION
 
@@ -21,6 +23,25 @@ def cell(task, group, policy, share, held=None, refusal="", **values):
 
 def record_of(*cells, **head):
     return EvaluationRecord({**HEAD, **head}, cells)
+
+
+def with_peers():
+    """Predictions of ours and of two peers, one of which holds everything, and one that was refused."""
+    costs = {"prompt_share": 0.26, "end_share": 0.25, "prefill_seconds": 1.5, "step_seconds": 0.025}
+    theirs = {"prompt_share": 0.2501, "end_share": 0.31, "prefill_seconds": 2.0, "step_seconds": 0.03}
+    peer = {"peer": True, "versions": {"kvpress": "9.8", "torch": "7.6"}}
+    cells = [
+        attrs.evolve(cell("text", 0, FULL, None, kl=[0, 0, 0]), costs=dict.fromkeys(costs, 1.0)),
+        attrs.evolve(cell("text", 0, "ours", 0.25, kl=[0.3, 0.31, 0.32]), costs=costs),
+        attrs.evolve(cell("text", 0, "kvpress snapkv", 0.25, kl=[0.2, 0.21, 0.22]), costs=theirs, **peer),
+        attrs.evolve(
+            cell("text", 0, "kvpress adakv", 0.25, held=1000, kl=[0.1, 0.11, 0.12]),
+            costs={**theirs, "prompt_share": 1.0, "end_share": 1.0},
+            **peer,
+        ),
+        attrs.evolve(cell("text", 0, "kvpress kvzip", 0.25, refusal="peer: killed"), peer=True),
+    ]
+    return record_of(*cells)
 
 
 def two_tasks():

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli.bench import arguments
-from kvpolicy.cli.bench.peers import add_peers, required_peer
+from kvpolicy.cli.bench.peers import add_peers
 from kvpolicy.cli.bench.session import session
 from kvpolicy.cli.terminal.options import Device
 
@@ -35,10 +35,11 @@ def compress(
     from kvpolicy.bench.protocol.model_shapes import attention_shape
     from kvpolicy.bench.sizes import POLICIES
     from kvpolicy.errors import InputError
+    from kvpolicy.peers import required_python
 
     if keys not in KEYS:
         raise InputError(f"--keys must be one of {', '.join(KEYS)}: {keys!r}")
-    python = required_peer() if peers else None
+    python = required_python("--peers") if peers else None
     target, kind, sizes = arguments.target_of(device, dtype)
     setup = CompressSetup(
         policies=arguments.policies_of(policy, budget, POLICIES),

@@ -21,7 +21,7 @@ PEER = "kvpress, own process"
 @peers.command()
 def install() -> None:
     """Make an environment with kvpress in the user's cache folder; needs the package index, and minutes."""
-    from kvpolicy.bench.baselines.peers import install as make
+    from kvpolicy.peers import install as make
 
     line(str(make(lambda text: line(text, error=True))))
 
@@ -29,21 +29,10 @@ def install() -> None:
 @peers.command()
 def show() -> None:
     """Where the environment is."""
-    from kvpolicy.bench.baselines.peers import python_of
+    from kvpolicy.peers import python_of
 
     python = python_of()
     line(str(python) if python is not None else "not installed: kvpolicy bench peers install")
-
-
-def required_peer() -> "Path":
-    """The Python that has kvpress. Raises InputError."""
-    from kvpolicy.bench.baselines.peers import python_of
-    from kvpolicy.errors import InputError
-
-    python = python_of()
-    if python is None:
-        raise InputError("--peers: kvpress is not installed: kvpolicy bench peers install")
-    return python
 
 
 def add_peers(result: "Result", setup: "CompressSetup", python: "Path") -> None:

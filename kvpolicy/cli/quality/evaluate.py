@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvpolicy.evaluate.harness.record import EvaluationRecord
     from kvpolicy.evaluate.harness.setup import EvaluationSetup
     from kvpolicy.evaluate.harness.start import Inputs
+    from kvpolicy.evaluate.peers import Peer
     from kvpolicy.policy import Policy
 
 RECORD, PAGE, PICTURE = "cells.jsonl", "evaluation.md", "tradeoff.png"
@@ -35,6 +36,10 @@ def evaluate(
     scored: Annotated[int | None, typer.Option(help="Tokens predicted behind a context; by default 128.")] = None,
     questions: Annotated[int | None, typer.Option(help="About each context, if several; by default 4.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="A cache of another library, `all`, or `list`; may be repeated. See `bench peers install`."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes, each with a copy of the model.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One short context a task: does it run?")] = False,
     out_dir: Annotated[
@@ -53,12 +58,16 @@ def evaluate(
     if task == ["list"]:
         _list_tasks()
         return
+    if peer == ["list"]:
+        _list_peers()
+        return
     if record is not None:
         _render(record, read_record(record / RECORD), json=json)
         return
     _require_jobs(jobs)
     sizes = {"documents": documents, "length": length, "scored": scored, "questions": questions, "seed": seed}
-    setup = _setup(model, policy, share, task, sizes, device, quick=quick)
+    peers = _peers(peer or [])
+    setup = _setup(model, policy, share, task, sizes, device, peers, quick=quick)
     inputs = inputs_of(model, text, device, dtype, setup)
     make_folder(out_dir, "--out ")
     _render(out_dir, measure(inputs, out_dir / RECORD, jobs)[0], json=json)
@@ -80,6 +89,24 @@ def _list_tasks() -> None:
     line(f"{GYM + 'NAME':18} questions of a generator of reasoning-gym, such as chain_sum")
 
 
+def _list_peers() -> None:
+    from kvpolicy.evaluate.peers import PEERS
+
+    for peer in PEERS.values():
+        line(f"{peer.name:18} {peer.library}: {peer.summary}")
+
+
+def _peers(names: list[str]) -> "tuple[Peer, ...]":
+    """The peers of those names. Raises InputError for an unknown one, and when their environment is not there."""
+    from kvpolicy.evaluate.peers import peers_of
+    from kvpolicy.peers import required_python
+
+    found = peers_of(names)
+    if found:
+        required_python("--peer")
+    return found
+
+
 def _setup(
     model: str,
     policies: list[str] | None,
@@ -87,6 +114,7 @@ def _setup(
     tasks: list[str] | None,
     sizes: dict[str, int | None],
     device: str,
+    peers: "tuple[Peer, ...]",
     *,
     quick: bool,
 ) -> "EvaluationSetup":
@@ -105,6 +133,7 @@ def _setup(
         names,
         tuple(map(parse_share, shares or SHARES)),
         TaskSizes(**{**defaults, **(_QUICK if quick else {}), **given}),
+        peers=peers,
         prompts_in_float32=slow_in_16_bits(device),
     )
 

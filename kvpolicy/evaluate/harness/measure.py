@@ -4,32 +4,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from kvpolicy.errors import EvaluationError
+from kvpolicy.evaluate.harness.comparison import compared, metrics_of
+from kvpolicy.evaluate.harness.measured import Measured
+from kvpolicy.evaluate.harness.scoring import scored, turns_of
 from kvpolicy.evaluate.harness.traced_prompts import TracedPrompts, trace_prompts
-from kvpolicy.evaluate.tasks.case import Answer, Case, Continuation, Turn
+from kvpolicy.evaluate.tasks.case import Answer, Case, Continuation
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.plan.plan import Plan
 from kvpolicy.policy import load
 
 CacheOf = Callable[[Sequence[int]], Cache]  # a new cache after the prompts of the cases named
-
-
-@attrs.frozen
-class Measured:
-    """What one cache gave on the cases of a group. Bytes are of one sequence, in the managed layers."""
-
-    values: dict[str, list[float]]
-    seconds: float
-    held_bytes: float
-    full_bytes: float
-    texts: tuple[str, ...] = ()
 
 
 class GroupRun:
@@ -51,10 +42,10 @@ class GroupRun:
         self.model = model
         self.cases = cases
         self._tokenizer = tokenizer
-        self._step = step
+        self.step = step
         distinct = {case.prompt: None for case in cases}
         order = {prompt: row for row, prompt in enumerate(distinct)}
-        self._rows = [order[case.prompt] for case in cases]  # of the prompts, by case
+        self.rows = [order[case.prompt] for case in cases]  # of the prompts, by case
         self._prompt_model = prompt_model or model
         self._computed = trace_prompts(self._prompt_model, list(distinct)) if prompts is None else prompts
         self.prompts: TracedPrompts = self._computed if prompt_model is None else self._computed.to(model.dtype)
@@ -68,10 +59,10 @@ class GroupRun:
         self._reference = {}
 
         def cache_of(cases: Sequence[int]) -> Cache:
-            return self.prompts.uncompressed([self._rows[case] for case in cases], self.model)
+            return self.prompts.uncompressed([self.rows[case] for case in cases], self.model)
 
         values, texts = self._run(cache_of)
-        full_bytes = self._full_bytes
+        full_bytes = self.full_bytes
         return Measured(values, time.perf_counter() - started, full_bytes, full_bytes, texts)
 
     @torch.inference_mode()
@@ -88,12 +79,12 @@ class GroupRun:
         caches = []
 
         def cache_of(cases: Sequence[int]) -> Cache:
-            caches.append(cache.fork([self._rows[case] for case in cases]))
+            caches.append(cache.fork([self.rows[case] for case in cases]))
             return caches[-1]
 
         values, texts = self._run(cache_of)
-        held = max(map(_bytes_of_a_row, caches))
-        full_bytes = self._full_bytes
+        held = max(map(bytes_of_a_row, caches))
+        full_bytes = self.full_bytes
         return Measured(values, time.perf_counter() - started, held, full_bytes, texts), caches
 
     @torch.inference_mode()
@@ -102,14 +93,14 @@ class GroupRun:
         self._require_reference()
         started = time.perf_counter()
         prompts = self._computed if model is self._prompt_model else None
-        other = GroupRun(model, self._tokenizer, self.cases, self._step, prompts=prompts)
+        other = GroupRun(model, self._tokenizer, self.cases, self.step, prompts=prompts)
         other._reference = self._reference
 
         def cache_of(cases: Sequence[int]) -> Cache:
-            return other.prompts.uncompressed([other._rows[case] for case in cases], model)
+            return other.prompts.uncompressed([other.rows[case] for case in cases], model)
 
         values, texts = other._run(cache_of)
-        full_bytes = other._full_bytes
+        full_bytes = other.full_bytes
         return Measured(values, time.perf_counter() - started, full_bytes, full_bytes, texts)
 
     def _require_reference(self) -> None:
@@ -118,9 +109,41 @@ class GroupRun:
             raise EvaluationError("measure the full cache first: predictions are compared with its own")
 
     @property
-    def _full_bytes(self) -> int:
+    def full_bytes(self) -> int:
         """Bytes of a full cache in the managed layers when the longest case is over."""
-        return self._full_plan.footprint.full_bytes(max(case.tokens for case in self.cases))
+        return self.full_bytes_of(max(case.tokens for case in self.cases))
+
+    def full_bytes_of(self, tokens: int) -> int:
+        """Bytes of a full cache of as many tokens in the managed layers."""
+        return self._full_plan.footprint.full_bytes(tokens)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(case.prompt) for case in self.cases)
+
+    # -- what another process computed -------------------------------------------------------------------------
+
+    @property
+    def stop(self) -> list[int]:
+        """Ids that end an answer."""
+        ends: Any = getattr(self.model.generation_config, "eos_token_id", None)
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    def decoded(self, tokens: Sequence[int]) -> str:
+        """An answer as text."""
+        texts: list[str] = self._tokenizer.batch_decode([list(tokens)], skip_special_tokens=True)
+        return texts[0]
+
+    def compared_with_full(self, index: int, logits: Tensor) -> dict[str, float]:
+        """Metrics of a text by its case, from logits [t, V] that were computed elsewhere."""
+        self._require_reference()
+        case = self.cases[index]
+        chosen = next(alike for alike in self._alike() if index in alike)
+        starts = sorted(start for first, start in self._reference if first == chosen[0])
+        reference = torch.cat([self._reference[chosen[0], start][chosen.index(index)] for start in starts])
+        following = torch.tensor([case.text[1:]] if isinstance(case, Continuation) else [[]], device=reference.device)
+        return next(metrics_of([compared(logits.to(reference.device)[None], reference[None], following)]))
 
     # -- what is run -------------------------------------------------------------------------------------------
 
@@ -151,7 +174,7 @@ class GroupRun:
             return
         if answers:
             for case, text in zip(answers, self._answers(chosen, answers, cache), strict=True):
-                yield {name: score(text) for name, score in case.scores.items()}, text
+                yield scored(case, [text]), text
             return
         texts = [case.text for case in cases if isinstance(case, Continuation)]
         for found in self._predictions(chosen, texts, cache):
@@ -168,22 +191,16 @@ class GroupRun:
         return texts
 
     def _conversation(self, chosen: Sequence[int], case: Answer, cache: Cache) -> tuple[dict[str, float], str]:
-        """Mean values of one case over its turns, those of the last turn, and all that was written."""
+        """Values of one case over its turns, and all that was written."""
         rows, ids = self._prompt_rows(chosen), self.prompts.tokens[self._prompt_rows(chosen)]
-        ends = self.model.generation_config.eos_token_id
-        ended = set(ends if isinstance(ends, list) else [ends])
         texts: list[str] = []
-        scores: list[dict[str, float]] = []
-        turns: list[Answer | Turn] = [case, *case.more]
-        for turn in turns:
+        for turn in turns_of(case):
             ids = torch.cat([ids, torch.tensor([turn.question], device=ids.device)], 1)
             written = self._generated(rows, ids, turn.new_tokens, cache)
             texts += self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-            scores.append({name: score(texts[-1]) for name, score in turn.scores.items()})
             # The next question begins with what ends an answer; the newest token is not in the cache yet.
-            ids = written[:, :-1] if int(written[0, -1]) in ended else written
-        means = {name: sum(turn[name] for turn in scores) / len(scores) for name in case.scores}
-        return {**means, "last": scores[-1]["correct"]}, "\n".join(texts)
+            ids = written[:, :-1] if int(written[0, -1]) in self.stop else written
+        return scored(case, texts), "\n".join(texts)
 
     def _generated(self, rows: Tensor, ids: Tensor, new_tokens: int, cache: Cache) -> Tensor:
         """Greedily, behind ids [R, t] that begin with the prompts of the rows."""
@@ -204,8 +221,8 @@ class GroupRun:
         rows = self._prompt_rows(chosen)
         tokens = torch.tensor(texts, device=self.model.device)
         parts = []
-        for start in range(0, tokens.shape[1] - 1, self._step):
-            now = tokens[:, start : min(start + self._step, tokens.shape[1] - 1)]
+        for start in range(0, tokens.shape[1] - 1, self.step):
+            now = tokens[:, start : min(start + self.step, tokens.shape[1] - 1)]
             lengths = self.prompts.valid[rows].sum(1, keepdim=True)
             places = lengths + start + torch.arange(now.shape[1], device=lengths.device)
             call: Any = {"attention_mask": self._mask(rows, start + now.shape[1]), "position_ids": places}
@@ -213,47 +230,16 @@ class GroupRun:
             reference = self._reference.setdefault((chosen[0], start), logits)
             following = tokens[:, start + 1 : start + 1 + now.shape[1]]
             parts.append(compared(logits, reference, following))
-        yield from _joined(parts)
+        yield from metrics_of(parts)
 
     def _prompt_rows(self, chosen: Sequence[int]) -> Tensor:
-        return torch.tensor([self._rows[case] for case in chosen], device=self.model.device)
+        return torch.tensor([self.rows[case] for case in chosen], device=self.model.device)
 
     def _mask(self, rows: Tensor, behind: int) -> Tensor:
         return torch.nn.functional.pad(self.prompts.valid[rows].long(), (0, behind), value=1)
 
 
-@attrs.frozen(eq=False)
-class Comparison:
-    """Per row and token, [R, t]: KL divergence in nats, whether the likeliest token is the same, log-likelihood."""
-
-    kl: Tensor
-    same: Tensor
-    likelihood: Tensor
-
-
-def compared(logits: Tensor, reference: Tensor, following: Tensor) -> Comparison:
-    """Logits [R, t, V] against those of the full cache; `following` are the tokens [R, t] that came."""
-    ours, full = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-    kl = (full.exp() * (full - ours)).sum(-1).clamp(min=0)
-    likelihood = ours.gather(-1, following[..., None]).squeeze(-1)
-    return Comparison(kl, logits.argmax(-1) == reference.argmax(-1), likelihood)
-
-
-def _joined(parts: Sequence[Comparison]) -> Iterator[dict[str, float]]:
-    kl, same, likelihood = (
-        torch.cat([getattr(part, name) for part in parts], 1) for name in ("kl", "same", "likelihood")
-    )
-    for row in range(kl.shape[0]):
-        differs = (~same[row]).nonzero()
-        yield {
-            "kl": float(kl[row].mean()),
-            "top1": float(same[row].float().mean()),
-            "agreed": float(differs[0]) if len(differs) else float(same.shape[1]),
-            "nll": -float(likelihood[row].mean()),
-        }
-
-
-def _bytes_of_a_row(cache: PolicyCache) -> float:
+def bytes_of_a_row(cache: PolicyCache) -> float:
     """Bytes of the managed layers of a policy's cache, for one of its rows."""
     cache.count()
     return sum(layer.nbytes for layer in cache.stats) / max(1, cache.rows)

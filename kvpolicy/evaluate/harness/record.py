@@ -42,6 +42,9 @@ class Cell:
     seconds: float = 0.0
     texts: Sequence[str] = attrs.field(default=(), converter=_listed)  # the answers
     refusal: str = ""  # why there are no values
+    peer: bool = False  # whether it is a cache of another library: what it holds is then that right after the prompt
+    costs: Mapping[str, float] = attrs.field(factory=dict)  # where peers are measured: `Costs` by name
+    versions: Mapping[str, str] = attrs.field(factory=dict)  # of the environment of a peer
 
     @property
     def key(self) -> tuple[str, int, str, float | None]:
@@ -156,6 +159,11 @@ def _cell(line: dict[str, Any]) -> Cell:
     numbers = cell.values.values() if isinstance(cell.values, dict) else [None]
     if not all(isinstance(one, list) and all(isinstance(number, int | float) for number in one) for one in numbers):
         raise ValueError("values of a cell are no numbers")
+    costs = cell.costs.values() if isinstance(cell.costs, dict) else [None]
+    if not all(isinstance(number, int | float) for number in costs):
+        raise ValueError("costs of a cell are no numbers")
+    if not isinstance(cell.versions, dict):
+        raise ValueError("versions of a cell are no object")  # noqa: TRY004 - as the other faults of a file
     return cell
 
 

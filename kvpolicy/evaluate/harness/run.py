@@ -12,10 +12,14 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import EvaluationError, KVPolicyError
 from kvpolicy.evaluate.fitting.fit import fit_calibrated
 from kvpolicy.evaluate.harness.calibrations import Calibrations
-from kvpolicy.evaluate.harness.measure import GroupRun, Measured
+from kvpolicy.evaluate.harness.costs import costs_of_full, costs_under
+from kvpolicy.evaluate.harness.measure import GroupRun
+from kvpolicy.evaluate.harness.measured import Measured
 from kvpolicy.evaluate.harness.record import Cell
 from kvpolicy.evaluate.harness.setup import Contender, EvaluationSetup
 from kvpolicy.evaluate.models.text_encoding import positions_of
+from kvpolicy.evaluate.peers.client import Peers
+from kvpolicy.evaluate.peers.names import Peer
 from kvpolicy.evaluate.tasks.case import Case, Continuation, Sources
 from kvpolicy.evaluate.tasks.names import task_of
 from kvpolicy.integrations.transformers.attachment import Attachment
@@ -44,12 +48,17 @@ class Evaluation:
         sources: Sources,
         setup: EvaluationSetup,
         calibrations: Calibrations,
+        peers: Peers | None = None,
     ) -> None:
-        """Makes all cases. Raises EvaluationError when texts, or the positions of the model, are too few for them."""
+        """Makes all cases. Raises EvaluationError when texts, or the positions of the model, are too few for them.
+
+        `peers` measures the peers of the setup.
+        """
         self.model = model
         self.setup = setup
         self._sources = sources
         self._calibrations = calibrations
+        self._peers = peers
         self._groups: dict[str, tuple[tuple[Case, ...], ...]] = {
             task: task_of(task).groups(sources, setup.sizes) for task in setup.tasks
         }
@@ -63,6 +72,11 @@ class Evaluation:
             longest = max(case.tokens for group in groups for case in group)
             if most is not None and longest > most:
                 raise EvaluationError(f"{task}: takes {longest} tokens, and the model knows {most} positions")
+
+    def close(self) -> None:
+        """End the process of the peers, which another measurement would start again."""
+        if self._peers is not None:
+            self._peers.close()
 
     def units(self, done: Collection[Key] = ()) -> list[Unit]:
         """What is left to be measured, in the order in which it is."""
@@ -92,6 +106,8 @@ class Evaluation:
             prompt_model = other if self._rounds_prompts else None
             run = GroupRun(self.model, self._sources.tokenizer, cases, self.setup.step, prompt_model)
             full = run.full()
+            if self.setup.peers:
+                full = attrs.evolve(full, costs=costs_of_full(run))
         except (MemoryError, RuntimeError) as error:
             reason = _out_of_memory(error)
             for contender in unit.contenders:
@@ -112,12 +128,25 @@ class Evaluation:
         try:
             if contender.other_precision:
                 return run.in_precision(self._in_other_precision())
+            if contender.peer is not None:
+                return self._of_peer(contender.peer, contender.share, run)
             plan = self._plan(unit.task, contender)
-            return plan if isinstance(plan, str) else run.under(plan, attachment)
+            return plan if isinstance(plan, str) else self._under(plan, run, attachment)
         except KVPolicyError as error:
             return str(error)
         except (MemoryError, RuntimeError) as error:
             return _out_of_memory(error)
+
+    def _under(self, plan: Plan, run: GroupRun, attachment: Attachment) -> Measured:
+        measured = run.under(plan, attachment)
+        if not self.setup.peers:
+            return measured
+        return attrs.evolve(measured, costs=costs_under(run, plan, attachment, measured))
+
+    def _of_peer(self, peer: Peer, share: Fraction | None, run: GroupRun) -> Measured:
+        if self._peers is None:
+            raise EvaluationError("nothing runs peers here")
+        return self._peers.measured(peer, share, run)
 
     def _plan(self, task: str, contender: Contender) -> Plan | str:
         """The policy fitted to its share of the task's shortest case, or why that cannot be done."""
@@ -150,6 +179,7 @@ class Evaluation:
             digest=None if fitted is None else fitted.digest,
             fitted=None if fitted is None else fitted.to_yaml(),
             prompt_tokens=max(len(case.prompt) for case in self._groups[unit.task][unit.group]),
+            peer=contender.peer is not None,
         )
         if isinstance(measured, str):
             return attrs.evolve(cell, refusal=measured)
@@ -160,6 +190,8 @@ class Evaluation:
             full_bytes=measured.full_bytes,
             seconds=round(measured.seconds, 3),
             texts=measured.texts,
+            costs={} if measured.costs is None else attrs.asdict(measured.costs),
+            versions=measured.versions,
         )
 
     @property

@@ -6,6 +6,7 @@ import attrs
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.fitting.fit import keeps_everything
+from kvpolicy.evaluate.peers.names import Peer
 from kvpolicy.evaluate.tasks.case import TaskSizes
 from kvpolicy.evaluate.tasks.generated import Generated
 from kvpolicy.evaluate.tasks.names import task_of
@@ -20,7 +21,7 @@ OTHER_PRECISION = "full cache, other precision"
 
 @attrs.frozen
 class Contender:
-    """One line of the result: the full cache, or a policy with its share of the full cache's bytes.
+    """One line of the result: the full cache, or a policy or a peer with its share of the full cache's bytes.
 
     Policies that keep and read everything have no share: they hold what their store takes. Policies that keep
     everything and read less of it read the share.
@@ -29,10 +30,13 @@ class Contender:
     policy: Policy | None = None
     share: Fraction | None = None
     other_precision: bool = False  # of the full cache: float32 if the model's is narrower, else bfloat16
+    peer: Peer | None = None  # a cache of another library, in place of a policy
 
     @property
     def name(self) -> str:
-        """The policy's name, without its budget."""
+        """The name of the policy or peer, without its budget."""
+        if self.peer is not None:
+            return self.peer.label
         if self.policy is None:
             return OTHER_PRECISION if self.other_precision else FULL
         return self.policy.name
@@ -58,6 +62,7 @@ class EvaluationSetup:
     sizes: TaskSizes = attrs.field(factory=TaskSizes)
     step: int = 32  # tokens of a continuation that are computed at once
     precision: bool = True  # whether the full cache in another precision is measured, as a floor of the noise
+    peers: tuple[Peer, ...] = ()  # caches of other libraries, measured in a process of their own
     prompts_in_float32: bool = False  # whether prompts are computed in float32, and rounded to the model's dtype
 
     def __attrs_post_init__(self) -> None:
@@ -82,11 +87,17 @@ class EvaluationSetup:
 
     @property
     def contenders(self) -> tuple[Contender, ...]:
-        """The full cache, then policies that keep and read everything, then the others at every share."""
+        """The full cache, then what keeps and reads everything, then the others at every share; peers after ours."""
         policies = [policy for policy in self.policies if policy.name != "full"]
         whole = [Contender(policy) for policy in policies if _needs_no_share(policy)]
         others = [policy for policy in policies if not _needs_no_share(policy)]
-        return (Contender(), *whole, *(Contender(policy, share) for share in self.shares for policy in others))
+        whole += [Contender(peer=peer) for peer in self.peers if not peer.shared]
+        shared = [peer for peer in self.peers if peer.shared]
+        found = [Contender(), *whole]
+        for share in self.shares:
+            found += [Contender(policy, share) for policy in others]
+            found += [Contender(share=share, peer=peer) for peer in shared]
+        return tuple(found)
 
 
 def _needs_no_share(policy: Policy) -> bool:

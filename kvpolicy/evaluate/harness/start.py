@@ -15,11 +15,14 @@ from kvpolicy.evaluate.environment import machine, versions
 from kvpolicy.evaluate.harness.calibrations import Calibrations
 from kvpolicy.evaluate.harness.run import Evaluation
 from kvpolicy.evaluate.harness.setup import EvaluationSetup
+from kvpolicy.evaluate.models import place_of
+from kvpolicy.evaluate.peers.client import PeerLoad, Peers
 from kvpolicy.evaluate.tasks.case import Sources
 from kvpolicy.evaluate.tasks.documents import token_windows
 from kvpolicy.evaluate.testbed.tasks.item import EVALUATED
 from kvpolicy.evaluate.testbed.training_text import training_text
 from kvpolicy.integrations.transformers.saving.model_digest import model_digest
+from kvpolicy.peers import required_python
 
 _CALIBRATION_SEED = 2**40  # of generated text; evaluations have smaller ones
 _PIECES, _PIECE = 8, 1024
@@ -38,9 +41,18 @@ class Inputs:
 
 
 def evaluation_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs) -> Evaluation:
-    """The evaluation of a loaded model. Raises EvaluationError when texts are too short for the cases."""
+    """The evaluation of a loaded model. Raises EvaluationError when texts are too short for the cases.
+
+    Raises InputError when peers are to be measured and are not installed.
+    """
     calibrations = calibrations_of(model, tokenizer, inputs)
-    return Evaluation(model, Sources(tokenizer, inputs.texts), inputs.setup, calibrations)
+    return Evaluation(model, Sources(tokenizer, inputs.texts), inputs.setup, calibrations, _peers(model, inputs))
+
+
+def _peers(model: PreTrainedModel, inputs: Inputs) -> Peers | None:
+    if not inputs.setup.peers:
+        return None
+    return Peers(PeerLoad(required_python("--peer"), place_of(inputs.model), inputs.device, model.dtype))
 
 
 def calibrations_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs) -> Calibrations:
@@ -59,6 +71,7 @@ def calibrations_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def head_of(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
     """Where the numbers come from, as JSON-ready data."""
     setup = inputs.setup
+    peers = {"peers": [peer.label for peer in setup.peers]} if setup.peers else {}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
@@ -78,6 +91,7 @@ def head_of(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
         "tokens_at_once": setup.step,
         "other_precision": setup.precision,
         "prompts_in_float32": setup.prompts_in_float32,
+        **peers,
     }
 
 

@@ -23,9 +23,12 @@ _process: dict[str, Any] = {}  # of a worker: its evaluation, and where cells go
 
 def run_here(evaluation: Evaluation, units: Sequence[Unit], add: Add) -> None:
     """Measure units one after another in this process."""
-    for unit in units:
-        for cell in evaluation.measure(unit):
-            add(cell)
+    try:
+        for unit in units:
+            for cell in evaluation.measure(unit):
+                add(cell)
+    finally:
+        evaluation.close()
 
 
 def run_in_processes(inputs: Inputs, units: Sequence[Unit], add: Add, jobs: int) -> None:

@@ -1,6 +1,7 @@
 """Loads models, configurations and tokenizers by name, path or id."""
 
 from collections.abc import Callable
+from importlib.resources import files
 from typing import Any, Final, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from kvpolicy.errors import InputError, KVPolicyError, described, one_line
 from kvpolicy.evaluate.fetch.cache_folder import Tell, silent
 from kvpolicy.evaluate.models.convert import converted
 from kvpolicy.evaluate.models.published import PUBLISHED
-from kvpolicy.evaluate.testbed.load import load_testbed, model_config
+from kvpolicy.evaluate.testbed.load import WEIGHTS, load_testbed, model_config
 
 TESTBED: Final = "testbed"
 NAMES: Final = (TESTBED, *PUBLISHED)  # they stand before folders of the same name: write ./testbed for such a folder
@@ -27,7 +28,7 @@ def config_of(model: str, tell: Tell = silent) -> PretrainedConfig:
     """
     if model == TESTBED:
         return model_config()
-    place = _place(model, tell)
+    place = place_of(model, tell)
     config: PretrainedConfig = _read(model, "configuration", lambda: AutoConfig.from_pretrained(place))
     return config
 
@@ -47,14 +48,16 @@ def load_model(
     if model == TESTBED:
         loaded, words = _read(model, "model", lambda: load_testbed(dtype or torch.float32))
     else:
-        place = _place(model, tell)
+        place = place_of(model, tell)
         words = _read(model, "tokenizer", lambda: AutoTokenizer.from_pretrained(place))
         loaded = _read(model, "model", lambda: AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto"))
     return loaded.to(device).eval(), words
 
 
-def _place(model: str, tell: Tell) -> str:
-    """Where transformers finds it."""
+def place_of(model: str, tell: Tell = silent) -> str:
+    """Where transformers finds a model: its folder, or its id on the hub. A published model is fetched first."""
+    if model == TESTBED:
+        return str(files("kvpolicy.evaluate.testbed") / WEIGHTS)
     return str(converted(PUBLISHED[model], tell)) if model in PUBLISHED else model
 
 

@@ -27,8 +27,9 @@ def summary_data(record: EvaluationRecord) -> dict[str, Any]:
 
 
 def _line(line: Line) -> dict[str, Any]:
-    about: dict[str, Any] = {"policy": line.policy, "share": line.share}
+    about: dict[str, Any] = {"policy": line.policy, "share": line.share, **({"peer": True} if line.peer else {})}
     if not line.values:
         return {**about, "refusal": line.refusal}
     estimates = {name: attrs.asdict(line.estimate(name)) for name in line.values}
-    return {**about, "held_share": line.held_share, "seconds": line.seconds, **estimates}
+    costs = {"costs": dict(line.costs)} if line.costs else {}
+    return {**about, "held_share": line.held_share, "seconds": line.seconds, **costs, **estimates}

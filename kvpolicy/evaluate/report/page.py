@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from kvpolicy.errors import EvaluationError, one_line
 from kvpolicy.evaluate.harness.record import EvaluationRecord
 from kvpolicy.evaluate.harness.setup import OTHER_PRECISION, percent
+from kvpolicy.evaluate.report.markdown import heading, row
+from kvpolicy.evaluate.report.peers import about_peers, costs_beside_ours
 from kvpolicy.evaluate.report.statistics import Estimate
 from kvpolicy.evaluate.report.summary import Line, Summary, TaskSummary
 from kvpolicy.evaluate.tasks.case import METRICS, Metric
@@ -40,6 +42,7 @@ def _page(record: EvaluationRecord, picture: str | None) -> Iterator[str]:
         yield f"![Quality against bytes held]({picture})\n"
     yield from _best(summary)
     yield _HOW.format(floor=OTHER_PRECISION)
+    yield from about_peers(record)
     for task in summary.tasks:
         yield from _task(task, summary)
 
@@ -58,9 +61,9 @@ def _best(summary: Summary) -> Iterator[str]:
     if not tasks:
         return
     yield "## Best at each share\n"
-    yield from _heading("of the bytes", *(task.task for task in tasks))
+    yield from heading("of the bytes", *(task.task for task in tasks))
     for share in summary.shares:
-        yield _row(percent(share), *(_names(task, share) for task in tasks))
+        yield row(percent(share), *(_names(task, share) for task in tasks))
     yield ""
 
 
@@ -90,12 +93,13 @@ def _task(task: TaskSummary, summary: Summary) -> Iterator[str]:
 def _measured(task: TaskSummary, summary: Summary) -> Iterator[str]:
     metrics = list(task.measured[0].values)
     yield "; ".join(f"**{name}**: {METRICS[name].help}" for name in metrics) + ".\n"
-    yield from _heading("cache", "held", *metrics)
+    yield from heading("cache", "held", *metrics)
     for share in (None, *summary.shares):
         best = task.best(share) if share is not None else ()
         for line in (line for line in task.measured if line.share == share):
             yield _cells(line, metrics, bold=task.metric if line in best else None)
     yield ""
+    yield from costs_beside_ours(task)
 
 
 def _about(name: str) -> str:
@@ -111,7 +115,7 @@ def _cells(line: Line, metrics: list[str], bold: str | None) -> str:
     for name in metrics:
         text = _interval(line.estimate(name), METRICS[name])
         numbers.append(f"**{text}**" if name == bold else text)
-    return _row(line.label, f"{100 * line.held_share:.1f}%", *numbers)
+    return row(line.label, f"{100 * line.held_share:.1f}%", *numbers)
 
 
 def _interval(found: Estimate, metric: Metric) -> str:
@@ -122,12 +126,3 @@ def _interval(found: Estimate, metric: Metric) -> str:
 
 def _number(value: float, metric: Metric) -> str:
     return f"{value:.0%}" if metric.percent else f"{value:.3g}"
-
-
-def _heading(*cells: str) -> Iterator[str]:
-    yield _row(*cells)
-    yield "|" + "---|" * len(cells)
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

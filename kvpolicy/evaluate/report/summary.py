@@ -29,6 +29,8 @@ class Line:
     seconds: float
     groups: tuple[int, ...]  # those that were measured
     refusal: str = ""
+    peer: bool = False  # whether it is a cache of another library, held right after the prompt
+    costs: Mapping[str, float] = attrs.field(factory=dict)  # by name, means over the groups; where peers are measured
 
     @property
     def label(self) -> str:
@@ -75,6 +77,11 @@ class TaskSummary:
     def full(self) -> Line | None:
         """The line of the full cache."""
         return next((line for line in self.measured if line.policy == FULL), None)
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether caches of other libraries are among the lines."""
+        return any(line.peer for line in self.lines)
 
     @property
     def tells_something(self) -> bool:
@@ -135,7 +142,15 @@ def _line(task: str, policy: str, share: float | None, cells: list[Cell]) -> Lin
         seconds=sum(cell.seconds for cell in measured),
         groups=tuple(cell.group for cell in measured),
         refusal=next((cell.refusal for cell in cells if cell.refusal), ""),
+        peer=any(cell.peer for cell in cells),
+        costs=_mean_costs(measured),
     )
+
+
+def _mean_costs(cells: list[Cell]) -> dict[str, float]:
+    """Means of what every cell has."""
+    names = [name for name in cells[0].costs if all(name in cell.costs for cell in cells)] if cells else []
+    return {name: sum(cell.costs[name] for cell in cells) / len(cells) for name in names}
 
 
 def _on_the_same_groups(lines: list[Line]) -> list[Line]:

@@ -10,6 +10,8 @@ from kvpolicy.evaluate.tasks.case import METRICS
 
 _CAPTION = """Bold: the best at its share, and those whose difference from it cannot be told from zero.
 held: bytes of one sequence at the end, slack, observed queries and state included, mean over the tasks."""
+_PEERS = """
+Of peers (kvpress, transformers): bytes right after the prompt; the page says what is held in the end."""
 
 
 def table_of(record: EvaluationRecord) -> Table:
@@ -18,7 +20,8 @@ def table_of(record: EvaluationRecord) -> Table:
     title = (
         f"{escape(head['model']['name'])}, {head['model']['dtype']}, contexts of about {head['sizes']['length']} tokens"
     )
-    table = Table(title=title, caption=_CAPTION, caption_justify="left", box=SIMPLE_HEAD, padding=0)
+    caption = _CAPTION + (_PEERS if any(task.has_peers for task in summary.tasks) else "")
+    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("cache", no_wrap=True, overflow="ellipsis", max_width=32)
     table.add_column("held", justify="right", no_wrap=True)
     for task in summary.tasks:

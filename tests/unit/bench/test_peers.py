@@ -1,4 +1,4 @@
-"""Peers: the environment is made step by step, the worker measures what was asked, failures are ours."""
+"""Presses of kvpress: the worker measures what was asked, and failures are ours."""
 
 import stat
 import sys
@@ -8,7 +8,7 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.bench.baselines.peers import Request, ask, environment, install, python_of, worker
+from kvpolicy.bench.baselines.peers import Request, ask, worker
 from kvpolicy.errors import InputError
 
 REQUEST = Request("FakePress", 2, 4, 2, 16, 100, 37, "float32", "cpu", 3, 1, 1)
@@ -99,38 +99,3 @@ def test_a_worker_that_fails_is_one_line(tmp_path, body, message):
 def test_a_missing_worker_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"kvpress: .*No such file"):
         ask(tmp_path / "nowhere", REQUEST)
-
-
-def test_environment_has_torch_first_and_is_ready_in_the_end(tmp_path, monkeypatch):
-    ran, said = [], []
-
-    def run(command):
-        ran.append(command[2:])
-        if "venv" in command:
-            (tmp_path / "kvpress").mkdir()
-        assert python_of(tmp_path) is None  # not before the last step is done
-
-    monkeypatch.setattr(environment, "_run", run)
-    python = install(said.append, tmp_path)
-
-    release = torch.__version__.partition("+")[0]
-    assert ran[0] == ["venv", "--clear", str(tmp_path / "kvpress")]
-    assert [command[3] for command in ran[1:]] == [f"torch=={release}", *environment.REQUIREMENTS]
-    assert all(f"torch=={release}" in command for command in ran[1:])
-    assert python_of(tmp_path) == python == tmp_path / "kvpress" / "bin" / "python"
-    assert len(said) == 4
-
-
-def test_a_step_that_fails_leaves_no_environment(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="venv --clear failed: "):
-        install(lambda _text: None, tmp_path / "file" / "below")
-    assert python_of(tmp_path / "file" / "below") is None
-
-
-def test_peers_live_where_the_variables_say(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("KVPOLICY_PEERS", raising=False)
-    assert environment.home() == tmp_path / "kvpolicy" / "peers"
-    monkeypatch.setenv("KVPOLICY_PEERS", str(tmp_path / "mine"))
-    assert environment.home() == tmp_path / "mine"

@@ -203,7 +203,7 @@ def test_compress_with_peers_adds_theirs(kv, tmp_path, monkeypatch):
         asked.append((python, request))
         return {"samples": [1.0] * request.rounds, "versions": {"kvpress": "9"}}
 
-    monkeypatch.setattr("kvpolicy.bench.baselines.peers.python_of", lambda: Path("python"))
+    monkeypatch.setattr("kvpolicy.peers.environment.python_of", lambda: Path("python"))
     monkeypatch.setattr("kvpolicy.bench.baselines.peers.ask", ask)
     result = kv(*COMPRESS, "--policy", "tova", "--rounds", "3", "--peers", "--out", ".", "--layers", "2")
     rkv, tova = record(tmp_path, "compress")["parts"]["compress"]
@@ -229,7 +229,7 @@ def test_a_peer_that_fails_is_left_out(kv, tmp_path, monkeypatch):
     def ask(_python, _request):
         raise InputError("kvpress: broken")
 
-    monkeypatch.setattr("kvpolicy.bench.baselines.peers.python_of", lambda: Path("python"))
+    monkeypatch.setattr("kvpolicy.peers.environment.python_of", lambda: Path("python"))
     monkeypatch.setattr("kvpolicy.bench.baselines.peers.ask", ask)
     result = kv(*COMPRESS, "--policy", "tova", "--rounds", "3", "--peers", "--out", ".")
 

@@ -6,6 +6,7 @@ import attrs
 import pytest
 
 from kvpolicy.evaluate.harness.measure import GroupRun
+from kvpolicy.evaluate.peers import PEERS
 from kvpolicy.evaluate.report import plots
 from kvpolicy.evaluate.tasks.names import TASKS
 from tests.support.evaluation_records import two_tasks
@@ -110,6 +111,24 @@ def test_tasks_are_listed(kv, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_peers_are_listed(kv, tmp_path):
+    result = kv("evaluate", "--peer", "list")
+    listed = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+
+    assert result.exit_code == 0
+    assert listed == {name: f"{peer.library}: {peer.summary}" for name, peer in PEERS.items()}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peers_that_are_not_installed_are_told_first(kv, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVPOLICY_PEERS", str(tmp_path / "none"))
+    result = kv("evaluate", "--peer", "snapkv")
+
+    assert result.exit_code == 2
+    assert result.stderr == "error: --peer: kvpress is not installed: kvpolicy bench peers install\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -125,6 +144,7 @@ def test_tasks_are_listed(kv, tmp_path):
         (("--scored", "1"), "scored must be at least 2: 1"),
         (("--length", "5"), "length must be from 128 to 2048: 5"),
         (("--seed", "-1"), "seed must be at least 0: -1"),
+        (("--peer", "snapvk"), "--peer: unknown: 'snapvk'"),
         (("--jobs", "0"), "--jobs must be at least 1: 0"),
         (("--device", "abacus"), "--device must be cpu, cuda or cuda:N: 'abacus'"),
         (("--dtype", "float8"), "--dtype must be one of"),

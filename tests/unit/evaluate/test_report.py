@@ -1,5 +1,6 @@
 """Reports: intervals, who is best, and that pages and tables say what the record says."""
 
+import io
 import json
 import re
 from itertools import product
@@ -14,7 +15,7 @@ from kvpolicy.evaluate.report.page import page_of
 from kvpolicy.evaluate.report.statistics import differ, estimate
 from kvpolicy.evaluate.report.summary import Summary
 from kvpolicy.evaluate.report.table import table_of
-from tests.support.evaluation_records import cell, record_of, two_tasks
+from tests.support.evaluation_records import cell, record_of, two_tasks, with_peers
 
 # -- intervals -------------------------------------------------------------------------------------------------
 
@@ -283,3 +284,45 @@ def test_the_data_for_programs_has_every_line():
     line = next(line for line in text["lines"] if line["policy"] == "good" and line["share"] == 0.125)
     assert line["kl"] == {"mean": pytest.approx(0.615), "low": pytest.approx(0.61), "high": pytest.approx(0.62)}
     assert line["held_share"] == 0.125
+
+
+# -- peers -----------------------------------------------------------------------------------------------------
+
+
+def test_peers_stand_next_to_ours_and_one_that_holds_everything_is_not_the_best():
+    page = page_of(with_peers())
+
+    assert "| ours 25% | 25.0% | 0.31 [0.3, 0.32] |" in page
+    assert "| kvpress snapkv 25% | 25.0% | **0.21 [0.2, 0.22]** |" in page
+    assert "| kvpress adakv 25% | 100.0% | 0.11 [0.1, 0.12] |" in page
+    assert "Not measured: kvpress kvzip 25%: peer: killed" in page
+    assert "**Peers** (`kvpress …`) ran in a process of their own, with\nkvpress 9.8, torch 7.6:\n" in page
+
+
+def test_pages_with_peers_tell_what_was_asked_for_what_is_held_and_how_long_it_took():
+    rows = [line for line in page_of(with_peers()).splitlines() if line.startswith("| ")]
+
+    assert rows[-5:] == [
+        "| cache | asked to hold | after the prompt | in the end | prompt s | decode step ms |",
+        "| full cache |  | 100.0% | 100.0% | 1.00 | 1000.0 |",
+        "| ours | 25% | 26.0% | 25.0% | 1.50 | 25.0 |",
+        "| kvpress snapkv | 25% | 25.0% | 31.0% | 2.00 | 30.0 |",
+        "| kvpress adakv | 25% | 100.0% | 100.0% | 2.00 | 30.0 |",
+    ]
+
+
+def test_tables_and_data_mark_peers():
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table_of(with_peers()))
+    lines = {line["policy"]: line for line in summary_data(with_peers())["tasks"]["text"]["lines"]}
+
+    assert "Of peers (kvpress, transformers): bytes right after the prompt" in " ".join(console.export_text().split())
+    assert lines["kvpress snapkv"]["peer"] is True
+    assert lines["kvpress snapkv"]["costs"]["end_share"] == 0.31
+    assert lines["kvpress kvzip"] == {"policy": "kvpress kvzip", "share": 0.25, "peer": True, "refusal": "peer: killed"}
+    assert "peer" not in lines["ours"]
+
+
+def test_records_without_peers_say_nothing_of_them():
+    assert "eers" not in page_of(two_tasks())
+    assert "costs" not in json.dumps(summary_data(two_tasks()))

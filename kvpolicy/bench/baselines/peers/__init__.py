@@ -1,6 +1,5 @@
-"""Other libraries, timed in environments of their own that the benchmark makes when asked."""
+"""Presses of kvpress, timed in the environment of the peers."""
 
 from kvpolicy.bench.baselines.peers.client import PRESSES, Request, ask
-from kvpolicy.bench.baselines.peers.environment import install, python_of
 
-__all__ = ["PRESSES", "Request", "ask", "install", "python_of"]
+__all__ = ["PRESSES", "Request", "ask"]

@@ -1,4 +1,4 @@
-"""The environment of a peer: made once, in the user's cache folder, beside nothing of ours."""
+"""The environment of the peers: made once, in the user's cache folder, beside nothing of ours."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ import torch
 from kvpolicy.errors import InputError
 
 REQUIREMENTS = ("transformers==5.2.*", "kvpress==0.5.*")  # kvpress allows no transformers from 5.3 on
+OPTIONAL = ("optimum-quanto==0.2.*", "hqq==0.2.*")  # backends of transformers' quantised cache
 _TIMEOUT = 1800.0  # seconds of one step
 _SHOWN = 300  # characters of an error
 
@@ -27,18 +28,38 @@ def python_of(folder: Path | None = None) -> Path | None:
     return python if (python.parent.parent / "ready").exists() else None
 
 
+def required_python(option: str) -> Path:
+    """The Python of the environment, which an option of the command line needs. Raises InputError."""
+    python = python_of()
+    if python is None:
+        raise InputError(f"{option}: kvpress is not installed: kvpolicy bench peers install")
+    return python
+
+
 def install(say: Callable[[str], None], folder: Path | None = None) -> Path:
-    """Make the environment, with the torch of this one; its Python. Raises InputError when a step fails."""
+    """Make the environment, with the torch of this one; its Python.
+
+    An optional requirement that cannot be installed is said and left out. Raises InputError when another step fails.
+    """
     environment = (folder or home()) / "kvpress"
     python = environment / "bin" / "python"
     release = torch.__version__.partition("+")[0]
     requirements = (f"torch=={release}", *REQUIREMENTS)
+    every = (*requirements, *OPTIONAL)
     say(f"making {environment}")
     _run([sys.executable, "-m", "venv", "--clear", str(environment)])
-    for count, requirement in enumerate(requirements):  # torch first, so that nothing else decides which
-        say(f"installing {requirement} ({count + 1} of {len(requirements)})")
-        _run([str(python), "-m", "pip", "install", "-q", requirement, *requirements[:count]])
-    (environment / "ready").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+    installed: list[str] = []
+    for requirement in every:  # torch first, so that nothing else decides which
+        say(f"installing {requirement} ({every.index(requirement) + 1} of {len(every)})")
+        try:
+            _run([str(python), "-m", "pip", "install", "-q", requirement, *installed])
+        except InputError as error:
+            if requirement not in OPTIONAL:
+                raise
+            say(f"left out: {requirement}: {error}")
+            continue
+        installed.append(requirement)
+    (environment / "ready").write_text("\n".join(installed) + "\n", encoding="utf-8")
     return python
 
 
