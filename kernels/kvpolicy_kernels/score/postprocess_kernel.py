@@ -190,6 +190,14 @@ def softmax_parts(TERMS, LENGTHS, SOFTMAX, T, parts, BLOCK: tl.constexpr, SETTIN
 
 
 @triton.jit
+def _mean(total, count):
+    """Total / count, exact where it can be: a GPU's division is not, and equal scores would differ from their mean."""
+    mean = total / count
+    better = mean + tl.fma(-mean, count, total) / count
+    return tl.where(tl.abs(mean) < float("inf"), better, mean)
+
+
+@triton.jit
 def _normal_part(scores, inside, NORMALISE: tl.constexpr):
     """Statistics of one part's candidates: largest finite magnitude (twice), or sum and squared deviations."""
     if NORMALISE == 1:
@@ -198,7 +206,7 @@ def _normal_part(scores, inside, NORMALISE: tl.constexpr):
         second = first
     else:
         first = tl.sum(tl.where(inside, scores, 0.0), 0)
-        mean = tl.div_rn(first, tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0))  # exact where all scores are equal
+        mean = _mean(first, tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0))
         deviation = tl.where(inside, scores - mean, 0.0)
         second = tl.sum(deviation * deviation, 0)
     return first, second
@@ -281,8 +289,8 @@ def _normalised(
             candidates = end - first
         counts = tl.maximum(counts, 0).to(tl.float32)
         count = tl.maximum(candidates.to(tl.float32), 1.0)
-        mean = tl.div_rn(tl.sum(firsts, 0), count)
-        deviation = tl.div_rn(firsts, tl.maximum(counts, 1.0)) - mean
+        mean = _mean(tl.sum(firsts, 0), count)
+        deviation = _mean(firsts, tl.maximum(counts, 1.0)) - mean
         standard_deviation = tl.sqrt(tl.sum(seconds + counts * deviation * deviation, 0) / count)
         normalised = (scores - mean) / tl.where(standard_deviation < _TINY, _TINY, standard_deviation)
     return normalised
