@@ -89,6 +89,7 @@ def _setup(
         tuple(map(parse_share, shares)),
         TaskSizes(documents=documents, length=tokens, scored=32 if quick else 128, seed=seed),
         prompts_in_float32=slow_in_16_bits("cpu"),
+        times=not embedded,
     )
 
 

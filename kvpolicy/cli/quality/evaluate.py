@@ -40,6 +40,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A cache of another library, `all`, or `list`; may be repeated. See `bench peers install`."),
     ] = None,
+    times: Annotated[bool, typer.Option("--times", help="Also time prefill and decode steps, once a policy.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes, each with a copy of the model.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One short context a task: does it run?")] = False,
     out_dir: Annotated[
@@ -67,7 +68,7 @@ def evaluate(
     _require_jobs(jobs)
     sizes = {"documents": documents, "length": length, "scored": scored, "questions": questions, "seed": seed}
     peers = _peers(peer or [])
-    setup = _setup(model, policy, share, task, sizes, device, peers, quick=quick)
+    setup = _setup(model, policy, share, task, sizes, device, peers, times=times, quick=quick)
     inputs = inputs_of(model, text, device, dtype, setup)
     make_folder(out_dir, "--out ")
     _render(out_dir, measure(inputs, out_dir / RECORD, jobs)[0], json=json)
@@ -116,6 +117,7 @@ def _setup(
     device: str,
     peers: "tuple[Peer, ...]",
     *,
+    times: bool,
     quick: bool,
 ) -> "EvaluationSetup":
     from kvpolicy.evaluate.harness.setup import EvaluationSetup
@@ -134,6 +136,7 @@ def _setup(
         tuple(map(parse_share, shares or SHARES)),
         TaskSizes(**{**defaults, **(_QUICK if quick else {}), **given}),
         peers=peers,
+        times=times,
         prompts_in_float32=slow_in_16_bits(device),
     )
 

@@ -106,7 +106,7 @@ class Evaluation:
             prompt_model = other if self._rounds_prompts else None
             run = GroupRun(self.model, self._sources.tokenizer, cases, self.setup.step, prompt_model)
             full = run.full()
-            if self.setup.peers:
+            if self._timed(unit):
                 full = attrs.evolve(full, costs=costs_of_full(run))
         except (MemoryError, RuntimeError) as error:
             reason = _out_of_memory(error)
@@ -131,15 +131,20 @@ class Evaluation:
             if contender.peer is not None:
                 return self._of_peer(contender.peer, contender.share, run)
             plan = self._plan(unit.task, contender)
-            return plan if isinstance(plan, str) else self._under(plan, run, attachment)
+            return plan if isinstance(plan, str) else self._under(plan, run, attachment, timed=self._timed(unit))
         except KVPolicyError as error:
             return str(error)
         except (MemoryError, RuntimeError) as error:
             return _out_of_memory(error)
 
-    def _under(self, plan: Plan, run: GroupRun, attachment: Attachment) -> Measured:
+    def _timed(self, unit: Unit) -> bool:
+        """Whether forwards of their own are timed, beside what is measured."""
+        first = (unit.task, unit.group) == (self.setup.tasks[0], 0)
+        return bool(self.setup.peers) or (self.setup.times and first)
+
+    def _under(self, plan: Plan, run: GroupRun, attachment: Attachment, *, timed: bool) -> Measured:
         measured = run.under(plan, attachment)
-        if not self.setup.peers:
+        if not timed:
             return measured
         return attrs.evolve(measured, costs=costs_under(run, plan, attachment, measured))
 

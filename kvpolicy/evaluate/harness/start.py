@@ -71,7 +71,8 @@ def calibrations_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def head_of(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
     """Where the numbers come from, as JSON-ready data."""
     setup = inputs.setup
-    peers = {"peers": [peer.label for peer in setup.peers]} if setup.peers else {}
+    beside: dict[str, Any] = {"peers": [peer.label for peer in setup.peers]} if setup.peers else {}
+    beside |= {"times": True} if setup.times else {}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
@@ -91,7 +92,7 @@ def head_of(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
         "tokens_at_once": setup.step,
         "other_precision": setup.precision,
         "prompts_in_float32": setup.prompts_in_float32,
-        **peers,
+        **beside,
     }
 
 

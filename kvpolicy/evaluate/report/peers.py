@@ -29,11 +29,11 @@ def about_peers(record: EvaluationRecord) -> Iterator[str]:
 
 
 def costs_beside_ours(task: TaskSummary) -> Iterator[str]:
-    """A table of bytes and times, peers and ours; nothing without peers."""
+    """A table of bytes and times, of ours and of peers; nothing where nothing was timed."""
     lines = [line for line in task.measured if all(name in line.costs for name in _COSTS)]
-    if not task.has_peers or not lines:
+    if not lines:
         return
-    yield "Bytes as shares of a full cache's at the same time, and times of one row, mean over documents:\n"
+    yield "Bytes as shares of a full cache's at the same time, and times of one row, mean over what was timed:\n"
     yield from heading("cache", "asked to hold", "after the prompt", "in the end", "prompt s", "decode step ms")
     for line in sorted(lines, key=lambda line: (-1.0 if line.share is None else -line.share, line.peer)):
         yield _costs(line)

@@ -148,9 +148,10 @@ def _line(task: str, policy: str, share: float | None, cells: list[Cell]) -> Lin
 
 
 def _mean_costs(cells: list[Cell]) -> dict[str, float]:
-    """Means of what every cell has."""
-    names = [name for name in cells[0].costs if all(name in cell.costs for cell in cells)] if cells else []
-    return {name: sum(cell.costs[name] for cell in cells) / len(cells) for name in names}
+    """Means over the cells that were timed."""
+    timed = [cell.costs for cell in cells if cell.costs]
+    names = [name for name in timed[0] if all(name in costs for costs in timed)] if timed else []
+    return {name: sum(costs[name] for costs in timed) / len(timed) for name in names}
 
 
 def _on_the_same_groups(lines: list[Line]) -> list[Line]:

@@ -10,6 +10,8 @@ from kvpolicy.evaluate.tasks.case import METRICS
 
 _CAPTION = """Bold: the best at its share, and those whose difference from it cannot be told from zero.
 held: bytes of one sequence at the end, slack, observed queries and state included, mean over the tasks."""
+_TIMES = """
+step ms: median decode step of one row behind a prompt, on this machine while it did what else it did."""
 _PEERS = """
 Of peers (kvpress, transformers): bytes right after the prompt; the page says what is held in the end."""
 
@@ -20,10 +22,13 @@ def table_of(record: EvaluationRecord) -> Table:
     title = (
         f"{escape(head['model']['name'])}, {head['model']['dtype']}, contexts of about {head['sizes']['length']} tokens"
     )
-    caption = _CAPTION + (_PEERS if any(task.has_peers for task in summary.tasks) else "")
+    timed = any(line.costs for task in summary.tasks for line in task.lines)
+    caption = _CAPTION + (_TIMES if timed else "") + (_PEERS if any(task.has_peers for task in summary.tasks) else "")
     table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("cache", no_wrap=True, overflow="ellipsis", max_width=32)
     table.add_column("held", justify="right", no_wrap=True)
+    if timed:
+        table.add_column("step ms", justify="right", no_wrap=True)
     for task in summary.tasks:
         name = METRICS[task.metric].name if task.metric != "correct" else ""
         doubt = "" if task.tells_something or task.full is None else " (not done by the full cache)"
@@ -38,7 +43,9 @@ def table_of(record: EvaluationRecord) -> Table:
             measured = [line for line in lines.values() if line.values]
             held = sum(line.held_share for line in measured) / max(1, len(measured))
             row = (_cell(task, lines.get(task.task), best.get((task.task, share), ())) for task in summary.tasks)
-            table.add_row(escape(label), f"{held:.1%}" if measured else "", *row)
+            steps = [line.costs["step_seconds"] for line in measured if line.costs]
+            step = [f"{1000 * sum(steps) / len(steps):.0f}" if steps else ""] if timed else []
+            table.add_row(escape(label), f"{held:.1%}" if measured else "", *step, *row)
     return table
 
 

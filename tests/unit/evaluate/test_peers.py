@@ -1,5 +1,6 @@
 """Peers: the same measures from another process; what fails is a cell that says so."""
 
+import io
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
+from rich.console import Console
 
 import kvpolicy
 from kvpolicy.errors import EvaluationError, InputError
@@ -14,12 +16,15 @@ from kvpolicy.evaluate.data.texts import Text
 from kvpolicy.evaluate.harness.calibrations import Calibrations
 from kvpolicy.evaluate.harness.measure import GroupRun
 from kvpolicy.evaluate.harness.measured import Costs, Measured
+from kvpolicy.evaluate.harness.record import EvaluationRecord
 from kvpolicy.evaluate.harness.run import Evaluation
-from kvpolicy.evaluate.harness.setup import FULL, EvaluationSetup
+from kvpolicy.evaluate.harness.setup import FULL, OTHER_PRECISION, EvaluationSetup
 from kvpolicy.evaluate.harness.start import Inputs, evaluation_of, head_of
 from kvpolicy.evaluate.harness.workers import run_here
 from kvpolicy.evaluate.peers import PEERS, peers_of
 from kvpolicy.evaluate.peers.client import PeerLoad, Peers
+from kvpolicy.evaluate.report.summary import Summary
+from kvpolicy.evaluate.report.table import table_of
 from kvpolicy.evaluate.tasks.case import Answer, Continuation, Sources, TaskSizes, Turn
 from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
 from kvpolicy.peers import environment, python_of
@@ -105,6 +110,24 @@ def test_what_ours_cost_is_measured_beside_them(tiny):
     snapkv = beside["snapkv"]
     assert snapkv.costs["end_share"] == snapkv.held_bytes / snapkv.full_bytes
     assert 0.2 < snapkv.costs["prompt_share"] < 0.35
+
+
+def test_times_are_those_of_the_first_group_of_the_first_task(tiny):
+    """So that a demo is not twice as long; the line of a policy has them all the same."""
+    setup = attrs.evolve(setup_of(), times=True, sizes=TaskSizes(documents=2, length=128, scored=9))
+    evaluation = Evaluation(tiny[0], Sources(tiny[1], TEXTS), setup, Calibrations(tiny[0], lambda: None), None)
+    cells = [cell for unit in evaluation.units() for cell in evaluation.measure(unit)]
+
+    assert {bool(cell.costs) for cell in cells if cell.group == 0 and cell.policy != OTHER_PRECISION} == {True}
+    assert {bool(cell.costs) for cell in cells if cell.group == 1} == {False}
+    record = EvaluationRecord({"model": {"name": "tiny", "dtype": "float32"}, "sizes": {"length": 128}}, tuple(cells))
+    (task,) = Summary(record).tasks
+    assert {line.policy for line in task.lines if line.costs} == {FULL, "snapkv"}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table_of(record))
+    shown = console.export_text()
+    assert "step ms" in shown
+    assert f"{1000 * next(line for line in task.lines if line.policy == 'snapkv').costs['step_seconds']:.0f}" in shown
 
 
 # -- whatever a worker says --------------------------------------------------------------------------------------
