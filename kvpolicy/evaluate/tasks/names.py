@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kvpolicy.errors import EvaluationError, did_you_mean
 from kvpolicy.evaluate.tasks.agent_turns import AgentTurns
 from kvpolicy.evaluate.tasks.case import Task
+from kvpolicy.evaluate.tasks.code import Code
 from kvpolicy.evaluate.tasks.continuations import Continuations
 from kvpolicy.evaluate.tasks.generated import Generated
 from kvpolicy.evaluate.tasks.needles import Needles
@@ -23,6 +24,8 @@ TASKS: dict[str, Task] = {
         Needles("needles-two", 4, 2, seen=True, summary="two of four needles at once; scorers see the question"),
         Variables("variables", seen=True, summary="which variables have a value; scorers see the question"),
         Turns(),
+        Code("code", seen=True, summary="tests of functions in a long source file are completed, and run"),
+        Code("code-unseen", seen=False, summary="the same; scorers do not see the test"),
         AgentTurns(),
         VerifiedQuestions("gsm8k"),
         Generated("recall", summary="testbed: facts amid filler"),

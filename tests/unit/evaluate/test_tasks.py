@@ -1,12 +1,15 @@
 """Cases of real text: what stands where, what is asked, and what is right."""
 
+import ast
 import re
 from itertools import pairwise
 
+import attrs
 import pytest
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.tasks.case import TaskSizes, ids_of
+from kvpolicy.evaluate.tasks.code import passes
 from kvpolicy.evaluate.tasks.names import TASKS, require_tasks, task_of
 from tests.support.texts import TEXTS
 
@@ -40,6 +43,51 @@ def test_every_needle_is_asked_for_in_a_turn_of_its_own(sources):
             assert scores["correct"](f" {numbers[city]}.") == 1
             assert [scores["correct"](number) for other, number in numbers.items() if other != city] == [0] * 3
     assert len(firsts) > 1
+
+
+# -- code ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["code", "code-unseen"])
+def test_code_is_a_file_that_runs_and_whose_tests_pass_with_the_right_literal(sources, name):
+    """The file is executed here, and every function called."""
+    for cases in task_of(name).groups(sources, SIZES):
+        for case in cases:
+            whole = text_of(sources, case.prompt + case.question).removeprefix("<s>")
+            source, _, test = whole.rpartition("\n\ndef test_")
+            tested = test.partition("_code")[0]
+            made = re.findall(r"def (\w+)_code\(\):\n    return (\d+)\n", source)
+            numbers = dict(made)
+            ast.parse(source)
+            assert len(numbers) == 4
+            assert test == f"{tested}_code():\n    assert {tested}_code() == "
+            score = case.scores["correct"]
+            assert score(f"{numbers[tested]}\n\ndef more") == score(f" {numbers[tested]}  # right") == 1
+            assert [score(number) for other, number in made if other != tested] == [0] * 3
+            seen = task_of(name).seen
+            assert text_of(sources, case.prompt).endswith("_code() ==" if seen else "\n\n")
+    assert len({case.scores["correct"] for case in cases}) == 3
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "\n", "1 +", "print(1)", "__import__('os').abort()", "f()", "[" * 300, "'12345'", "1" * 5000, "\x00"],
+)
+def test_what_is_written_is_never_run(written):
+    assert passes("def f():\n    return 12345\n", "f")(written) == 0
+
+
+def test_functions_of_a_file_stand_at_depths_that_are_spread_evenly(sources):
+    sizes = attrs.evolve(SIZES, length=12_000)
+    for index, cases in enumerate(task_of("code").groups(sources, sizes)):
+        text = text_of(sources, cases[0].prompt).rpartition("def test_")[0]
+        names = re.findall(r"^def (\w+)", text, re.MULTILINE)
+        places = [place for place, name in enumerate(names) if name.endswith("_code")]
+        count = len(names) - 4
+        assert count > 12
+        assert [place - order for order, place in enumerate(places)] == [
+            int((order * 3 + index + 0.5) / 12 * count) for order in range(4)
+        ]
 
 
 # -- needles ---------------------------------------------------------------------------------------------------
