@@ -80,7 +80,7 @@ def test_what_is_written_is_never_run(written):
 def test_functions_of_a_file_stand_at_depths_that_are_spread_evenly(sources):
     sizes = attrs.evolve(SIZES, length=12_000)
     for index, cases in enumerate(task_of("code").groups(sources, sizes)):
-        text = text_of(sources, cases[0].prompt).rpartition("def test_")[0]
+        text = text_of(sources, cases[0].prompt).removeprefix("<s>").rpartition("def test_")[0]
         names = re.findall(r"^def (\w+)", text, re.MULTILINE)
         places = [place for place, name in enumerate(names) if name.endswith("_code")]
         count = len(names) - 4
