@@ -84,7 +84,7 @@ def test_functions_of_a_file_stand_at_depths_that_are_spread_evenly(sources):
         names = re.findall(r"^def (\w+)", text, re.MULTILINE)
         places = [place for place, name in enumerate(names) if name.endswith("_code")]
         count = len(names) - 4
-        assert count > 12
+        assert count > 8
         assert [place - order for order, place in enumerate(places)] == [
             int((order * 3 + index + 0.5) / 12 * count) for order in range(4)
         ]
