@@ -89,13 +89,7 @@ class CompressionScheduler:
         self.prompt_end: int | None = None  # how many tokens the prompt ends behind, where `generate` has told
         self._arrived: tuple[object, Tensor] | None = None
         counts = plan.device.type != "cpu" and not plan.spec.merge.moves_only
-        self._undone = torch.zeros(1, dtype=torch.int64, device=plan.device) if counts else None  # as in `compress`
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """What it holds for all layers."""
-        prompt = () if self.prompt is None else self.prompt.tensors
-        return [*prompt, *(() if self._undone is None else (self._undone,))]
+        self.undone = torch.zeros(1, dtype=torch.int64, device=plan.device) if counts else None  # as in `compress`
 
     def positions(self, num_tokens: Sequence[int], count: int, device: torch.device) -> Tensor:
         """Positions of `count` new tokens behind `num_tokens` in each row, int32 [B, count]; shared by all layers."""
@@ -181,7 +175,7 @@ class CompressionScheduler:
         budgets = torch.tensor([layer.budget(rows) for layer in layers], device=plan.device)
         tokens = torch.tensor([layers[0].num_tokens[row] for row in rows], device=plan.device)
         rest = iter(layers)
-        for results in compress(plan.spec, plan.fusion, shown, budgets, tokens, packs=plan.packs, undone=self._undone):
+        for results in compress(plan.spec, plan.fusion, shown, budgets, tokens, packs=plan.packs, undone=self.undone):
             self._reduce(list(islice(rest, len(results))), rows, results, fills=fills)
         spent = (time.perf_counter() - started) / len(layers)
         for layer in layers:

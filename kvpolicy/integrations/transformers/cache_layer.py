@@ -388,7 +388,11 @@ class PolicyLayer(LogicalLayer):
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
         beside = [*index, *self.row_state.values(), *self.recording.tensors, *self.stats.tensors]
         if self.ordinal == 0:
-            beside += [*self.spans.tensors, *self.scheduler.tensors]  # which are there for all layers
+            beside += self.spans.tensors  # which are there for all layers, as are these
+            if self.scheduler.prompt is not None:
+                beside += self.scheduler.prompt.tensors
+            if self.scheduler.undone is not None:
+                beside.append(self.scheduler.undone)
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.rows = len(self.state.num_tokens)
         self.stats.sample(self.seq_len, self.storage.average, self.storage.nbytes, self.window.nbytes, state)
