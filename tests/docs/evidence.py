@@ -9,7 +9,7 @@ from kvpolicy.evaluate.report.dominated import dominated
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "policies" / "kvpolicy_policies" / "evidence.json"
 SHIPPED = {path.stem for path in EVIDENCE.parent.glob("*.yaml")}
-MODELS = ("smollm2", "testbed")
+MODELS = ("smollm2", "gemma3-270m", "testbed")
 
 
 def evidence():

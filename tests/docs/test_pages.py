@@ -219,7 +219,7 @@ def results_table():
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("name", ["testbed", "smollm2", "smollm2-peers"])
+@pytest.mark.parametrize("name", ["testbed", "smollm2", "gemma3-270m", "smollm2-peers"])
 def test_pages_of_evaluations_are_those_of_their_records(name):
     folder = ROOT / "docs" / "reference" / "evaluation" / name
 
