@@ -175,7 +175,9 @@ class CompressionScheduler:
         budgets = torch.tensor([layer.budget(rows) for layer in layers], device=plan.device)
         tokens = torch.tensor([layers[0].num_tokens[row] for row in rows], device=plan.device)
         rest = iter(layers)
-        for results in compress(plan.spec, plan.fusion, shown, budgets, tokens, packs=plan.packs, undone=self.undone):
+        for results in compress(
+            plan.spec, plan.fusion, shown, budgets, tokens, packs=plan.packs_vectors, undone=self.undone
+        ):
             self._reduce(list(islice(rest, len(results))), rows, results, fills=fills)
         spent = (time.perf_counter() - started) / len(layers)
         for layer in layers:

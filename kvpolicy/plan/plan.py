@@ -76,7 +76,12 @@ class Plan:
     @cached_property
     def packs(self) -> bool:
         """Whether anything is ever held that is made of several entries, packed vectors or pages."""
-        return self.selective or any(forms.keys.columns or forms.values.columns for forms in self.formats)
+        return self.selective or self.packs_vectors
+
+    @cached_property
+    def packs_vectors(self) -> bool:
+        """Whether keys or values are ever packed."""
+        return any(forms.keys.columns or forms.values.columns for forms in self.formats)
 
     @cached_property
     def compresses_jointly(self) -> bool:

@@ -21,8 +21,8 @@ def places(settle):
     """Owner, name and wrapped function of each; `settle(kind, decision)` gives the decision that is to stand."""
     merged, packed, anyhow, on_device = merge, KVTensor._packed, step._choose_anyhow, evict._choose
 
-    def views(spec, fusion, batch, tokens, asked, *, forgets):
-        results, parts = [], anyhow(spec, fusion, batch, tokens, asked, forgets=forgets)
+    def views(spec, fusion, batch, tokens, **given):
+        results, parts = [], anyhow(spec, fusion, batch, tokens, **given)
         if spec.allocate.joint is not None:
             return _of_all_layers(settle, spec, batch, parts)
         for (shown, budgets), (seen, found) in zip(batch, parts, strict=True):

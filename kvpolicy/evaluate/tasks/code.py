@@ -1,4 +1,4 @@
-"""Code: a function defined somewhere in a long source file is tested, and the test that the model completes is run.
+"""Code: the model completes the test of a function in a long source file; the function is run to check it.
 
 The source is that of Python's own library. The functions that are asked for are made here, so that no model knows them.
 """
@@ -14,6 +14,7 @@ import attrs
 
 from kvpolicy.errors import EvaluationError
 from kvpolicy.evaluate.tasks.case import Answer, Sources, TaskSizes, ids_of
+from kvpolicy.evaluate.tasks.documents import sentence_window, with_hidden
 
 _NAMES = ("harbour", "orchard", "lantern", "granite", "meadow", "copper", "falcon", "willow", "canyon", "ember")
 _FUNCTION = "def {name}_code():\n    return {number}\n\n\n"
@@ -41,12 +42,8 @@ class Code:
         names = rng.sample(_NAMES, self.functions)
         made = [_FUNCTION.format(name=name, number=rng.randrange(10**4, 10**5)) for name in names]
         taken = sum(len(ids_of(sources.tokenizer, function)) for function in made)
-        file = _window(sources, blocks, index * len(blocks) // sizes.documents, sizes.length - taken)
-        count = len(file)
-        for order in reversed(range(self.functions)):
-            depth = (order * sizes.documents + index + 0.5) / (self.functions * sizes.documents)
-            file.insert(int(depth * count), made[order])
-        context = ids_of(sources.tokenizer, "".join(file), start=True)
+        file = sentence_window(sources.tokenizer, blocks, index, sizes.documents, sizes.length - taken)
+        context = ids_of(sources.tokenizer, with_hidden(file, made, index, sizes.documents), start=True)
         chosen = rng.sample(range(self.functions), min(self.functions, sizes.questions))
         return tuple(self._case(sources, context, names[one], made[one]) for one in chosen)
 
@@ -73,7 +70,7 @@ def passes(source: str, name: str) -> Callable[[str], float]:
 
 
 def _blocks() -> list[str]:
-    """Functions and classes of modules of Python's library that have no dependencies to speak of."""
+    """Functions of some modules of Python's library, each as source."""
     try:
         sources = [inspect.getsource(module) for module in (argparse, inspect, textwrap, ast)]
     except OSError as error:
@@ -86,17 +83,3 @@ def _blocks() -> list[str]:
         ends = [node.end_lineno or 0 for node in body if isinstance(node, ast.FunctionDef)]
         blocks += ["".join(lines[start:end]) + "\n\n" for start, end in zip(starts, ends, strict=True)]
     return blocks
-
-
-def _window(sources: Sources, blocks: list[str], first: int, length: int) -> list[str]:
-    """Blocks from `first` on, of about `length` tokens together. Raises EvaluationError when there are not enough."""
-    chosen: list[str] = []
-    total = 0
-    for block in [*blocks[first:], *blocks[:first]]:
-        if total >= length:
-            return chosen
-        chosen.append(block)
-        total += len(ids_of(sources.tokenizer, block))
-    if total < length:
-        raise EvaluationError(f"code: {length} tokens are needed, and the library's source has {total}")
-    return chosen

@@ -42,6 +42,19 @@ def token_windows(
     return [[*start, *encoded[index][offset : offset + body]] for index, offset in chosen]
 
 
+def with_hidden(pieces: Sequence[str], hidden: Sequence[str], index: int, documents: int) -> str:
+    """The pieces with hidden ones between them, at depths that are spread evenly.
+
+    Documents shift the depths, so that all depths occur; this is the `index`-th of them.
+    """
+    parts = len(hidden) * documents
+    places = [int((order * documents + index + 0.5) / parts * len(pieces)) for order in range(len(hidden))]
+    found = list(pieces)
+    for place, piece in sorted(zip(places, hidden, strict=True), reverse=True):
+        found.insert(place, piece)
+    return "".join(found)
+
+
 def sentence_window(
     tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], index: int, count: int, length: int
 ) -> list[str]:

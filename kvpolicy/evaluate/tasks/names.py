@@ -24,7 +24,11 @@ TASKS: dict[str, Task] = {
         Needles("needles-two", 4, 2, seen=True, summary="two of four needles at once; scorers see the question"),
         Variables("variables", seen=True, summary="which variables have a value; scorers see the question"),
         Turns(),
-        Code("code", seen=True, summary="tests of functions in a long source file are completed, and run"),
+        Code(
+            "code",
+            seen=True,
+            summary="tests of functions in a long source file, checked by running these",
+        ),
         Code("code-unseen", seen=False, summary="the same; scorers do not see the test"),
         AgentTurns(),
         VerifiedQuestions("gsm8k"),

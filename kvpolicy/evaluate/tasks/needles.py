@@ -9,7 +9,7 @@ import attrs
 
 from kvpolicy.evaluate.tasks.case import Answer, Score, Sources, TaskSizes, ids_of
 from kvpolicy.evaluate.tasks.chat_prompt import as_case_parts, chat_prompt
-from kvpolicy.evaluate.tasks.documents import sentence_window, sentences_of
+from kvpolicy.evaluate.tasks.documents import sentence_window, sentences_of, with_hidden
 
 _CITIES = (
     *("Berlin", "Paris", "Madrid", "Rome", "Vienna", "Lisbon", "Dublin", "Oslo", "Athens", "Warsaw", "Prague"),
@@ -71,22 +71,13 @@ def document_with_needles(
     needles = [_NEEDLE.format(city=city, number=number) for city, number in zip(cities, numbers, strict=True)]
     taken = sum(len(ids_of(sources.tokenizer, needle)) for needle in needles)
     hay = sentence_window(sources.tokenizer, sentences, index, sizes.documents, sizes.length - taken)
-    for place, needle in sorted(_places(len(hay), needles, index, sizes.documents), reverse=True):
-        hay.insert(place, needle)
-    return _INTRODUCTION + "".join(hay), cities, numbers
+    return _INTRODUCTION + with_hidden(hay, needles, index, sizes.documents), cities, numbers
 
 
 def asking(cities: list[str]) -> tuple[str, str]:
     """The question for the numbers of some cities, and the words that the answer begins with."""
     question, answer = _ONE if len(cities) == 1 else _SEVERAL
     return question.format(cities=_listed(cities)), answer.format(cities=_listed(cities))
-
-
-def _places(sentences: int, needles: list[str], index: int, documents: int) -> list[tuple[int, str]]:
-    """Before which sentence each needle stands; documents shift the depths, so that all depths occur."""
-    parts = len(needles) * documents
-    depths = [(order * documents + index + 0.5) / parts for order in range(len(needles))]
-    return [(int(depth * sentences), needle) for depth, needle in zip(depths, needles, strict=True)]
 
 
 def mentions(numbers: list[str]) -> Score:

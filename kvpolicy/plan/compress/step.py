@@ -78,7 +78,7 @@ def compress(
     """
     batch = list(zip(groups, budgets.split([len(group) for group in groups]), strict=True))
     forgets = len(batch) > 1
-    chosen = _choose_anyhow(spec, fusion, batch, tokens, _Asked(packs, undone), forgets=forgets)
+    chosen = _choose_anyhow(spec, fusion, batch, tokens, forgets=forgets, packs=packs, undone=undone)
     for (group, _), (views, results) in zip(batch, chosen, strict=True):
         if spec.merge.moves_only:
             yield [Compressed(one.kept, one.lengths, one.observed, finite=packs and not one.faults) for one in results]
@@ -123,29 +123,27 @@ def merged(spec: PolicySpec, view: View, chosen: Chosen, undone: Tensor | None =
     return Compressed(chosen.kept, chosen.lengths, chosen.observed, entries, slot_state=state, row_state=rows)
 
 
-@attrs.frozen(eq=False)
-class _Asked:
-    """What the host reads beside the lengths."""
-
-    packs: bool = False  # whether all that stays is finite
-    undone: Tensor | None = None  # as in `compress`
-
-
-_NOTHING = _Asked()
 _Part = tuple[Sequence[Shown], Tensor]  # a group and its budgets [L, B]
 _Result = tuple[Sequence[View], list[Chosen]]
 
 
 def _choose_anyhow(
-    spec: PolicySpec, fusion: Fusion | None, batch: Sequence[_Part], tokens: Tensor, asked: _Asked, *, forgets: bool
+    spec: PolicySpec,
+    fusion: Fusion | None,
+    batch: Sequence[_Part],
+    tokens: Tensor,
+    *,
+    forgets: bool,
+    packs: bool,
+    undone: Tensor | None,
 ) -> list[_Result]:
     """In kernels if they can, else by references."""
     if fusion is not None and not fusion.off:
         try:
-            return _choose(spec, fusion, batch, tokens, asked, forgets=forgets)
+            return _choose(spec, fusion, batch, tokens, forgets=forgets, packs=packs, undone=undone)
         except kernel_errors() as error:
             note_once(f"policy {spec.name}: a compression runs without kernels: {error}")
-    return _choose(spec, None, batch, tokens, asked, forgets=forgets)
+    return _choose(spec, None, batch, tokens, forgets=forgets, packs=packs, undone=undone)
 
 
 def _choose(
@@ -153,22 +151,23 @@ def _choose(
     fusion: Fusion | None,
     batch: Sequence[_Part],
     tokens: Tensor,
-    asked: _Asked = _NOTHING,
     *,
     forgets: bool,
+    packs: bool = False,
+    undone: Tensor | None = None,
 ) -> list[_Result]:
     """The views of each group, and what stays of them; entries that compete are all in one batch."""
     groups = []
     for shown, _ in batch:
         group = score_layers(spec, fusion, [view() for view in shown])
-        if asked.packs or not spec.merge.moves_only:
+        if packs or not spec.merge.moves_only:
             group.look_for_faults()
         if forgets:
             group.forget_entries()
         groups.append(group)
     counts = allocate(spec, groups, [budgets for _, budgets in batch], tokens)
     selections = [group.select(count) for group, count in zip(groups, counts, strict=True)]
-    read = _Read.of(groups, selections, asked.undone)  # the host waits
+    read = _Read.of(groups, selections, undone)  # the host waits
     if read.nan:
         warn_of_nan(read.nan, sum(int(group.room.sum()) for group in groups))
         for group, (shown, _) in zip(groups, batch, strict=True):
@@ -178,9 +177,10 @@ def _choose(
     results: list[_Result] = []
     lengths, faults, evicted = iter(read.lengths), iter(read.faults), iter(read.evicted)
     for group, selection in zip(groups, selections, strict=True):
-        own = list(islice(lengths, len(group.views)))
+        count = len(group.views)
+        own = list(islice(lengths, count))
         kept = selection.indices([max(map(max, rows), default=0) for rows in own])
-        chosen = zip(kept, own, group.observed, faults, evicted)  # noqa: B905 - the numbers of later groups come behind
+        chosen = zip(kept, own, group.observed, islice(faults, count), islice(evicted, count), strict=True)
         results.append((group.views, [Chosen(*parts) for parts in chosen]))
     return results
 

@@ -38,21 +38,21 @@ def main() -> None:
         _answer(answers, _measured(model, json.loads(line)))
 
 
-def _model(asked: dict[str, Any]) -> Any:
-    torch.set_num_threads(asked["threads"])
-    dtype, device = getattr(torch, asked["dtype"]), torch.device(asked["device"])
-    model: Any = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=dtype)
+def _model(request: dict[str, Any]) -> Any:
+    torch.set_num_threads(request["threads"])
+    dtype, device = getattr(torch, request["dtype"]), torch.device(request["device"])
+    model: Any = AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype)
     model = model.to(device).eval()
     with torch.inference_mode():  # the first forward of a process takes longer than others
         model(torch.zeros(1, _WARM_UP, dtype=torch.long, device=device), use_cache=False, logits_to_keep=1)
     return model
 
 
-def _measured(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _measured(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     """What the peer gave, or why it gave nothing: it must not cost the others."""
-    cases = json.loads(Path(asked["cases"]).read_text(encoding="utf-8"))
+    cases = json.loads(Path(request["cases"]).read_text(encoding="utf-8"))
     try:
-        make = cache_of(asked["peer"], model, asked["ratio"])
+        make = cache_of(request["peer"], model, request["ratio"])
         run = CaseRun(model, make, cases)
         with torch.inference_mode():
             facts, logits = run.measured()
@@ -60,7 +60,7 @@ def _measured(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     except Exception as error:  # noqa: BLE001 - a peer raises whatever it likes
         return {"error": f"{type(error).__name__}: {error}"}
-    save_file(logits, asked["tensors"])
+    save_file(logits, request["tensors"])
     return facts
 
 
