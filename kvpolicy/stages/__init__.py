@@ -36,6 +36,7 @@ from kvpolicy.stages.prompt_passes import Pass, Prompt
 from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.registry.hooks import hookimpl
 from kvpolicy.stages.rotary import Rotary
+from kvpolicy.stages.selection_request import SelectionRequest
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy.stages.view import View
 from kvpolicy_kernels import ColumnRequest, Postprocess, Tile, Traffic, WindowUse
@@ -77,6 +78,7 @@ __all__ = [
     "Rule",
     "Sample",
     "Scorer",
+    "SelectionRequest",
     "Selector",
     "Site",
     "State",

@@ -13,6 +13,7 @@ from kvpolicy.stages.formats import AsIs, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.prompt_passes import Pass, Prompt
 from kvpolicy.stages.query_logits import QueryLogits
+from kvpolicy.stages.selection_request import SelectionRequest
 from kvpolicy.stages.view import View
 from kvpolicy_kernels import Tile
 
@@ -195,11 +196,18 @@ class Selector(Plugin):
     stage = "select"
     best: ClassVar[bool] = False  # whether it keeps each head's highest scores, nothing else: the plan can fuse that
 
-    @abc.abstractmethod
-    def select(self, scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
-        """Bool [B, K, T]: the candidates to keep, `counts` [B, K] of them in each head.
+    def second_scores(self, view: View) -> Tensor | None:  # noqa: ARG002 the default needs nothing else
+        """What the selector must know of every entry beside its score, float32 [B, K, T]; None = nothing.
 
-        Ties: the higher score, then the earlier position (the lower slot).
+        Asked before it selects, while keys and values can still be looked at.
+        """
+        return None
+
+    @abc.abstractmethod
+    def select(self, request: SelectionRequest) -> Tensor:
+        """Bool [B, K, T]: the candidates to keep, as many of each head as `request.counts` says.
+
+        Rows never influence each other. Ties: the higher score, then the earlier position (the lower slot).
         """
 
 

@@ -97,7 +97,7 @@ def plugins_shown(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "how-to" / "write-a-plugin.md").read_text("utf-8")
     files = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in blocks("python", page)}
     scorer = {"conftest", "key_contrast", "key_contrast_tile", "test_key_contrast"}
-    assert set(files) == scorer | {"reread", "float16", "best_of_layer"}
+    assert set(files) == scorer | {"reread", "float16", "spare_large", "best_of_layer"}
     for name, block in files.items():
         (tmp_path / f"{name}.py").write_text(block, encoding="utf-8")
     runpy.run_path(str(tmp_path / "conftest.py"))
@@ -147,6 +147,10 @@ def test_scorer_shown_that_reads_the_prompt_again_keeps_its_contract_and_runs(pl
 
 def test_store_shown_keeps_its_contract(plugins_shown):
     check_plugin(plugins_shown["float16"].Float16(recent=3), Promises(error=1e-3))
+
+
+def test_selector_shown_keeps_its_contract(plugins_shown):
+    check_plugin(plugins_shown["spare_large"].SpareLarge())
 
 
 def test_allocator_shown_keeps_its_contract(plugins_shown):

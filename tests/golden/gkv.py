@@ -16,6 +16,7 @@ from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.golden.families import close, same
 from tests.support.allocating import counts_of
+from tests.support.selecting import selected_by
 from tests.support.views import fresh_state, view_of
 
 EMPTY_ROW = {"raw": "slot0", "triton": "none"}  # which of the two published codes
@@ -110,7 +111,7 @@ def best(view, scores, budget):
     """Keep indices; a row without enough entries keeps all it has."""
     free = (budget * scores.shape[1] - view.protected.sum((1, 2))).clamp(min=0)
     counts = counts_of(UniformHeads(), scores, view.candidates, free)
-    return indices_of(TopK().select(scores, view.candidates, counts) | view.protected)
+    return indices_of(selected_by(TopK(), scores, view.candidates, counts) | view.protected)
 
 
 def compare_scores(expected, view, scores, columns, pads):

@@ -84,8 +84,8 @@ class Fewer(Selector):
 
     name = "fewer"
 
-    def select(self, scores, candidates, counts):
-        return TopK().select(scores, candidates, counts - 1)
+    def select(self, request):
+        return TopK().select(attrs.evolve(request, counts=request.counts - 1))
 
 
 LEAVE = {

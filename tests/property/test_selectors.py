@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.property.layers import scored
+from tests.support.selecting import selected_by
 
 
 @st.composite
@@ -26,7 +27,7 @@ def worth(score):
 @given(selections())
 def test_topk_is_a_stable_sort(drawn):
     scores, candidates, counts = drawn
-    chosen = TopK().select(*drawn)
+    chosen = selected_by(TopK(), *drawn)
     for row, head in torch.cartesian_prod(*map(torch.arange, scores.shape[:2])).reshape(-1, 2).tolist():
         slots = candidates[row, head].nonzero().flatten().tolist()
         ranked = sorted(slots, key=lambda slot: worth(scores[row, head, slot].item()), reverse=False)
@@ -38,7 +39,7 @@ def test_topk_is_a_stable_sort(drawn):
 @given(selections())
 def test_chosen_are_candidates_as_many_as_asked(drawn):
     _, candidates, counts = drawn
-    chosen = TopK().select(*drawn)
+    chosen = selected_by(TopK(), *drawn)
     assert torch.equal(chosen.sum(-1), counts)
     assert not (chosen & ~candidates).any()
     kept = indices_of(chosen)
@@ -49,21 +50,21 @@ def test_chosen_are_candidates_as_many_as_asked(drawn):
 @given(selections())
 def test_choosing_again_changes_nothing(drawn):
     scores, _, counts = drawn
-    chosen = TopK().select(*drawn)
-    assert torch.equal(TopK().select(scores, chosen, counts), chosen)
+    chosen = selected_by(TopK(), *drawn)
+    assert torch.equal(selected_by(TopK(), scores, chosen, counts), chosen)
 
 
 @given(selections())
 def test_a_larger_count_keeps_what_a_smaller_one_kept(drawn):
     scores, candidates, counts = drawn
-    fewer = TopK().select(scores, candidates, counts // 2)
-    assert not (fewer & ~TopK().select(*drawn)).any()
+    fewer = selected_by(TopK(), scores, candidates, counts // 2)
+    assert not (fewer & ~selected_by(TopK(), *drawn)).any()
 
 
 @given(selections())
 def test_rows_and_heads_are_chosen_apart(drawn):
-    together = TopK().select(*drawn)
-    turned = TopK().select(*(part.flip((0, 1)) for part in drawn))
+    together = selected_by(TopK(), *drawn)
+    turned = selected_by(TopK(), *(part.flip((0, 1)) for part in drawn))
     assert torch.equal(turned, together.flip((0, 1)))
-    alone = TopK().select(*(part[:1, :1] for part in drawn))
+    alone = selected_by(TopK(), *(part[:1, :1] for part in drawn))
     assert torch.equal(alone, together[:1, :1])

@@ -8,6 +8,7 @@ from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.support.allocating import counts_of
+from tests.support.selecting import selected_by
 
 
 def view_of(keys: Tensor, *, queries: Tensor | None = None, lengths: Tensor | None = None, **rest) -> View:
@@ -36,4 +37,4 @@ def keep(view: View, scores: Tensor, budget: int | Tensor) -> Tensor:
     heads = view.positions.shape[1]
     free = budget * heads - view.protected.sum((1, 2))
     counts = counts_of(UniformHeads(), scores, view.candidates, free.clamp(min=0))
-    return indices_of(TopK().select(scores, view.candidates, counts) | view.protected)
+    return indices_of(selected_by(TopK(), scores, view.candidates, counts) | view.protected)

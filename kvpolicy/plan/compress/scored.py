@@ -10,9 +10,9 @@ from torch import Tensor
 from kvpolicy.plan.compress.finite import faults_of, is_finite
 from kvpolicy.plan.compress.score import weighted_sum
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.stages import View
-from kvpolicy.stages.checking.returned import check_tensor, seen_shape
-from kvpolicy.stages.checking.untouched import watching
+from kvpolicy.stages import SelectionRequest, View
+from kvpolicy.stages.checking.returned import check_scores, check_tensor, seen_shape
+from kvpolicy.stages.checking.untouched import tensors_of, watching
 from kvpolicy.stages.ordering import highest
 from kvpolicy.stages.slots import indices_of
 
@@ -57,6 +57,7 @@ class ScoredLayers:
         self.faults = torch.zeros(len(views), dtype=torch.int64, device=views[0].positions.device)
         self.observed: list[dict[str, Tensor]] = [{} for _ in views]  # new slot state, named as in the store
         self.score()
+        self.second_scores = [second_scores(spec, view) for view in views]
 
     def score(self) -> None:
         """Set `scores`, `nan`, `room` and `protected`, and fill `observed`."""
@@ -82,8 +83,8 @@ class ScoredLayers:
 
     def select(self, counts: Tensor) -> Selection:
         """The protected entries, and of each head's candidates as many as `counts` [L, B, K] says."""
-        layers = zip(self.views, self.scores, counts, strict=True)
-        return Masks([select(self.spec, view, scores, count) | view.protected for view, scores, count in layers])
+        layers = zip(self.views, self.scores, counts, self.second_scores, strict=True)
+        return Masks([select(self.spec, *layer) | layer[0].protected for layer in layers])
 
     def rank_faulty_last(self, views: Sequence[View]) -> None:
         """Of candidates whose score was NaN, let those that are not finite be evicted first.
@@ -126,10 +127,19 @@ def best_of_all(scores: Sequence[Tensor], views: Sequence[View], best: Tensor) -
     return torch.stack([part.view(own.shape).sum(-1) for part, own in zip(stays.split(sizes, 1), scores, strict=True)])
 
 
-def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor) -> Tensor:
-    """The candidates that stay, bool [B, K, T]; `counts` [B, K] of each head."""
-    shown = {"scores": view.in_sequence(scores), "candidates": view.in_sequence(view.candidates), "counts": counts}
-    with watching(spec.select, lambda: shown):
-        chosen = spec.select.select(*shown.values())
+def second_scores(spec: PolicySpec, view: View) -> Tensor | None:
+    """What the selector must know beside the scores, float32 [B, K, T]; None where it needs nothing."""
+    with watching(spec.select, lambda: tensors_of(view)):
+        scores = spec.select.second_scores(view)
+    if scores is not None:
+        check_scores(spec.select, scores, view)
+    return scores
+
+
+def select(spec: PolicySpec, view: View, scores: Tensor, counts: Tensor, second: Tensor | None = None) -> Tensor:
+    """The candidates that stay, bool [B, K, T]; `counts` [B, K] of each head, `second` as `second_scores` gave it."""
+    request = SelectionRequest.of(view, scores, counts, second)
+    with watching(spec.select, request.tensors):
+        chosen = spec.select.select(request)
     check_tensor(spec.select, chosen, seen_shape(view), torch.bool, scores.device)
     return view.in_slots(chosen) & view.candidates

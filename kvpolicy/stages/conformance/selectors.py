@@ -1,81 +1,104 @@
-"""Checks for selectors: they choose the requested number of candidates, the best ones."""
+"""Checks for selectors: they choose as many candidates as asked, and the best ones where they say so."""
 
+from typing import Any
+
+import attrs
 import torch
-from torch import Tensor
 
-from kvpolicy.stages.checking.returned import check_tensor, contract_error
-from kvpolicy.stages.checking.untouched import untouched
+from kvpolicy.stages.checking.returned import check_scores, check_tensor, contract_error
+from kvpolicy.stages.checking.untouched import tensors_of, untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import sample_view
 from kvpolicy.stages.contracts import Selector
+from kvpolicy.stages.selection_request import SelectionRequest
 
 
 def chooses_as_many_as_asked(selector: Selector, _promises: Promises) -> None:
-    for scores, candidates, counts in _samples():
-        chosen = selector.select(scores, candidates, counts)
-        sizes = dict(zip(("batch", "kv_heads", "seq"), scores.shape, strict=True))
-        check_tensor(selector, chosen, sizes, torch.bool, scores.device)
-        if (chosen & ~candidates).any():
+    for request in _samples(selector):
+        chosen = selector.select(request)
+        sizes = dict(zip(("batch", "kv_heads", "seq"), request.scores.shape, strict=True))
+        check_tensor(selector, chosen, sizes, torch.bool, request.scores.device)
+        if (chosen & ~request.candidates).any():
             raise contract_error(selector, "chose slots that are not candidates")
+        counts = request.counts
         if not torch.equal(chosen.sum(-1), counts):
             raise contract_error(selector, f"chose {chosen.sum(-1).tolist()} entries, expected {counts.tolist()}")
 
 
 def chooses_the_best(selector: Selector, _promises: Promises) -> None:
     """No candidate that is not chosen scores higher than a chosen one; NaN is less than any number."""
-    for scores, candidates, counts in _samples():
-        chosen = selector.select(scores, candidates, counts)
-        worth = scores.double().nan_to_num(nan=-torch.inf, posinf=1e300, neginf=-1e300)
+    for request in _samples(selector) if selector.best else ():
+        chosen = selector.select(request)
+        worth = request.scores.double().nan_to_num(nan=-torch.inf, posinf=1e300, neginf=-1e300)
         worst_chosen = worth.masked_fill(~chosen, torch.inf).amin(-1)
-        best_left = worth.masked_fill(chosen | ~candidates, -torch.inf).amax(-1)
+        best_left = worth.masked_fill(chosen | ~request.candidates, -torch.inf).amax(-1)
         if (best_left > worst_chosen).any():
             raise contract_error(selector, "left a candidate that scores higher than one it chose")
 
 
 def breaks_ties_by_age(selector: Selector, _promises: Promises) -> None:
-    _, candidates, counts = _samples()[0]
+    if not selector.best:
+        return
+    request = _samples(selector)[0]
+    candidates = request.candidates
     for scores in (
         torch.zeros(candidates.shape, dtype=torch.float32),
         torch.zeros(candidates.shape, dtype=torch.float32).neg(),
     ):
         scores[..., ::2] = 0.0  # -0.0 equals 0.0
-        chosen = selector.select(scores, candidates, counts)
-        first = candidates & (candidates.cumsum(-1) <= counts[..., None])
+        chosen = selector.select(attrs.evolve(request, scores=scores))
+        first = candidates & (candidates.cumsum(-1) <= request.counts[..., None])
         if not torch.equal(chosen, first):
             raise contract_error(selector, "chose later entries among equal scores, expected the earlier ones")
 
 
 def keeps_rows_apart(selector: Selector, _promises: Promises) -> None:
-    for scores, candidates, counts in _samples():
-        together = selector.select(scores, candidates, counts)
-        for row in range(len(counts)):
-            index = slice(row, row + 1)
-            if not torch.equal(selector.select(scores[index], candidates[index], counts[index]), together[index]):
+    for request in _samples(selector):
+        together = selector.select(request)
+        for row in range(len(request.counts)):
+            if not torch.equal(selector.select(_row(request, row)), together[row : row + 1]):
                 raise contract_error(selector, f"chose other entries for row {row} alone")
 
 
 def leaves_its_input_alone(selector: Selector, _promises: Promises) -> None:
-    for scores, candidates, counts in _samples():
-        inputs = {"scores": scores, "candidates": candidates, "counts": counts}
-        with untouched(selector, inputs):
-            selector.select(scores, candidates, counts)
+    view = sample_view()
+    with untouched(selector, tensors_of(view)):
+        selector.second_scores(view)
+    for request in _samples(selector):
+        with untouched(selector, request.tensors()):
+            selector.select(request)
 
 
-def _samples() -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Scores with and without ties, infinities and NaN; counts from none to all."""
+def gives_second_scores_for_every_slot(selector: Selector, _promises: Promises) -> None:
+    view = sample_view()
+    scores = selector.second_scores(view)
+    if scores is not None:
+        check_scores(selector, scores, view)
+
+
+def _row(request: SelectionRequest, row: int) -> SelectionRequest:
+    own: dict[str, Any] = {name: tensor[row : row + 1] for name, tensor in request.tensors().items()}
+    return attrs.evolve(request, **own)
+
+
+def _samples(selector: Selector) -> list[SelectionRequest]:
+    """Scores with and without ties, infinities and NaN; counts from none to all; with regions and without."""
     view = sample_view()
     room = view.candidates.sum(-1)
     finite = view.keys.square().sum(-1)
     non_finite = finite.clone()
     non_finite[..., 2::5], non_finite[..., 3::5], non_finite[..., 4::7] = torch.inf, -torch.inf, torch.nan
+    regions = (view.positions // 7 % 3).clamp(min=0).to(torch.int8)
     return [
-        (scores, view.candidates, counts)
+        SelectionRequest.of(attrs.evolve(view, regions=label), scores, counts, selector.second_scores(view))
         for scores in (finite, finite.round(), non_finite, torch.full_like(finite, torch.nan))
         for counts in (room // 2, torch.zeros_like(room), room, room.clamp(max=1))
+        for label in (None, regions)
     ]
 
 
 CHECKS = (
+    gives_second_scores_for_every_slot,
     chooses_as_many_as_asked,
     chooses_the_best,
     breaks_ties_by_age,

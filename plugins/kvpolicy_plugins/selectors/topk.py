@@ -5,7 +5,7 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvpolicy.stages import Selector
+from kvpolicy.stages import SelectionRequest, Selector
 from kvpolicy.stages.ordering import highest
 
 
@@ -16,5 +16,5 @@ class TopK(Selector):
     name: ClassVar[str] = "topk"
     best: ClassVar[bool] = True
 
-    def select(self, scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
-        return highest(scores, candidates, counts)
+    def select(self, request: SelectionRequest) -> Tensor:
+        return highest(request.scores, request.candidates, request.counts)

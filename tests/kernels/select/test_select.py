@@ -12,6 +12,7 @@ from tests.kernels.counting import counted
 from tests.kernels.scenes import DEVICE, scene
 from tests.kernels.select.selecting import KINDS, budgets, check_counts, check_select, scores_of
 from tests.support.allocating import counts_of
+from tests.support.selecting import selected_by
 
 SMALL = [0, 1, 2, 63, 64, 65, 127, 129]
 
@@ -107,7 +108,7 @@ def test_as_the_plugins(seed):
     counts = counts_of_best(scores, found.segments, totals, **usual)
     shaped = scores.reshape(2, 3, 90)
     assert counts.reshape(2, 3).tolist() == counts_of(Adaptive(floor=0.0), shaped, candidates, totals).tolist()
-    chosen = TopK().select(shaped, candidates, counts.reshape(2, 3).long()) | ~candidates
+    chosen = selected_by(TopK(), shaped, candidates, counts.reshape(2, 3).long()) | ~candidates
     kept = select(scores, found.segments, counts, 90, **usual)
     for row, flags in zip(kept, chosen.reshape(6, 90), strict=True):
         assert row[row >= 0].tolist() == flags.nonzero().flatten().tolist()

@@ -1,15 +1,22 @@
 """Scores are weighted, normalised and summed; budgets become counts per head."""
 
+import copy
+from functools import partial
+
 import attrs
 import pytest
 import torch
 
 from kvpolicy.errors import NonFiniteScoreWarning, PluginContractError
+from kvpolicy.plan.compress.fusion import fusion_of
+from kvpolicy.plan.compress.step import compress
 from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.spec.policy import Weighted
-from kvpolicy.stages import Entries, Scorer, State
+from kvpolicy.stages import Entries, Scorer, Selector, State
 from kvpolicy.stages.conformance.samples import shuffled
+from kvpolicy.stages.ordering import highest
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
+from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.support.compressing import allocated, compress_one, score
 from tests.support.policies import small
@@ -120,9 +127,9 @@ class Shown(TopK):
 
     given: list = attrs.field(factory=list)
 
-    def select(self, scores, candidates, counts):
-        self.given.append((scores, candidates))
-        return super().select(scores, candidates, counts)
+    def select(self, request):
+        self.given.append((request.scores, request.candidates))
+        return super().select(request)
 
 
 @attrs.frozen
@@ -149,6 +156,35 @@ def test_allocators_and_selectors_see_scores_in_the_order_of_positions():
     for shown in (selector.given, allocator.given):
         for first, second in zip(*shown, strict=True):
             assert torch.equal(first, second)
+
+
+@attrs.frozen
+class LargeValues(Selector):
+    """The candidates with the largest values, whatever their scores."""
+
+    name = "large_values"
+
+    def second_scores(self, view):
+        return view.values.float().norm(dim=-1)
+
+    def select(self, request):
+        return highest(request.second_scores, request.candidates, request.counts)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["references", "kernels"])
+def test_selectors_know_of_entries_that_are_gone_when_they_select(kernels):
+    """Keys and values of a group of layers are let go of before the next one is scored."""
+    generator = torch.Generator().manual_seed(1)
+    spec = attrs.evolve(small("snapkv").spec, score=(Weighted(KeyNorm()),), select=LargeValues())
+    views = [view_of(torch.randn(1, 2, 12, 8, generator=generator), sinks=1, recent=2) for _ in range(2)]
+    budgets, tokens = torch.full((2, 1), 6), torch.tensor([12])
+    fusion = fusion_of(spec, "") if kernels else None
+    found = compress(spec, fusion, [[partial(copy.copy, view)] for view in views], budgets, tokens)
+    for view, (result,) in zip(views, found, strict=True):
+        norms = view.values.norm(dim=-1)
+        for head, kept in enumerate(result.kept[0].tolist()):
+            largest = sorted(range(1, 10), key=lambda slot, own=norms[0, head]: -own[slot].item())[:3]
+            assert kept == sorted([0, *largest, 10, 11])
 
 
 def test_two_scorers_of_a_kind_have_states_of_their_own():
@@ -194,8 +230,9 @@ def replaced(stage, **functions):
         ("score", {"score": lambda _, view: None}, "returned NoneType"),
         ("heads", {"allocate": lambda _, request: request.total}, "returned shape"),
         ("heads", {"allocate": lambda _, request: request.room.float()}, "torch.float32"),
-        ("select", {"select": lambda _, scores, candidates, counts: candidates.long()}, "torch.int64"),
-        ("select", {"select": lambda _, scores, candidates, counts: candidates[:, :1]}, "returned shape"),
+        ("select", {"second_scores": lambda _, view: view.keys[..., 0].double()}, "returned torch.float64"),
+        ("select", {"select": lambda _, request: request.candidates.long()}, "torch.int64"),
+        ("select", {"select": lambda _, request: request.candidates[:, :1]}, "returned shape"),
         (
             "merge",
             {"merge": lambda _, view, kept: Entries(view.keys, view.values), "moves_only": False},

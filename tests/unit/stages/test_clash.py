@@ -13,7 +13,7 @@ BODIES = {
     "allocate.layers": ("LayerAllocator", "allocate(self, request)"),
     "allocate.heads": ("HeadAllocator", "allocate(self, request)"),
     "allocate.joint": ("JointAllocator", "allocate(self, request)"),
-    "select": ("Selector", "select(self, scores, candidates, counts)"),
+    "select": ("Selector", "select(self, request)"),
     "merge": ("Merger", "merge(self, view, kept)"),
     "store": ("Codec", "formats(self, site)"),
     "read": ("Reader", "choose(self, question)"),

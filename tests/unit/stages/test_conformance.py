@@ -113,10 +113,11 @@ class Spendthrift(LayerAllocator):
 @attrs.frozen
 class Newest(Selector):
     name = "newest"
+    best = True  # which is not true
 
-    def select(self, scores, candidates, counts):
-        back = candidates.flip(-1).cumsum(-1).flip(-1)
-        return candidates & (back <= counts[..., None])
+    def select(self, request):
+        back = request.candidates.flip(-1).cumsum(-1).flip(-1)
+        return request.candidates & (back <= request.counts[..., None])
 
 
 @attrs.frozen

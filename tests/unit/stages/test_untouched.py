@@ -89,9 +89,9 @@ class WritingHeads(UniformHeads):
 
 
 class WritingSelector(TopK):
-    def select(self, scores, candidates, counts):
-        scores.nan_to_num_()
-        return super().select(scores, candidates, counts)
+    def select(self, request):
+        request.scores.nan_to_num_()
+        return super().select(request)
 
 
 class WritingMerger(WeightedMerger):

@@ -4,6 +4,7 @@ import torch
 
 from kvpolicy.stages.ordering import best_first
 from kvpolicy_plugins.selectors.topk import TopK
+from tests.support.selecting import selected_by
 
 
 def test_every_kind_of_number_has_its_place():
@@ -15,5 +16,5 @@ def test_every_kind_of_number_has_its_place():
 
 def test_heads_may_keep_different_numbers():
     scores = torch.tensor([[[1.0, 3, 2], [5, 5, 5]]])
-    chosen = TopK().select(scores, torch.ones(1, 2, 3, dtype=torch.bool), torch.tensor([[1, 2]]))
-    assert chosen.tolist() == [[[False, True, False], [True, True, False]]]
+    kept = selected_by(TopK(), scores, torch.ones(1, 2, 3, dtype=torch.bool), torch.tensor([[1, 2]]))
+    assert kept.tolist() == [[[False, True, False], [True, True, False]]]
