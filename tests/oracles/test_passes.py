@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from tests.support.models import build, prompt
 from tests.support.oracle import attending_by
 from tests.support.policies import held
@@ -28,14 +29,17 @@ def weights(one, tokens, chunk):
     return [layer[0, :, tokens.shape[1] :].double().unflatten(0, (heads, -1)).numpy() for layer in found]
 
 
-def largest_weights(one, tokens, size, *, nearby=False):
-    """By layer, the largest weight of every entry [K, n]; of those that a pass is shown, and of its own entries."""
+def largest_weights(one, tokens, size, *, nearby=False, first=0, overlap=0):
+    """By layer, the largest weight of every entry [K, n]; of those that a pass is shown, and of its own entries.
+
+    Chunks are cut from the token `first` on, and begin with `overlap` tokens of the one before.
+    """
     count = tokens.shape[1]
     layers = one.config.num_hidden_layers
     worth = np.zeros((layers, one.config.num_key_value_heads, count))
-    for start in range(0, count, size):
-        chunk = tokens[:, start : start + size]
-        shown = [*range(SINKS), *range(start, start + chunk.shape[1])] if nearby else list(range(count))
+    for start in range(first, count, size):
+        chunk = tokens[:, max(first, start - overlap) : start + size]
+        shown = [*range(SINKS), *range(start, start + size)] if nearby else list(range(count))
         shown = sorted(set(shown) & set(range(count)))
         for layer, found in enumerate(weights(one, tokens, chunk)):
             given = found[..., shown]
@@ -54,13 +58,13 @@ def best(worth, budget=BUDGET):
     return sorted([*range(SINKS), *order[:count], *range(len(worth) - RECENT, len(worth))]), gap
 
 
-def assert_held(policy, architecture, lengths, size, *, nearby=False, layers=None):
+def assert_held(policy, architecture, lengths, size, **chunks):
     one, plain = build(architecture), build(architecture)
     for seed in SEEDS:
         tokens, mask = prompt(*lengths, seed=seed)
         expected, clear = [], np.inf
         for row, length in enumerate(lengths):
-            worth = largest_weights(plain, tokens[row : row + 1, -length:], size, nearby=nearby)
+            worth = largest_weights(plain, tokens[row : row + 1, -length:], size, **chunks)
             kept = [[best(head) for head in layer] for layer in worth]
             expected.append([[positions for positions, _ in layer] for layer in kept])
             clear = min(clear, *(gap for layer in kept for _, gap in layer))
@@ -96,6 +100,14 @@ def test_every_row_reads_its_own_prompt(architecture):
 def test_a_pass_may_be_shown_some_entries_only(lengths):
     """The softmax is then over those, and over the pass itself."""
     assert_held(rereading(scorer=Reread(7, nearby=True)), "llama", lengths, 7, nearby=True)
+
+
+@pytest.mark.parametrize(("architecture", "lengths"), [("llama", (30, 19)), ("gemma3", (37,))])
+@pytest.mark.parametrize(("size", "overlap"), [(7, 3), (11, 20), (40, 8)])
+def test_repeated_prompts(architecture, lengths, size, overlap):
+    """KVzip: chunks of what follows the sinks, which all chunks see, each behind the end of the one before."""
+    policy = rereading(scorer=Reconstruction(size, overlap))
+    assert_held(policy, architecture, lengths, size, nearby=True, first=SINKS, overlap=overlap)
 
 
 def test_layers_and_heads_that_compete():
