@@ -10,7 +10,7 @@ from kvpolicy.stages.registry.plugins import registry
 def check(spec: PolicySpec, root: Item, problems: Problems) -> None:
     """Add violated rules of `spec` to `problems`; `root` has the positions of its keys."""
     _check_budget_covers_protected(spec, root, problems)
-    _check_merger_has_logits(spec, root, problems)
+    _check_queries_are_observed(spec, root, problems)
     _check_store_suits_heads(spec, root, problems)
     _check_reader_has_its_store(spec, root, problems)
 
@@ -24,13 +24,16 @@ def _check_budget_covers_protected(spec: PolicySpec, root: Item, problems: Probl
         problems.add(position, "budget", message)
 
 
-def _check_merger_has_logits(spec: PolicySpec, root: Item, problems: Problems) -> None:
-    plugins = [*(term.scorer for term in spec.score), spec.merge]
-    if spec.merge.reads_window and not any(needs_of(plugin).queries for plugin in plugins):
-        message = (
-            f"{spec.merge.name} uses the logits of observed queries, but no scorer of this policy observes queries"
-        )
-        problems.add(_position(root, "merge"), "merge", f"{message}; add one that does, such as attention")
+def _check_queries_are_observed(spec: PolicySpec, root: Item, problems: Problems) -> None:
+    if any(needs_of(plugin).queries for plugin in [*(term.scorer for term in spec.score), spec.merge]):
+        return
+    readers = {"merge": spec.merge, "allocate": spec.allocate.divider}
+    for key, plugin in readers.items():
+        if flag_of(plugin, "reads_window"):
+            message = (
+                f"{plugin.name} uses the logits of observed queries, but no scorer of this policy observes queries"
+            )
+            problems.add(_position(root, key), plugin.stage, f"{message}; add one that does, such as attention")
 
 
 def _check_store_suits_heads(spec: PolicySpec, root: Item, problems: Problems) -> None:

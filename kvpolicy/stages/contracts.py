@@ -126,6 +126,7 @@ class AllocationRequest:
     # of position; and bool [B, K, T], which slots hold one.
     scores: tuple[Tensor, ...] = ()
     candidates: tuple[Tensor, ...] = ()
+    statistics: Tensor | None = None  # [L, B, K] float32, what `Allocator.statistics` gave of each layer
 
     @classmethod
     def of_lengths(cls, layers: int, budget: int, protected: int, tokens: Sequence[int]) -> "AllocationRequest":
@@ -143,6 +144,7 @@ class AllocationRequest:
         """All that an allocator is shown, by name."""
         named = {name: getattr(self, name) for name in ("room", "total", "protected", "tokens")}
         named |= {f"scores of layer {layer}": scores for layer, scores in enumerate(self.scores)}
+        named |= {} if self.statistics is None else {"statistics": self.statistics}
         return named | {f"candidates of layer {layer}": inside for layer, inside in enumerate(self.candidates)}
 
 
@@ -150,6 +152,14 @@ class Allocator(Plugin):
     """Divides a budget. What it divides it over is its stage: layers, the heads of a layer, or both."""
 
     ragged: ClassVar[bool] = True  # whether heads of a layer can end up with different lengths
+    reads_window: ClassVar[bool] = False  # whether `statistics` reads queries: some plugin must then observe them
+
+    def statistics(self, view: View) -> Tensor | None:  # noqa: ARG002 the default needs nothing else
+        """What it must know of each head of a layer beside scores, float32 [B, K]; None = nothing.
+
+        Asked before it allocates, while keys and values can still be looked at. Not asked of layer allocators.
+        """
+        return None
 
     @property
     def reads_scores(self) -> bool:

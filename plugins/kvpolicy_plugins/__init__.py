@@ -2,6 +2,7 @@
 
 from kvpolicy.stages import Plugin, hookimpl
 from kvpolicy_plugins.allocators.adaptive import Adaptive
+from kvpolicy_plugins.allocators.cake import Cake
 from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
@@ -31,6 +32,7 @@ from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.recency import Recency
+from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from kvpolicy_plugins.selectors.topk import TopK
@@ -42,12 +44,14 @@ PLUGINS: tuple[type[Plugin], ...] = (
     KeyNorm,
     RandomDraw,
     Recency,
+    Reconstruction,
     Redundancy,
     ValueNorm,
     Pyramid,
     UniformLayers,
     Adaptive,
     UniformHeads,
+    Cake,
     GlobalRanking,
     TopK,
     CaM,

@@ -45,6 +45,20 @@ def requests(draw):
     return Request(draw(st.integers(1, 96)), budget, protected, length)
 
 
+@given(st.data(), st.integers(1, 12))
+def test_weighted_shares_are_one_level_for_all_that_are_not_full(data, count):
+    rooms = torch.tensor(data.draw(st.lists(st.integers(0, 500), min_size=count, max_size=count)))
+    weights = torch.tensor(data.draw(st.lists(st.floats(1e-6, 1e3), min_size=count, max_size=count)))
+    total = (rooms.sum() * data.draw(st.floats(0, 1))).long()
+    shares = water_fill(rooms, total, weights)
+    assert shares.sum().item() == pytest.approx(total.item(), abs=1e-6)
+    assert ((shares >= 0) & (shares <= rooms)).all()
+    levels = (shares / weights.double())[shares < rooms.double() * (1 - 1e-9)]
+    if len(levels):
+        assert levels.max().item() == pytest.approx(levels.min().item(), rel=1e-6)
+        assert (rooms / weights.double() <= levels.max() * (1 + 1e-6))[shares == rooms].all()
+
+
 @given(requests(), layer_allocators)
 def test_layers_spend_the_budget_on_what_they_hold(request, allocator):
     found = request.shares(allocator)

@@ -36,6 +36,7 @@ def attention(pick):
         "reduce": pick(["mean", "sum"]),
         "pool": pick([NONE, {"kind": "max", "size": 5}, {"kind": "average", "size": 3}]),
         "deviation": pick([0, 0.5]),
+        "spread": pick(["deviation", "variance"]),
         "shared": pick([True, False]),
     }
 

@@ -30,6 +30,7 @@ attentions = st.builds(
     reduce=st.sampled_from(("mean", "sum")),
     pool=pools,
     deviation=st.sampled_from((0.0, 2.0)),
+    spread=st.sampled_from(("deviation", "variance")),
     causal=st.booleans(),
 )
 redundancies = st.builds(

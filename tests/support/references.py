@@ -78,7 +78,8 @@ def _softmax(logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
 def _over_queries(probabilities: np.ndarray, scorer: Attention) -> np.ndarray:
     scores = getattr(probabilities, scorer.reduce)(axis=1)
     if probabilities.shape[1] > 1:
-        scores = scores + scorer.deviation * probabilities.std(axis=1, ddof=1)
+        spread = probabilities.var if scorer.spread == "variance" else probabilities.std
+        scores = scores + scorer.deviation * spread(axis=1, ddof=1)
     return scores
 
 

@@ -50,6 +50,9 @@ def _allocate_jointly(
 
 def _asked(allocator: Allocator, groups: Sequence[ScoredLayers], request: AllocationRequest) -> Tensor:
     """What the allocator answers, checked; single scores are shown where it reads them."""
+    statistics = [group.statistics for group in groups if group.statistics is not None]
+    if statistics:
+        request = attrs.evolve(request, statistics=torch.cat(statistics))
     if allocator.reads_scores:
         pairs = [(view, scores) for group in groups for view, scores in zip(group.views, group.scores, strict=True)]
         request = attrs.evolve(

@@ -1,6 +1,7 @@
 """Layers of the same rows that are compressed together, scored and selected from by the plugins' own functions."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import attrs
@@ -10,7 +11,7 @@ from torch import Tensor
 from kvpolicy.plan.compress.finite import faults_of, is_finite
 from kvpolicy.plan.compress.score import weighted_sum
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.stages import SelectionRequest, View
+from kvpolicy.stages import Allocator, SelectionRequest, View
 from kvpolicy.stages.checking.returned import check_scores, check_tensor, seen_shape
 from kvpolicy.stages.checking.untouched import tensors_of, watching
 from kvpolicy.stages.ordering import highest
@@ -58,6 +59,7 @@ class ScoredLayers:
         self.observed: list[dict[str, Tensor]] = [{} for _ in views]  # new slot state, named as in the store
         self.score()
         self.second_scores = [second_scores(spec, view) for view in views]
+        self.statistics = _statistics(spec.allocate.divider, views)
 
     def score(self) -> None:
         """Set `scores`, `nan`, `room` and `protected`, and fill `observed`."""
@@ -125,6 +127,18 @@ def best_of_all(scores: Sequence[Tensor], views: Sequence[View], best: Tensor) -
     stays = highest(torch.cat([own for own, _ in shown], 1), torch.cat([inside for _, inside in shown], 1), best)
     sizes = [own.shape[1] for own, _ in shown]
     return torch.stack([part.view(own.shape).sum(-1) for part, own in zip(stays.split(sizes, 1), scores, strict=True)])
+
+
+def _statistics(allocator: Allocator, views: Sequence[View]) -> Tensor | None:
+    """What the allocator must know of each head, float32 [L, B, K]; None where it needs nothing."""
+    found = []
+    for view in views:
+        with watching(allocator, partial(tensors_of, view)):
+            numbers = allocator.statistics(view)
+        if numbers is not None:
+            sizes = dict(zip(("batch", "kv_heads"), view.positions.shape[:2], strict=True))
+            found.append(check_tensor(allocator, numbers, sizes, torch.float32, view.keys.device))
+    return torch.stack(found) if found else None
 
 
 def second_scores(spec: PolicySpec, view: View) -> Tensor | None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages.checking.returned import check_tensor, contract_error
-from kvpolicy.stages.checking.untouched import untouched
+from kvpolicy.stages.checking.untouched import tensors_of, untouched
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import sample_view
+from kvpolicy.stages.conformance.samples import DIM, WINDOW, rows_of, sample_view
 from kvpolicy.stages.contracts import AllocationRequest, Allocator, JointAllocator, LayerAllocator
+from kvpolicy.stages.view import View
 
 
 def spends_the_whole_budget(allocator: Allocator, _promises: Promises) -> None:
@@ -81,6 +82,19 @@ def keeps_layers_apart(allocator: Allocator, _promises: Promises) -> None:
                 )
 
 
+def gives_statistics_of_every_head(allocator: Allocator, _promises: Promises) -> None:
+    view = _shown()
+    with untouched(allocator, tensors_of(view)):
+        numbers = allocator.statistics(view)
+    if numbers is not None:
+        sizes = dict(zip(("batch", "kv_heads"), view.positions.shape[:2], strict=True))
+        check_tensor(allocator, numbers, sizes, torch.float32, view.keys.device)
+        for row in range(len(numbers)):
+            alone = allocator.statistics(rows_of(view, [row]))
+            if alone is None or not torch.allclose(alone, numbers[row : row + 1], equal_nan=True):
+                raise contract_error(allocator, f"gave other statistics for row {row} alone")
+
+
 def leaves_its_input_alone(allocator: Allocator, _promises: Promises) -> None:
     for request in _requests(allocator):
         with untouched(allocator, request.tensors()):
@@ -138,10 +152,22 @@ def _build_request(
     """An allocation request; it has scores only if the allocator declares that it reads them."""
     won = _owners_of_all(layers) if isinstance(allocator, JointAllocator) else _owners_in_each(layers)
     request = AllocationRequest(room, total, protected, tokens, won)
+    if allocator.statistics(_shown()) is not None:
+        statistics = torch.arange(1, room.numel() + 1, dtype=torch.float32).reshape(room.shape).sin().square()
+        request = attrs.evolve(request, statistics=statistics)
     if not allocator.reads_scores:
         return request
     scores, candidates = zip(*layers, strict=True)
     return attrs.evolve(request, scores=scores, candidates=candidates)
+
+
+def _shown() -> View:
+    """A layer, with queries for allocators that read them."""
+    view = sample_view()
+    random = torch.Generator().manual_seed(1)
+    heads = view.geometry.query_heads
+    queries = torch.randn(len(view.keys), heads, WINDOW, DIM, generator=random, dtype=torch.float32)
+    return attrs.evolve(view, queries=queries)
 
 
 def _owners_in_each(layers: _Layers) -> Callable[[Tensor], Tensor]:
@@ -209,6 +235,7 @@ def _layer_of(request: AllocationRequest, layer: int) -> AllocationRequest:
         won=won,
         scores=request.scores[index],
         candidates=request.candidates[index],
+        statistics=None if request.statistics is None else request.statistics[index],
     )
 
 
@@ -223,10 +250,12 @@ def _selected(
         tokens=of_rows(request.tokens),
         scores=tuple(map(of_rows, request.scores)),
         candidates=tuple(map(of_rows, request.candidates)),
+        statistics=None if request.statistics is None else of_layers(request.statistics),
     )
 
 
 CHECKS = (
+    gives_statistics_of_every_head,
     spends_the_whole_budget,
     divides_by_length_only_if_it_says_so,
     gives_no_more_than_there_is,

@@ -36,6 +36,7 @@ ATTENTION = st.builds(
     reduce=st.sampled_from(("mean", "sum")),
     pool=POOLS,
     deviation=st.sampled_from((0.0, 2.5)),
+    spread=st.sampled_from(("deviation", "variance")),
     causal=st.booleans(),
     shared=st.booleans(),
 )

@@ -9,19 +9,19 @@ NOWHERE, PROBABILITIES, SCORES = 0, 1, 2  # OPTIONS[0]: what is reduced over the
 
 
 @triton.jit
-def _over_queries(probabilities, voters, deviation, REDUCE: tl.constexpr, DEVIATION: tl.constexpr):
-    """[BLOCK, G, W] to [BLOCK, G]: mean (REDUCE 0) or sum over the queries, plus `deviation` standard deviations."""
+def _over_queries(probabilities, voters, deviation, REDUCE: tl.constexpr, SPREAD: tl.constexpr):
+    """[BLOCK, G, W] to [BLOCK, G]: mean (REDUCE 0) or sum over the queries, plus `deviation` times their spread."""
     count = tl.maximum(voters, 1.0)
     total = tl.sum(probabilities, 2)
     scores = total
     if REDUCE == 0:
         scores = total / count
-    if DEVIATION:
+    if SPREAD > 0:
         width: tl.constexpr = probabilities.shape[2]
         exists = (tl.arange(0, width) + voters >= width)[None, None, :]
         deviations = tl.where(exists, probabilities - (total / count)[:, :, None], 0.0)
         variance = tl.sum(deviations * deviations, 2) / tl.maximum(voters - 1.0, 1.0)
-        scores += deviation * tl.sqrt(variance)
+        scores += deviation * (variance if SPREAD == 2 else tl.sqrt(variance))
     return scores
 
 
@@ -41,7 +41,10 @@ def attention_votes(
     arguments,
     OPTIONS: tl.constexpr,
 ):
-    """[BLOCK]. OPTIONS: what is reduced over heads, how; whether queries are summed; whether deviations are added."""
+    """[BLOCK]. OPTIONS: what is reduced over heads, how; whether queries are summed; the spread that is added.
+
+    That is 0 for none, 1 for the standard deviation, 2 for the variance.
+    """
     if OPTIONS[0] == 1:
         probabilities = reduce_group(probabilities, group, 1, OPTIONS[1])[:, None, :]
     scores = _over_queries(probabilities, voters, arguments[0], OPTIONS[2], OPTIONS[3])

@@ -6,16 +6,20 @@ from torch import Tensor
 _DECIMALS = 9  # precision of counts in float64; smaller differences are rounding errors
 
 
-def water_fill(room: Tensor, total: Tensor) -> Tensor:
-    """Water-filling: equal shares of `total` [...] along `room` [..., n], each at most its room; float64.
+def water_fill(room: Tensor, total: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Water-filling: shares of `total` [...] along `room` [..., n], each at most its room; float64.
 
-    Each share is min(room, level), with one level for all, such that the shares sum to `total`.
+    Each share is min(room, weight · level), with one level for all, such that the shares sum to `total`. Weights
+    [..., n] are positive; by default they are equal.
     """
-    ascending = room.double().sort(-1).values
+    rooms = room.double()
+    weight = torch.ones_like(rooms) if weights is None else weights.double().expand_as(rooms)
+    order = (rooms / weight).argsort(dim=-1, stable=True)  # in which rooms are filled
+    ascending, sharing = rooms.gather(-1, order), weight.gather(-1, order)
     below = ascending.cumsum(-1) - ascending
-    sharers = torch.arange(room.shape[-1], 0, -1, device=room.device)
-    levels = (total.double()[..., None] - below) / sharers  # if exactly the smaller rooms are filled
-    return torch.minimum(room.double(), levels.amax(-1, keepdim=True))
+    sharers = sharing.flip(-1).cumsum(-1).flip(-1)
+    levels = (total.double()[..., None] - below) / sharers  # if exactly the rooms before are filled
+    return torch.minimum(rooms, weight * levels.amax(-1, keepdim=True))
 
 
 def apportion(quotas: Tensor, total: Tensor) -> Tensor:
