@@ -62,7 +62,7 @@ class Policy:
         if isinstance(model, PretrainedConfig):
             geometry, measured = geometry_of(model), self._calibration(calibration, None)
             model_dtype = dtype or torch.float32
-            rotary = rotary_of_config(model) if self.spec.store.calibrated else None
+            rotary = rotary_of_config(model) if self.spec.calibrated else None
             return compile_policy(self.spec, geometry, device or "cpu", model_dtype, rotary, measured)
         check_model(model)
         geometry, measured = geometry_of(model.config), self._calibration(calibration, model)
@@ -79,7 +79,7 @@ class Policy:
     ) -> Attachment:
         """Use this policy in `model.generate`, until the attachment is detached or its `with` block ends.
 
-        `calibration` is the result of `calibrate` for this model, or the file it was saved to; few stores need one.
+        `calibration` is the result of `calibrate` for this model, or the file it was saved to; few policies need one.
         With `graph`, decode steps have fixed shapes and static storage, and run as CUDA graphs on a GPU; "compile"
         runs them with `torch.compile`. Raises UnsupportedModelError, PolicyError, CalibrationError or AttachError
         before the model is changed, or ParameterError for another value of `graph`.
@@ -88,9 +88,9 @@ class Policy:
         return Attachment(self.compile(model, calibration=calibration), model, mode)
 
     def calibrate(self, model: PreTrainedModel, tokens: Tensor) -> Calibration:
-        """Calibrate the store of this policy on token ids [S, T] without pads.
+        """Calibrate the plugins of this policy that need it on token ids [S, T] without pads.
 
-        Raises UnsupportedModelError, AttachError, or CalibrationError when the store needs no calibration or it fails.
+        Raises UnsupportedModelError, AttachError, or CalibrationError when none needs it or it fails.
         """
         return calibrate(self.spec, model, tokens)
 
@@ -105,8 +105,8 @@ class Policy:
         return attachment.adopt(PolicyCache(self.compile(model, calibration=calibration), model.config))
 
     def _calibration(self, source: CalibrationSource | None, model: PreTrainedModel | None) -> Calibration | None:
-        """The calibration; None if the store needs none. Raises CalibrationError if for another policy or model."""
-        if source is None or not self.spec.store.calibrated:
+        """The calibration; None if no plugin needs one. Raises CalibrationError if for another policy or model."""
+        if source is None or not self.spec.calibrated:
             return None
         measured = source if isinstance(source, Calibration) else Calibration.read(source)
         origin = "calibration" if isinstance(source, Calibration) else os.fsdecode(source)

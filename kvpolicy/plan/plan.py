@@ -1,11 +1,12 @@
 """A policy compiled for one model geometry, device and dtype."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import attrs
 import torch
+from torch import Tensor
 
 from kvpolicy.errors import CalibrationError, ParameterError, PolicyError, Problem, UnsupportedModelError, one_line
 from kvpolicy.plan.budgets import Budgets
@@ -16,7 +17,7 @@ from kvpolicy.plan.footprint import Footprint
 from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver, forward_observers_of, observing_plugins
 from kvpolicy.plan.passes import PassObserver, pass_observers_of
 from kvpolicy.spec.policy import NEVER, PolicySpec
-from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Rotary, Site
+from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Plugin, Rotary, Site
 from kvpolicy.stages.checking.declared import (
     any_order_of,
     flag_of,
@@ -51,7 +52,8 @@ class Plan:
     budgets: Budgets
     fusion: Fusion  # which stages run in kernels, and why others do not
     passes: tuple[PassObserver, ...] = ()  # scorers that read a prompt again before it is compressed
-    calibration: str = ""  # digest of what the store was calibrated with, "" when it needs nothing
+    calibration: str = ""  # digest of what plugins were calibrated with, "" when they need nothing
+    calibrations: tuple[Mapping[str, Tensor], ...] = ()  # what views of a layer show; names begin with a plugin's key
 
     @cached_property
     def ragged(self) -> bool:
@@ -173,7 +175,8 @@ def compile_policy(
         passes=pass_observers_of(spec),
         budgets=Budgets(spec, geometry, footprint),
         fusion=_fusion(spec, geometry, device, dtype, kernels),
-        calibration=calibration.digest if spec.store.calibrated and calibration is not None else "",
+        calibration=calibration.digest if spec.calibrated and calibration is not None else "",
+        calibrations=_shown(spec, calibration, device) if calibration is not None else ({},) * geometry.layers,
     )
 
 
@@ -182,8 +185,10 @@ def _check_declared(spec: PolicySpec) -> None:
     for weighted in spec.score:
         any_order_of(weighted.scorer)
     row_state_of(spec.merge)
+    for weighted in spec.score:
+        flag_of(weighted.scorer, "calibrated")
     for plugin, names in (
-        (spec.allocate.divider, ("ragged", "reads_scores")),
+        (spec.allocate.divider, ("ragged", "reads_scores", "reads_window", "calibrated")),
         (spec.allocate.layers, ("follows_length",)),
         (spec.select, ("best",)),
         (spec.merge, ("moves_only", "votes", "reads_window")),
@@ -205,25 +210,43 @@ def _fusion(
 def _sites(
     spec: PolicySpec, geometry: Geometry, dtype: torch.dtype, rotary: Rotary | None, calibration: Calibration | None
 ) -> Sequence[Site]:
-    if spec.store.calibrated and calibration is None:
+    """Where the store is used, once all that plugins were calibrated with has been looked at."""
+    calibrated = spec.calibrated
+    if calibrated and calibration is None:
         message = f"needs a calibration for this model: kvpolicy calibrate {spec.name} --model MODEL --text FILE"
-        raise PolicyError([Problem("store", f"{spec.store.name} {message}")])
-    layers = calibration.layers if calibration is not None else ({},) * geometry.layers
-    if len(layers) != geometry.layers:
-        raise PolicyError([Problem("store", f"the calibration is for {len(layers)} layers, not {geometry.layers}")])
-    sites = [Site(geometry, dtype, layer, rotary, tensors) for layer, tensors in enumerate(layers)]
-    if spec.store.calibrated:
-        _check_calibrations(spec, sites)
-    return sites
+        raise PolicyError([Problem(key, f"{plugin.name} {message}") for key, plugin in calibrated.items()])
+    if calibration is not None and len(calibration.layers) != geometry.layers:
+        message = f"the calibration is for {len(calibration.layers)} layers, not {geometry.layers}"
+        raise PolicyError([Problem(key, message) for key in calibrated or ("store",)])
+    sites = [Site(geometry, dtype, layer, rotary) for layer in range(geometry.layers)]
+    if calibration is None:
+        return sites
+    for key, plugin in calibrated.items():
+        _check_calibration(plugin, _calibrated(sites, calibration, key))
+    return _calibrated(sites, calibration, "store")
 
 
-def _check_calibrations(spec: PolicySpec, sites: Sequence[Site]) -> None:
+def _calibrated(sites: Sequence[Site], calibration: Calibration, key: str) -> list[Site]:
+    return [attrs.evolve(site, calibration=tensors) for site, tensors in zip(sites, calibration.of(key), strict=True)]
+
+
+def _check_calibration(plugin: Plugin, sites: Sequence[Site]) -> None:
     for site in sites:
         try:
-            spec.store.check_calibration(site)
+            plugin.check_calibration(site)
         except ParameterError as error:
-            message = f"the calibration of layer {site.layer} is not one of {spec.store.name} for this model: {error}"
+            message = f"the calibration of layer {site.layer} is not one of {plugin.name} for this model: {error}"
             raise CalibrationError(message) from error
+
+
+def _shown(spec: PolicySpec, calibration: Calibration, device: torch.device) -> tuple[dict[str, Tensor], ...]:
+    """What plugins that look at views were calibrated with, on the device of the model."""
+    keys = [key for key, plugin in spec.calibrated.items() if plugin is not spec.store]
+    layers: tuple[dict[str, Tensor], ...] = tuple({} for _ in calibration.layers)
+    for key in keys:
+        for layer, tensors in zip(layers, calibration.of(key), strict=True):
+            layer.update({f"{key}.{name}": tensor.to(device) for name, tensor in tensors.items()})
+    return layers
 
 
 def _formats(spec: PolicySpec, site: Site) -> Formats:

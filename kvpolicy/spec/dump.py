@@ -57,9 +57,9 @@ def digest(spec: PolicySpec) -> str:
     return _hash(data)
 
 
-def plugin_digest(plugin: Plugin) -> str:
-    """16 hex digits of one plugin and its parameters."""
-    return _hash(_full(plugin))
+def calibrated_digest(spec: PolicySpec) -> str:
+    """16 hex digits of the plugins of a policy that must be calibrated, with their keys and parameters."""
+    return _hash({key: _full(plugin) for key, plugin in spec.calibrated.items()})
 
 
 def _hash(data: Any) -> str:

@@ -14,6 +14,7 @@ from kvpolicy.stages.contracts import (
     JointAllocator,
     LayerAllocator,
     Merger,
+    Plugin,
     Reader,
     Scorer,
     Selector,
@@ -238,3 +239,10 @@ class PolicySpec:
 
     def __attrs_post_init__(self) -> None:
         check_writable(self)
+
+    @property
+    def calibrated(self) -> dict[str, Plugin]:
+        """The plugins that must be calibrated on a model, by their keys in the file."""
+        named: dict[str, Plugin] = {f"score[{term}]": weighted.scorer for term, weighted in enumerate(self.score)}
+        named |= {self.allocate.divider.stage: self.allocate.divider, "store": self.store}
+        return {key: plugin for key, plugin in named.items() if plugin.calibrated}

@@ -25,6 +25,27 @@ class Plugin(abc.ABC):
     name: ClassVar[str]
     reference: ClassVar[str] = ""
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it must know something that is measured on a model before: codecs, scorers and allocators may."""
+        return False
+
+    def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        """Per layer, what it will find in `site.calibration` (a codec) or `view.calibration`; deterministic."""
+        return [{} for _ in samples]
+
+    def check_calibration(self, site: Site) -> None:
+        """Look at `site.calibration` before it is used: it may come from a file that somebody has changed.
+
+        By default, that all tensors are floating and finite. What a plugin knows besides (shapes, ranges, that columns
+        are orthonormal) it checks itself. Called only where `calibrated`.
+
+        Raises:
+            ParameterError: this is not what `calibrate` gives for a layer of such a model.
+        """
+        for name, tensor in site.calibration.items():
+            check_finite(name, tensor)
+
 
 @attrs.frozen
 class Needs:
@@ -270,27 +291,6 @@ class Codec(Plugin):
         Raises:
             ParameterError: the parameters do not go with the geometry, or the rotation is not known.
         """
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether `formats` needs `site.calibration`."""
-        return False
-
-    def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
-        """Per layer, what `formats` will find in `site.calibration`; deterministic."""
-        return [{} for _ in samples]
-
-    def check_calibration(self, site: Site) -> None:
-        """Look at `site.calibration` before `formats` is given it: it may come from a file that somebody has changed.
-
-        By default, that all tensors are floating and finite. What a codec knows besides (shapes, ranges, that columns
-        are orthonormal) it checks itself. Called only where `calibrated`.
-
-        Raises:
-            ParameterError: this is not what `calibrate` gives for a layer of such a model.
-        """
-        for name, tensor in site.calibration.items():
-            check_finite(name, tensor)
 
 
 @attrs.frozen(eq=False)

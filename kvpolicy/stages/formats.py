@@ -35,7 +35,7 @@ class Column:
 
 @attrs.frozen(eq=False)
 class Site:
-    """The layer that a codec or a reader is used in: one managed layer of one model."""
+    """The layer that a plugin is used in: one managed layer of one model."""
 
     geometry: Geometry
     dtype: torch.dtype  # of the model's keys and values

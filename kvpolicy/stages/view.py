@@ -42,13 +42,19 @@ class View:
     slot_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B, K, T] float32 each, declared by the plugin
     row_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B] float32 each, declared by the plugin
     rotary: Rotary | None = None  # None = the model's rotation is not known
+    calibration: Mapping[str, Tensor] = attrs.field(factory=dict)  # result of the plugin's `calibrate` for this layer
     in_order: bool = True  # whether entries stand in ascending order of position
     most_evicted: int | None = None  # a merger's: no head loses more entries; None = the host has not been told
     _computed: dict[str, Tensor] = attrs.field(init=False, factory=dict, repr=False)  # shared by `with_state`
 
-    def with_state(self, slot_state: Mapping[str, Tensor], row_state: Mapping[str, Tensor] | None = None) -> "View":
+    def with_state(
+        self,
+        slot_state: Mapping[str, Tensor],
+        row_state: Mapping[str, Tensor] | None = None,
+        calibration: Mapping[str, Tensor] | None = None,
+    ) -> "View":
         """The same entries as another plugin sees them; what has been computed from them is shared."""
-        other = attrs.evolve(self, slot_state=slot_state, row_state=row_state or {})
+        other = attrs.evolve(self, slot_state=slot_state, row_state=row_state or {}, calibration=calibration or {})
         object.__setattr__(other, "_computed", self._computed)
         return other
 

@@ -34,7 +34,7 @@ STEPS, FEW = 20, 10  # with evictions among them
 
 
 def attached(one, policy, **options):
-    calibration = policy.calibrate(one, prompt(64, 64)[0]) if policy.spec.store.calibrated else None
+    calibration = policy.calibrate(one, prompt(64, 64)[0]) if policy.spec.calibrated else None
     return policy.attach(one, calibration=calibration, **options)
 
 

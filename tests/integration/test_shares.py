@@ -91,7 +91,7 @@ def test_every_shipped_policy_keeps_exactly_any_budget(name):
     calibration = None
     for budget in (32, 33, 57, "40%", "1MiB"):
         policy = kvpolicy.load(name, budget=budget)
-        if policy.spec.store.calibrated and calibration is None:
+        if policy.spec.calibrated and calibration is None:
             calibration = policy.calibrate(one, prompt(64, 64)[0])
         with policy.attach(one, calibration=calibration) as attachment, torch.no_grad():
             cache = attachment.cache()

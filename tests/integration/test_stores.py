@@ -29,7 +29,7 @@ def keeping_all(store="plain", read="all"):
 
 def attached(one, policy):
     # Fewer than 64 tokens: without AVX-512, torch 2.13 refuses attention over more in bfloat16 on CPUs with AMX.
-    calibration = policy.calibrate(one, prompt(48, 48)[0]) if policy.spec.store.calibrated else None
+    calibration = policy.calibrate(one, prompt(48, 48)[0]) if policy.spec.calibrated else None
     return policy.attach(one, calibration=calibration)
 
 
@@ -128,7 +128,7 @@ def test_calibration_is_asked_for_and_checked(tmp_path):
     policy.attach(one, calibration=file).detach()
     with pytest.raises(CalibrationError, match=r"latent\.safetensors: was made for another model"):
         policy.attach(other, calibration=file)
-    with pytest.raises(CalibrationError, match="another store"):
+    with pytest.raises(CalibrationError, match="other plugins"):
         keeping_all({**STORES["latent"], "rank": 0.25}).attach(one, calibration=file)
     with pytest.raises(CalibrationError, match="needs no calibration"):
         keeping_all().calibrate(one, tokens)
@@ -144,7 +144,7 @@ def test_calibrating_leaves_the_model_as_it_was():
     again = policy.calibrate(one, prompt(64, 64)[0])
     assert difference(generate(one, tokens, mask), before) == 0
     for left, right in zip(first.layers, again.layers, strict=True):
-        assert torch.equal(left["basis"], right["basis"])
+        assert torch.equal(left["store.basis"], right["store.basis"])
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,15 @@ def plan_of(store, budget="100%", every=4, *, ragged=False, merge="drop", read="
         read=read,
     )
     geometry, rotary = Geometry((0,), HEADS * GROUP, HEADS, dim), Rotary(100.0 ** (-torch.arange(0, dim, 2) / dim))
-    calibration = calibration_of(policy, geometry, rotary) if policy.spec.store.calibrated else None
+    calibration = calibration_of(policy, geometry, rotary) if policy.spec.calibrated else None
     return compile_policy(policy.spec, geometry, "cpu", torch.float32, rotary, calibration)
 
 
 def calibration_of(policy, geometry, rotary):
     keys, values, queries = entries(torch.Generator().manual_seed(9), 2, 40, geometry.head_dim)
     sample = Sample(geometry, SCALING, rotary, queries, keys, values)
-    return Calibration(tuple(policy.spec.store.calibrate([sample])), "", "")
+    (measured,) = policy.spec.store.calibrate([sample])
+    return Calibration(({f"store.{name}": tensor for name, tensor in measured.items()},), "", "")
 
 
 def entries(generator, rows, count, dim=DIM):

@@ -55,6 +55,7 @@ def build_view(
         slot_state=columns,
         row_state={name: values[list(rows)] for name, values in row_state.items()},
         rotary=plan.rotary,
+        calibration=plan.calibrations[layer],
         in_order=in_order,
         pinned=spans.pinned(positions, rows),
         regions=spans.of(positions, rows),

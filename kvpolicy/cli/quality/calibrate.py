@@ -21,7 +21,7 @@ def calibrate(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Measure a model on a text, and write what the policy's store needs as a safetensors file."""
+    """Measure a model on a text, and write what the policy must know about it as a safetensors file."""
     from kvpolicy.cli.terminal.models import device_of, dtype_of
     from kvpolicy.errors import CalibrationError, InputError
     from kvpolicy.evaluate.models import load_model
@@ -30,15 +30,15 @@ def calibrate(
     if sequences < 1 or length < 2:
         raise InputError(f"--sequences must be at least 1, --length at least 2: {sequences}, {length}")
     loaded, target, kind = load(policy), device_of(device), dtype_of(dtype)
-    if not loaded.spec.store.calibrated:
-        raise CalibrationError(f"policy {loaded.name}: store {loaded.spec.store.name} needs no calibration")
+    if not loaded.spec.calibrated:
+        raise CalibrationError(f"policy {loaded.name} needs no calibration")
     words = read_prompt(None, text)
     live, tokenizer = load_model(model, target, kind, tell)
     tokens = _cut(tokenizer, words, sequences, length)
     measured = loaded.calibrate(live, tokens)
     path = out or Path(f"{loaded.name}.safetensors")
     measured.save(path)
-    about = {"file": str(path), "policy": loaded.name, "store": measured.store, "model": measured.model}
+    about = {"file": str(path), "policy": loaded.name, "plugins": measured.plugins, "model": measured.model}
     numbers = {"sequences": tokens.shape[0], "length": tokens.shape[1], "layers": len(measured.layers)}
     if json:
         print_json({**about, **numbers})

@@ -201,12 +201,12 @@ def inputs_of(
         config_of(model)  # a mistyped path is told before texts are fetched
     # Of the embedded model the bytes compare with those of a 16-bit cache.
     chosen = dtype_of(dtype) or (torch.bfloat16 if model == TESTBED else None)
-    texts, calibration = _texts(model, files, calibrated=any(one.spec.store.calibrated for one in setup.policies))
+    texts, calibration = _texts(model, files, calibrated=any(one.spec.calibrated for one in setup.policies))
     return Inputs(model, device, chosen, texts, calibration, setup)
 
 
 def _texts(model: str, files: list[Path] | None, *, calibrated: bool) -> "tuple[tuple[Text, ...], tuple[Text, ...]]":
-    """Texts for the cases, and others to calibrate stores on: essays, of which the cases leave some alone.
+    """Texts for the cases, and others to calibrate on: essays, of which the cases leave some alone.
 
     Essays are read only where they are needed.
     """

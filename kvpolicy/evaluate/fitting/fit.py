@@ -56,8 +56,8 @@ def fit(
     A policy that keeps everything (`budget: "100%"`) evicts nothing here either: it holds what it holds, whatever the
     share, with a store sized as above for `length` tokens; its reader, if it has one, reads `share` of the `length`.
 
-    `calibration` is that of the policy's store, where it needs one. The store of a policy that evicts is resized, and
-    needs one of its own: give a function that calibrates the policy that it is given, such as
+    `calibration` is that of the policy, where it needs one. Plugins of a policy that evicts are resized, and those that
+    are calibrated need one of their own: give a function that calibrates the policy that it is given, such as
     `lambda policy: policy.calibrate(model, tokens)`.
 
     Raises ParameterError for a `share` or `length` that is none, EvaluationError when it leaves no room for an entry,
@@ -72,7 +72,7 @@ def fit(
 def fit_calibrated(
     policy: Policy, model: PreTrainedModel, *, share: Fraction, length: int, calibrate: Calibrate
 ) -> Policy:
-    """The same; `calibrate` gives the calibration of a policy whose store has been resized."""
+    """The same; `calibrate` gives the calibration of a policy whose plugins have been resized."""
     layers = geometry_of(model.config).layers
     nominal = int(length * share)
     if keeps_everything(policy.spec):

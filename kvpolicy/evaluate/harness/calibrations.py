@@ -1,4 +1,4 @@
-"""Stores that must be calibrated: each once, on text that no case is made from."""
+"""Policies that must be calibrated: each once, on text that no case is made from."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.policy import Policy
-from kvpolicy.spec.dump import plugin_digest
+from kvpolicy.spec.dump import calibrated_digest
 
 
 class Calibrations:
-    """What the stores of several policies measured on one model; made when first asked for."""
+    """What plugins of several policies measured on one model; made when first asked for."""
 
     def __init__(self, model: PreTrainedModel, tokens: Callable[[], Tensor]) -> None:
         """`tokens` gives token ids [S, T] without pads."""
@@ -22,14 +22,14 @@ class Calibrations:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Token ids [S, T] that stores are calibrated on."""
+        """Token ids [S, T] that plugins are calibrated on."""
         return self._make_tokens()
 
     def of(self, policy: Policy) -> Calibration | None:
-        """The calibration of a policy's store, None when it needs none. Raises CalibrationError."""
-        if not policy.spec.store.calibrated:
+        """The calibration of a policy, None when it needs none. Raises CalibrationError."""
+        if not policy.spec.calibrated:
             return None
-        store = plugin_digest(policy.spec.store)
-        if store not in self._made:
-            self._made[store] = policy.calibrate(self.model, self.tokens)
-        return self._made[store]
+        plugins = calibrated_digest(policy.spec)
+        if plugins not in self._made:
+            self._made[plugins] = policy.calibrate(self.model, self.tokens)
+        return self._made[plugins]

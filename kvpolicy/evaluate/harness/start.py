@@ -36,7 +36,7 @@ class Inputs:
     device: str
     dtype: torch.dtype | None
     texts: tuple[Text, ...]  # that cases are made from
-    calibration_texts: tuple[Text, ...]  # that stores are calibrated on; none of them is among `texts`
+    calibration_texts: tuple[Text, ...]  # that plugins are calibrated on; none of them is among `texts`
     setup: EvaluationSetup
 
 

@@ -17,7 +17,7 @@ from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import READ_ALL, compile_policy
 from kvpolicy.spec.budget import Budget
-from kvpolicy.spec.dump import plugin_digest
+from kvpolicy.spec.dump import calibrated_digest
 from kvpolicy.spec.policy import NEVER, Compress, PolicySpec, Protect
 from kvpolicy.stages import Needs, Sample
 from kvpolicy.stages.registry.hooks import PROJECT
@@ -26,20 +26,24 @@ from kvpolicy.stages.registry.plugins import registry
 
 @torch.inference_mode()
 def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calibration:
-    """What the policy's store measures on tokens [S, T], of which none is a pad.
+    """What plugins of the policy measure on tokens [S, T], of which none is a pad.
 
-    Raises CalibrationError when the store needs none, or cannot be calibrated on this model.
+    Raises CalibrationError when none of them needs it, or one cannot be calibrated on this model.
     """
-    if not spec.store.calibrated:
-        raise CalibrationError(f"policy {spec.name}: store {spec.store.name} needs no calibration")
+    if not spec.calibrated:
+        raise CalibrationError(f"policy {spec.name} needs no calibration")
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise CalibrationError(f"must be given tokens [sequences, length >= 2]: {tuple(tokens.shape)}")
-    try:
-        layers = spec.store.calibrate(list(_samples(spec, model, tokens)))
-    except ParameterError as error:
-        raise CalibrationError(f"policy {spec.name}: store {spec.store.name}: {error}") from error
-    layers = [{name: tensor.cpu() for name, tensor in tensors.items()} for tensors in layers]
-    return Calibration(tuple(layers), plugin_digest(spec.store), model_digest(model))
+    samples = list(_samples(spec, model, tokens))
+    layers: list[dict[str, Tensor]] = [{} for _ in samples]
+    for key, plugin in spec.calibrated.items():
+        try:
+            measured = plugin.calibrate(samples)
+        except ParameterError as error:
+            raise CalibrationError(f"policy {spec.name}: {key} {plugin.name}: {error}") from error
+        for layer, tensors in zip(layers, measured, strict=True):
+            layer.update({f"{key}.{name}": tensor.cpu() for name, tensor in tensors.items()})
+    return Calibration(tuple(layers), calibrated_digest(spec), model_digest(model))
 
 
 def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterator[Sample]:

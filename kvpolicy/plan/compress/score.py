@@ -29,15 +29,15 @@ def weighted_sum(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor
 
 def scored(scorer: Scorer, prefix: str, view: View) -> tuple[Tensor, dict[str, Tensor]]:
     """The scores [B, K, T] of one scorer, and its new slot state, whose names begin with `prefix` in the store."""
-    own = state_of(view, prefix)
-    seen = view.with_state(own)
+    own, calibration = state_of(view, prefix), calibration_of(view, prefix)
+    seen = view.with_state(own, calibration=calibration)
     fresh: Mapping[str, Tensor] = {}
     if own:
         with watching(scorer, lambda: tensors_of(seen)):
             fresh = scorer.observe(seen)
         check_state(scorer, fresh, own)
     if fresh:
-        seen = seen.with_state({**own, **fresh})
+        seen = seen.with_state({**own, **fresh}, calibration=calibration)
     with watching(scorer, lambda: tensors_of(seen)):
         scores = scorer.score(seen)
     check_scores(scorer, scores, view)
@@ -47,6 +47,11 @@ def scored(scorer: Scorer, prefix: str, view: View) -> tuple[Tensor, dict[str, T
 def state_of(view: View, prefix: str) -> dict[str, Tensor]:
     """The slot state of one plugin, by its own names."""
     return {name.removeprefix(prefix): t for name, t in view.slot_state.items() if name.startswith(prefix)}
+
+
+def calibration_of(view: View, prefix: str) -> dict[str, Tensor]:
+    """What one plugin was calibrated with, by its own names."""
+    return {name.removeprefix(prefix): t for name, t in view.calibration.items() if name.startswith(prefix)}
 
 
 def _remembered(scorer: Scorer, name: str, values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.plan.compress.finite import faults_of, is_finite
-from kvpolicy.plan.compress.score import weighted_sum
+from kvpolicy.plan.compress.score import calibration_of, weighted_sum
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Allocator, SelectionRequest, View
 from kvpolicy.stages.checking.returned import check_scores, check_tensor, seen_shape
@@ -133,8 +133,9 @@ def _statistics(allocator: Allocator, views: Sequence[View]) -> Tensor | None:
     """What the allocator must know of each head, float32 [L, B, K]; None where it needs nothing."""
     found = []
     for view in views:
-        with watching(allocator, partial(tensors_of, view)):
-            numbers = allocator.statistics(view)
+        seen = attrs.evolve(view, calibration=calibration_of(view, allocator.stage + "."))
+        with watching(allocator, partial(tensors_of, seen)):
+            numbers = allocator.statistics(seen)
         if numbers is not None:
             sizes = dict(zip(("batch", "kv_heads"), view.positions.shape[:2], strict=True))
             found.append(check_tensor(allocator, numbers, sizes, torch.float32, view.keys.device))

@@ -52,6 +52,7 @@ def tensors_of(view: View) -> dict[str, Tensor]:
     tensors = {name: getattr(view, name) for name in (*names, "valid", "lengths", "age", "protected", "candidates")}
     tensors.update(view.slot_state)
     tensors.update({f"{name} of the row": state for name, state in view.row_state.items()})
+    tensors.update({f"{name} of the calibration": tensor for name, tensor in view.calibration.items()})
     if view.queries is not None:
         tensors["logits"] = view.logits
     if view.rotary is not None:

@@ -47,7 +47,7 @@ def test_a_calibration_that_is_no_file(kv):
 @pytest.mark.parametrize(
     ("policy", "more", "message"),
     [
-        ("snapkv", (), "policy snapkv: store plain needs no calibration"),
+        ("snapkv", (), "policy snapkv needs no calibration"),
         ("sals25", ("--length", 1), "--sequences must be at least 1, --length at least 2: 16, 1"),
     ],
 )

@@ -44,7 +44,7 @@ def test_another_store_has_a_calibration_of_its_own(made, sals):
     assert calls == [1]
     sals.compile(calibrations.model, calibration=first)
     half.compile(calibrations.model, calibration=second)
-    with pytest.raises(CalibrationError, match="another store"):
+    with pytest.raises(CalibrationError, match="other plugins"):
         half.compile(calibrations.model, calibration=first)
 
 

@@ -15,11 +15,11 @@ import kvpolicy
 from kvpolicy.errors import CalibrationError, ParameterError
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.spec.dump import plugin_digest
+from kvpolicy.spec.dump import calibrated_digest
 from kvpolicy.stages import Codec, Geometry, Rotary, Site
 from tests.support.models import model
 
-ABOUT = {"kvpolicy": "1", "store": "s", "model": "m", "layers": "2"}
+ABOUT = {"kvpolicy": "2", "plugins": "s", "model": "m", "layers": "2"}
 
 
 def written(path, tensors, about):
@@ -32,7 +32,7 @@ def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "c.safetensors"
     Calibration(layers, "s", "m").save(path)
     found = Calibration.read(path)
-    assert (found.store, found.model) == ("s", "m")
+    assert (found.plugins, found.model) == ("s", "m")
     for left, right in zip(found.layers, layers, strict=True):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
@@ -83,10 +83,10 @@ def test_a_truncated_file(tmp_path):
     "about",
     [
         {},
-        {**ABOUT, "kvpolicy": "2"},
+        {**ABOUT, "kvpolicy": "1"},
         {**ABOUT, "layers": "many"},
         {**ABOUT, "layers": "9999999"},
-        {key: ABOUT[key] for key in ("kvpolicy", "store", "layers")},
+        {key: ABOUT[key] for key in ("kvpolicy", "plugins", "layers")},
     ],
 )
 def test_safetensors_of_another_kind(tmp_path, about):
@@ -104,18 +104,18 @@ def test_a_tensor_that_does_not_belong_there(tmp_path, name):
 
 def test_it_says_for_what_it_was_made():
     spec = kvpolicy.load("sals25").spec
-    own = Calibration(({},), plugin_digest(spec.store), "m")
+    own = Calibration(({},), calibrated_digest(spec), "m")
     own.require(spec, "m")
     own.require(spec, None)
     with pytest.raises(CalibrationError, match=r"c\.st: was made for another model \(digest 'm', this one is 'n'\)"):
         own.require(spec, "n", "c.st")
-    with pytest.raises(CalibrationError, match=r"another store than that of policy sals12 \(latent"):
+    with pytest.raises(CalibrationError, match=r"other plugins than those of policy sals12 \(store: latent"):
         own.require(kvpolicy.load("sals12").spec, "m")
 
 
-def test_the_budget_does_not_enter_the_digest_of_a_store():
+def test_the_budget_does_not_enter_the_digest_of_what_is_calibrated():
     small, large = kvpolicy.load("sals25", budget=64).spec, kvpolicy.load("sals25").spec
-    assert plugin_digest(small.store) == plugin_digest(large.store)
+    assert calibrated_digest(small) == calibrated_digest(large)
 
 
 # -- contents -------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_tensors_of_layers_that_change_places_or_are_missing(good, tmp_path):
             Calibration.read(written(tmp_path / "w", found, about))
 
 
-@pytest.mark.parametrize("key", ["store", "model", "layers"])
+@pytest.mark.parametrize("key", ["plugins", "model", "layers"])
 def test_what_is_said_about_the_tensors_counts(good, tmp_path, key):
     with safe_open(good, "pt") as file:
         about = {**file.metadata(), key: "9"}
@@ -280,7 +280,7 @@ def test_a_header_is_not_parsed_before_its_size_is_known(tmp_path, monkeypatch):
 
 
 def test_messages_are_short(tmp_path):
-    path = written(tmp_path / "w", {"x" * 100_000: torch.rand(1)}, {**ABOUT, "store": "y" * 100_000})
+    path = written(tmp_path / "w", {"x" * 100_000: torch.rand(1)}, {**ABOUT, "plugins": "y" * 100_000})
     with pytest.raises(CalibrationError, match=r"^.{0,400}$"):
         Calibration.read(path)
     path = written(tmp_path / "w", {"layers.0.b": torch.rand(1)}, {"kvpolicy": "y" * 100_000})
@@ -298,7 +298,8 @@ def compiled(policy, layers):
         policy, **({"store": {"use": "latent", "rank": 0.25, "value_group": 8}} if policy == "sals25" else {})
     ).spec
     rotary = Rotary(100.0 ** -(torch.arange(0, 8, 2) / 8))
-    calibration = Calibration(layers, plugin_digest(spec.store), "m")
+    named = tuple({f"store.{name}": tensor for name, tensor in layer.items()} for layer in layers)
+    calibration = Calibration(named, calibrated_digest(spec), "m")
     return compile_policy(spec, GEOMETRY, "cpu", torch.float32, rotary, calibration)
 
 
