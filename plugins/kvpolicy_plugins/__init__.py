@@ -32,6 +32,7 @@ from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.keydiff import KeyDiff
 from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.leverage import Leverage
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
@@ -46,6 +47,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     KeyDiff,
     KeyNorm,
     LagKV,
+    Leverage,
     RandomDraw,
     Recency,
     Redundancy,

@@ -16,7 +16,7 @@ def uniform(seed: int, *words: int | Tensor, device: torch.device) -> Tensor:
 
     Each is a hash of `seed`, from 0 to 2^32 - 1, and of the lower 32 bits of the words, in this order.
     """
-    hashed = mixed(torch.tensor([seed], device=device))
+    hashed = mixed(torch.full((1,), seed, dtype=torch.int64, device=device))
     for word in words:
         hashed = mixed(hashed ^ (word & _WORD))
     return (hashed >> 8).float() * 2.0**-24  # 24 bits, which float32 holds exactly
