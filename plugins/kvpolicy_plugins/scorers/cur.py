@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from kvpolicy.stages import Choice, Integer, Scorer, View, parameter
 from kvpolicy_plugins.scorers.shared.seeded_draws import sketch
-from kvpolicy_plugins.shared.limits import MOST_CHANNELS, SEED
+from kvpolicy_plugins.shared.limits import MOST_RANK, SEED
 
 
 @attrs.frozen
@@ -35,7 +35,7 @@ class Cur(Scorer):
     )
     window: int = parameter(Integer(minimum=0), 16, help="entries of a block that norms are divided by; 0 = none")
     rank: int = parameter(
-        Integer(minimum=0, maximum=MOST_CHANNELS), 0, help="columns of a Gaussian sketch; 0 = the vectors themselves"
+        Integer(minimum=0, maximum=MOST_RANK), 0, help="columns of a Gaussian sketch; 0 = the vectors themselves"
     )
     seed: int = parameter(SEED, 0, help="seed of the sketch")
 

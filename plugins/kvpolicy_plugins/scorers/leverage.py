@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpolicy.stages import Integer, Needs, Number, Scorer, View, parameter
 from kvpolicy_plugins.scorers.shared.seeded_draws import sketch
-from kvpolicy_plugins.shared.limits import MOST_CHANNELS, SEED
+from kvpolicy_plugins.shared.limits import MOST_RANK, SEED
 
 
 @attrs.frozen
@@ -31,7 +31,7 @@ class Leverage(Scorer):
     name: ClassVar[str] = "leverage"
     reference: ClassVar[str] = "arXiv:2507.08143"
 
-    rank: int = parameter(Integer(minimum=1, maximum=MOST_CHANNELS), 48, help="columns of the Gaussian sketch")
+    rank: int = parameter(Integer(minimum=1, maximum=MOST_RANK), 48, help="columns of the Gaussian sketch")
     ridge: float = parameter(Number(minimum=1e-6, maximum=1e6), 1e-2, help="added to the diagonal of the Gram matrix")
     seed: int = parameter(SEED, 0, help="seed of the sketch")
 
