@@ -1,5 +1,7 @@
 """LagKV (arXiv:2504.04704): entries that vary little on the scale of the entries that follow them go."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ class Varied(Method):
         if len(partitions) < 2:
             return [1.0] * SINKS + [place / len(behind) for place in range(len(behind))]
         found = [1.0] * SINKS
-        for own, following in zip(partitions, partitions[1:], strict=False):
+        for own, following in pairwise(partitions):
             shares = [self.spread(own, following, part) for part in ("key", "value")]
             mean = np.mean(shares, axis=0)
             found += list(mean) if self.CROSS else self.ranks(mean)

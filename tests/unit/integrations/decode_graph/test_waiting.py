@@ -41,7 +41,7 @@ def step(policy, after=lambda out: None):
     return out
 
 
-@pytest.mark.parametrize("name", [*EVEN, "leverage", "vase_dkv"])
+@pytest.mark.parametrize("name", [*EVEN, "curkv", "leverage", "vase_dkv"])
 def test_no_step_of_a_shipped_policy_waits(name):
     assert step(small(name)).shape == (3, 1, 4, 8)
 
