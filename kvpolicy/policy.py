@@ -17,7 +17,7 @@ from kvpolicy.integrations.transformers.models.structure import check_structure
 from kvpolicy.integrations.transformers.models.support import check_model, device_of, geometry_of
 from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 from kvpolicy.plan.calibration import Calibration
-from kvpolicy.plan.plan import Plan, compile_policy
+from kvpolicy.plan.plan import Plan, compile_policy, needs_rotary
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
 from kvpolicy.spec.policy import PolicySpec
@@ -62,7 +62,7 @@ class Policy:
         if isinstance(model, PretrainedConfig):
             geometry, measured = geometry_of(model), self._calibration(calibration, None)
             model_dtype = dtype or torch.float32
-            rotary = rotary_of_config(model) if self.spec.calibrated else None
+            rotary = rotary_of_config(model) if self.spec.calibrated or needs_rotary(self.spec) else None
             return compile_policy(self.spec, geometry, device or "cpu", model_dtype, rotary, measured)
         check_model(model)
         geometry, measured = geometry_of(model.config), self._calibration(calibration, model)

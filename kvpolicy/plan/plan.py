@@ -155,6 +155,7 @@ def compile_policy(
     """
     device, dtype = _device(device), _floating(dtype)
     _check_declared(spec)
+    _check_rotary(spec, rotary)
     sites = _sites(spec, geometry, dtype, rotary, calibration)
     formats = tuple(_formats(spec, site) for site in sites)
     pages = tuple(_pages(spec, site) for site in sites)
@@ -196,6 +197,24 @@ def _check_declared(spec: PolicySpec) -> None:
     ):
         for name in names:
             flag_of(plugin, name)
+
+
+def needs_rotary(spec: PolicySpec) -> bool:
+    """Whether the rotary embedding of the model must be known, apart from what the store needs."""
+    return any(needs_of(plugin).rotary for plugin, _ in observing_plugins(spec))
+
+
+def _check_rotary(spec: PolicySpec, rotary: Rotary | None) -> None:
+    if rotary is not None:
+        return
+    places = [(f"score[{term}]", weighted.scorer) for term, weighted in enumerate(spec.score)]
+    problems = [
+        Problem(place, f"{plugin.name} needs the rotary embedding of the model, to undo it: it is not known")
+        for place, plugin in [*places, ("merge", spec.merge)]
+        if needs_of(plugin).rotary
+    ]
+    if problems:
+        raise PolicyError(problems)
 
 
 def _fusion(
@@ -269,6 +288,7 @@ def _needs(spec: PolicySpec) -> Needs:
         queries=max(need.queries for need in needs),
         attention=any(need.attention for need in needs),
         forward_queries=max(need.forward_queries for need in needs),
+        rotary=any(need.rotary for need in needs),
     )
 
 

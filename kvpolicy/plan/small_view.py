@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Geometry, Scorer, View
+from kvpolicy.stages import Geometry, Rotary, Scorer, View
 from kvpolicy.stages.checking.declared import needs_of, slot_state_of
 
 _SLOTS = 16  # besides the observation window
@@ -27,6 +27,7 @@ def small_view(
         return torch.randn(shape, generator=random, dtype=torch.float32).to(device, dtype)
 
     mass = torch.rand(1, heads, slots, geometry.group, generator=random, dtype=torch.float32).to(device)
+    rotary = Rotary(torch.ones(dim // 2, dtype=torch.float32, device=device))
     states = {prefix + state.name: state for prefix, scorer in scorers.items() for state in slot_state_of(scorer)}
     return View(
         keys=normal(1, heads, slots, dim),
@@ -40,4 +41,5 @@ def small_view(
             name: torch.full((1, heads, slots), state.fill, dtype=torch.float32, device=device)
             for name, state in states.items()
         },
+        rotary=rotary if any(need.rotary for need in needs) else None,
     )

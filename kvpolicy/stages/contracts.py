@@ -55,6 +55,7 @@ class Needs:
     attention: bool = False  # the mass each entry receives, summed over all queries
     forward_queries: int = 0  # how many of the newest queries of every forward `observe_forward` is shown
     passes: bool = False  # whether a scorer reads prompts again: `Scorer.passes`
+    rotary: bool = False  # whether keys are read as before rotation: models whose rotation is not known are refused
 
 
 @attrs.frozen

@@ -142,6 +142,13 @@ class View:
         return grouped.flatten(2, 3).flatten(0, 1), self.keys.flatten(0, 1)
 
     @property
+    def unrotated_keys(self) -> Tensor:
+        """[B, K, T, D] float32: the keys before rotation, for a scorer whose `needs` asked for `rotary`."""
+        if self.rotary is None:
+            raise ValueError("this view has no rotary embedding: declare it in the scorer's `needs`")
+        return self.rotary.unrotate(self.keys.float(), self.positions)
+
+    @property
     def window(self) -> Tensor:
         """`queries`, for a scorer whose `needs` asked for them."""
         if self.queries is None:

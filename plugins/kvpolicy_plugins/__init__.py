@@ -28,8 +28,12 @@ from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.keydiff import KeyDiff
+from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.leverage import Leverage
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.reconstruction import Reconstruction
@@ -40,8 +44,12 @@ from kvpolicy_plugins.selectors.topk import TopK
 PLUGINS: tuple[type[Plugin], ...] = (
     AccumulatedAttention,
     Attention,
+    Cur,
     History,
+    KeyDiff,
     KeyNorm,
+    LagKV,
+    Leverage,
     RandomDraw,
     Recency,
     Reconstruction,

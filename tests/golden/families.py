@@ -20,6 +20,7 @@ TESTED = {
         *("pyramidkv_budgets", "pyramidkv_kept", "spec_pyramidkv", "h2o_decode", "h2o_prefill"),
         *("streamingllm", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
+    "test_geometric": ("keydiff", "lagkv", "cur", "compactor", "vase_dkv"),
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
     "test_latent": ("sals",),
@@ -29,7 +30,7 @@ TESTED = {
 }
 NOT_YET = (
     *("headkv_budgets", "rpc", "triattention", "ams"),
-    *("expected_attention", "keydiff", "qfilters", "lagkv", "cur", "compactor", "criticalkv", "finch"),
+    *("expected_attention", "qfilters", "criticalkv", "finch"),
     "kvzip_end_to_end_plus",
     *("fair_eviction", "head_budgets", "infinipotv_stream"),
     *("infinipotv", "effivlm_metrics"),

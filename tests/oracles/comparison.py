@@ -15,6 +15,7 @@ from tests.support.models import build, model, prompt
 from tests.support.policies import held
 
 SIZES = (22, 2, *[1] * 8, 5, *[1] * 6)  # a prompt, a short turn, decoding, another turn, decoding
+SHORT = (14, *[1] * 6, 2)  # so that few tokens occur twice: their keys differ in the first layer by rotation alone
 TURN = sum(SIZES[:10])  # where the other turn begins; that of the second row is padded, too
 CLEAR = 2e-5  # as a share of the largest score: a hundred times what rounding does to one
 PROMPTS = 8

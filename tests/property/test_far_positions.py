@@ -34,7 +34,7 @@ def given(name):
     return attrs.evolve(view, attention=mass, slot_state=state)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "streaming_llm"])
+@pytest.mark.parametrize("name", [*NAMES, "curkv"])
 def test_the_same_entries_are_kept(name):
     view = given(name)
     near = chosen(spec_of(name), view, [9, 11])

@@ -228,7 +228,9 @@ def test_layers_do_not_influence_each_other():
         assert torch.equal(alone.kept, one.kept)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "rkv", "adakv", "pyramidkv", "tova", "streaming_llm", "h2o", "blend"])
+@pytest.mark.parametrize(
+    "name", ["snapkv", "rkv", "adakv", "pyramidkv", "tova", "streaming_llm", "h2o", "blend", "keydiff"]
+)
 def test_shipped_policies_are_fused(name):
     """Every term, the budgets and the selection of the shipped eviction policies have kernels."""
     fusion = fusion_of(kvpolicy.load(name).spec, "")

@@ -9,8 +9,11 @@ from torch.testing import assert_close
 from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.keydiff import KeyDiff
+from kvpolicy_plugins.scorers.lagkv import LagKV
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
@@ -40,12 +43,20 @@ redundancies = st.builds(
     st.sampled_from(("last", "first")),
     st.sampled_from(("slot0", "none")),
 )
+curs = st.builds(
+    Cur,
+    st.sampled_from(("key", "value", "average", "product")),
+    window=st.sampled_from((0, 3, 16)),
+    rank=st.sampled_from((0, 5)),
+)
 plain = st.one_of(
     attentions,
     redundancies,
     st.builds(AccumulatedAttention, st.sampled_from(GROUPS)),
     st.builds(ValueNorm, st.sampled_from((1, 2, 3.5))),
-    st.sampled_from((KeyNorm(), Recency())),
+    curs,
+    st.builds(LagKV, st.integers(0, 5), st.integers(2, 9), cross=st.just(value=True)),
+    st.sampled_from((KeyNorm(), KeyDiff(), Recency())),
 )
 scorers = st.one_of(plain, st.builds(History, plain, st.sampled_from(GROUPS[:2]), pool=pools))
 

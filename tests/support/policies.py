@@ -2,7 +2,7 @@
 
 import kvpolicy
 
-NAMES = ("adakv", "blend", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
+NAMES = ("adakv", "blend", "gkv", "h2o", "keydiff", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 RAGGED = ("adakv", "blend")
 EVEN = tuple(name for name in NAMES if name not in RAGGED)
 

@@ -13,6 +13,10 @@ import kvpolicy_plugins
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance.samples import sample_view
+from kvpolicy_plugins.scorers.cur import Cur
+from kvpolicy_plugins.scorers.keydiff import KeyDiff
+from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.leverage import Leverage
 from tests.property.test_faulty_merges import MERGERS, kept_of, merged, parts, view_for
 from tests.support.compressing import compress_layers
 from tests.support.models import build, generate, prompt
@@ -142,6 +146,14 @@ def test_a_merger_merges_the_same_bits(merger, default):
 
     for found, expected in zip(default(made), made(), strict=True):
         assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in expected.items())
+
+
+@pytest.mark.parametrize(
+    "scorer", [KeyDiff(), LagKV(1, 4), LagKV(1, 20), Cur("average"), Cur(rank=3, window=0), Leverage(5)], ids=str
+)
+def test_a_scorer_gives_the_same_bits(scorer, default):
+    view = sample_view(scorer)
+    assert torch.equal(default(lambda: scorer.score(view)), scorer.score(view))
 
 
 def test_kernels_choose_the_same_entries(default):

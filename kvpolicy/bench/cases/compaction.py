@@ -5,14 +5,13 @@ import torch
 from torch import Tensor
 
 from kvpolicy.bench.baselines.naive.layer_tensors import LayerTensors, gathered
-from kvpolicy.bench.cases.filled_layers import due, random_layers
+from kvpolicy.bench.cases.filled_layers import due, plan_of, random_layers
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Call, Clock
 from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
 from kvpolicy.bench.protocol.model_shapes import ModelShape
-from kvpolicy.integrations.transformers.models.support import geometry_of
 from kvpolicy.plan.compress.step import compress_one
-from kvpolicy.plan.plan import Plan, compile_policy
+from kvpolicy.plan.plan import Plan
 from kvpolicy.policy import Policy
 
 GATHER = "expanded gather"
@@ -34,7 +33,7 @@ class Compaction:
         """Both move the entries that the policy chose."""
         spec = self.policy.spec  # nothing is to move before it is timed
         spec = attrs.evolve(spec, compress=attrs.evolve(spec.compress, prefill=False))
-        plan = compile_policy(spec, geometry_of(self.shape.config()), self.device, self.dtype)
+        plan = plan_of(spec, self.shape, self.dtype, self.device)
         layers = random_layers(plan, self.shape, 1, self.length)
         kept = self._kept(plan, layers)
         variants = [

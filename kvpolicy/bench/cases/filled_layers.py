@@ -11,8 +11,9 @@ from kvpolicy.bench.caches.filling import appended, feed
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.errors import InputError
 from kvpolicy.integrations.transformers.cache import PolicyCache
+from kvpolicy.integrations.transformers.models.rotary import rotary_of_config
 from kvpolicy.integrations.transformers.models.support import geometry_of
-from kvpolicy.plan.plan import Plan, compile_policy
+from kvpolicy.plan.plan import Plan, compile_policy, needs_rotary
 from kvpolicy.spec.policy import PolicySpec
 
 KEYS = ("shared", "isotropic")
@@ -36,18 +37,24 @@ def random_layers(plan: Plan, shape: ModelShape, rows: int, length: int, keys: s
     return layers
 
 
+def plan_of(spec: PolicySpec, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The policy's plan for a model of that shape."""
+    config = shape.config()
+    rotary = rotary_of_config(config) if needs_rotary(spec) else None
+    return compile_policy(spec, geometry_of(config), device, dtype, rotary)
+
+
 def plan_at(spec: PolicySpec, shape: ModelShape, length: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The policy's plan such that entries are compressed by the decode step that makes them `length`, not before.
 
     Raises InputError when the policy would evict nothing then.
     """
-    geometry = geometry_of(shape.config())
-    plan = compile_policy(spec, geometry, device, dtype)
+    plan = plan_of(spec, shape, dtype, device)
     most = max(plan.budgets.per_layer(length))
     if not plan.compresses_while_decoding or most >= length:
         raise InputError(f"policy {spec.name} evicts nothing at {length} entries")
     compress = attrs.evolve(spec.compress, prefill=False, every=length - most)
-    return compile_policy(attrs.evolve(spec, compress=compress), geometry, device, dtype)
+    return plan_of(attrs.evolve(spec, compress=compress), shape, dtype, device)
 
 
 def due(plan: Plan, shape: ModelShape, layers: Sequence[LayerTensors]) -> tuple[PolicyCache, Callable[[], None]]:

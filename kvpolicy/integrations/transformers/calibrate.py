@@ -49,7 +49,7 @@ def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calib
 def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterator[Sample]:
     """Each managed layer's queries, keys and values, of a forward in which everything is kept."""
     geometry, rotary, device = geometry_of(model.config), rotary_of(model), device_of(model)
-    plan = compile_policy(_keeping_all(spec), geometry, device, model.dtype)
+    plan = compile_policy(_keeping_all(spec), geometry, device, model.dtype, rotary)
     plan = attrs.evolve(plan, needs=Needs(queries=tokens.shape[1]), observers=())
     with Attachment(plan, model) as attachment:
         cache = attachment.cache()

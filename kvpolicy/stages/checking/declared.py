@@ -37,7 +37,7 @@ def needs_of(plugin: Observer) -> Needs:
         count = getattr(needs, name)
         if type(count) is not int or not 0 <= count <= MOST_OBSERVED:
             raise contract_error(plugin, f"needs {name}={shown(count)}, expected 0 to {MOST_OBSERVED}")
-    for name in ("attention", "passes"):
+    for name in ("attention", "passes", "rotary"):
         wanted = getattr(needs, name)
         if type(wanted) is not bool:
             raise contract_error(plugin, f"needs {name}={shown(wanted)}, expected true or false")

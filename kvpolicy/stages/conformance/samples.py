@@ -12,6 +12,7 @@ from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.contracts import Merger, Observer, Plugin, Scorer
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.query_logits import QueryLogits
+from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.slots import take
 from kvpolicy.stages.view import View
 
@@ -52,7 +53,8 @@ def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> 
     attention = normal(batch, heads, GROUP, slots).abs() if needs.attention else None
     shape, states = view.positions.shape, slot_state_of(observer)
     state = {declared.name: torch.full(shape, declared.fill, dtype=torch.float32) for declared in states}
-    view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
+    rotary = Rotary(1 / torch.arange(1, DIM // 2 + 1, dtype=torch.float32)) if needs.rotary else None
+    view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state, rotary=rotary)
     if not isinstance(observer, Merger):
         return view
     rows = {

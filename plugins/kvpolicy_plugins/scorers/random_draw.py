@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Scorer, View, parameter
+from kvpolicy_plugins.scorers.shared.seeded_draws import uniform
 from kvpolicy_plugins.shared.limits import SEED
-
-_WORD = 2**32 - 1
 
 
 @attrs.frozen
@@ -32,19 +31,5 @@ class RandomDraw(Scorer):
     def score(self, view: View) -> Tensor:
         positions = view.positions.long()
         heads = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
-        words = mixed(torch.tensor([self.seed], device=positions.device))
-        for word in (view.layer, heads, positions.amax((1, 2), keepdim=True), positions):
-            words = mixed(words ^ (word & _WORD))
-        return (words >> 8).float() * 2.0**-24  # 24 bits, which float32 holds exactly
-
-
-def mixed(words: Tensor) -> Tensor:
-    """A hash of 32-bit words in an int64 tensor: two rounds of multiply and xor-shift, by Ellis' constants (lowbias32).
-
-    Products overflow 64 bits, and keep their lower 32.
-    """
-    words = words ^ (words >> 16)
-    words = (words * 0x7FEB352D) & _WORD
-    words = words ^ (words >> 15)
-    words = (words * 0x846CA68B) & _WORD
-    return words ^ (words >> 16)
+        newest = positions.amax((1, 2), keepdim=True)
+        return uniform(self.seed, view.layer, heads, newest, positions, device=positions.device)

@@ -16,6 +16,7 @@ from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.keydiff import KeyDiff
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
@@ -49,6 +50,7 @@ REDUNDANCY = st.builds(
 )
 OTHERS = st.one_of(
     st.just(KeyNorm()),
+    st.just(KeyDiff()),
     st.just(Recency()),
     st.builds(ValueNorm, order=st.sampled_from((1, 2, 3.0, 0.5, 7.5))),
     st.builds(AccumulatedAttention, group=st.sampled_from(GROUPS)),

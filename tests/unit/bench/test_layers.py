@@ -19,7 +19,9 @@ def layers_of(plan, length, rows=1):
     return random_layers(plan, SHAPE, rows, length)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "rkv", "adakv", "pyramidkv", "gkv", "h2o", "tova", "streaming_llm"])
+@pytest.mark.parametrize(
+    "name", ["snapkv", "rkv", "adakv", "pyramidkv", "gkv", "h2o", "tova", "streaming_llm", "leverage"]
+)
 def test_the_timed_call_compresses_all_layers_once(name):
     policy = kvpolicy.load(name, budget=40, protect={"sinks": 2, "recent": 33})
     plan = plan_at(policy.spec, SHAPE, 100, torch.float32, CPU)

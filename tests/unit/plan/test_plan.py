@@ -22,7 +22,7 @@ def plan_of(name, **overrides):
 def test_only_what_a_scorer_asks_for_is_observed_and_held(name):
     plan = plan_of(name)
     assert (ATTENTION in plan.columns) == plan.needs.attention == (name == "h2o")
-    assert (plan.needs.queries > 0) == (name not in ("h2o", "streaming_llm"))
+    assert (plan.needs.queries > 0) == (name not in ("h2o", "keydiff", "streaming_llm"))
     assert LOG_VOTES not in plan.columns
     assert plan.columns[POSITIONS].bytes_per_slot == 4
     assert plan.ragged == (name in RAGGED)
@@ -30,10 +30,11 @@ def test_only_what_a_scorer_asks_for_is_observed_and_held(name):
     assert len(states) == (name == "gkv")
 
 
-@pytest.mark.parametrize("name", [*NAMES, "keepkv", "quest"])
+@pytest.mark.parametrize("name", [*NAMES, "curkv", "lagkv", "vase_dkv", "keepkv", "quest"])
 def test_holes_are_filled_where_nobody_minds_the_order(name):
-    """A scorer does in rkv and blend; heads of different lengths, changed entries and pages are laid out anew."""
-    assert plan_of(name).fills_holes == (name in {"snapkv", "pyramidkv", "h2o", "tova", "streaming_llm"})
+    """A scorer minds in rkv, blend and lagkv; heads of other lengths, changed entries and pages are laid out anew."""
+    filling = {"snapkv", "pyramidkv", "h2o", "tova", "streaming_llm", "keydiff", "curkv", "vase_dkv"}
+    assert plan_of(name).fills_holes == (name in filling)
 
 
 def test_holes_are_not_filled_while_packing_nor_in_prompts_nor_by_kernels_that_select():

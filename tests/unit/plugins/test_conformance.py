@@ -13,7 +13,9 @@ from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
 from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.history import History
+from kvpolicy_plugins.scorers.lagkv import LagKV
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
@@ -26,6 +28,10 @@ VARIANTS = (
     Attention(5, softmax="candidates", deviation=2, pool=Pool("average", 3), causal=False),
     Attention(1, shared=True),
     Redundancy(0.1, forgive=2, forgive_end="first", empty_row="none"),
+    LagKV(1, 4),
+    LagKV(0, 3, cross=True),
+    Cur("average", window=5),
+    Cur(rank=6, window=0),
     Adaptive(0, "mass"),
     Pyramid(0.3),
     *(KeepKV(-1, key=key) for key in ("scale", "bias", "mean")),

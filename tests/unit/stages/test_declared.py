@@ -57,6 +57,7 @@ NEEDS = {
     "true": (giving(Needs(forward_queries=True)), "needs forward_queries=true, expected"),
     "no needs": (giving(7), "needs 7, expected Needs"),
     "nothing": (giving(None), "needs null, expected Needs"),
+    "rotation of no kind": (giving(Needs(rotary=1)), "needs rotary=1, expected true or false"),
     "mass of no kind": (giving(Needs(attention="yes")), "needs attention='yes', expected true or false"),
     "passes of no kind": (giving(Needs(passes=3)), "needs passes=3, expected true or false"),
     "raises": (raising(KeyError("x")), "raised in `needs`: KeyError: 'x'"),

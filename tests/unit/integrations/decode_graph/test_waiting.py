@@ -9,7 +9,7 @@ from kvpolicy.integrations.transformers.decode_graph.attend import attend_static
 from kvpolicy.integrations.transformers.decode_graph.evict import evict
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer
 from kvpolicy.plan.plan import compile_policy
-from kvpolicy.stages import Geometry
+from kvpolicy.stages import Geometry, Rotary
 from tests.support.policies import EVEN, small
 
 GEOMETRY = Geometry((0, 1), 4, 2, 8)
@@ -27,7 +27,8 @@ class OnOneDevice(TorchDispatchMode):
 
 def step(policy, after=lambda out: None):
     clock = torch.zeros(3, dtype=torch.int32, device="meta")
-    plan = compile_policy(policy.spec, GEOMETRY, "cpu", torch.float32, kernels=False)
+    rotary = Rotary(torch.empty(4, device="meta"))
+    plan = compile_policy(policy.spec, GEOMETRY, "cpu", torch.float32, rotary, kernels=False)
     layer = StaticLayer(plan, 0, 3, 16, clock)
     keys, queries = (torch.randn(3, heads, 1, 8, device="meta") for heads in (2, 4))
     due = torch.zeros((1, 3), dtype=torch.bool, device="meta")
@@ -40,9 +41,14 @@ def step(policy, after=lambda out: None):
     return out
 
 
-@pytest.mark.parametrize("name", EVEN)
+@pytest.mark.parametrize("name", [*EVEN, "curkv", "leverage", "vase_dkv"])
 def test_no_step_of_a_shipped_policy_waits(name):
     assert step(small(name)).shape == (3, 1, 4, 8)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_partitions_are_compared_without_waiting(cross):
+    assert step(small("lagkv", score=[{"use": "lagkv", "sinks": 2, "lag": 4, "cross": cross}])).shape == (3, 1, 4, 8)
 
 
 def test_waiting_is_noticed():
