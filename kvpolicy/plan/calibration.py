@@ -69,8 +69,8 @@ class Calibration:
         if self.plugins != calibrated_digest(spec):
             names = " and ".join(f"{key}: {plugin.name}" for key, plugin in spec.calibrated.items())
             raise CalibrationError(
-                f"{origin}: was made for other plugins than those of policy {spec.name} ({names}, with its parameters): "
-                "calibrate again"
+                f"{origin}: was made for other plugins than those of policy {spec.name} ({names}, with the parameters "
+                "given): calibrate again"
             )
         if model is not None and self.model != model:
             digest = shown(self.model)

@@ -1,11 +1,11 @@
 """A small view with random entries, to run plugins and kernels of a policy once before a model runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Geometry, Rotary, Scorer, View
+from kvpolicy.stages import Geometry, Rotary, Sample, Scorer, View
 from kvpolicy.stages.checking.declared import needs_of, slot_state_of
 
 _SLOTS = 16  # besides the observation window
@@ -42,4 +42,22 @@ def small_view(
             for name, state in states.items()
         },
         rotary=rotary if any(need.rotary for need in needs) else None,
+        calibration=_calibrated(scorers, geometry, rotary, normal),
     )
+
+
+def _calibrated(
+    scorers: Mapping[str, Scorer], geometry: Geometry, rotary: Rotary, normal: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    """What the scorers measure on random entries; names begin with their prefixes."""
+    dim = geometry.head_dim
+    queries, keys, values = (
+        normal(1, heads, _SLOTS, dim) for heads in (geometry.query_heads, geometry.kv_heads, geometry.kv_heads)
+    )
+    sample = Sample(geometry, dim**-0.5, rotary, queries, keys, values)
+    return {
+        prefix + name: tensor
+        for prefix, scorer in scorers.items()
+        if scorer.calibrated
+        for name, tensor in scorer.calibrate([sample])[0].items()
+    }

@@ -34,10 +34,12 @@ from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.keydiff import KeyDiff
 from kvpolicy_plugins.scorers.lagkv import LagKV
 from kvpolicy_plugins.scorers.leverage import Leverage
+from kvpolicy_plugins.scorers.q_filters import QFilters
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from kvpolicy_plugins.scorers.redundancy import Redundancy
+from kvpolicy_plugins.scorers.triattention import TriAttention
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from kvpolicy_plugins.selectors.topk import TopK
 
@@ -50,10 +52,12 @@ PLUGINS: tuple[type[Plugin], ...] = (
     KeyNorm,
     LagKV,
     Leverage,
+    QFilters,
     RandomDraw,
     Recency,
     Reconstruction,
     Redundancy,
+    TriAttention,
     ValueNorm,
     Pyramid,
     UniformLayers,

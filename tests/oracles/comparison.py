@@ -1,6 +1,7 @@
 """A shipped policy on a real model, against its oracle."""
 
 import importlib.resources
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 import kvpolicy
+from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import LOG_VOTES
 from tests.oracles.simulation import Contents, Method, simulate
 from tests.support import storage
@@ -38,7 +40,12 @@ def _changed(part: Any, changed: dict[str, Any]) -> Any:
 
 
 def assert_holds_what_the_oracle_holds(
-    policy: kvpolicy.Policy, make: type[Method], *given: int, changes: bool = False, sizes: tuple[int, ...] = SIZES
+    policy: kvpolicy.Policy,
+    make: Callable[..., Method],
+    *given: int,
+    changes: bool = False,
+    sizes: tuple[int, ...] = SIZES,
+    calibration: Calibration | None = None,
 ) -> None:
     """After every forward, every layer, row and head; with a row of real tokens, and one that is padded in both turns.
 
@@ -49,7 +56,7 @@ def assert_holds_what_the_oracle_holds(
     for seed in range(PROMPTS):
         tokens, mask = prompt(length, length - 9, seed=seed)
         mask[1, TURN : TURN + 2] = 0
-        found, contents = _run(policy, tokens, mask, sizes)
+        found, contents = _run(policy, tokens, mask, sizes, calibration)
         method = make(*given)
         expected = simulate(build(), method, tokens, mask, sizes, contents if changes else None)
         if method.margin > CLEAR:
@@ -61,11 +68,13 @@ def assert_holds_what_the_oracle_holds(
     assert _rounds(expected, sizes) >= 4, "too few evictions to tell"
 
 
-def _run(policy: kvpolicy.Policy, tokens: Any, mask: Any, sizes: tuple[int, ...]) -> tuple[list[Any], list[Contents]]:
+def _run(
+    policy: kvpolicy.Policy, tokens: Any, mask: Any, sizes: tuple[int, ...], calibration: Calibration | None
+) -> tuple[list[Any], list[Contents]]:
     found: list[Any] = []
     contents: list[Contents] = []
     start = 0
-    with policy.attach(model()) as attachment, torch.no_grad():
+    with policy.attach(model(), calibration=calibration) as attachment, torch.no_grad():
         cache = attachment.cache()
         for size in sizes:
             end = start + size

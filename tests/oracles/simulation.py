@@ -34,6 +34,8 @@ class Head:
     """What one KV head of a row holds, in order, and the last queries [G, D] that it has seen, with their positions."""
 
     scaling: float
+    layer: int = 0
+    number: int = 0  # among the KV heads of the layer
     entries: list[Entry] = attrs.field(factory=list)
     window: list[tuple[int, np.ndarray]] = attrs.field(factory=list)
 
@@ -106,7 +108,7 @@ class Simulation:
         output = torch.zeros(rows, count, query.shape[1], value.shape[3])
         for row in range(rows):
             place = (module.layer_idx, row)
-            heads = self.heads.setdefault(place, [Head(scaling) for _ in range(kv_heads)])
+            heads = self.heads.setdefault(place, [Head(scaling, place[0], number) for number in range(kv_heads)])
             columns = [column for column in range(length - count, length) if self.mask[row, column]]
             given = (each[row].double().numpy() for each in (query, key, value))
             output[row] = torch.from_numpy(self._row(heads, columns, length - count, self.tokens.get(place, 0), *given))

@@ -18,7 +18,7 @@ from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import READ_ALL, compile_policy
 from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.dump import calibrated_digest
-from kvpolicy.spec.policy import NEVER, Compress, PolicySpec, Protect
+from kvpolicy.spec.policy import NEVER, Allocate, Compress, PolicySpec, Protect, Weighted
 from kvpolicy.stages import Needs, Sample
 from kvpolicy.stages.registry.hooks import PROJECT
 from kvpolicy.stages.registry.plugins import registry
@@ -62,7 +62,13 @@ def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterat
 
 
 def _keeping_all(spec: PolicySpec) -> PolicySpec:
-    plain: dict[str, Any] = {"merge": "drop", "store": "plain", "read": READ_ALL}
-    changes: dict[str, Any] = {stage: registry().find(stage, name, PROJECT)() for stage, name in plain.items()}
-    whole = Budget(share=Fraction(1))
-    return attrs.evolve(spec, budget=whole, compress=Compress(prefill=False, every=NEVER), protect=Protect(), **changes)
+    """A policy that evicts nothing and needs no calibration itself."""
+
+    def built_in(stage: str, name: str) -> Any:
+        return registry().find(stage, name, PROJECT)()
+
+    plain = {"merge": "drop", "store": "plain", "read": READ_ALL}
+    changes: dict[str, Any] = {stage: built_in(stage, name) for stage, name in plain.items()}
+    changes |= {"score": (Weighted(built_in("score", "recency")),), "budget": Budget(share=Fraction(1))}
+    changes |= {"allocate": Allocate(built_in("allocate.layers", "uniform"), built_in("allocate.heads", "uniform"))}
+    return attrs.evolve(spec, compress=Compress(prefill=False, every=NEVER), protect=Protect(), **changes)

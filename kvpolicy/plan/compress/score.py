@@ -11,6 +11,7 @@ from kvpolicy.stages import Scorer, View
 from kvpolicy.stages.checking.declared import slot_state_of
 from kvpolicy.stages.checking.returned import check_scores, check_state
 from kvpolicy.stages.checking.untouched import tensors_of, watching
+from kvpolicy.stages.standardise import standardised
 
 
 def weighted_sum(spec: PolicySpec, view: View) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,11 +64,8 @@ def _remembered(scorer: Scorer, name: str, values: Tensor) -> Tensor:
 def _normalised(scores: Tensor, view: View, how: str) -> Tensor:
     if how == "none":
         return scores
+    if how == "standard":
+        return standardised(scores, view.candidates)
     inside = scores.masked_fill(~view.candidates, 0)
-    count = view.candidates.sum(-1, keepdim=True).clamp(min=1)
-    if how == "max":
-        magnitude = inside.abs().masked_fill(~inside.isfinite(), 0).amax(-1, keepdim=True)
-        return scores / magnitude.clamp(min=torch.finfo(torch.float32).tiny)
-    mean = inside.sum(-1, keepdim=True) / count
-    spread = ((inside - mean).masked_fill(~view.candidates, 0).square().sum(-1, keepdim=True) / count).sqrt()
-    return (scores - mean) / spread.clamp(min=torch.finfo(torch.float32).tiny)
+    magnitude = inside.abs().masked_fill(~inside.isfinite(), 0).amax(-1, keepdim=True)
+    return scores / magnitude.clamp(min=torch.finfo(torch.float32).tiny)

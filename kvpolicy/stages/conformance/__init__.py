@@ -24,6 +24,7 @@ from kvpolicy.errors import PluginContractError, described
 from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.conformance import (
     allocators,
+    calibrations,
     codecs,
     every,
     mergers,
@@ -40,10 +41,10 @@ from kvpolicy.stages.contracts import Plugin
 __all__ = ["Promises", "check_plugin", "conformance_cases"]
 
 _CHECKS: dict[str, tuple[Callable[[Any, Promises], None], ...]] = {
-    "score": (*observers.CHECKS, *passes.CHECKS, *scorers.CHECKS, *tiles.CHECKS),
+    "score": (*observers.CHECKS, *passes.CHECKS, *calibrations.CHECKS, *scorers.CHECKS, *tiles.CHECKS),
     "allocate.layers": allocators.CHECKS,
-    "allocate.heads": allocators.CHECKS,
-    "allocate.joint": allocators.CHECKS,
+    "allocate.heads": (*calibrations.CHECKS, *allocators.CHECKS),
+    "allocate.joint": (*calibrations.CHECKS, *allocators.CHECKS),
     "select": selectors.CHECKS,
     "merge": (*observers.CHECKS, *mergers.CHECKS),
     "store": codecs.CHECKS,

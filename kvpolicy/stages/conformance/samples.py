@@ -10,6 +10,7 @@ from kvpolicy.errors import one_line
 from kvpolicy.stages.checking.declared import needs_of, row_state_of, slot_state_of
 from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.contracts import Merger, Observer, Plugin, Scorer
+from kvpolicy.stages.formats import Sample
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.rotary import Rotary
@@ -53,8 +54,10 @@ def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> 
     attention = normal(batch, heads, GROUP, slots).abs() if needs.attention else None
     shape, states = view.positions.shape, slot_state_of(observer)
     state = {declared.name: torch.full(shape, declared.fill, dtype=torch.float32) for declared in states}
-    rotary = Rotary(1 / torch.arange(1, DIM // 2 + 1, dtype=torch.float32)) if needs.rotary else None
+    rotary = _rotary() if needs.rotary else None
     view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state, rotary=rotary)
+    if observer.calibrated:
+        view = attrs.evolve(view, calibration=observer.calibrate([calibration_sample(0)])[0])
     if not isinstance(observer, Merger):
         return view
     rows = {
@@ -62,6 +65,21 @@ def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> 
     }
     votes = normal(*view.positions.shape).abs() if observer.votes else None
     return attrs.evolve(view, row_state=rows, log_votes=votes)
+
+
+def _rotary() -> Rotary:
+    return Rotary(1 / torch.arange(1, DIM // 2 + 1, dtype=torch.float32))
+
+
+def calibration_sample(layer: int) -> Sample:
+    """A layer on calibration text: random queries, keys and values."""
+    random = torch.Generator().manual_seed(10 + layer)
+    queries, keys, values = (
+        torch.randn(2, heads, 20, DIM, generator=random, dtype=torch.float32)
+        for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    )
+    geometry = Geometry(tuple(range(8)), KV_HEADS * GROUP, KV_HEADS, DIM)
+    return Sample(geometry, DIM**-0.5, _rotary(), queries + 0.5, keys, values)
 
 
 def query_logits_of(observer: Observer, view: View) -> QueryLogits:

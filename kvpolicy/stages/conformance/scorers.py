@@ -57,7 +57,8 @@ def leaves_its_input_alone(scorer: Scorer, _promises: Promises) -> None:
     view = sample_view(scorer)
     with untouched(scorer, tensors_of(view)):
         fresh = scorer.observe(view)
-    seen = view.with_state({**view.slot_state, **fresh})  # what the view has computed is shared by all scorers
+    # what the view has computed is shared by all scorers
+    seen = view.with_state({**view.slot_state, **fresh}, calibration=view.calibration)
     with untouched(scorer, tensors_of(seen)):
         scorer.score(seen)
 

@@ -48,7 +48,8 @@ CASES = [
     for name, check in conformance_cases(
         plugin,
         Promises(
-            heads_apart=not isinstance(plugin, RandomDraw),  # each head draws for itself, whatever it holds
+            # Each head draws for itself, or is calibrated for itself, whatever it holds.
+            heads_apart=not isinstance(plugin, RandomDraw) and not plugin.calibrated,
             gathers=isinstance(plugin, Drop),
             error=ERRORS.get(plugin.name, 0.0),
         ),
