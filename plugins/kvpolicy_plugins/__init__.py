@@ -29,6 +29,7 @@ from kvpolicy_plugins.readers.pages import Pages
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.cur import Cur
+from kvpolicy_plugins.scorers.expected_attention import ExpectedAttention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.keydiff import KeyDiff
@@ -47,6 +48,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     AccumulatedAttention,
     Attention,
     Cur,
+    ExpectedAttention,
     History,
     KeyDiff,
     KeyNorm,

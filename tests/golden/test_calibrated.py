@@ -1,9 +1,12 @@
-"""Scorers that are calibrated on a model, with statistics as published results had them."""
+"""Scorers by statistics of queries, which are calibrated or observed, with those of published results."""
+
+import json
 
 import pytest
 import torch
 
 from kvpolicy.stages import Geometry, Rotary
+from kvpolicy_plugins.scorers.expected_attention import ExpectedAttention
 from kvpolicy_plugins.scorers.q_filters import QFilters
 from kvpolicy_plugins.scorers.triattention import TriAttention
 from tests.golden.families import Vectors, cases, close, family_of
@@ -51,4 +54,38 @@ def check_triattention(v):
     close(both[0, 0, :, :-1], v["score_no_trig"], atol=tolerance)
 
 
-CHECKS = {"qfilters": check_qfilters, "triattention": check_triattention}
+def check_expected_attention(v):
+    """Scores and statistics of prompts, by the queries of all that follows the sinks."""
+    keys, values, raw = v["keys"], v["values"], v["queries_pre_rope"]
+    heads, dim = raw.shape[1], raw.shape[3]
+    rotary = Rotary(v["inv_freq"].float())
+    places = torch.arange(keys.shape[2]).expand(*raw.shape[:3])
+    close(rotary.rotate(raw, places), v["queries_rope"], atol=1e-5)
+    close(rotary.unrotate(keys, places[:, : keys.shape[1]]), v["keys_pre_rope"], atol=1e-5)
+    close(raw, (v["hidden_states"] @ v["wq"].T).unflatten(-1, (heads, dim)).transpose(1, 2), atol=1e-5)
+    for unused in ("attentions", "wo", "wk", "wv", "cos", "sin", "rope_theta"):
+        assert v[unused].isfinite().all()
+    for name in v.like("cfg_*"):
+        case, given = name.removeprefix("cfg_"), json.loads(v.text(name))
+        sinks = given["n_sink"]
+        scorer = ExpectedAttention(
+            keys.shape[2],
+            future=given["n_future_positions"],
+            covariance=given.get("use_covariance", True),
+            value_norm=given.get("use_vnorm", True),
+            epsilon=given.get("epsilon", 0.0),
+        )
+        view = view_of(keys, values=values, queries=v["queries_rope"], rotary=rotary, sinks=sinks)
+        mean, covariance = scorer.statistics_of(view)
+        close(mean, v[f"mu_{case}"], atol=1e-5)
+        assert (covariance is None) == (f"cov_{case}" not in v)
+        if covariance is not None:
+            close(covariance, v[f"cov_{case}"], atol=1e-5)
+        close(scorer.score(view)[..., sinks:], v[f"score_{case}"][..., sinks:], atol=1e-5)
+
+
+CHECKS = {
+    "expected_attention": check_expected_attention,
+    "qfilters": check_qfilters,
+    "triattention": check_triattention,
+}

@@ -49,8 +49,8 @@ class QFilters(Scorer):
 
     def score(self, view: View) -> Tensor:
         filters = view.calibration["filter"].to(torch.float32)
-        projections: Tensor = view.keys.float() @ filters[..., None]
-        return projections.squeeze(-1)
+        projections: Tensor = (view.keys.float() @ filters[..., None])[..., 0]
+        return projections
 
 
 def _filter_of(sample: Sample) -> Tensor:

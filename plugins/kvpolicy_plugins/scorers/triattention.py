@@ -79,13 +79,14 @@ class TriAttention(Scorer):
         keys, pairs = view.keys.float(), rotary.frequencies.shape[0]
         queries = self._future_queries(view, rotary).unflatten(1, (keys.shape[1], -1))  # [B, K, G, d, D]
         products = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4])
-        logits = products.mean(3) if self.over == "mean" else products.amax(3)
+        logits: Tensor = products.mean(3) if self.over == "mean" else products.amax(3)
         if not self.norm_term:
             return logits
         spare = view.calibration["length"] - _absolute(view.calibration["real"], view.calibration["imaginary"])
         lengths = _absolute(keys[..., :pairs], keys[..., pairs : 2 * pairs])
         grouped = spare.clamp(min=0).float().unflatten(0, (keys.shape[1], -1)) * rotary.scaling
-        return logits + grouped @ lengths.mT
+        logits += grouped @ lengths.mT
+        return logits
 
     def _future_queries(self, view: View, rotary: Rotary) -> Tensor:
         """Mean queries at the distances to come, [B, H, d, D] float32; one, their mean, where that is enough."""
