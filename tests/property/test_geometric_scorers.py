@@ -55,12 +55,12 @@ def test_each_partition_has_every_rank_once_and_the_rest_is_one(view, scorer):
             assert torch.equal(parts.sort(-1).values, ranks.expand(count - 1, -1))
 
 
-@given(layers(contents=ORDINARY), partitions, st.floats(0.5, 8), st.floats(-2, 2))
-def test_scales_and_shifts_of_channels_do_not_change_lagkv(view, scorer, factor, shift):
-    scorer = attrs.evolve(scorer, lag=max(4, scorer.lag), cross=True)  # of few entries extrema may be close
-    scales = torch.linspace(1, factor, view.keys.shape[-1])
-    moved = attrs.evolve(view, keys=view.keys * scales + shift)
-    assert_close(scorer.score(moved), scorer.score(view), atol=2e-3, rtol=2e-3)
+@given(layers(contents=ORDINARY), partitions)
+def test_scales_of_channels_do_not_change_lagkv(view, scorer):
+    """By powers of two, which round nothing."""
+    scales = 2.0 ** (torch.arange(view.keys.shape[-1]) % 7 - 3)
+    scaled = attrs.evolve(view, keys=view.keys * scales, values=view.values * scales)
+    assert torch.equal(scorer.score(scaled), scorer.score(view))
 
 
 @given(layers(contents=ORDINARY), st.builds(Cur, window=st.sampled_from((0, 3, 16)), rank=st.sampled_from((0, 5))))

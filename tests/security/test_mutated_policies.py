@@ -13,11 +13,12 @@ from kvpolicy.errors import KVPolicyError
 from kvpolicy.plan.compress.step import compress_one
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.load import parse_policy
-from kvpolicy.stages import Geometry, View
+from kvpolicy.stages import Geometry, Rotary, View
 from kvpolicy.stages.registry.plugins import registry
 
 FILES = [path.read_text("utf-8") for path in registry().policies().values()]
 GEOMETRY = Geometry((0, 1, 2), 4, 2, 8)
+ROTARY = Rotary(1.0 / torch.tensor([1.0, 10.0, 100.0, 1000.0]))
 SLOTS = 12
 MOST_CALLS = 20_000  # of torch in one case; an ordinary compression makes some hundreds
 MOST_NUMBERS = 2**20  # in one tensor
@@ -91,6 +92,7 @@ def tiny_view():
         scaling=8**-0.5,
         queries=normal(1, 4, 4, 8),
         attention=normal(1, 2, 2, SLOTS).abs(),
+        rotary=ROTARY,
     )
 
 
@@ -98,7 +100,7 @@ def run_once(data):
     """1 if the policy ran, 0 if it was refused."""
     try:
         spec = parse_policy(data)
-        plan = compile_policy(spec, GEOMETRY, "cpu", torch.float32)
+        plan = compile_policy(spec, GEOMETRY, "cpu", torch.float32, ROTARY)
         budget = min(plan.budgets.per_layer(SLOTS)[0], SLOTS // 2)
     except KVPolicyError:
         return 0

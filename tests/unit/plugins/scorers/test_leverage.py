@@ -79,6 +79,18 @@ def test_an_outlier_has_nearly_all_the_leverage_of_its_direction():
     assert scores.argmax() == 17
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_seen_in_its_head_and_in_no_other(wrong):
+    keys = normal(2, 2, 20, 8)
+    expected = Leverage(4).score(view_of(keys, rotary=ROTARY))
+    keys[1, 0, 5, 3] = wrong
+    scores = Leverage(4).score(view_of(keys, rotary=ROTARY))
+
+    assert scores[1, 0].isnan().all()
+    assert_close(scores[0], expected[0])
+    assert_close(scores[1, 1], expected[1, 1])
+
+
 def test_empty_slots_count_nothing():
     keys = normal(1, 1, 20, 8)
     view = view_of(keys, lengths=torch.tensor([[15]]), rotary=ROTARY)
