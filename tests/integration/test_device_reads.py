@@ -14,6 +14,7 @@ from tests.support.policies import small
 EVERY = 4
 POLICIES = {
     **{name: small(name, 12, EVERY) for name in ("snapkv", "rkv", "adakv", "h2o", "keepkv", "d2o")},
+    "cam": small("snapkv", 12, EVERY, merge="cam"),
     "regions": small("snapkv", 12, EVERY, protect={"sinks": 1, "recent": 3, "regions": ["system"]}),
     "global": small("snapkv", 12, EVERY, allocate={"joint": "global"}),
     "kivi": small("snapkv", 20, EVERY, store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}),

@@ -1,6 +1,5 @@
 """Merger `cam`: adds evicted values to the next kept ones."""
 
-import hashlib
 from typing import ClassVar
 
 import attrs
@@ -13,6 +12,9 @@ from kvpolicy_plugins.mergers.shared.assignment import kept_entries, next_kept
 from kvpolicy_plugins.mergers.shared.merge_groups import count_by_target, evicted_of, sum_by_target, to_float
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL, SEED
+from kvpolicy_plugins.shared.seeded_draws import uniform
+
+_DRAWS = 2  # tells these draws from those of other plugins with the same seed
 
 
 @attrs.frozen
@@ -28,8 +30,8 @@ class CaM(Merger):
     3. v_j + b·v_e / |J| for j in J. Keys do not change, and there is no normalisation.
 
     The method is made for decoding, where few entries are evicted at a time: if many are, large sums are added to few
-    entries. Entries without a later kept one are dropped. Each row has its own random generator, seeded by `seed`, the
-    layer and the row's newest position: a repeated run draws the same numbers, independent of the batch.
+    entries. Entries without a later kept one are dropped. Each draw is a hash of `seed`, layer, head, the newest
+    position of the row and the entry's own: a repeated run draws the same numbers, independent of the batch.
     """
 
     name: ClassVar[str] = "cam"
@@ -74,15 +76,10 @@ class CaM(Merger):
 
     def _draws(self, view: View) -> Tensor:
         """Random numbers from 0 to 1, [B, K, T] float32; those of a row do not depend on other rows."""
-        batch, heads, slots = view.positions.shape
-        draws = torch.zeros(batch, slots, heads, dtype=torch.float32)
-        newest, lengths = view.positions.amax((1, 2)).tolist(), view.lengths.amax(-1).tolist()
-        for row, (position, length) in enumerate(zip(newest, lengths, strict=True)):
-            named = f"{self.seed} {view.layer} {position}".encode()
-            seed = int.from_bytes(hashlib.blake2b(named, digest_size=8).digest())
-            random = torch.Generator().manual_seed(seed)
-            draws[row, :length] = torch.rand(length, heads, generator=random, dtype=torch.float32)
-        return draws.transpose(1, 2).to(view.keys.device)
+        positions = view.positions.long()
+        heads = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
+        newest = positions.amax((1, 2), keepdim=True)
+        return uniform(self.seed, _DRAWS, view.layer, heads, newest, positions, device=positions.device)
 
     def _spread(self, view: View, kept: Tensor, weights: Tensor, start: Tensor) -> Tensor:
         """Merged values [B, K, N, Dv]."""

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvpolicy.stages import Choice, Integer, Scorer, View, parameter
-from kvpolicy_plugins.scorers.shared.seeded_draws import sketch
 from kvpolicy_plugins.shared.limits import MOST_RANK, SEED
+from kvpolicy_plugins.shared.seeded_draws import sketch
 
 
 @attrs.frozen

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Integer, Needs, Number, Scorer, View, parameter
-from kvpolicy_plugins.scorers.shared.seeded_draws import sketch
 from kvpolicy_plugins.shared.limits import MOST_RANK, SEED
+from kvpolicy_plugins.shared.seeded_draws import sketch
 
 
 @attrs.frozen

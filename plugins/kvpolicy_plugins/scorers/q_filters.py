@@ -58,5 +58,6 @@ def _filter_of(sample: Sample) -> Tensor:
     queries = sample.queries.double().transpose(0, 1).flatten(1, 2)  # [H, S·T, D]
     main = torch.linalg.eigh(queries.mT @ queries).eigenvectors[..., -1]
     towards = (queries.mean(1) * main).sum(-1, keepdim=True)
-    signed = main * torch.where(towards < 0, -1.0, 1.0)
-    return signed.unflatten(0, (sample.geometry.kv_heads, -1)).mean(1).float()
+    signed: Tensor = main * torch.where(towards < 0, -1.0, 1.0)
+    mean: Tensor = signed.unflatten(0, (sample.geometry.kv_heads, -1)).mean(1)
+    return mean.float()

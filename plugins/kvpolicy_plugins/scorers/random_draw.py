@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Scorer, View, parameter
-from kvpolicy_plugins.scorers.shared.seeded_draws import uniform
 from kvpolicy_plugins.shared.limits import SEED
+from kvpolicy_plugins.shared.seeded_draws import uniform
 
 
 @attrs.frozen

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from kvpolicy.stages import Geometry, View
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
-from kvpolicy_plugins.scorers.shared.seeded_draws import mixed
+from kvpolicy_plugins.shared.seeded_draws import mixed
 
 GEOMETRY = Geometry((0, 1), 4, 2, 8)
 

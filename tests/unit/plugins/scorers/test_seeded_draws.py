@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvpolicy_plugins.scorers.shared.seeded_draws import normal, sketch
+from kvpolicy_plugins.shared.seeded_draws import normal, sketch
 
 CPU = torch.device("cpu")
 
