@@ -14,9 +14,10 @@ SHIPPED = Path(kvpolicy_policies.__file__).parent
 
 
 def list_policies(json: Json = False) -> None:
-    """List the installed policies."""
+    """List the installed policies by what they save, with what they need."""
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.policy import load
+    from kvpolicy.spec.traits import compresses, needs, saves
     from kvpolicy.stages.registry.plugins import registry
 
     evidence = _evidence()
@@ -29,7 +30,8 @@ def list_policies(json: Json = False) -> None:
             continue
         better = evidence.get(name, {}) if path.parent == SHIPPED else {}
         about = {"name": name, "budget": str(spec.budget), "summary": spec.summary, "reference": spec.reference}
-        policies.append({**about, "better": better})
+        traits = {"saves": saves(spec), "compresses": compresses(spec), "needs": needs(spec)}
+        policies.append({**about, **traits, "better": better})
     if json:
         print_json(policies)
         return
@@ -59,17 +61,37 @@ def _table(policies: list[dict[str, Any]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from kvpolicy.spec.traits import SAVES
+
     table = Table("name", "budget", "summary", title="Installed policies")
-    for policy in policies:
-        summary = Text(policy["summary"])
-        if policy["better"]:
-            better: dict[str, list[str]] = {}
-            for model, other in policy["better"].items():
-                better.setdefault(other, []).append(model)
-            others = (f"{other} on {' and '.join(models)}" for other, models in better.items())
-            summary.append(f"\nbetter: {', '.join(others)}", "dim")
-        table.add_row(Text(policy["name"], no_wrap=True), policy["budget"], summary)
+    for kind, title in SAVES.items():
+        of_kind = [policy for policy in policies if policy["saves"] == kind]
+        if of_kind:
+            table.add_section()
+            table.add_row("", "", Text(title, "bold"))
+        for policy in of_kind:
+            table.add_row(Text(policy["name"], no_wrap=True), policy["budget"], _described(policy))
     return table
+
+
+def _described(policy: dict[str, Any]) -> Any:
+    """The summary; where entries are evicted, unless everywhere; what is needed; and who is better."""
+    from rich.text import Text
+
+    described = Text(policy["summary"])
+    if len(policy["compresses"]) == 1:
+        described.append(
+            f"\nevicts only {'from the prompt' if policy['compresses'][0] == 'prompt' else 'while decoding'}", "dim"
+        )
+    if policy["needs"]:
+        described.append(f"\nneeds: {', '.join(policy['needs'])}", "dim")
+    if policy["better"]:
+        better: dict[str, list[str]] = {}
+        for model, other in policy["better"].items():
+            better.setdefault(other, []).append(model)
+        others = (f"{other} on {' and '.join(models)}" for other, models in better.items())
+        described.append(f"\nbetter: {', '.join(others)}", "dim")
+    return described
 
 
 def _evidence() -> dict[str, dict[str, str]]:

@@ -10,6 +10,7 @@ import pytest
 import kvpolicy
 from kvpolicy.errors import UnknownPolicyError
 from kvpolicy.spec.schema import json_schema
+from kvpolicy.spec.traits import SAVES
 
 
 def test_list_names_every_installed_policy(kv):
@@ -23,6 +24,33 @@ def test_list_names_every_installed_policy(kv):
     for one in listed.values():
         assert one["name"] in table.stdout
         assert one["summary"] in table.stdout
+
+
+def test_list_groups_policies_by_what_they_save_and_says_what_they_need(kv):
+    table, data = kv("list"), kv("list", "--json")
+    listed = {one["name"]: one for one in json.loads(data.stdout)}
+
+    def told(name):
+        return listed[name]["saves"], listed[name]["compresses"], listed[name]["needs"]
+
+    both = ["prompt", "decoding"]
+    assert told("full") == ("nothing", [], [])
+    assert told("snapkv") == ("entries", both, ["recent queries"])
+    assert told("kvzip") == ("entries", ["prompt"], ["passes over the prompt"])
+    assert told("triattention") == ("entries", ["decoding"], ["calibration", "rotary embedding"])
+    assert told("h2o") == ("entries", both, ["attention of all queries"])
+    assert told("d2o")[0] == "merged entries"
+    assert told("kivi4") == ("bits", [], [])
+    assert told("rkv_int4") == ("entries and bits", both, ["recent queries"])
+    assert told("sals25") == ("reads", [], ["calibration"])
+    lines = table.stdout.splitlines()
+    titles = [next(number for number, line in enumerate(lines) if title in line) for title in SAVES.values()]
+    assert titles == sorted(titles)
+    for name, kind in (("full", 0), ("snapkv", 1), ("d2o", 2), ("kivi4", 3), ("rkv_int4", 4), ("quest", 5)):
+        row = next(number for number, line in enumerate(lines) if line.startswith(f"│ {name} "))
+        assert titles[kind] < row < [*titles, len(lines)][kind + 1]
+    assert "evicts only from the prompt" in table.stdout
+    assert "needs: passes over the prompt" in table.stdout
 
 
 def test_list_says_which_policies_others_are_better_than(kv):

@@ -1,0 +1,53 @@
+"""What a policy saves, when, and what it needs: for lists and tables."""
+
+from collections.abc import Sequence
+
+from kvpolicy.spec.policy import NEVER, PolicySpec
+from kvpolicy.stages.checking.declared import needs_of
+
+SAVES = {
+    "nothing": "Keeps everything as it is",
+    "entries": "Fewer entries",
+    "merged entries": "Fewer entries, into which evicted ones are merged",
+    "bits": "Fewer bits",
+    "entries and bits": "Fewer entries and fewer bits",
+    "reads": "Fewer reads of entries that are all kept",
+}
+_PLAIN, _READ_ALL = "plain", "all"
+
+
+def saves(spec: PolicySpec) -> str:
+    """One of `SAVES`."""
+    evicts, packs = spec.budget.share != 1, spec.store.name != _PLAIN
+    if spec.read.name != _READ_ALL:
+        return "reads"
+    if evicts and packs:
+        return "entries and bits"
+    if packs:
+        return "bits"
+    if not evicts:
+        return "nothing"
+    return "entries" if spec.merge.moves_only else "merged entries"
+
+
+def compresses(spec: PolicySpec) -> Sequence[str]:
+    """Which of `prompt` and `decoding` entries are evicted in."""
+    if spec.budget.share == 1:
+        return ()
+    when = (("prompt", spec.compress.prefill), ("decoding", spec.compress.every != NEVER))
+    return tuple(name for name, does in when if does)
+
+
+def needs(spec: PolicySpec) -> Sequence[str]:
+    """What must be observed, known or measured beside the entries, in a few words each."""
+    observed = [needs_of(plugin) for plugin in (*(term.scorer for term in spec.score), spec.merge)]
+    evicts = spec.budget.share != 1
+    told = {
+        "calibration": bool(spec.calibrated),
+        "passes over the prompt": evicts and any(need.passes for need in observed),
+        "attention of all queries": evicts and any(need.attention or need.forward_queries for need in observed),
+        "recent queries": evicts and any(need.queries for need in observed),
+        "rotary embedding": evicts and any(need.rotary for need in observed),
+        "regions of the request": bool(spec.protect.regions),
+    }
+    return tuple(name for name, needed in told.items() if needed)
