@@ -23,6 +23,7 @@ TESTED = {
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
     "test_latent": ("sals",),
+    "test_selection": ("random_pp", "random_randkv"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
 }
 NOT_YET = (

@@ -25,7 +25,7 @@ def shipped(name: str, budget: int, every: int, sinks: int, recent: int, **chang
     text = importlib.resources.files("kvpolicy_policies").joinpath(f"{name}.yaml").read_text()
     parts = _changed(yaml.safe_load(text), changed)
     parts["compress"] = {**parts["compress"], "every": every}
-    parts |= {"budget": budget, "protect": {"sinks": sinks, "recent": recent}}
+    parts |= {"budget": budget, "protect": {**parts["protect"], "sinks": sinks, "recent": recent}}
     given = {key: value for key, value in parts.items() if key not in ("kvpolicy", "name", "summary", "reference")}
     return kvpolicy.load(name, **given)
 

@@ -14,6 +14,7 @@ BUDGETS = {  # budget, every, sinks, recent
     "h2o": (1024, 1, 0, "50%"),
     "keepkv": (1024, 1, 4, "50%"),
     "pyramidkv": (1024, 128, 0, 8),
+    "random": (2048, 64, 0, "3.125%"),
     "rkv": (1024, 128, 0, 8),
     "snapkv": (1024, 128, 0, 32),
     "streaming_llm": (512, 1, 4, "100%"),
@@ -48,7 +49,14 @@ def test_policy_has_the_sizes_of_its_paper(name):
 
 @pytest.mark.parametrize(
     ("name", "protected"),
-    [("h2o", (0, 512)), ("keepkv", (4, 512)), ("d2o", (4, 256)), ("streaming_llm", (4, 508)), ("snapkv", (0, 32))],
+    [
+        ("h2o", (0, 512)),
+        ("keepkv", (4, 512)),
+        ("d2o", (4, 256)),
+        ("streaming_llm", (4, 508)),
+        ("snapkv", (0, 32)),
+        ("random", (0, 64)),
+    ],
 )
 def test_shares_come_to_the_sizes_of_the_published_code(name, protected):
     spec = read_policy(name)[0]
