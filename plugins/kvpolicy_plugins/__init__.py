@@ -33,7 +33,11 @@ from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.recency import Recency
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
+from kvpolicy_plugins.selectors.chunks import Chunks
+from kvpolicy_plugins.selectors.fair import Fair
+from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
+from kvpolicy_plugins.selectors.whitelist import Whitelist
 
 PLUGINS: tuple[type[Plugin], ...] = (
     AccumulatedAttention,
@@ -49,7 +53,11 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Adaptive,
     UniformHeads,
     GlobalRanking,
+    Chunks,
+    Fair,
+    Sample,
     TopK,
+    Whitelist,
     CaM,
     D2O,
     Drop,

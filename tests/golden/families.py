@@ -23,14 +23,14 @@ TESTED = {
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
     "test_latent": ("sals",),
-    "test_selection": ("random_pp", "random_randkv"),
+    "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
 }
 NOT_YET = (
     *("headkv_budgets", "cake_layers", "cake_adjust", "rpc", "triattention", "ams"),
     *("expected_attention", "keydiff", "qfilters", "lagkv", "cur", "compactor", "criticalkv", "finch"),
     *("kvzip_scoring", "kvzip_end_to_end"),
-    *("fair_eviction", "head_budgets", "infinipotv_stream"),
+    *("head_budgets", "infinipotv_stream"),
     *("infinipotv", "effivlm_metrics"),
 )
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous

@@ -37,7 +37,12 @@ def _changed(part: Any, changed: dict[str, Any]) -> Any:
 
 
 def assert_holds_what_the_oracle_holds(
-    policy: kvpolicy.Policy, make: type[Method], *given: int, changes: bool = False, sizes: tuple[int, ...] = SIZES
+    policy: kvpolicy.Policy,
+    make: type[Method],
+    *given: int,
+    changes: bool = False,
+    sizes: tuple[int, ...] = SIZES,
+    regions: dict[str, Any] | None = None,
 ) -> None:
     """After every forward, every layer, row and head; with a row of real tokens, and one that is padded in both turns.
 
@@ -48,7 +53,7 @@ def assert_holds_what_the_oracle_holds(
     for seed in range(PROMPTS):
         tokens, mask = prompt(length, length - 9, seed=seed)
         mask[1, TURN : TURN + 2] = 0
-        found, contents = _run(policy, tokens, mask, sizes)
+        found, contents = _run(policy, tokens, mask, sizes, regions)
         method = make(*given)
         expected = simulate(build(), method, tokens, mask, sizes, contents if changes else None)
         if method.margin > CLEAR:
@@ -60,12 +65,14 @@ def assert_holds_what_the_oracle_holds(
     assert _rounds(expected, sizes) >= 4, "too few evictions to tell"
 
 
-def _run(policy: kvpolicy.Policy, tokens: Any, mask: Any, sizes: tuple[int, ...]) -> tuple[list[Any], list[Contents]]:
+def _run(
+    policy: kvpolicy.Policy, tokens: Any, mask: Any, sizes: tuple[int, ...], regions: dict[str, Any] | None
+) -> tuple[list[Any], list[Contents]]:
     found: list[Any] = []
     contents: list[Contents] = []
     start = 0
     with policy.attach(model()) as attachment, torch.no_grad():
-        cache = attachment.cache()
+        cache = attachment.cache(regions=regions)
         for size in sizes:
             end = start + size
             attachment.model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)

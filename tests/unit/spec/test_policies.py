@@ -8,7 +8,9 @@ from kvpolicy.stages.registry.plugins import registry
 NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
+    "chunkkv": (1024, 128, 0, 32),
     "d2o": (1024, 1, 4, "25%"),
+    "fair": (1024, 128, 0, 32),
     "full": ("100%", 128, 0, 0),
     "gkv": (2048, 128, 0, 16),
     "h2o": (1024, 1, 0, "50%"),
@@ -19,6 +21,7 @@ BUDGETS = {  # budget, every, sinks, recent
     "snapkv": (1024, 128, 0, 32),
     "streaming_llm": (512, 1, 4, "100%"),
     "tova": (512, 1, 0, 0),
+    "vase": (2048, 64, 0, "3.125%"),
 }
 
 
