@@ -42,7 +42,11 @@ from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.triattention import TriAttention
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
+from kvpolicy_plugins.selectors.chunks import Chunks
+from kvpolicy_plugins.selectors.fair import Fair
+from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
+from kvpolicy_plugins.selectors.whitelist import Whitelist
 
 PLUGINS: tuple[type[Plugin], ...] = (
     AccumulatedAttention,
@@ -67,7 +71,11 @@ PLUGINS: tuple[type[Plugin], ...] = (
     UniformHeads,
     Cake,
     GlobalRanking,
+    Chunks,
+    Fair,
+    Sample,
     TopK,
+    Whitelist,
     CaM,
     D2O,
     Drop,

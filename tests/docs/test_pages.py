@@ -29,7 +29,7 @@ from tests.docs.evidence import EVIDENCE, evidence
 from tests.support.building import COMMAND, printed, run_together
 from tests.support.compressing import fused, score
 from tests.support.models import build, generate, prompt
-from tests.support.policies import small
+from tests.support.policies import held, small
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -186,10 +186,15 @@ def test_page_on_prefixes_runs(capsys, tmp_path, monkeypatch):
 
 def test_code_on_regions_runs(capsys):
     page = (ROOT / "docs" / "how-to" / "regions.md").read_text("utf-8")
-
-    exec(blocks("python", page)[0], {})  # noqa: S102
+    shown: dict = {}
+    for block in blocks("python", page):
+        exec(block, shown)  # noqa: S102
 
     assert "policy snapkv" in capsys.readouterr().out
+    for layer in held(shown["cache"]):
+        for head in layer[0]:
+            regions = [sum(start <= position < stop for position in head) for start, stop in ((0, 12), (12, 20))]
+            assert f"{regions[0]} of the 12 entries of `defence` and {regions[1]} of the 8 of `directive`" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

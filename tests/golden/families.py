@@ -27,13 +27,14 @@ TESTED = {
     "test_layer_budgets": ("cake_layers", "cake_adjust"),
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
     "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
+    "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
 }
 NOT_YET = (
     *("headkv_budgets", "rpc", "ams"),
     *("criticalkv", "finch"),
     "kvzip_end_to_end_plus",
-    *("fair_eviction", "head_budgets", "infinipotv_stream"),
+    *("head_budgets", "infinipotv_stream"),
     *("infinipotv", "effivlm_metrics"),
 )
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous

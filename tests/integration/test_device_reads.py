@@ -15,6 +15,8 @@ EVERY = 4
 POLICIES = {
     **{name: small(name, 12, EVERY) for name in ("snapkv", "rkv", "adakv", "h2o", "keepkv", "d2o")},
     "cam": small("snapkv", 12, EVERY, merge="cam"),
+    **{name: small(name, 12, EVERY) for name in ("chunkkv", "fair", "vase")},
+    "whitelist": small("snapkv", 12, EVERY, select={"use": "whitelist"}),
     "regions": small("snapkv", 12, EVERY, protect={"sinks": 1, "recent": 3, "regions": ["system"]}),
     "global": small("snapkv", 12, EVERY, allocate={"joint": "global"}),
     "kivi": small("snapkv", 20, EVERY, store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}),
@@ -30,17 +32,17 @@ def reads_of(step):
     return reads
 
 
-def reads(policy, layers, *, kernels):
+def reads(name, layers, *, kernels):
     """Of an ordinary step, of one that compresses all layers, and of one that only packs; beyond the plain model's."""
     one = build(num_hidden_layers=layers)
-    plan = compile_policy(policy.spec, geometry_of(one.config), "cpu", torch.float32, kernels=kernels)
+    plan = compile_policy(POLICIES[name].spec, geometry_of(one.config), "cpu", torch.float32, kernels=kernels)
     token, counts = torch.tensor([[5]]), {kind: {0} for kind in KINDS}
     with torch.no_grad():
         plain = DynamicCache(config=one.config)
         one(prompt(24)[0], past_key_values=plain)
         theirs = reads_of(lambda: one(token, past_key_values=plain)).count
         with Attachment(plan, one) as attachment:
-            given = {"system": (2, 5)} if plan.spec.protect.regions else None
+            given = {"system": (2, 5)} if name in ("regions", "fair", "whitelist") else None
             cache = attachment.cache(regions=given)
             attachment.model(prompt(24)[0], past_key_values=cache)
             for _ in range(EVERY + 2):
@@ -63,7 +65,7 @@ def state_of(cache):
 @pytest.mark.parametrize("kernels", [False, True], ids=["references", "kernels"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_token_is_no_read_and_a_compression_of_all_layers_one(name, kernels, layers):
-    token, compression, packing = reads(POLICIES[name], layers, kernels=kernels)
+    token, compression, packing = reads(name, layers, kernels=kernels)
 
     assert (token, compression) == (0, 1)
     assert packing == (name == "kivi")

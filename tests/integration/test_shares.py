@@ -86,16 +86,26 @@ def test_rows_under_shares_give_what_they_give_alone(name, kernels):
 
 @pytest.mark.parametrize("name", sorted(registry().policies()))
 def test_every_shipped_policy_keeps_exactly_any_budget(name):
-    """From 32 tokens up, a share, or bytes; after a prompt, and not a word of warning."""
+    """From 32 tokens up, a share, or bytes; after a prompt, or while decoding, and not a word of warning."""
     one, tokens = model(head_dim=32), prompt(100)[0]
     calibration = None
-    for budget in (32, 33, 57, "40%", "1MiB"):
+    shares = (
+        () if kvpolicy.load(name).spec.protect.prompt else ("40%",)
+    )  # a prompt is more than its own share, which is said
+    for budget in (32, 33, 57, *shares, "1MiB"):
         policy = kvpolicy.load(name, budget=budget)
+        parts = [tokens]
+        if not policy.spec.compress.prefill:  # a short prompt, a turn, and a token that is decoded
+            policy, parts = (
+                kvpolicy.load(name, budget=budget, compress={"prefill": False, "every": 3}),
+                tokens.split((20, 79, 1), 1),
+            )
         if policy.spec.calibrated and calibration is None:
             calibration = policy.calibrate(one, prompt(64, 64)[0])
         with policy.attach(one, calibration=calibration) as attachment, torch.no_grad():
             cache = attachment.cache()
-            one(tokens, past_key_values=cache)
+            for part in parts:
+                one(part, past_key_values=cache)
             expected = {"40%": 40, "1MiB": min(100, attachment.plan.budgets.average(100))}.get(budget, budget)
             assert sum(layer.storage.slots.average for layer in cache.managed) == pytest.approx(3 * expected)
             one(tokens[:, :1], past_key_values=cache)

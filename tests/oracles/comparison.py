@@ -28,7 +28,7 @@ def shipped(name: str, budget: int, every: int, sinks: int, recent: int, **chang
     text = importlib.resources.files("kvpolicy_policies").joinpath(f"{name}.yaml").read_text()
     parts = _changed(yaml.safe_load(text), changed)
     parts["compress"] = {**parts["compress"], "every": every}
-    parts |= {"budget": budget, "protect": {"sinks": sinks, "recent": recent}}
+    parts |= {"budget": budget, "protect": {**parts["protect"], "sinks": sinks, "recent": recent}}
     given = {key: value for key, value in parts.items() if key not in ("kvpolicy", "name", "summary", "reference")}
     return kvpolicy.load(name, **given)
 
@@ -46,6 +46,7 @@ def assert_holds_what_the_oracle_holds(
     changes: bool = False,
     sizes: tuple[int, ...] = SIZES,
     calibration: Calibration | None = None,
+    regions: dict[str, Any] | None = None,
 ) -> None:
     """After every forward, every layer, row and head; with a row of real tokens, and one that is padded in both turns.
 
@@ -56,7 +57,7 @@ def assert_holds_what_the_oracle_holds(
     for seed in range(PROMPTS):
         tokens, mask = prompt(length, length - 9, seed=seed)
         mask[1, TURN : TURN + 2] = 0
-        found, contents = _run(policy, tokens, mask, sizes, calibration)
+        found, contents = _run(policy, tokens, mask, sizes, calibration, regions)
         method = make(*given)
         expected = simulate(build(), method, tokens, mask, sizes, contents if changes else None)
         if method.margin > CLEAR:
@@ -69,13 +70,18 @@ def assert_holds_what_the_oracle_holds(
 
 
 def _run(
-    policy: kvpolicy.Policy, tokens: Any, mask: Any, sizes: tuple[int, ...], calibration: Calibration | None
+    policy: kvpolicy.Policy,
+    tokens: Any,
+    mask: Any,
+    sizes: tuple[int, ...],
+    calibration: Calibration | None,
+    regions: dict[str, Any] | None,
 ) -> tuple[list[Any], list[Contents]]:
     found: list[Any] = []
     contents: list[Contents] = []
     start = 0
     with policy.attach(model(), calibration=calibration) as attachment, torch.no_grad():
-        cache = attachment.cache()
+        cache = attachment.cache(regions=regions)
         for size in sizes:
             end = start + size
             attachment.model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)

@@ -34,8 +34,9 @@ class Head:
     """What one KV head of a row holds, in order, and the last queries [G, D] that it has seen, with their positions."""
 
     scaling: float
-    layer: int = 0
-    number: int = 0  # among the KV heads of the layer
+    layer: int
+    number: int  # among the KV heads of its layer
+    prompt: int  # tokens of the row's first forward
     entries: list[Entry] = attrs.field(factory=list)
     window: list[tuple[int, np.ndarray]] = attrs.field(factory=list)
 
@@ -68,6 +69,8 @@ class Method:
         """Entries that a KV head of a layer may hold, once a row has had so many tokens."""
         return min(self.budget, tokens)
 
+    prefill = True  # whether prompts and turns are compressed, too
+
     competing = False  # whether `shares` is told the scores of all layers, when a forward is over
 
     def shares(self, scores: list[np.ndarray], each: int) -> list[int]:
@@ -77,6 +80,10 @@ class Method:
     def candidates(self, head: Head) -> list[int]:
         """The slots of a head that may be evicted."""
         return list(range(self.sinks, len(head.entries) - self.recent))
+
+    def chosen(self, head: Head, scores: np.ndarray, count: int) -> list[int]:
+        """Ascending indices of the candidates of a head that stay, `count` of them."""
+        return self.best(scores, count)
 
     def best(self, scores: np.ndarray, count: int) -> list[int]:
         """Ascending indices of the highest scores; among equals the earlier ones."""
@@ -108,8 +115,10 @@ class Simulation:
         output = torch.zeros(rows, count, query.shape[1], value.shape[3])
         for row in range(rows):
             place = (module.layer_idx, row)
-            heads = self.heads.setdefault(place, [Head(scaling, place[0], number) for number in range(kv_heads)])
             columns = [column for column in range(length - count, length) if self.mask[row, column]]
+            numbers = range(kv_heads)
+            new = [Head(scaling, module.layer_idx, number, len(columns)) for number in numbers]
+            heads = self.heads.setdefault(place, new)
             given = (each[row].double().numpy() for each in (query, key, value))
             output[row] = torch.from_numpy(self._row(heads, columns, length - count, self.tokens.get(place, 0), *given))
             self.tokens[place] = self.tokens.get(place, 0) + len(columns)
@@ -148,13 +157,13 @@ class Simulation:
         method, heads = self.method, [head for layer in layers for head in self.heads[layer, row]]
         allowed = method.entries(layers[0], self.layers, self.tokens[layers[0], row])
         held = sum(len(head.entries) for head in heads) / len(heads)
-        if held <= (allowed + method.every - 1 if decoding else allowed):
+        if held <= (allowed + method.every - 1 if decoding else allowed) or not (decoding or method.prefill):
             return
         scores = method.scores(heads)
-        shares = method.shares(scores, allowed - method.sinks - method.recent)
+        shares = method.shares(scores, allowed - len(heads[0].entries) + len(method.candidates(heads[0])))
         for head, own, share in zip(heads, scores, shares, strict=True):
             slots = method.candidates(head)
-            kept = {slots[index] for index in method.best(own, share)}
+            kept = {slots[index] for index in method.chosen(head, own, share)}
             head.entries = [entry for slot, entry in enumerate(head.entries) if slot in kept or slot not in set(slots)]
 
     def held(self) -> list[list[list[list[int]]]]:

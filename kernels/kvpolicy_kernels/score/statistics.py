@@ -33,6 +33,8 @@ from kvpolicy_kernels.score.statistics_kernel import combine_statistics, split_s
 from kvpolicy_kernels.score.tile import WindowUse
 from kvpolicy_kernels.score.window_queries import WindowQueries
 
+_WIDE = 128  # queries, beyond which the logits of 64 entries do not fit the registers
+
 
 @attrs.frozen(eq=False)
 class Statistics:
@@ -139,7 +141,9 @@ def _launches(
 
 
 def _config(window: WindowQueries | None, keys: Column, functions: Sequence[Any]) -> LaunchConfig:
-    return launch_config_of(window, keys, in_registers=len(functions) > 0, max_queries=64)
+    config = launch_config_of(window, keys, in_registers=len(functions) > 0, max_queries=64)
+    _, group, width = geometry_of(window)
+    return attrs.evolve(config, block=32) if group * width > _WIDE else config
 
 
 def factor_of(window: WindowQueries | None) -> float:

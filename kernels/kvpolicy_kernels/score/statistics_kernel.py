@@ -21,15 +21,19 @@ _RISE = tl.constexpr(64.0)  # logits to base 2 may exceed the running maximum by
 
 @triton.jit
 def _fold_rows(terms):
-    """[BLOCK, N] summed to [32, N], only over rows of the same thread: no communication between threads."""
+    """[BLOCK, N] summed to [32, N], only over rows of the same thread: no communication between threads.
+
+    With a BLOCK of 32 it is [16, N].
+    """
     size: tl.constexpr = terms.shape[1]
-    parts = tl.reshape(terms, (terms.shape[0] // 64, 4, 2, 8, size))
-    return tl.reshape(tl.sum(tl.sum(parts, 2), 0), (32, size))
+    rows: tl.constexpr = min(terms.shape[0] // 2, 32)
+    parts = tl.reshape(terms, (terms.shape[0] // (2 * rows), rows // 8, 2, 8, size))
+    return tl.reshape(tl.sum(tl.sum(parts, 2), 0), (rows, size))
 
 
 @triton.jit
 def _update(maximum, total, logits):
-    """Online log-sum-exp: adds logits [BLOCK, N] to `total` [32, N] · 2^`maximum` [N]; the updated pair.
+    """Online log-sum-exp: adds logits [BLOCK, N] to `total` · 2^`maximum` [N], as folded; the updated pair.
 
     The maximum is updated only when a logit exceeds it by `_RISE`: rescaling is rare, and no term exceeds 2^64.
     """
@@ -97,7 +101,7 @@ def split_statistics(
         position_storage = column_pointer(POSITIONS, layer, tl.int32)
     for i in tl.static_range(len(USES)):
         maxima = maxima + (tl.full((tl.constexpr(USES[i][4]),), FLOOR, tl.float32),)
-        totals = totals + (tl.zeros((32, tl.constexpr(USES[i][4])), tl.float32),)
+        totals = totals + (tl.zeros((min(BLOCK // 2, 32), tl.constexpr(USES[i][4])), tl.float32),)
     for _ in tl.static_range(len(FUNCTIONS)):
         sums = sums + (tl.zeros((DP,), tl.float32),)
     begin = tl.program_id(1) * span

@@ -61,7 +61,8 @@ def fit(
     `lambda policy: policy.calibrate(model, tokens)`.
 
     Raises ParameterError for a `share` or `length` that is none, EvaluationError when it leaves no room for an entry,
-    and what `Policy.compile` raises when the policy cannot be used with the model.
+    or when the policy leaves prompts as they are (`compress: {prefill: false}`), which no budget makes smaller, and
+    what `Policy.compile` raises when the policy cannot be used with the model.
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ParameterError(f"length must be a whole number, at least 1: {shown(length)}")
@@ -77,6 +78,8 @@ def fit_calibrated(
     nominal = int(length * share)
     if keeps_everything(policy.spec):
         return Policy(_whole(policy.spec, length, nominal, layers), policy.origin)
+    if not policy.spec.compress.prefill:
+        raise EvaluationError(f"{policy.name}: leaves prompts as they are, so it has no size for a share of the bytes")
     spec = _observing_and_packing(policy.spec, max(1, nominal))
     plan = Policy(spec).compile(model, calibration=calibrate(Policy(spec)))
     limit = int(plan.footprint.full_bytes(length) * share)

@@ -14,12 +14,9 @@ _WORD = 2**32 - 1
 def uniform(seed: int, *words: int | Tensor, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1), float32 in the shape to which the int64 `words` broadcast.
 
-    Each is a hash of `seed`, from 0 to 2^32 - 1, and of the lower 32 bits of the words, in this order.
+    Each is a hash of `seed` and of the words.
     """
-    hashed = mixed(torch.full((1,), seed, dtype=torch.int64, device=device))
-    for word in words:
-        hashed = mixed(hashed ^ (word & _WORD))
-    return (hashed >> 8).float() * 2.0**-24  # 24 bits, which float32 holds exactly
+    return (hashed(seed, *words, device=device) >> 8).float() * 2.0**-24  # 24 bits, which float32 holds exactly
 
 
 def normal(seed: int, *words: int | Tensor, device: torch.device) -> Tensor:
@@ -39,6 +36,17 @@ def sketch(seed: int, layer: int, newest: Tensor, dim: int, rank: int) -> Tensor
     """
     places = torch.arange(dim * rank, device=newest.device).view(1, 1, dim, rank)
     return normal(seed, layer, newest[:, None, None, None], places, device=newest.device) / math.sqrt(rank)
+
+
+def hashed(seed: int, *words: int | Tensor, device: torch.device) -> Tensor:
+    """32 bits in int64, in the shape to which the int64 `words` broadcast.
+
+    A hash of `seed`, from 0 to 2^32 - 1, and of the lower 32 bits of the words, in this order.
+    """
+    bits = mixed(torch.full((1,), seed, dtype=torch.int64, device=device))
+    for word in words:
+        bits = mixed(bits ^ (word & _WORD))
+    return bits
 
 
 def mixed(words: Tensor) -> Tensor:

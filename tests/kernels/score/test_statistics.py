@@ -80,6 +80,12 @@ def test_parts_of_a_head_are_joined(use, busy, monkeypatch):
     check(situation([[[700, 130], [0, 65]]], capacity=700, votes=True), [use], [directions])
 
 
+@pytest.mark.parametrize("use", [WindowUse(33, "candidates"), WindowUse(33, group="mean")])
+def test_many_queries_take_smaller_blocks(use):
+    """More than 128 queries of a group, which is padded to four heads."""
+    check(situation([[[70, 33]]], group=3, width=33), [use], [])
+
+
 @pytest.mark.parametrize("busy", [1, 528])
 @pytest.mark.parametrize("scale", [1e-3, 40.0, 3e3])
 def test_far_maxima(scale, busy, monkeypatch):

@@ -20,8 +20,10 @@ from tests.support.models import build, prompt
 
 LENGTH = 1024
 SHARES = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 10))
-EVICTING = [name for name in registry().policies() if not keeps_everything(kvpolicy.load(name).spec)]
-WHOLE = [name for name in registry().policies() if name not in EVICTING]
+SPECS = {name: kvpolicy.load(name).spec for name in registry().policies()}
+WHOLE = [name for name, spec in SPECS.items() if keeps_everything(spec)]
+DECODING = [name for name, spec in SPECS.items() if not spec.compress.prefill]
+EVICTING = [name for name in SPECS if name not in WHOLE + DECODING]
 
 
 @cache
@@ -167,6 +169,12 @@ def test_scorers_inside_scorers_are_scaled_too(tiny):
     fitted = kvpolicy.fit(kvpolicy.load("gkv"), model, length=200, share=Fraction(1, 4))
 
     assert attrs.asdict(fitted.spec.score[0].scorer)["of"]["queries"] == 4
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_a_policy_that_leaves_prompts_as_they_are_has_no_share(wide, name):
+    with pytest.raises(EvaluationError, match=f"{name}: leaves prompts as they are"):
+        kvpolicy.fit(kvpolicy.load(name), wide, length=LENGTH, share="25%")
 
 
 def test_no_room_is_an_error(tiny):

@@ -8,8 +8,10 @@ from kvpolicy.stages.registry.plugins import registry
 NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
+    "chunkkv": (1024, 128, 0, 32),
     "curkv": (1024, 128, 4, 0),
     "d2o": (1024, 1, 4, "25%"),
+    "fair": (1024, 128, 0, 32),
     "full": ("100%", 128, 0, 0),
     "gkv": (2048, 128, 0, 16),
     "h2o": (1024, 1, 0, "50%"),
@@ -18,11 +20,13 @@ BUDGETS = {  # budget, every, sinks, recent
     "lagkv": (1024, 128, 4, 0),
     "leverage": (1024, 128, 8, 4),
     "pyramidkv": (1024, 128, 0, 8),
+    "random": (2048, 64, 0, "3.125%"),
     "rkv": (1024, 128, 0, 8),
     "snapkv": (1024, 128, 0, 32),
     "streaming_llm": (512, 1, 4, "100%"),
     "tova": (512, 1, 0, 0),
     "vase_dkv": (1024, 64, 4, "6.25%"),
+    "vase": (2048, 64, 0, "3.125%"),
 }
 
 
@@ -54,7 +58,12 @@ def test_policy_has_the_sizes_of_its_paper(name):
 @pytest.mark.parametrize(
     ("name", "protected"),
     [
-        *[("h2o", (0, 512)), ("keepkv", (4, 512)), ("d2o", (4, 256)), ("streaming_llm", (4, 508)), ("snapkv", (0, 32))],
+        ("h2o", (0, 512)),
+        ("keepkv", (4, 512)),
+        ("d2o", (4, 256)),
+        ("streaming_llm", (4, 508)),
+        ("snapkv", (0, 32)),
+        ("random", (0, 64)),
         ("vase_dkv", (4, 64)),
     ],
 )
