@@ -2,7 +2,20 @@
 
 import kvpolicy
 
-NAMES = ("adakv", "blend", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
+NAMES = (
+    "adakv",
+    "blend",
+    "chunkkv",
+    "fair",
+    "gkv",
+    "h2o",
+    "pyramidkv",
+    "rkv",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+    "vase",
+)
 RAGGED = ("adakv", "blend")
 EVEN = tuple(name for name in NAMES if name not in RAGGED)
 
