@@ -2,7 +2,10 @@
 
 import kvpolicy
 
-NAMES = ("adakv", "blend", "gkv", "h2o", "keydiff", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
+NAMES = (
+    *("adakv", "blend", "chunkkv", "gkv", "h2o", "keydiff"),
+    *("pyramidkv", "rkv", "snapkv", "streaming_llm", "tova", "vase"),
+)
 RAGGED = ("adakv", "blend")
 EVEN = tuple(name for name in NAMES if name not in RAGGED)
 

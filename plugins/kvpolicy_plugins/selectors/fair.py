@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Choice, SelectionRequest, Selector, parameter
+from kvpolicy.stages.ordering import highest
 from kvpolicy_plugins.allocators.shared.apportion import apportion
 from kvpolicy_plugins.selectors.shared.ranking import group_ranks
 
@@ -19,7 +20,7 @@ class Fair(Selector):
 
     Fair eviction of "The Pitfalls of KV Cache Compression" (section 5): quota_X = counts · n_X / n, in whole entries.
     Entries in no region are a region of their own. What the policy protects stays beside the quotas. Without regions
-    the best candidates stay.
+    the best candidates stay. Candidates whose score is NaN are in no region, and come last.
 
     The paper rounds each quota; here those with the largest remainders are rounded up, so that counts are exact. The
     published code knows two adjacent spans, extended to cover everything, and gives the earlier floor(quota), the
@@ -40,11 +41,14 @@ class Fair(Selector):
         regions = torch.zeros_like(request.positions) if request.regions is None else request.regions
         regions = regions.long()
         sizes = regions.new_zeros((*regions.shape[:2], _REGIONS))
-        sizes = sizes.scatter_add_(-1, regions, request.candidates.long())
-        quotas = self._quotas(sizes, request.counts)
+        sound = request.candidates & ~request.scores.isnan()
+        sizes = sizes.scatter_add_(-1, regions, sound.long())
+        shared = torch.minimum(request.counts, sound.sum(-1))
+        quotas = self._quotas(sizes, shared)
         before = (sizes.cumsum(-1) - sizes).gather(-1, regions)
-        ranks = group_ranks(regions, request.scores, request.candidates) - before
-        return request.candidates & (ranks < quotas.gather(-1, regions))
+        ranks = group_ranks(regions, request.scores, sound) - before
+        rest = highest(request.scores, request.candidates & ~sound, request.counts - shared)
+        return rest | (sound & (ranks < quotas.gather(-1, regions)))
 
     def _quotas(self, sizes: Tensor, counts: Tensor) -> Tensor:
         """Candidates that stay of each region, int64 [B, K, regions]; none above its size, and `counts` in all."""

@@ -26,9 +26,9 @@ class Sample(Selector):
     3. the others are drawn without replacement, each time with chances in proportion to the scores of those left.
 
     Drawing without replacement is the choice of the largest log(score) - log(e), e from Exp(1). Candidates whose score
-    is 0 or negative come after all others, in the order of their positions; NaN comes last, a range that is not finite
-    as well. Each e is a hash of `seed`, layer, head, the newest position of the row and the entry's own: a row draws
-    the same alone and in a batch, whereas the code draws from one generator for a batch. The code raises an error where
+    is 0 or negative come after all others, in the order of their positions; NaN comes last, whatever the range. Each e
+    is a hash of `seed`, layer, head, the newest position of the row and the entry's own: a row draws the same alone and
+    in a batch, whereas the code draws from one generator for a batch. The code raises an error where
     fewer entries than are drawn have a score above 0.
     """
 
@@ -61,10 +61,11 @@ class Sample(Selector):
         ranges = request.second_scores
         if ranges is None:
             raise ValueError("sample is not told value ranges: give it what its second_scores returned")
+        sound = request.candidates & ~request.scores.isnan()
         ranges = ranges.masked_fill((request.positions < self.sinks) & ~ranges.isnan(), torch.inf)
         protected = ((request.positions >= 0) & ~request.candidates).sum(-1)
         share = ((request.counts + protected).double() * self.reserve + 1e-9).floor().long()
-        return highest(ranges, request.candidates, share.minimum(request.counts))
+        return highest(ranges, sound, share.minimum(request.counts).minimum(sound.sum(-1)))
 
     def _exponentials(self, request: SelectionRequest) -> Tensor:
         """Draws from Exp(1), float32 [B, K, T]: -log of 23 random bits, which are never 0 or 1."""

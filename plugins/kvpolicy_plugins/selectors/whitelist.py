@@ -16,7 +16,8 @@ class Whitelist(Selector):
 
     Whitelisting of "The Pitfalls of KV Cache Compression" (section 5): kept = R and the n - |R| best others. Where the
     regions do not fit, the best of their entries stay, where the published code raises an error. The budget stays what
-    it is, unlike under `protect: {regions: [...]}`, which holds more where it must. Without regions the best stay.
+    it is, unlike under `protect: {regions: [...]}`, which holds more where it must. Without regions the best stay;
+    NaN comes last, listed or not.
     """
 
     name: ClassVar[str] = "whitelist"
@@ -25,7 +26,7 @@ class Whitelist(Selector):
     def select(self, request: SelectionRequest) -> Tensor:
         if request.regions is None:
             return highest(request.scores, request.candidates, request.counts)
-        listed = request.candidates & (request.regions > 0)
+        listed = request.candidates & (request.regions > 0) & ~request.scores.isnan()
         first = torch.minimum(request.counts, listed.sum(-1))
         rest = highest(request.scores, request.candidates & ~listed, request.counts - first)
         return highest(request.scores, listed, first) | rest
