@@ -239,7 +239,8 @@ class Selector(Plugin):
     def select(self, request: SelectionRequest) -> Tensor:
         """Bool [B, K, T]: the candidates to keep, as many of each head as `request.counts` says.
 
-        Rows never influence each other. Ties: the higher score, then the earlier position (the lower slot).
+        Rows never influence each other. Ties: the higher score, then the earlier position (the lower slot). Candidates
+        whose score is NaN come last, also those that are chosen for other reasons than their score.
         """
 
 

@@ -36,6 +36,15 @@ def chooses_the_best(selector: Selector, _promises: Promises) -> None:
             raise contract_error(selector, "left a candidate that scores higher than one it chose")
 
 
+def takes_nan_last(selector: Selector, _promises: Promises) -> None:
+    """A candidate whose score is NaN stays only where all others do."""
+    for request in _samples(selector):
+        chosen, wrong = selector.select(request), request.scores.isnan() & request.candidates
+        others_left = (request.candidates & ~wrong & ~chosen).any(-1)
+        if ((chosen & wrong).any(-1) & others_left).any():
+            raise contract_error(selector, "chose a candidate whose score is NaN, and left one whose score is a number")
+
+
 def breaks_ties_by_age(selector: Selector, _promises: Promises) -> None:
     if not selector.best:
         return
@@ -101,6 +110,7 @@ CHECKS = (
     gives_second_scores_for_every_slot,
     chooses_as_many_as_asked,
     chooses_the_best,
+    takes_nan_last,
     breaks_ties_by_age,
     keeps_rows_apart,
     leaves_its_input_alone,

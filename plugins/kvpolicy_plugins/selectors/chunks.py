@@ -14,7 +14,7 @@ from kvpolicy_plugins.selectors.shared.ranking import group_ranks
 
 @attrs.frozen
 class Chunks(Selector):
-    """Keeps whole chunks of contiguous entries, those with the highest scores, ChunkKV (section 3, algorithm 1).
+    """Keeps whole chunks of contiguous entries, those with the highest scores, as ChunkKV does.
 
     1. The entries that a head holds, in order of position, are cut into chunks of `size`; the last may be shorter.
     2. The score of a chunk is the mean (or sum) of the scores of its candidates.
@@ -23,7 +23,7 @@ class Chunks(Selector):
 
     The paper adds up scores, which ranks chunks of one length alike and a shorter one lower. Entries that it cuts
     once, after the prompt, are here cut anew at every compression, from what is held then. Candidates whose score is
-    NaN count in no chunk, and come last. That several layers keep the indices of the first of them (section 3.3), to
+    NaN count in no chunk, and come last. That several layers keep the indices of the first of them, to
     compute fewer, is left out: it is another approximation, and here every layer chooses for itself.
     """
 

@@ -18,7 +18,7 @@ _REGIONS = torch.iinfo(torch.int8).max + 1  # numbers that entries can have, 0 =
 class Fair(Selector):
     """Divides what a head keeps over the regions in proportion to their candidates; in each, the best stay.
 
-    Fair eviction of "The Pitfalls of KV Cache Compression" (section 5): quota_X = counts · n_X / n, in whole entries.
+    Fair eviction of "The Pitfalls of KV Cache Compression": quota_X = counts · n_X / n, in whole entries.
     Entries in no region are a region of their own. What the policy protects stays beside the quotas. Without regions
     the best candidates stay. Candidates whose score is NaN are in no region, and come last.
 

@@ -14,7 +14,7 @@ from kvpolicy.stages.ordering import highest
 class Whitelist(Selector):
     """Keeps all entries that are in a region, whatever they score, and of the others the best.
 
-    Whitelisting of "The Pitfalls of KV Cache Compression" (section 5): kept = R and the n - |R| best others. Where the
+    Whitelisting of "The Pitfalls of KV Cache Compression": kept = R and the n - |R| best others. Where the
     regions do not fit, the best of their entries stay, where the published code raises an error. The budget stays what
     it is, unlike under `protect: {regions: [...]}`, which holds more where it must. Without regions the best stay;
     NaN comes last, listed or not.

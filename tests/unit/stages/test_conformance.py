@@ -121,6 +121,14 @@ class Newest(Selector):
 
 
 @attrs.frozen
+class Oldest(Selector):
+    name = "oldest"
+
+    def select(self, request):
+        return request.candidates & (request.candidates.cumsum(-1) <= request.counts[..., None])
+
+
+@attrs.frozen
 class Doubling(Merger):
     name = "doubling"
 
@@ -135,6 +143,7 @@ class Doubling(Merger):
         (Spendthrift(), "layer allocator 'spendthrift' gave [65] candidates, expected [8]"),
         (Newest(), "left a candidate that scores higher than one it chose"),
         (Newest(), "chose later entries among equal scores"),
+        (Oldest(), "chose a candidate whose score is NaN, and left one whose score is a number"),
         (Doubling(), "returned keys that differ from the kept slots"),
     ],
 )
