@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.fp8 import Fp8
 from kvpolicy_plugins.codecs.kivi import Kivi
-from kvpolicy_plugins.codecs.rotation import Rotation, hadamard
+from kvpolicy_plugins.codecs.rotation import Rotation
+from kvpolicy_plugins.codecs.shared.rotated import hadamard
 from kvpolicy_plugins.codecs.tada import Tada
 from tests.property.formats import BITS, FLOATS, through
 from tests.property.layers import generators
