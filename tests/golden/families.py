@@ -28,6 +28,7 @@ TESTED = {
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
     "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
+    "test_turboquant": ("turboquant_vllm",),
 }
 NOT_YET = (
     *("headkv_budgets", "rpc", "ams"),

@@ -67,10 +67,13 @@ def quantise(groups: Tensor, dim: int, bits: int, stored: torch.dtype) -> tuple[
 
 
 def quantise_half_up(vectors: Tensor, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes, scales and minima of vectors [..., D], each one group; computed in `compute_dtype`.
+    """Quantise each vector of [B, K, n, D] as one group; computed in `compute_dtype`.
 
-    code = floor((x - min) / scale + 1/2), with the scale and the minimum before they are rounded to `stored`. Below the
-    least scale, 1e-8, which is zero in float16, a vector is its minimum.
+    code = floor((x - min) / scale + 1/2), with the scale and the minimum before they are rounded to `stored`, as vLLM
+    does for TurboQuant. The scale is 1e-8 at least, which is 0 in float16: equal numbers are decoded to the minimum.
+
+    Returns:
+        Packed codes, uint8 [B, K, n, bytes]; scales and minima, `stored` [B, K, n, 1].
     """
     exact = vectors.to(compute_dtype(vectors.dtype))
     low, levels = exact.amin(-1, keepdim=True), 2**bits - 1
@@ -78,7 +81,7 @@ def quantise_half_up(vectors: Tensor, bits: int, stored: torch.dtype) -> tuple[T
     spread = (exact.amax(-1, keepdim=True) - low).clamp(max=torch.finfo(exact.dtype).max / 2)
     scale = (spread / levels).clamp(min=_LEAST_SCALE)
     codes = ((exact - low) / scale).add_(0.5).floor_().clamp_(0, levels).to(torch.uint8)
-    return pack(codes, bits), *(cast_clamped(numbers.squeeze(-1), stored) for numbers in (scale, low))
+    return pack(codes, bits), cast_clamped(scale, stored), cast_clamped(low, stored)
 
 
 def dequantise(codes: Tensor, scales: Tensor, minima: Tensor, dtype: torch.dtype) -> Tensor:
