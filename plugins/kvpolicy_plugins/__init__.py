@@ -13,6 +13,7 @@ from kvpolicy_plugins.codecs.latent import Latent
 from kvpolicy_plugins.codecs.plain import Plain
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.tada import Tada
+from kvpolicy_plugins.codecs.turboquant import TurboQuant
 from kvpolicy_plugins.mergers.cam import CaM
 from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.mergers.drop import Drop
@@ -92,6 +93,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Plain,
     Rotation,
     Tada,
+    TurboQuant,
     Everything,
     LatentTopK,
     Pages,

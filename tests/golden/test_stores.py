@@ -7,10 +7,11 @@ import torch
 
 from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.kivi import Kivi
-from kvpolicy_plugins.codecs.rotation import Rotated, Rotation
+from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.shared.affine import dequantise, quantise
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
 from kvpolicy_plugins.codecs.shared.packing import pack, unpack
+from kvpolicy_plugins.codecs.shared.rotated import Rotated
 from kvpolicy_plugins.codecs.tada import Tada
 from tests.golden.families import Vectors, cases, close, family_of, same
 

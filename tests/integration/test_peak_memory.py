@@ -43,7 +43,7 @@ class Peak(TorchDispatchMode):
         self.now -= nbytes
 
 
-@pytest.mark.parametrize("store", ["kivi", "tada", "rotation", "fp8", "latent"])
+@pytest.mark.parametrize("store", ["kivi", "tada", "rotation", "turboquant", "fp8", "latent"])
 def test_a_decode_step_needs_a_fraction_of_what_the_cache_would_take(store):
     plan = plan_of(store, dim=DIM)
     layer, generator = new_layer(plan), torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ STORES = {
     "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8},
     "tada": {"use": "tada", "bits": 4, "residual": 4, "batch": 4},
     "rotation": {"use": "rotation", "bits": 4},
+    "turboquant": {"use": "turboquant", "key_bits": 3},
     "fp8": "fp8",
     "latent": {"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8},
 }
@@ -47,6 +48,14 @@ def test_rows_are_independent_when_everything_is_kept(store):
 @pytest.mark.parametrize("store", STORES.values(), ids=STORES)
 def test_every_store_composes_with_eviction_and_merging(store, architecture, merge):
     assert_independent(model(architecture), small("snapkv", store=store, merge=merge))
+
+
+def test_native_layers_stand_beside_packed_ones():
+    one, ends = build(num_hidden_layers=4), {"native_first": 2, "native_last": 1}
+    policy = small("snapkv", store={"use": "turboquant", **ends}, merge={"use": "keepkv", "window": 4})
+    assert_independent(one, policy)
+    with policy.attach(one) as attachment:
+        assert [bool(forms.keys.columns) for forms in attachment.plan.formats] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in {"llama", "gemma3"}])

@@ -8,6 +8,7 @@ from kvpolicy_plugins.codecs.fp8 import Fp8
 from kvpolicy_plugins.codecs.kivi import Kivi
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.tada import Tada
+from kvpolicy_plugins.codecs.turboquant import TurboQuant
 from tests.property.layers import generators
 
 BITS = st.sampled_from((2, 4, 8))
@@ -38,6 +39,9 @@ codecs = st.one_of(
     ),
     st.builds(Tada, BITS, group=st.sampled_from((0, GROUP)), scales=st.sampled_from(("half", "full"))),
     st.builds(Rotation, st.integers(1, 4), st.integers(0, 3), scales=st.sampled_from(("half", "full"))),
+    st.builds(
+        TurboQuant, st.sampled_from((1, 2, 3, 4, 8)), st.integers(2, 4), scales=st.sampled_from(("half", "full"))
+    ),
     st.just(Fp8()),
 )
 

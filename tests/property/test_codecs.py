@@ -10,8 +10,10 @@ from torch.testing import assert_close
 from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.fp8 import Fp8
 from kvpolicy_plugins.codecs.kivi import Kivi
-from kvpolicy_plugins.codecs.rotation import Rotation, hadamard
+from kvpolicy_plugins.codecs.rotation import Rotation
+from kvpolicy_plugins.codecs.shared.rotated import hadamard
 from kvpolicy_plugins.codecs.tada import Tada
+from kvpolicy_plugins.codecs.turboquant import TurboQuant
 from tests.property.formats import BITS, FLOATS, through
 from tests.property.layers import generators
 
@@ -90,6 +92,23 @@ def test_a_rotated_vector_scales_with_its_norm(bits, random, power):
     vectors = torch.randn(1, 1, 6, 32, generator=random, dtype=torch.float64)
     at = torch.arange(6).expand(1, 1, 6)
     assert_close(through(half, vectors * 2**power, at), through(half, vectors, at) * 2**power, rtol=1e-9, atol=1e-12)
+
+
+@given(st.integers(1, 4), st.integers(2, 4), generators, st.sampled_from((8, 64)), st.floats(-8, 8))
+def test_turboquant_keeps_norms_and_is_within_half_a_step(key_bits, value_bits, random, dim, power):
+    formats = TurboQuant(key_bits, value_bits).formats(Site(Geometry((0,), 2, 2, dim), torch.float32))
+    vectors = torch.randn(1, 2, 5, dim, generator=random) * 2**power
+    at = torch.arange(5).expand(1, 2, 5)
+    half = 2**-11  # relative error of a float16; below 2^-14 the error is 2^-25
+    keys, norms = through(formats.keys, vectors, at), vectors.norm(dim=-1)
+    assert_close(keys.norm(dim=-1), norms, rtol=half + 1e-5, atol=2**-25)
+    columns = formats.keys.encode(vectors, at)
+    scaled = formats.keys.encode(vectors * 4, at)
+    assert torch.equal(columns["codes"], scaled["codes"])
+    values = through(formats.values, vectors, at)
+    low, high = vectors.amin(-1, keepdim=True), vectors.amax(-1, keepdim=True)
+    rounding = half * (high - low + low.abs()) + 2**-25 * 2**value_bits
+    assert ((values - vectors).abs() <= (high - low) / (2**value_bits - 1) * (0.5 + 1e-4) + rounding).all()
 
 
 @given(generators, st.sampled_from(FLOATS), st.floats(-6, 6))

@@ -29,6 +29,7 @@ STORES = {
     "kivi wide": {"use": "kivi", "bits": 8, "group": 2, "residual": 4},
     "tada": {"use": "tada", "bits": 4, "residual": 3, "batch": 2},
     "rotation": {"use": "rotation", "bits": 4, "residual": 2},
+    "turboquant": {"use": "turboquant", "residual": 2},
     "fp8": {"use": "fp8", "residual": 1},
     "latent": {"use": "latent", "rank": 0.75, "value_bits": 8, "value_group": 8, "residual": 2},
 }

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from kvpolicy.stages import Codec, Column, Format, Formats, Integer, PackedColumn, Site, Unpacking, parameter
 from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
-
-_E4M3 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(_E4M3).max
-_ALL_BUT_TOP_EXPONENT_BIT = -0x4001  # mask over the bits of a float16
+from kvpolicy_plugins.codecs.shared.float8 import LARGEST, bytes_over_256, to_bytes
 
 
 @attrs.frozen(eq=False)
@@ -26,21 +23,19 @@ class Scaled(Format):
 
     @columns.default
     def _columns(self) -> dict[str, Column]:
-        # Bytes rather than float8, because few operations of torch support that dtype.
         return {"codes": Column((self.dim,), torch.uint8), "peak": Column((), torch.float16)}
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
         exact = vectors.to(compute_dtype(vectors.dtype))
         peak = cast_clamped(exact.abs().amax(-1), torch.float16)
-        scale = (peak.to(exact.dtype) / _LARGEST)[..., None]
-        # Clamped, because rounding the peak may exceed the largest code, which is NaN in some versions of torch.
-        codes = (exact / scale.masked_fill(scale == 0, torch.inf)).clamp_(-_LARGEST, _LARGEST)
-        return {"codes": codes.to(_E4M3).view(torch.uint8), "peak": peak}
+        scale = (peak.to(exact.dtype) / LARGEST)[..., None]
+        codes = to_bytes(exact / scale.masked_fill(scale == 0, torch.inf))  # a rounded peak may be below the vector's
+        return {"codes": codes, "peak": peak}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
         exact = compute_dtype(self.dtype)
-        scale = columns["peak"].to(exact) * (256 / _LARGEST)
-        return cast_clamped(_bytes_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
+        scale = columns["peak"].to(exact) * (256 / LARGEST)
+        return cast_clamped(bytes_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
 
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.quantise.unpack import scaled_fp8
@@ -64,12 +59,3 @@ class Fp8(Codec):
     def formats(self, site: Site) -> Formats:
         scaled = Scaled(site.geometry.head_dim, site.dtype, self.residual)
         return Formats(scaled, scaled)
-
-
-def _bytes_over_256(codes: Tensor) -> Tensor:
-    """Float8 numbers, given as bytes, divided by 256, in float16: exact, and much faster than a conversion on a CPU.
-
-    The sign keeps its bit, exponent and mantissa move below the top exponent bit. The biases differ by 8, hence 256.
-    """
-    shifted = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-    return shifted.bitwise_and_(_ALL_BUT_TOP_EXPONENT_BIT).view(torch.float16)

@@ -8,10 +8,11 @@ import torch
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
-from kvpolicy_plugins.codecs import rotation
-from kvpolicy_plugins.codecs.rotation import Rotation, hadamard
+from kvpolicy_plugins.codecs.rotation import Rotation
+from kvpolicy_plugins.codecs.shared import rotated
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
 from kvpolicy_plugins.codecs.shared.packing import unpack
+from kvpolicy_plugins.codecs.shared.rotated import hadamard
 
 CASES = [
     pytest.param(check, id=f"{codec.bits} bits: {name}")
@@ -114,7 +115,7 @@ def test_bytes_of_a_vector(bits):
 
 
 def test_what_was_first_used_in_inference_mode_can_be_differentiated():
-    rotation._sylvester.cache_clear()
+    rotated._sylvester.cache_clear()
     vectors = torch.ones(3, 16)
     with torch.inference_mode():
         hadamard(vectors)

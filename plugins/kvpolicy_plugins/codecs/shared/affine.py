@@ -14,6 +14,7 @@ from kvpolicy_plugins.shared.kernel_device import runs_kernels
 
 BITS = Choice((2, 4, 8))
 SCALES = Choice(("half", "full"))
+_LEAST_SCALE = 1e-8
 
 
 def scale_dtype(scales: str, dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +64,24 @@ def quantise(groups: Tensor, dim: int, bits: int, stored: torch.dtype) -> tuple[
     step = scales.to(groups.dtype)
     codes = (groups - low).div_(step.masked_fill(step == 0, torch.inf)).clamp_(0, levels).round_()
     return codes.to(torch.uint8), scales, minima
+
+
+def quantise_half_up(vectors: Tensor, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise each vector of [B, K, n, D] as one group; computed in `compute_dtype`.
+
+    code = floor((x - min) / scale + 1/2), with the scale and the minimum before they are rounded to `stored`, as vLLM
+    does for TurboQuant. The scale is 1e-8 at least, which is 0 in float16: equal numbers are decoded to the minimum.
+
+    Returns:
+        Packed codes, uint8 [B, K, n, bytes]; scales and minima, `stored` [B, K, n, 1].
+    """
+    exact = vectors.to(compute_dtype(vectors.dtype))
+    low, levels = exact.amin(-1, keepdim=True), 2**bits - 1
+    # The difference of finite numbers may be infinite; half of the largest keeps decoding finite.
+    spread = (exact.amax(-1, keepdim=True) - low).clamp(max=torch.finfo(exact.dtype).max / 2)
+    scale = (spread / levels).clamp(min=_LEAST_SCALE)
+    codes = ((exact - low) / scale).add_(0.5).floor_().clamp_(0, levels).to(torch.uint8)
+    return pack(codes, bits), cast_clamped(scale, stored), cast_clamped(low, stored)
 
 
 def dequantise(codes: Tensor, scales: Tensor, minima: Tensor, dtype: torch.dtype) -> Tensor:
