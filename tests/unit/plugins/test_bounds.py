@@ -88,7 +88,7 @@ def test_largest_number_of_a_plugin_runs_or_is_refused_in_words(record, path, mo
     tokens, mask = prompt(60, 45)
     try:
         policy = policy_of(**{**HEAD, **with_parameter(record, path, most)})
-        calibration = policy.calibrate(model(), tokens[:1]) if policy.spec.store.calibrated else None
+        calibration = policy.calibrate(model(), tokens[:1]) if policy.spec.calibrated else None
         attached = policy.attach(model(), calibration=calibration)
     except PolicyError:
         assert (record.name, *path) in FURTHER
