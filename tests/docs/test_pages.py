@@ -26,6 +26,9 @@ from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance import Promises, check_plugin
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from tests.docs.evidence import EVIDENCE, evidence
+from tests.docs.methods import PAGE as METHODS
+from tests.docs.methods import page as methods_page
+from tests.docs.methods import policies_without_files, unknown_families
 from tests.support.building import COMMAND, printed, run_together
 from tests.support.compressing import fused, score
 from tests.support.models import build, generate, prompt
@@ -208,6 +211,11 @@ def test_reference_page_is_current():
     page = ROOT / "docs" / "reference" / "policy-file.md"
 
     assert page.read_text("utf-8") == reference_markdown(), f"run: kvpolicy schema --markdown > {page.name}"
+
+
+def test_page_of_methods_is_current():
+    assert unknown_families() == policies_without_files() == []
+    assert METHODS.read_text("utf-8") == methods_page(), "run: python -m tests.docs.methods"
 
 
 def test_version_is_one():
