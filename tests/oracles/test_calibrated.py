@@ -123,7 +123,7 @@ def test_keys_along_the_common_direction_of_queries_stay(every):
 def test_keys_that_typical_queries_would_attend_to_stay(over):
     given = 12, 4, 1, 3
     tokens, queries = queries_on_text()
-    policy = shipped("triattention", *given, furthest=Trigonometric.furthest, over=over, prefill=True)
+    policy = shipped("triattention", *given, furthest=Trigonometric.furthest, over=over, prefill=True, prompt=False)
     frequencies = build().model.rotary_emb.inv_freq.double().numpy()
 
     def method(*numbers):

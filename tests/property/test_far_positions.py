@@ -34,8 +34,9 @@ def given(name):
     return attrs.evolve(view, attention=mass, slot_state=state)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "curkv"])
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name != "vase"), "curkv"])
 def test_the_same_entries_are_kept(name):
+    """All but vase, which draws anew at every position."""
     view = given(name)
     near = chosen(spec_of(name), view, [9, 11])
     assert torch.equal(chosen(spec_of(name), far(view), [9, 11]).kept, near.kept)

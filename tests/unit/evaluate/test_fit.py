@@ -43,6 +43,13 @@ def traced(wide):
     return trace_prompts(wide, [prompt(LENGTH - 40)[0][0].tolist()])
 
 
+def fitted_to(model, name, **sizes):
+    """A shipped policy scaled to a share, and what it is calibrated with, if it must be."""
+    calibrations = Calibrations(model, lambda: prompt(64, 64, seed=7)[0])
+    fitted = kvpolicy.fit(kvpolicy.load(name), model, calibration=calibrations.of, **sizes)
+    return fitted, calibrations.of(fitted)
+
+
 def slack(spec):
     """Entries that may come on top of the budget before some are evicted."""
     return 0 if spec.compress.every == NEVER else spec.compress.every
@@ -65,8 +72,8 @@ def full_bytes(model, length):
 def test_bytes_stay_within_the_share_and_use_it_up(name, share, dtype):
     """Slack, queries and state included; one more token everywhere, or unpacked group, would exceed the share."""
     model = model_of(dtype)
-    fitted = kvpolicy.fit(kvpolicy.load(name), model, length=LENGTH, share=share)
-    plan = fitted.compile(model)
+    fitted, calibration = fitted_to(model, name, length=LENGTH, share=share)
+    plan = fitted.compile(model, calibration=calibration)
     limit, tokens = full_bytes(model, LENGTH) * share, fitted.spec.budget.tokens
 
     if tokens < LENGTH:
@@ -86,7 +93,8 @@ def test_bytes_stay_within_the_share_and_use_it_up(name, share, dtype):
 def test_a_real_cache_never_takes_more_than_the_share(wide, traced, name):
     """From the end of the prompt on, after each of the tokens up to the length, if these are compressed too."""
     share = Fraction(1, 10)
-    plan = kvpolicy.fit(kvpolicy.load(name), wide, length=LENGTH, share=share).compile(wide)
+    fitted, calibration = fitted_to(wide, name, length=LENGTH, share=share)
+    plan = fitted.compile(wide, calibration=calibration)
     taken = []
     with kvpolicy.load("full").attach(wide) as attachment, torch.inference_mode():
         made = traced.compressed(plan, attachment)
@@ -115,7 +123,7 @@ def test_policies_that_keep_everything_evict_nothing_at_any_share(wide, name):
 def test_only_sizes_change(wide, name):
     """Plugins, weights and every other parameter stay as shipped."""
     shipped = kvpolicy.load(name)
-    fitted = kvpolicy.fit(shipped, wide, length=1024, share=Fraction(1, 10))
+    fitted, _ = fitted_to(wide, name, length=1024, share=Fraction(1, 10))
     kinds = [(type(one.scorer), one.weight, one.normalise) for one in fitted.spec.score]
 
     assert kinds == [(type(one.scorer), one.weight, one.normalise) for one in shipped.spec.score]

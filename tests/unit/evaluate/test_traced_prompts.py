@@ -44,13 +44,14 @@ def traced_of(architecture, lengths):
 
 @pytest.fixture(scope="module")
 def plans():
-    """Each shipped policy by name, smaller than the prompts that it compresses, its store calibrated if it must be."""
+    """Each shipped policy by name, smaller than the prompts that it compresses, calibrated if it must be."""
     llama, made = model("llama"), {}
     calibrations = Calibrations(llama, lambda: prompt(64, 64, 64, seed=7)[0])
     for name in SHIPPED:
         policy = kvpolicy.load(name)
         if not policy.spec.compress.prefill:  # what it keeps of a prompt is all of it, whatever the budget
-            made[name] = kvpolicy.load(name, budget=2 * BUDGET + 96).compile(llama)
+            decoding = kvpolicy.load(name, budget=2 * BUDGET + 96)
+            made[name] = decoding.compile(llama, calibration=calibrations.of(decoding))
             continue
         fitted = fit_calibrated(policy, llama, share=Fraction(1, 4), length=96, calibrate=calibrations.of)
         budget = fitted.spec.budget

@@ -250,7 +250,10 @@ def test_unknown_name_gets_the_close_one_and_the_list():
     with pytest.raises(PluginError) as caught:
         registry().find("select", "topk2")
 
-    assert str(caught.value) == "unknown name 'topk2'; did you mean 'topk'? installed: topk"
+    assert (
+        str(caught.value)
+        == "unknown name 'topk2'; did you mean 'topk'? installed: chunks, fair, sample, topk, whitelist"
+    )
 
 
 def test_policies_of_another_distribution_are_found_by_file_name(install):
