@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from tests.support.models import build, prompt
 from tests.support.oracle import attending_by
@@ -108,6 +109,12 @@ def test_repeated_prompts(architecture, lengths, size, overlap):
     """KVzip: chunks of what follows the sinks, which all chunks see, each behind the end of the one before."""
     policy = rereading(scorer=Reconstruction(size, overlap))
     assert_held(policy, architecture, lengths, size, nearby=True, first=SINKS, overlap=overlap)
+
+
+def test_a_history_of_what_is_seen_while_reading_again():
+    """After one prompt there is nothing to combine with: the same entries stay."""
+    policy = rereading(scorer=History(Reconstruction(7, 3), scale="none"))
+    assert_held(policy, "llama", (30,), 7, nearby=True, first=SINKS, overlap=3)
 
 
 def test_layers_and_heads_that_compete():

@@ -119,7 +119,8 @@ def _mean_rotation(rotary: Rotary, start: Tensor, count: int) -> tuple[Tensor, T
     device = start.device
     places = start[:, None] + torch.arange(count, device=device)
     angles = places[..., None].double() * rotary.frequencies.to(device, torch.float64)
-    return tuple((rotary.scaling * wave(angles)).mean(1, keepdim=True).float() for wave in (torch.cos, torch.sin))  # type: ignore[return-value]
+    cos, sin = (rotary.scaling * wave(angles).mean(1, keepdim=True) for wave in (torch.cos, torch.sin))
+    return cos.float(), sin.float()
 
 
 def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

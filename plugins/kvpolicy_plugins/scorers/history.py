@@ -1,6 +1,6 @@
 """Scorer `history`: combines scores of another scorer over time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import attrs
@@ -8,7 +8,22 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Choice, Needs, Nested, Number, Plugged, Scorer, State, View, parameter
+from kvpolicy.stages import (
+    Choice,
+    Needs,
+    Nested,
+    Number,
+    Pass,
+    Plugged,
+    Prompt,
+    QueryLogits,
+    Sample,
+    Scorer,
+    Site,
+    State,
+    View,
+    parameter,
+)
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 _STATE = "history"
@@ -48,6 +63,22 @@ class History(Scorer):
 
     def in_any_order(self) -> bool:
         return self.of.in_any_order()
+
+    @property
+    def calibrated(self) -> bool:
+        return self.of.calibrated
+
+    def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        return self.of.calibrate(samples)
+
+    def check_calibration(self, site: Site) -> None:
+        self.of.check_calibration(site)
+
+    def passes(self, prompt: Prompt) -> Sequence[Pass]:
+        return self.of.passes(prompt)
+
+    def observe_pass(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.of.observe_pass(query_logits, state)
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         inner = self.of.observe(view)

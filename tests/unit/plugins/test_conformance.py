@@ -16,13 +16,17 @@ from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.q_filters import QFilters
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
+from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 VARIANTS = (
     *(kind() for kind in PLUGINS if kind is not History),
     History(Attention(4)),
+    History(QFilters()),
+    History(Reconstruction()),
     History(Redundancy(), "mean", scale="none", pool=Pool("max", 3)),
     *(Attention(5, group=group, group_at=at) for group, at in itertools.product(("max", "sum"), ("logits", "pooled"))),
     Attention(5, softmax="candidates", deviation=2, pool=Pool("average", 3), causal=False),
