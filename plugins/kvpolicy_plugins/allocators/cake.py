@@ -22,7 +22,7 @@ class Cake(JointAllocator):
     1. E = -sum of p · ln(p + 1e-10) (dispersion); V = sum of the unbiased variance of p over the queries (shift);
     2. preference P = E^(1/tau1) · V^(1/tau2);
     3. each layer gets the share P / sum of P, at most what it holds; what it cannot use goes to the others likewise.
-       All heads of a layer keep equally many.
+       All heads of a layer keep equally many. Layers are equal in a row whose preferences are not finite.
 
     The paper divides while the prompt passes the layers, and cuts earlier ones again; as preferences only grow, the
     last division decides what stays, and here it is made at once. Published code clips and spreads in one pass, so that
@@ -56,7 +56,7 @@ class Cake(JointAllocator):
         if request.statistics is None:
             raise ValueError("this request has no statistics")
         room, total, heads = request.room, request.total, request.room.shape[2]
-        weights = request.statistics[..., 0].double().softmax(0).clamp(min=_SMALL).T  # [B, L]
+        weights = request.statistics[..., 0].double().softmax(0).nan_to_num(1.0).clamp(min=_SMALL).T  # [B, L]
         each = room.amin(2).T  # what all heads of a layer can keep, [B, L]
         wanted = (total // heads).minimum(each.sum(1))
         layers = apportion(water_fill(each, wanted, weights), wanted) * heads
