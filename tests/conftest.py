@@ -14,7 +14,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # unset it is a warning,
 
 
 _quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, suppress_health_check=_quiet)
+settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None, suppress_health_check=_quiet)
 settings.register_profile("nightly", max_examples=5000, deadline=None, suppress_health_check=_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -21,13 +21,13 @@ def compiled(
     names: Annotated[list[str] | None, typer.Argument(help="Only builds whose names begin so.")] = None,
     write: Annotated[Path | None, typer.Option(help="Write this .json and this .md.")] = None,
     against: Annotated[Path | None, typer.Option(help="Fail when numbers differ from this record.")] = None,
-    mostly: Annotated[int | None, typer.Option(help="For all targets but this, only one build of each kernel.")] = None,
+    few: Annotated[bool, typer.Option("--few", help="Only one build of each kernel.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = min(8, os.cpu_count() or 1),
 ) -> None:
     """Compile every kernel for every target and print registers, shared memory, loads and tensor-core instructions."""
     try:
         recorded = None if against is None else read_table(against)
-        outcome = _compile(jobs, names or [], mostly)
+        outcome = _compile(jobs, names or [], few=few)
         table = table_of(outcome.compiled)
         page = page_of(table)
         if write is None:
@@ -42,14 +42,14 @@ def compiled(
         raise SystemExit("\n".join(faults))
 
 
-def _compile(jobs: int, names: list[str], mostly: int | None) -> CompiledKernels:
+def _compile(jobs: int, names: list[str], *, few: bool) -> CompiledKernels:
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=_err, transient=True) as progress:
         bar = progress.add_task("compiling", total=None)
 
         def show(total: int, done: str) -> None:
             progress.update(bar, total=total, advance=1 if done else 0, description=done or "compiling")
 
-        return compile_all(jobs, show, names, mostly)
+        return compile_all(jobs, show, names, few=few)
 
 
 if __name__ == "__main__":

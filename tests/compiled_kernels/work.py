@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import attrs
 
-from kvpolicy.errors import InputError
 from kvpolicy_kernels.common.compile_spec import CompileSpec
 from tests.compiled_kernels.discover import all_builds
 from tests.compiled_kernels.gates import faults_of
@@ -25,17 +24,17 @@ class CompiledKernels:
 
 
 def compile_all(
-    jobs: int, progress: Callable[[int, str], None], names: Sequence[str] = (), mostly: int | None = None
+    jobs: int, progress: Callable[[int, str], None], names: Sequence[str] = (), *, few: bool = False
 ) -> CompiledKernels:
     """Compile every build, or those whose name starts with one of `names`, for every capability.
 
-    With a capability as `mostly`: for the others the first build of each kernel. `progress` is told how many there
-    are, and what was done last ("" at the start). The compiler's cache is not used: it knows a tuple of functions by
-    their names only. Raises InputError when nothing can be compiled here, or for an unknown capability.
+    `few`: only the first of them of each kernel. `progress` is told how many there are, and what was done last ("" at
+    the start). The compiler's cache is not used: it knows a tuple of functions by their names only. Raises InputError
+    when nothing can be compiled here.
     """
     require_compiler()
     builds = all_builds()
-    tasks = _tasks(builds, names, mostly)
+    tasks = _tasks(builds, names, few=few)
     progress(len(tasks), "")
     with tempfile.TemporaryDirectory(prefix="kvpolicy-compiled-") as cache:
         spawn = multiprocessing.get_context("spawn")  # a child of a process with threads must not be a fork
@@ -49,17 +48,15 @@ def compile_all(
     return _outcome(builds, [(index, results[index, capability]) for index, capability in tasks])
 
 
-def _tasks(builds: Sequence[CompileSpec], names: Sequence[str], mostly: int | None) -> list[tuple[int, int]]:
+def _tasks(builds: Sequence[CompileSpec], names: Sequence[str], *, few: bool) -> list[tuple[int, int]]:
     """Indices of builds, and capabilities."""
-    if mostly not in (None, *CAPABILITIES):
-        raise InputError(f"there is no target {mostly}: {', '.join(map(str, CAPABILITIES))}")
     chosen = [index for index, build in enumerate(builds) if not names or build.name.startswith(tuple(names))]
     first = {builds[index].kernel: index for index in reversed(chosen)}
     return [
         (index, capability)
         for index in chosen
         for capability in CAPABILITIES
-        if mostly in (None, capability) or first[builds[index].kernel] == index
+        if not few or first[builds[index].kernel] == index
     ]
 
 

@@ -12,6 +12,7 @@ from kvpolicy.cache.compaction.batched_compaction import compact_layers
 from kvpolicy.plan.compress.step import Compressed
 from kvpolicy_kernels import UnsupportedInputError
 from tests.support.driving import HEADS, drive, new_layer, worth_plan
+from tests.support.examples import examples
 from tests.support.policies import held
 
 
@@ -53,7 +54,7 @@ def _result(layer, rows, most, random, *, ragged):
     return Compressed(kept, stays, {"attention": torch.rand(mass.shape, generator=random)})
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(rounds())
 def test_the_same_entries_stand_in_the_same_slots(problem):
     _, layers, rows, results, fills = problem

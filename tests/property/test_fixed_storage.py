@@ -9,6 +9,7 @@ from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.storage.fixed_storage import FixedStorage, close_up
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from tests.support.driving import DIM, HEADS, plan_of
+from tests.support.examples import examples
 from tests.support.policies import small
 
 CAPACITY, LIMIT, CPU = 8, 12, torch.device("cpu")
@@ -138,4 +139,4 @@ class FixedStorageMachine(RuleBasedStateMachine):
 
 
 TestFixedStorage = FixedStorageMachine.TestCase
-TestFixedStorage.settings = settings(max_examples=25, stateful_step_count=25)
+TestFixedStorage.settings = settings(max_examples=examples(25), stateful_step_count=25)

@@ -17,6 +17,7 @@ from kvpolicy.stages.slots import indices_of
 from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from tests.support.compressing import allocated, chosen, chosen_together, fused, score
+from tests.support.examples import examples
 from tests.support.references import near_threshold
 
 NONE = {"kind": "none"}
@@ -162,7 +163,7 @@ def is_flat(place, weighted, view):
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=28, phases=WITHOUT_SHRINKING)
+@settings(max_examples=examples(16), phases=WITHOUT_SHRINKING)
 def test_fused_scores_are_those_of_the_references(seed):
     """Up to rounding, on every candidate; new slot state is the same."""
     spec, views = scene(seed)
@@ -186,7 +187,7 @@ def test_fused_scores_are_those_of_the_references(seed):
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=20, phases=WITHOUT_SHRINKING)
+@settings(max_examples=examples(14), phases=WITHOUT_SHRINKING)
 def test_fused_choice_follows_from_the_fused_scores_and_keeps_as_much(seed):
     """Budgets and slots are exactly those that the references give for the scores that the kernels found.
 

@@ -10,6 +10,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.plan.plan import POSITIONS
 from tests.support import driving
 from tests.support.driving import GROUP, HEADS, NAME, WORTH, feed, new_layer, random_entries, worth_plan
+from tests.support.examples import examples
 from tests.support.storage import STATES, segments_of
 
 ROWS = 4
@@ -273,6 +274,6 @@ class RaggedLayerMachine(LayerMachine):
     ragged = True
 
 
-_settings = settings(max_examples=40, stateful_step_count=20)
+_settings = settings(max_examples=examples(40), stateful_step_count=20)
 TestLayer, TestRaggedLayer = LayerMachine.TestCase, RaggedLayerMachine.TestCase
 TestLayer.settings = TestRaggedLayer.settings = _settings

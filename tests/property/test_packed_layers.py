@@ -18,6 +18,7 @@ from kvpolicy.stages.slots import gather
 from tests.support import driving
 from tests.support.decisions import Decisions
 from tests.support.driving import feed, new_layer
+from tests.support.examples import examples
 from tests.support.rounding import PROBES, Noise, close, noisy
 from tests.support.storage import segment
 
@@ -98,7 +99,7 @@ def attention(queries, positions, keys, values):
 
 
 @pytest.mark.parametrize("store", STORES)
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(
     prompt=st.integers(1, 40), later=st.lists(st.sampled_from([1, 1, 1, 1, 5]), max_size=14), seed=st.integers(0, 99)
 )
@@ -123,7 +124,7 @@ MERGES = ("drop", "window_fit", {"use": "keepkv", "window": 4}, "tome")
 
 
 @pytest.mark.parametrize("store", STORES)
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=2, max_size=3),
     steps=st.integers(0, 14),

@@ -9,10 +9,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvpolicy.attention import attended_slots as part
 from kvpolicy.attention import blockwise
+from kvpolicy.cache.storage import kv_tensor
 from kvpolicy.plan.plan import POSITIONS
 from tests.property.snapshots import Forward, appended, attention, held_by, nothing
 from tests.property.test_packed_layers import HEADS, STORES, entries, plan_of
 from tests.support.driving import FirstHeads, feed, new_layer
+from tests.support.examples import examples
 
 ROWS, PROMPT, BUDGET = 4, 24, 14
 PACKED = sorted(set(STORES) - {"plain"})
@@ -25,6 +27,8 @@ def small_blocks():
     """Layers of a test are short: blocks must be shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "_BLOCK", 4)
+        patch.setattr(kv_tensor, "_LEAST_BLOCK", 4)
+        patch.setattr(kv_tensor, "_BLOCK", 4)
         patch.setattr(blockwise, "_LOGITS", 500)
         yield
 
@@ -149,8 +153,8 @@ class ReadMachine(PackedMachine):
 
 
 TestPacked, TestRead = PackedMachine.TestCase, ReadMachine.TestCase
-TestPacked.settings = settings(max_examples=28, stateful_step_count=14)
-TestRead.settings = settings(max_examples=18, stateful_step_count=14)
+TestPacked.settings = settings(max_examples=examples(14), stateful_step_count=14)
+TestRead.settings = settings(max_examples=examples(10), stateful_step_count=14)
 
 
 def test_a_head_with_nothing_packed_is_read_beside_one_that_is_full():

@@ -13,6 +13,7 @@ from kvpolicy.integrations.transformers.saving import cache_file
 from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 from tests.property.test_layer_machine import LayerMachine
 from tests.support.driving import new_layer
+from tests.support.examples import examples
 from tests.support.models import ARCHITECTURES, build, difference, generate, prompt
 from tests.support.paged_storage import PAGE, PagePool
 from tests.support.policies import held, small
@@ -44,7 +45,7 @@ class PagedLayerMachine(LayerMachine):
 
 
 TestPagedLayer = PagedLayerMachine.TestCase
-TestPagedLayer.settings = settings(max_examples=10, stateful_step_count=20)
+TestPagedLayer.settings = settings(max_examples=examples(8), stateful_step_count=20)
 
 
 def paged(attachment, pool=None):

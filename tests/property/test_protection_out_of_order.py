@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import kvpolicy
 from kvpolicy.stages import Geometry, View
 from tests.support.compressing import compress_one
+from tests.support.examples import examples
 
 BY_PLACE = ("none", "all", "heads", "prompt", "any")
 
@@ -55,7 +56,7 @@ def shuffled(view, seed):
     return other, order
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     st.integers(0, 2**20),
     st.integers(1, 40),

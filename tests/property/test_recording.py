@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.property.snapshots import held_by
 from tests.property.test_packed_layers import STORES, entries, plan_of
 from tests.support.driving import feed, new_layer
+from tests.support.examples import examples
 
 PAGES = {"use": "pages", "page": 4, "budget": 8, "dense_first": 0}
 MERGES = ("drop", {"use": "d2o"}, {"use": "keepkv", "threshold": -1, "window": 3})
@@ -54,7 +55,7 @@ rounds = st.lists(st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=2),
     prompts=st.tuples(st.booleans(), st.integers(0, 4)),
     rounds=rounds,
 )
-@settings(max_examples=25)
+@settings(max_examples=examples(12))
 def test_candidates_are_taken_as_decoding_alone_would_take_them(store, merge, read, ragged, every, prompts, rounds):
     plan = plan_of(store, BUDGET, every, ragged=ragged and store not in ("tada", "latent"), merge=merge, read=read)
     layer, other, generator = new_layer(plan), new_layer(plan), torch.Generator().manual_seed(every)

@@ -10,6 +10,7 @@ from kvpolicy.cache.storage.layout import Layout
 from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.stages import Column
+from tests.support.examples import examples
 
 COLUMNS = {
     POSITIONS: Column((), torch.int32, -1),
@@ -199,4 +200,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=50, stateful_step_count=20)
+TestStore.settings = settings(max_examples=examples(30), stateful_step_count=20)

@@ -31,10 +31,11 @@ from tests.property.votes import (
     window_fits,
     with_votes,
 )
+from tests.support.examples import examples
 from tests.support.views import view_of
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(views, generators, st.sampled_from((-1.0, 0.3)), st.sampled_from(KEYS), st.sampled_from((1.0, 50.0)))
 def test_the_newest_query_gets_what_it_got(view, random, threshold, key, scale_max):
     """Invariant 1; all heads of a group ask the same, and nothing else is known of the scores."""
@@ -117,7 +118,7 @@ def test_what_is_not_merged_is_bit_for_bit_what_it_was(view, random, merger, dty
     assert not everything.changed.any()
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(views, generators, st.one_of(keepkvs, window_fits))
 def test_values_stay_between_those_of_the_members(view, random, merger):
     """Invariant 5."""
@@ -130,7 +131,7 @@ def test_values_stay_between_those_of_the_members(view, random, merger):
     assert (held <= highest + 1e-9).all()
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(views, generators, st.one_of(keepkvs, window_fits))
 def test_no_votes_are_votes_of_one(view, random, merger):
     """Invariant 7."""

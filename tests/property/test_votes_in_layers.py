@@ -8,9 +8,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvpolicy.attention import attended_slots as part
 from kvpolicy.attention import blockwise
+from kvpolicy.cache.storage import kv_tensor
 from tests.property.snapshots import Forward, appended, assert_same_state, attention, held_by, nothing, update_observers
 from tests.property.test_packed_layers import HEADS, entries, plan_of
 from tests.support.driving import feed, new_layer
+from tests.support.examples import examples
 
 ROWS, PROMPT = 4, 16
 _EVERYONE = {"use": "keepkv", "threshold": -1}
@@ -31,6 +33,8 @@ def small_blocks():
     """Layers of a test are short: blocks must be shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "_BLOCK", 4)
+        patch.setattr(kv_tensor, "_LEAST_BLOCK", 4)
+        patch.setattr(kv_tensor, "_BLOCK", 4)
         patch.setattr(blockwise, "_LOGITS", 500)
         yield
 
@@ -165,4 +169,4 @@ class RaggedVotesMachine(VotesMachine):
 
 
 TestVotes, TestRaggedVotes = VotesMachine.TestCase, RaggedVotesMachine.TestCase
-TestVotes.settings = TestRaggedVotes.settings = settings(max_examples=35, stateful_step_count=14)
+TestVotes.settings = TestRaggedVotes.settings = settings(max_examples=examples(16), stateful_step_count=14)

@@ -23,10 +23,11 @@ from tests.property.votes import (
     window_fits,
     with_votes,
 )
+from tests.support.examples import examples
 from tests.support.views import view_of
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(layers(("normal", "clustered", "one hot"), most=16), generators, window_fits)
 def test_a_window_fit_is_what_a_plain_form_gives(view, random, merger):
     layer = attrs.evolve(with_votes(view, random, torch.float32))
@@ -135,7 +136,7 @@ def gather_places(kept, places):
     return kept.gather(-1, places) >= 0
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(generators, st.sampled_from(("cosine", "ward")), st.sampled_from((1, 4)), st.sampled_from((0.25, 0.5, 0.8)))
 def test_merging_is_better_than_dropping_for_the_window(random, assign, group, spread):
     """Clusters of keys, as attention sees them; also for later queries of the same kind."""

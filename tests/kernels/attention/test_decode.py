@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvpolicy_kernels.attention.split_plan import SplitPlan
 from tests.kernels.attention.decoding import LAYERS, MIXED, SMALL, assert_right, call, channels, fp8, run, tokens
 from tests.kernels.scenes import DEVICE, DTYPES
+from tests.support.examples import examples
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,7 +41,7 @@ def test_everything_that_can_be_added(logits, mass, votes, positions, listed, pl
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 def test_any_call(dtype, data):
     draw = data.draw
     layers, rows, heads = (draw(st.integers(1, 2)) for _ in range(3))

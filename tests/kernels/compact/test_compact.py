@@ -10,6 +10,7 @@ from kvpolicy_kernels.compact.compact import compact, traffic
 from tests.kernels.compact.compacting import EIGHT, EXTRA, check, expected, random_kept, snapshot
 from tests.kernels.counting import counted
 from tests.kernels.scenes import DEVICE, scene
+from tests.support.examples import examples
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, EIGHT]
 NUMBERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -82,7 +83,7 @@ def test_special_choices(which, ordered, chunks):
         check(found, kept.to(DEVICE), ordered=ordered)
 
 
-@settings(max_examples=16)
+@settings(max_examples=examples(16))
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=2, max_size=2),
     share=st.floats(0, 1),

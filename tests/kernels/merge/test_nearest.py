@@ -11,6 +11,7 @@ from tests.kernels.counting import counted
 from tests.kernels.outputs import Guarded
 from tests.kernels.references.merging import cosines
 from tests.kernels.scenes import DEVICE, DTYPES, scene
+from tests.support.examples import examples
 
 SIZES = [1, 2, 63, 64, 65, 127, 129, 300]
 
@@ -67,7 +68,7 @@ def test_the_nearest_kept_entry(length, dtype, dim):
     check_nearest(found, kept, evicted)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=3, max_size=3),
     dim=st.sampled_from([1, 3, 16, 80, 128]),

@@ -21,6 +21,7 @@ from tests.kernels.quantise.quantising import (
     vectors_of,
 )
 from tests.kernels.scenes import DEVICE
+from tests.support.examples import examples
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -43,7 +44,7 @@ def test_tokens(tokens, dim, group, dtype, bits):
     check(TOKENS, vectors, group, bits, DTYPES[(dim + tokens) % 3])
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     axis=st.sampled_from([CHANNELS, TOKENS]),
     sets=st.integers(1, 4),

@@ -20,6 +20,7 @@ from tests.kernels.references import scoring
 from tests.kernels.references.postprocess import finished
 from tests.kernels.references.situations import situation
 from tests.kernels.scenes import DEVICE, LABELS, label, scene
+from tests.support.examples import examples
 
 LENGTHS = st.sampled_from((0, 1, 2, 5, 20, 63, 64, 65, 127, 129))
 FINISHES = st.builds(
@@ -63,7 +64,7 @@ def check(lengths, settings, labels, terms=None, *, sinks=2, recent=3, seed=0, c
     assert nan.tolist() == wrong.tolist()
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(
     st.lists(FINISHES, min_size=1, max_size=3),
     st.lists(LENGTHS, min_size=4, max_size=4),
@@ -99,7 +100,7 @@ def test_a_candidate_that_is_nan_is_counted(pool):
     check([[[40, 40], [40, 40]]], [Postprocess(pool=pool, size=3, normalise="standard")], "some", terms)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(
     st.lists(LENGTHS, min_size=4, max_size=4),
     st.sampled_from(LABELS),

@@ -13,6 +13,7 @@ from tests.kernels.counting import counted
 from tests.kernels.outputs import Guarded
 from tests.kernels.references.postprocess import finished
 from tests.kernels.scenes import DEVICE, scene
+from tests.support.examples import examples
 
 LENGTHS = st.sampled_from((0, 1, 2, 5, 20, 63, 64, 65, 127, 129))
 FINISHES = st.builds(
@@ -61,7 +62,7 @@ def check(*given, **named):
     assert nan.tolist() == wrong.tolist()
 
 
-@settings(max_examples=24)
+@settings(max_examples=examples(12))
 @given(st.lists(FINISHES, min_size=1, max_size=3), st.lists(LENGTHS, min_size=4, max_size=4), st.integers(0, 99))
 def test_any_finishes_of_ragged_heads(settings, lengths, seed):
     check([[lengths[:2], lengths[2:]]], settings, seed=seed, sinks=seed % 4, recent=seed % 5)

@@ -14,6 +14,7 @@ from tests.kernels.counting import counted
 from tests.kernels.references import redundancy as reference
 from tests.kernels.scenes import DEVICE, DTYPES
 from tests.kernels.score.similar_keys import KINDS, check, keys_of, place, threshold_for
+from tests.support.examples import examples
 from tests.support.views import view_of
 
 
@@ -59,7 +60,7 @@ def test_ragged_and_dense_segments_of_several_layers(lengths, capacity, dtype):
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=25)
+@settings(max_examples=examples(10))
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=4, max_size=4),
     dim=st.integers(1, 40),

@@ -22,6 +22,7 @@ from tests.kernels.outputs import Guarded
 from tests.kernels.references import scoring
 from tests.kernels.references.situations import situation
 from tests.kernels.scenes import DEVICE
+from tests.support.examples import examples
 
 LENGTHS = st.sampled_from((0, 1, 2, 5, 63, 64, 65, 127, 129))
 VOTES = Tile(attention_votes, (SCORES, 0, 0, 0), (0.0,), window=WindowUse(4), keys=False)
@@ -100,7 +101,7 @@ def check_rows(found, given, naive):
         assert (row[count:] == 0).all()
 
 
-@settings(max_examples=14)
+@settings(max_examples=examples(6))
 @given(
     st.lists(LENGTHS, min_size=4, max_size=4),
     st.sampled_from((16, 59, 80)),

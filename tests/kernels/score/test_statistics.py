@@ -16,6 +16,7 @@ from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.counting import counted
 from tests.kernels.references import scoring
 from tests.kernels.references.situations import situation
+from tests.support.examples import examples
 
 USES = st.builds(
     WindowUse,
@@ -57,7 +58,7 @@ def check(given, uses, functions):
             assert_twice_as_good(own, naive(single).sum(0), naive(exact).sum(0))
 
 
-@settings(max_examples=16)
+@settings(max_examples=examples(10))
 @given(
     st.lists(USES, max_size=2, unique=True),
     st.sampled_from(((), (directions,), (squares, directions))),

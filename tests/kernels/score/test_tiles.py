@@ -25,6 +25,7 @@ from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.references.postprocess import finished
 from tests.kernels.references.situations import situation
 from tests.kernels.scenes import DEVICE
+from tests.support.examples import examples
 
 GROUPS = ("mean", "max", "sum")
 POOLS = st.builds(Pool, kind=st.sampled_from(("none", "max", "average")), size=st.sampled_from((1, 3, 7)))
@@ -116,7 +117,7 @@ COMMON = (
 )
 
 
-@settings(max_examples=24)
+@settings(max_examples=examples(24))
 @given(ATTENTION, *COMMON)
 def test_attention(scorer, lengths, seed, dtype, normalise, weight):
     if isinstance(scorer.tile(), str):
@@ -127,13 +128,13 @@ def test_attention(scorer, lengths, seed, dtype, normalise, weight):
     check(scorer, place(lengths, seed, dtype), normalise, weight)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(OTHERS, *COMMON)
 def test_others(scorer, lengths, seed, dtype, normalise, weight):
     check(scorer, place(lengths, seed, dtype), normalise, weight)
 
 
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 @given(REDUNDANCY, *COMMON)
 def test_redundancy(scorer, lengths, seed, dtype, normalise, weight):
     check(scorer, place(lengths, seed, dtype), normalise, weight)

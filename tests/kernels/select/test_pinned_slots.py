@@ -10,6 +10,7 @@ from kvpolicy_kernels.select.select import counts_of_best, counts_traffic, selec
 from tests.kernels.counting import counted
 from tests.kernels.scenes import DEVICE, LABELS, label, scene
 from tests.kernels.select.selecting import KINDS, budgets, check_counts, check_select, scores_of
+from tests.support.examples import examples
 
 SMALL = [0, 1, 2, 63, 64, 65, 127, 129]
 
@@ -25,7 +26,7 @@ def test_labels_of_short_heads(labels, kind):
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(
     lengths=st.lists(st.integers(0, 100), min_size=4, max_size=4),
     shape=st.sampled_from([(1, 1, 4), (2, 1, 2), (1, 4, 1), (1, 2, 2)]),

@@ -12,6 +12,7 @@ from tests.kernels.counting import counted
 from tests.kernels.scenes import DEVICE, scene
 from tests.kernels.select.selecting import KINDS, budgets, check_counts, check_select, scores_of
 from tests.support.allocating import counts_of
+from tests.support.examples import examples
 from tests.support.selecting import selected_by
 
 SMALL = [0, 1, 2, 63, 64, 65, 127, 129]
@@ -77,7 +78,7 @@ def test_many_chunks(lengths, kind, sinks, recent):
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=20)
+@settings(max_examples=examples(12))
 @given(
     lengths=st.lists(st.integers(0, 100), min_size=4, max_size=4),
     shape=st.sampled_from([(1, 1, 4), (2, 1, 2), (1, 4, 1), (1, 2, 2)]),

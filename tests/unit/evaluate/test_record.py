@@ -16,6 +16,7 @@ from kvpolicy.evaluate.harness.record import Cell, RecordFile, read_record
 from kvpolicy.evaluate.harness.run import Evaluation
 from kvpolicy.evaluate.harness.setup import EvaluationSetup
 from kvpolicy.evaluate.tasks.case import Sources, TaskSizes
+from tests.support.examples import examples
 
 HEAD = {
     "date": "2026-01-01",
@@ -70,7 +71,7 @@ def keys(cells):
     return [(cell["task"], cell["group"], cell["policy"], cell["share"]) for cell in cells]
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(data=st.data())
 def test_a_run_that_was_cut_off_goes_on_without_losing_or_repeating_a_cell(evaluation, tmp_path_factory, data):
     """Cut anywhere within its last line, the head included; what was whole is neither measured nor written again."""

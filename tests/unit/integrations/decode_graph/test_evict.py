@@ -12,6 +12,7 @@ from kvpolicy_kernels import UnsupportedInputError
 from tests.support.compressing import compress_one
 from tests.support.decisions import Decisions
 from tests.support.driving import DIM, GROUP, HEADS, plan_of
+from tests.support.examples import examples
 from tests.support.policies import EVEN, small
 from tests.unit.integrations.decode_graph.filling import CAPACITY, blocks, filled, lengths_of, view_of
 
@@ -29,7 +30,7 @@ def copy_of(view, row, length):
 
 
 @pytest.mark.parametrize("name", EVEN)
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     lengths=st.lists(st.integers(9, CAPACITY), min_size=1, max_size=3),
     due=st.lists(st.booleans(), min_size=3, max_size=3),

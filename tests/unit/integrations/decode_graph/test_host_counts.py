@@ -8,6 +8,7 @@ from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.integrations.transformers.decode_graph.host_counts import HostCounts
 from kvpolicy.integrations.transformers.decode_graph.limits import capacities, fit
 from tests.support.driving import drive, plan_of
+from tests.support.examples import examples
 from tests.support.policies import small
 
 
@@ -16,7 +17,7 @@ def lengths_of(layers):
 
 
 @pytest.mark.parametrize("name", ["streaming_llm", "pyramidkv", "snapkv"])
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(prompt=st.integers(1, 30), budget=st.integers(7, 12), every=st.integers(1, 5), rows=st.integers(1, 2))
 def test_lengths_follow_what_layers_do(name, prompt, budget, every, rows):
     plan = plan_of(small(name, budget, every), layers=3)
