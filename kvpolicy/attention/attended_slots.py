@@ -1,7 +1,8 @@
 """What one attention call reads of a layer: all that is held, or the slots that a reader chose."""
 
 from collections.abc import Iterator
-from math import lcm
+from functools import reduce
+from operator import add
 
 import attrs
 import torch
@@ -12,7 +13,7 @@ from kvpolicy.cache.storage.segment_index import SegmentIndex, SingleSegment
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages.slots import gather
 
-_BLOCK = 512  # slots that are decoded at one time
+_BLOCK = 512  # chosen slots that are decoded at one time
 
 
 @attrs.frozen(eq=False)
@@ -57,30 +58,42 @@ class AttendedSlots:
         votes = self.all_votes
         return votes if votes is None or self.slots is None else gather(votes, self.slots)
 
-    def blocks(self) -> Iterator[slice]:
-        """The T slots in blocks that can be decoded by themselves; one block when nothing is packed."""
-        if self.storage.is_plain:
-            yield slice(0, self.length)
-            return
-        group = lcm(self.storage.keys.form.group_size, self.storage.values.form.group_size)
-        size = -(-_BLOCK // group) * group
-        for start in range(0, self.length, size):
-            yield slice(start, min(start + size, self.length))
-
-    def keys(self, block: slice) -> Tensor:
-        """[b, k, n, D]."""
-        return self._read(self.storage.keys, block)
-
-    def values(self, block: slice) -> Tensor:
-        """[b, k, n, Dv]."""
-        return self._read(self.storage.values, block)
-
-    def _read(self, states: KVReader, block: slice) -> Tensor:
+    def logits(self, queries: Tensor) -> Tensor:
+        """q·k [b, k, n, T] of queries [b, k, n, D]; anything in empty slots."""
         if self.slots is None:
-            positions = self._everywhere
-            entries = states.read(self.at, block.start, block.stop, positions)
-            return entries.masked_fill((positions[:, :, block] < 0)[..., None], 0) if self.clears else entries
-        return states.pick(self.at, self.slots[:, :, block].clamp(min=0), self._everywhere)
+            return self.storage.keys.logits(self.at, queries, self._everywhere)
+        return torch.cat(
+            [queries @ keys.to(queries.dtype).transpose(-1, -2) for keys in self._picked(self.storage.keys)], -1
+        )
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """The values weighted by [b, k, n, T], those of empty slots by 0: [b, k, n, Dv]."""
+        if self.slots is None:
+            return self.storage.values.weighted_sum(self.at, weights, self._everywhere, clears=self.clears)
+        values = self._picked(self.storage.values)
+        blocks = zip(weights.split(_BLOCK, -1), values, strict=True)
+        total: Tensor = reduce(add, (own @ block.to(weights.dtype) for own, block in blocks))
+        return total
+
+    def keys(self) -> Tensor:
+        """[b, k, T, D]."""
+        return self._read(self.storage.keys)
+
+    def values(self) -> Tensor:
+        """[b, k, T, Dv]."""
+        return self._read(self.storage.values)
+
+    def _read(self, states: KVReader) -> Tensor:
+        if self.slots is not None:
+            return torch.cat(list(self._picked(states)), 2)
+        positions = self._everywhere
+        entries = states.read(self.at, 0, positions.shape[2], positions)
+        return entries.masked_fill((positions < 0)[..., None], 0) if self.clears else entries
+
+    def _picked(self, states: KVReader) -> Iterator[Tensor]:
+        """The chosen slots [b, k, n, D], of which some are decoded at one time."""
+        for slots in (self.slots if self.slots is not None else self._everywhere).split(_BLOCK, -1):
+            yield states.pick(self.at, slots.clamp(min=0), self._everywhere)
 
     def column(self, name: str) -> Tensor:
         """A column of all slots in use as [b, k, all, ...]."""

@@ -5,7 +5,6 @@ logits of a block of queries.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ def attend_blockwise(
         query_logits = QueryLogits(entry_logits(seen, block), seen.log_votes)
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
-        out = reduce(torch.add, (_weighted(seen, weights, slots) for slots in seen.blocks()))
+        out = seen.weighted_sum(weights.flatten(2, 3))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
     return torch.cat(outputs, 2).to(batch.queries.dtype)
 
@@ -78,15 +77,10 @@ def entry_logits(part: AttendedSlots, batch: QueryBatch) -> Tensor:
     heads, count = part.positions.shape[1], batch.queries.shape[2]
     queries = batch.queries.unflatten(1, (heads, -1)).flatten(2, 3)  # [b, k, G·q, D]: keys are read once
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32)) * batch.scaling
-    logits = torch.cat([queries @ part.keys(slots).to(queries.dtype).transpose(-1, -2) for slots in part.blocks()], -1)
+    logits = part.logits(queries)
     hidden = ~visible(part.positions, batch.positions)[:, :, None]
     grouped: Tensor = logits.unflatten(2, (-1, count))
     return grouped.masked_fill_(hidden, -torch.inf)  # nobody else has it
-
-
-def _weighted(part: AttendedSlots, weights: Tensor, slots: slice) -> Tensor:
-    """What the slots of one block add to the output, [b, k, G·q, Dv]."""
-    return weights[..., slots].flatten(2, 3) @ part.values(slots).to(weights.dtype)
 
 
 def visible(held: Tensor, positions: Tensor) -> Tensor:

@@ -82,6 +82,26 @@ class Format(abc.ABC):
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         """Unpack columns to vectors [B, K, n, D] in the model's dtype; `positions` [B, K, n] are those of the slots."""
 
+    # -- attention over packed entries -------------------------------------------------------------------------
+    # What follows computes with codes where a format knows how: queries are taken to its space once a call, the sums
+    # back from it once a call, and no entry is ever decoded. A format need not know; then entries are decoded.
+
+    def encode_queries(self, queries: Tensor) -> Tensor:
+        """What `logits` multiplies: queries [B, K, n, D], in at least float32, in the space of the codes."""
+        return queries
+
+    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        """q·k [B, K, n, T] of queries that `encode_queries` gave with the keys of columns, at positions [B, K, T]."""
+        return queries @ self.decode(columns, positions).to(queries.dtype).transpose(-1, -2)
+
+    def weighted_sum(self, weights: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        """Sums [B, K, n, ...] of the values of columns, weighted by [B, K, n, T], for `decode_sum`."""
+        return weights @ self.decode(columns, positions).to(weights.dtype)
+
+    def decode_sum(self, total: Tensor) -> Tensor:
+        """What `weighted_sum` gave, of one or more calls added up, as vectors [B, K, n, D]."""
+        return total
+
     def unpacking(self) -> "Unpacking | str":
         """The tile function with which attention kernels unpack entries; or a short reason why there is none."""
         return "has no tile function"

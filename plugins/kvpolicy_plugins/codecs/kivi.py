@@ -30,6 +30,7 @@ from kvpolicy_plugins.codecs.shared.affine import (
     quantise_tokens,
     scale_dtype,
 )
+from kvpolicy_plugins.codecs.shared.affine_products import channel_logits, token_logits, token_sum
 from kvpolicy_plugins.codecs.shared.packing import packed_size
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
@@ -59,6 +60,9 @@ class PerChannel(Format):
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
         return dequantise_channels(columns["codes"], columns["scale"], columns["minimum"], self.bits, self.dtype)
+
+    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
+        return channel_logits(queries, columns["codes"], columns["scale"], columns["minimum"], self.bits)
 
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.quantise.unpack import per_channel
@@ -94,6 +98,12 @@ class PerToken(Format):
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
         codes, scale, minimum = (columns[name] for name in ("codes", "scale", "minimum"))
         return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, self.dtype)
+
+    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
+        return token_logits(queries, columns["codes"], columns["scale"], columns["minimum"], self.bits)
+
+    def weighted_sum(self, weights: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
+        return token_sum(weights, columns["codes"], columns["scale"], columns["minimum"], self.dim, self.bits)
 
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.quantise.unpack import per_token
