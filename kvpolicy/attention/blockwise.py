@@ -19,9 +19,19 @@ _LOGITS = 2**20  # that exist at one time, per row: few enough to stay in a CPU'
 
 
 def attend_blockwise(
-    part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver], dropout: float = 0.0
+    part: AttendedSlots,
+    batch: QueryBatch,
+    observers: Sequence[ForwardObserver],
+    dropout: float = 0.0,
+    *,
+    full: bool = False,
 ) -> Tensor:
-    """Attention [b, H, q, Dv] of queries [b, H, q, D]; observers see the same logits."""
+    """Attention [b, H, q, Dv] of queries [b, H, q, D]; observers see the same logits.
+
+    `full` says that no slot is empty: a single query then sees all, which needs no mask.
+    """
+    if full and batch.queries.shape[2] == 1 and not observers and not dropout:
+        return _attend_to_all(part, batch)
     if batch.padded and any(observer.count < batch.queries.shape[2] for observer in observers):
         observe_queries(part, batch, observers)  # the newest queries of a row are not the last columns
         observers = ()
@@ -34,6 +44,12 @@ def attend_blockwise(
         out = seen.weighted_sum(weights.flatten(2, 3))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
     return torch.cat(outputs, 2).to(batch.queries.dtype)
+
+
+def _attend_to_all(part: AttendedSlots, batch: QueryBatch) -> Tensor:
+    logits, votes = part.logits(_grouped(part, batch)), part.log_votes
+    weights = (logits if votes is None else logits + votes[:, :, None]).softmax(-1)
+    return part.weighted_sum(weights).flatten(1, 2)[:, :, None].to(batch.queries.dtype)
 
 
 def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -74,13 +90,16 @@ def query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[Query
 
 def entry_logits(part: AttendedSlots, batch: QueryBatch) -> Tensor:
     """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot."""
-    heads, count = part.positions.shape[1], batch.queries.shape[2]
-    queries = batch.queries.unflatten(1, (heads, -1)).flatten(2, 3)  # [b, k, G·q, D]: keys are read once
-    queries = queries.to(torch.promote_types(queries.dtype, torch.float32)) * batch.scaling
-    logits = part.logits(queries)
+    logits = part.logits(_grouped(part, batch))
     hidden = ~visible(part.positions, batch.positions)[:, :, None]
-    grouped: Tensor = logits.unflatten(2, (-1, count))
+    grouped: Tensor = logits.unflatten(2, (-1, batch.queries.shape[2]))
     return grouped.masked_fill_(hidden, -torch.inf)  # nobody else has it
+
+
+def _grouped(part: AttendedSlots, batch: QueryBatch) -> Tensor:
+    """Scaled queries [b, k, G·q, D] in at least float32: those of a group beside each other, so keys are read once."""
+    queries = batch.queries.unflatten(1, (part.positions.shape[1], -1)).flatten(2, 3)
+    return queries.to(torch.promote_types(queries.dtype, torch.float32)) * batch.scaling
 
 
 def visible(held: Tensor, positions: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -17,19 +17,31 @@ def exact(device_type: str) -> contextlib.AbstractContextManager[None]:
 
     Tensors made in inference mode cannot be written to outside it, and autocast would compute scores in 16 bits.
     """
-    is_exact = not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(device_type)
-    return contextlib.nullcontext() if is_exact else _exact(device_type)
+    leaves, casts = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device_type)
+    return _Exact(device_type if casts else None, leaves=leaves) if leaves or casts else _AS_IT_IS
 
 
-@contextlib.contextmanager
-def _exact(device_type: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(mode=False))
-            stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
+_AS_IT_IS = contextlib.nullcontext()
+
+
+class _Exact(contextlib.AbstractContextManager[None]):
+    """Entered several times a layer and token: no generator, no stack of contexts."""
+
+    def __init__(self, cast: str | None, *, leaves: bool) -> None:
+        modes: list[contextlib.AbstractContextManager[Any]] = []
+        if leaves:
+            modes += [torch.inference_mode(mode=False), torch.no_grad()]
+        if cast is not None:
+            modes.append(torch.autocast(cast, enabled=False))
+        self._modes = modes
+
+    def __enter__(self) -> None:
+        for mode in self._modes:
+            mode.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*raised)
 
 
 def exactly(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[Any, _P], _T]:
