@@ -122,6 +122,7 @@ def check_kivi_decode(v):
         number(v, "v_bits"),
         group=number(v, "group_size"),
         residual=number(v, "residual"),
+        batch=1,
         scales="full",
     )
     formats = codec.formats(site_of(keys, v["q"].shape[1]))

@@ -18,14 +18,16 @@ from tests.property.formats import BITS, FLOATS, through
 from tests.property.layers import generators
 
 
-@given(BITS, BITS, st.sampled_from((8, 16)), st.integers(1, 4), st.integers(0, 500), st.integers(1, 8))
-def test_bytes_of_kivi_are_the_closed_form(key_bits, value_bits, group, steps, length, heads):
+@given(
+    BITS, BITS, st.sampled_from((8, 16)), st.integers(1, 4), st.integers(0, 500), st.integers(1, 8), st.integers(1, 20)
+)
+def test_bytes_of_kivi_are_the_closed_form(key_bits, value_bits, group, steps, length, heads, batch):
     dim, residual = 32, group * steps
     geometry = Geometry((0,), heads, heads, dim)
-    formats = Kivi(key_bits, value_bits, group, residual).formats(Site(geometry, torch.bfloat16))
+    formats = Kivi(key_bits, value_bits, group, residual, batch=batch).formats(Site(geometry, torch.bfloat16))
     keys, values = formats.keys.packed_length(length), formats.values.packed_length(length)
     assert keys == length - length % residual
-    assert values == max(0, length - residual)
+    assert values == max(0, length - residual) // batch * batch
     tails = [half.residual_capacity(length) for half in (formats.keys, formats.values)]
     codes = keys * dim * heads * key_bits / 8 + values * dim * heads * value_bits / 8
     scales = 2 * 2 * (keys / group) * dim * heads + 4 * values * (dim / group) * heads

@@ -26,13 +26,13 @@ HEADS, GROUP, DIM = 2, 2, 8
 SCALING = driving.DIM**-0.5  # that of `feed`
 STORES = {
     "plain": "plain",
-    "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "scales": "full"},
-    "kivi wide": {"use": "kivi", "bits": 8, "group": 2, "residual": 4},
+    "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "scales": "full", "batch": 1},
+    "kivi wide": {"use": "kivi", "bits": 8, "group": 2, "residual": 4, "batch": 2},
     "tada": {"use": "tada", "bits": 4, "residual": 3, "batch": 2},
-    "rotation": {"use": "rotation", "bits": 4, "residual": 2},
-    "turboquant": {"use": "turboquant", "residual": 2},
-    "fp8": {"use": "fp8", "residual": 1},
-    "latent": {"use": "latent", "rank": 0.75, "value_bits": 8, "value_group": 8, "residual": 2},
+    "rotation": {"use": "rotation", "bits": 4, "residual": 2, "batch": 1},
+    "turboquant": {"use": "turboquant", "residual": 2, "batch": 3},
+    "fp8": {"use": "fp8", "residual": 1, "batch": 1},
+    "latent": {"use": "latent", "rank": 0.75, "value_bits": 8, "value_group": 8, "residual": 2, "batch": 1},
 }
 
 

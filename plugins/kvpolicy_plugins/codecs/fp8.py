@@ -19,6 +19,7 @@ class Scaled(Format):
     dim: int  # D
     dtype: torch.dtype  # of the model's own vectors
     residual_length: int = 0
+    step: int = 1
     columns: Mapping[str, Column] = attrs.field(init=False)
 
     @columns.default
@@ -67,7 +68,8 @@ class Fp8(Codec):
     reference: ClassVar[str] = "arXiv:2209.05433"
 
     residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries are not packed")
+    batch: int = parameter(Integer(minimum=1), 16, help="how many entries are packed at a time; 1 = each as it comes")
 
     def formats(self, site: Site) -> Formats:
-        scaled = Scaled(site.geometry.head_dim, site.dtype, self.residual)
+        scaled = Scaled(site.geometry.head_dim, site.dtype, self.residual, self.batch)
         return Formats(scaled, scaled)

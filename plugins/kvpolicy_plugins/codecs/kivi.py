@@ -120,8 +120,9 @@ class Kivi(Codec):
     """Asymmetric quantisation, keys along the tokens of a channel, values along the channels of a token (KIVI).
 
     Keys have outlier channels, values have none, so a group never has both outliers and ordinary numbers.
-    The newest entries are not packed: of the values the newest `residual`; of the keys all until there are `residual`
-    of them, which are then quantised at once (algorithm 1).
+    The newest entries are not packed: of the values the newest `residual`, and behind them fewer than `batch` (the
+    paper packs each as it leaves the residual: `batch: 1`); of the keys all until there are `residual` of them, which
+    are then quantised at once (algorithm 1).
     """
 
     name: ClassVar[str] = "kivi"
@@ -134,6 +135,7 @@ class Kivi(Codec):
     )
     residual: int = parameter(Integer(minimum=1), 128, help="how many of the newest entries are not packed")
     scales: str = parameter(SCALES, "half", help="scales and minima in float16, or in the model's own precision")
+    batch: int = parameter(Integer(minimum=1), 16, help="how many values are packed at a time; 1 = each as it comes")
 
     def __attrs_post_init__(self) -> None:
         if self.residual % self.group:
@@ -145,5 +147,5 @@ class Kivi(Codec):
         vectors = dim, site.dtype, scale_dtype(self.scales, site.dtype)
         return Formats(
             PerChannel(*vectors, self.bits, self.group, self.residual),
-            PerToken(*vectors, self.value_bits or self.bits, self.group, self.residual),
+            PerToken(*vectors, self.value_bits or self.bits, self.group, self.residual, self.batch),
         )

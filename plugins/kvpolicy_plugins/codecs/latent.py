@@ -39,6 +39,7 @@ class Latent(Codec):
     )
     scales: str = parameter(SCALES, "half", help="scales and minima in float16, or in the model's own precision")
     residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries are not packed")
+    batch: int = parameter(Integer(minimum=1), 16, help="how many entries are packed at a time; 1 = each as it comes")
 
     @property
     def joint(self) -> bool:
@@ -61,14 +62,14 @@ class Latent(Codec):
         rotary, heads = _require_rotary(site.rotary), site.geometry.kv_heads
         basis = self._checked(site.calibration.get("basis"), site)
         arithmetic = torch.promote_types(site.dtype, torch.float32)
-        keys = LatentKeys(rotary, basis.to(arithmetic), heads, site.dtype, self.residual)
+        keys = LatentKeys(rotary, basis.to(arithmetic), heads, site.dtype, self.residual, self.batch)
         return Formats(keys, self._values(site))
 
     def _values(self, site: Site) -> PerToken:
         check_divides("value_group", self.value_group, site.geometry.head_dim)
         stored = scale_dtype(self.scales, site.dtype)
         dim = site.geometry.head_dim
-        return PerToken(dim, site.dtype, stored, self.value_bits, self.value_group, self.residual)
+        return PerToken(dim, site.dtype, stored, self.value_bits, self.value_group, self.residual, self.batch)
 
     def _fitted(self, sample: Sample) -> dict[str, Tensor]:
         eigenvalues, vectors = joint_spectrum(sample)
@@ -139,6 +140,7 @@ class LatentKeys(Format):
     heads: int  # K
     dtype: torch.dtype  # of the model's keys, and of the latents
     residual_length: int = 0
+    step: int = 1
     joint: bool = True
     columns: Mapping[str, Column] = attrs.field(init=False)
     _copies: dict[torch.device, Tensor] = attrs.field(init=False, factory=dict, repr=False)

@@ -26,8 +26,9 @@ class Rotation(Codec):
     seed: int = parameter(SEED, 0, help="seed of the random signs")
     residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries are not packed")
     scales: str = parameter(SCALES, "half", help="norms in float16, or in the model's own precision")
+    batch: int = parameter(Integer(minimum=1), 16, help="how many entries are packed at a time; 1 = each as it comes")
 
     def formats(self, site: Site) -> Formats:
         signs = random_signs(self.name, site.geometry.head_dim, self.seed)
-        rotated = Rotated(signs, site.dtype, scale_dtype(self.scales, site.dtype), self.bits, self.residual)
+        rotated = Rotated(signs, site.dtype, scale_dtype(self.scales, site.dtype), self.bits, self.residual, self.batch)
         return Formats(rotated, rotated)

@@ -32,6 +32,7 @@ class Float8(Format):
     dim: int  # D
     dtype: torch.dtype  # of the model's own vectors
     residual_length: int = 0
+    step: int = 1
     columns: Mapping[str, Column] = attrs.field(init=False)
 
     @columns.default
@@ -58,6 +59,7 @@ class HalfUp(Format):
     stored: torch.dtype  # of scales and minima
     bits: int
     residual_length: int = 0
+    step: int = 1
     columns: Mapping[str, Column] = attrs.field(init=False)
 
     @columns.default
@@ -113,6 +115,7 @@ class TurboQuant(Codec):
     )
     residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries are not packed")
     scales: str = parameter(SCALES, "half", help="norms, scales and minima in float16, or in the model's own precision")
+    batch: int = parameter(Integer(minimum=1), 16, help="how many entries are packed at a time; 1 = each as it comes")
 
     def formats(self, site: Site) -> Formats:
         keys, layers = self._keys(site), site.geometry.layers
@@ -120,12 +123,14 @@ class TurboQuant(Codec):
         if not first <= site.layer < layers - last:
             return Formats(AsIs(), AsIs())
         stored = scale_dtype(self.scales, site.dtype)
-        return Formats(keys, HalfUp(site.geometry.head_dim, site.dtype, stored, self.value_bits, self.residual))
+        return Formats(
+            keys, HalfUp(site.geometry.head_dim, site.dtype, stored, self.value_bits, self.residual, self.batch)
+        )
 
     def _keys(self, site: Site) -> Format:
         dim = site.geometry.head_dim
         if self.key_bits == _FLOAT8:
-            return Float8(dim, site.dtype, self.residual)
+            return Float8(dim, site.dtype, self.residual, self.batch)
         signs = random_signs(self.name, dim, self.seed)
         return Rotated(
             signs if self.signs == "seeded" else (1,) * dim,
@@ -133,6 +138,7 @@ class TurboQuant(Codec):
             scale_dtype(self.scales, site.dtype),
             self.key_bits,
             self.residual,
+            self.batch,
             norm_correction=self.norm_correction,
             upper_on_edge=True,
         )

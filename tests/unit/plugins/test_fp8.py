@@ -66,5 +66,5 @@ def test_zeros_are_zeros_and_what_float16_cannot_tell_from_zero_too():
 
 def test_half_the_bytes_of_half_precision():
     geometry = Geometry((0,), 1, 1, 128)
-    assert form(128, torch.bfloat16).nbytes(100, geometry, torch.bfloat16) == 100 * 130 + 256
-    assert form(128, torch.bfloat16, residual=10).packed_length(100) == 90
+    assert form(128, torch.bfloat16).nbytes(100, geometry, torch.bfloat16) == 96 * 130 + 16 * 256
+    assert form(128, torch.bfloat16, residual=10).packed_length(100) == 80

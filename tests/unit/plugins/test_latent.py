@@ -108,7 +108,7 @@ def test_each_layer_has_its_own_basis(sample):
 
 
 def test_the_newest_stay_exact(sample):
-    codec = Latent(0.25, value_group=4, residual=5)
+    codec = Latent(0.25, value_group=4, residual=5, batch=1)
     formats = codec.formats(site_of(sample, codec))
     assert codec.joint
     assert codec.calibrated

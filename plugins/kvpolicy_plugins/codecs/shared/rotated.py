@@ -28,6 +28,7 @@ class Rotated(Format):
     stored: torch.dtype  # of norms
     bits: int
     residual_length: int = 0
+    step: int = 1
     levels: tuple[float, ...] = attrs.field()  # [2^bits], ascending, for standard normal numbers
     norm_correction: bool = False  # whether decoded vectors have the norm that is stored
     upper_on_edge: bool = False  # which code a coordinate halfway between two levels has
