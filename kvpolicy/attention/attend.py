@@ -95,7 +95,7 @@ def _attend(
 ) -> Tensor:
     """One call for all heads of `part`; `full` says that no slot among them is empty."""
     if observers or not part.storage.is_plain:
-        return attend_blockwise(part, batch, observers, dropout, full=full)
+        return attend_blockwise(part, batch, observers, dropout, full=full and part.slots is None)
     options = {"scale": batch.scaling, "dropout_p": dropout}
     return _at_once(part, batch, part.keys(), part.values(), options, full=full)
 

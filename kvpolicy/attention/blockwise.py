@@ -15,7 +15,7 @@ from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.stages import QueryLogits
 
-_LOGITS = 2**20  # that exist at one time, per row: few enough to stay in a CPU's cache
+_LOGITS = 2**19  # that exist at one time, per row: few enough to stay in a CPU's cache
 
 
 def attend_blockwise(
@@ -28,28 +28,20 @@ def attend_blockwise(
 ) -> Tensor:
     """Attention [b, H, q, Dv] of queries [b, H, q, D]; observers see the same logits.
 
-    `full` says that no slot is empty: a single query then sees all, which needs no mask.
+    `full` says that no slot is empty.
     """
-    if full and batch.queries.shape[2] == 1 and not observers and not dropout:
-        return _attend_to_all(part, batch)
     if batch.padded and any(observer.count < batch.queries.shape[2] for observer in observers):
         observe_queries(part, batch, observers)  # the newest queries of a row are not the last columns
         observers = ()
     outputs = []
     for block, after in query_blocks(part, batch):
         seen = part.seen_before(after)
-        query_logits = QueryLogits(entry_logits(seen, block), seen.log_votes)
+        query_logits = QueryLogits(entry_logits(seen, block, full=full), seen.log_votes, sighted=full)
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
         out = seen.weighted_sum(weights.flatten(2, 3))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
     return torch.cat(outputs, 2).to(batch.queries.dtype)
-
-
-def _attend_to_all(part: AttendedSlots, batch: QueryBatch) -> Tensor:
-    logits, votes = part.logits(_grouped(part, batch)), part.log_votes
-    weights = (logits if votes is None else logits + votes[:, :, None]).softmax(-1)
-    return part.weighted_sum(weights).flatten(1, 2)[:, :, None].to(batch.queries.dtype)
 
 
 def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -88,12 +80,19 @@ def query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[Query
         yield batch.first(stop).newest(stop - start), count - stop
 
 
-def entry_logits(part: AttendedSlots, batch: QueryBatch) -> Tensor:
-    """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot."""
-    logits = part.logits(_grouped(part, batch))
-    hidden = ~visible(part.positions, batch.positions)[:, :, None]
-    grouped: Tensor = logits.unflatten(2, (-1, batch.queries.shape[2]))
-    return grouped.masked_fill_(hidden, -torch.inf)  # nobody else has it
+def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) -> Tensor:
+    """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot.
+
+    `full` says that no slot is empty, and that the newest q are the queries' own.
+    """
+    count = batch.queries.shape[2]
+    logits: Tensor = part.logits(_grouped(part, batch)).unflatten(2, (-1, count))  # nobody else has it
+    if not full:
+        return logits.masked_fill_(~visible(part.positions, batch.positions)[:, :, None], -torch.inf)
+    if count > 1:
+        later = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu_(1)
+        logits[..., -count:].masked_fill_(later, -torch.inf)
+    return logits
 
 
 def _grouped(part: AttendedSlots, batch: QueryBatch) -> Tensor:
