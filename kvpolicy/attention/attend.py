@@ -96,8 +96,9 @@ def _attend(
     """One call for all heads of `part`; `full` says that no slot among them is empty."""
     if observers or not part.storage.is_plain:
         return attend_blockwise(part, batch, observers, dropout, full=full and part.slots is None)
+    everything = slice(0, part.length)
     options = {"scale": batch.scaling, "dropout_p": dropout}
-    return _at_once(part, batch, part.keys(), part.values(), options, full=full)
+    return _at_once(part, batch, part.keys(everything), part.values(everything), options, full=full)
 
 
 def _at_once(

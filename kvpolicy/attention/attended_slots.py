@@ -1,8 +1,7 @@
 """What one attention call reads of a layer: all that is held, or the slots that a reader chose."""
 
 from collections.abc import Iterator
-from functools import reduce
-from operator import add
+from math import lcm
 
 import attrs
 import torch
@@ -12,8 +11,6 @@ from kvpolicy.cache.storage.layer_storage import KVReader, LayerStorage
 from kvpolicy.cache.storage.segment_index import SegmentIndex, SingleSegment
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages.slots import gather
-
-_BLOCK = 512  # chosen slots that are decoded at one time
 
 
 @attrs.frozen(eq=False)
@@ -58,42 +55,53 @@ class AttendedSlots:
         votes = self.all_votes
         return votes if votes is None or self.slots is None else gather(votes, self.slots)
 
-    def logits(self, queries: Tensor) -> Tensor:
-        """q·k [b, k, n, T] of queries [b, k, n, D]; anything in empty slots."""
-        if self.slots is None:
-            return self.storage.keys.logits(self.at, queries, self._everywhere)
-        return torch.cat(
-            [queries @ keys.to(queries.dtype).transpose(-1, -2) for keys in self._picked(self.storage.keys)], -1
-        )
+    def blocks(self, most: int) -> Iterator[slice]:
+        """The T slots in blocks of about `most` that can be read by themselves; one block when nothing is packed."""
+        if self.storage.is_plain:
+            yield slice(0, self.length)
+            return
+        group = lcm(self.storage.keys.form.group_size, self.storage.values.form.group_size)
+        size = max(1, most // group) * group
+        for start in range(0, self.length, size):
+            yield slice(start, min(start + size, self.length))
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """The values weighted by [b, k, n, T], those of empty slots by 0: [b, k, n, Dv]."""
-        if self.slots is None:
-            return self.storage.values.weighted_sum(self.at, weights, self._everywhere, clears=self.clears)
-        values = self._picked(self.storage.values)
-        blocks = zip(weights.split(_BLOCK, -1), values, strict=True)
-        total: Tensor = reduce(add, (own @ block.to(weights.dtype) for own, block in blocks))
-        return total
+    def keys(self, block: slice) -> Tensor:
+        """[b, k, n, D]."""
+        return self._read(self.storage.keys, block, None)
 
-    def keys(self) -> Tensor:
-        """[b, k, T, D]."""
-        return self._read(self.storage.keys)
+    def values(self, block: slice) -> Tensor:
+        """[b, k, n, Dv]."""
+        return self._read(self.storage.values, block, None)
 
-    def values(self) -> Tensor:
-        """[b, k, T, Dv]."""
-        return self._read(self.storage.values)
+    # In the bases in which codes are read. What a reader chose is read in that of the model.
 
-    def _read(self, states: KVReader) -> Tensor:
-        if self.slots is not None:
-            return torch.cat(list(self._picked(states)), 2)
+    def to_basis(self, queries: Tensor) -> Tensor:
+        """Queries [b, k, n, D] in the basis of `keys_in_basis`."""
+        return self.storage.keys.form.to_basis(queries) if self.slots is None else queries
+
+    def keys_in_basis(self, block: slice, dtype: torch.dtype) -> Tensor:
+        """[b, k, n, D] in `dtype`, at least float32."""
+        return self._read(self.storage.keys, block, dtype)
+
+    def values_in_basis(self, block: slice, dtype: torch.dtype) -> Tensor:
+        """[b, k, n, Dv] in `dtype`, at least float32."""
+        return self._read(self.storage.values, block, dtype)
+
+    def from_basis(self, outputs: Tensor) -> Tensor:
+        """Sums [b, k, n, Dv] of `values_in_basis` in the basis of the model."""
+        return self.storage.values.form.from_basis(outputs) if self.slots is None else outputs
+
+    def _read(self, states: KVReader, block: slice, dtype: torch.dtype | None) -> Tensor:
+        """In the basis of the model, or with a `dtype` in that of the format."""
         positions = self._everywhere
-        entries = states.read(self.at, 0, positions.shape[2], positions)
-        return entries.masked_fill((positions < 0)[..., None], 0) if self.clears else entries
-
-    def _picked(self, states: KVReader) -> Iterator[Tensor]:
-        """The chosen slots [b, k, n, D], of which some are decoded at one time."""
-        for slots in (self.slots if self.slots is not None else self._everywhere).split(_BLOCK, -1):
-            yield states.pick(self.at, slots.clamp(min=0), self._everywhere)
+        if self.slots is not None:
+            entries = states.pick(self.at, self.slots[:, :, block].clamp(min=0), positions)
+            return entries if dtype is None else entries.to(dtype)
+        if dtype is None:
+            entries = states.read(self.at, block.start, block.stop, positions)
+        else:
+            entries = states.read_in_basis(self.at, block.start, block.stop, positions, dtype)
+        return entries.masked_fill((positions[:, :, block] < 0)[..., None], 0) if self.clears else entries
 
     def column(self, name: str) -> Tensor:
         """A column of all slots in use as [b, k, all, ...]."""

@@ -1,10 +1,12 @@
 """Attention block by block over entries that are packed, and over which somebody follows what is attended.
 
-No more than one block of keys or values exists in full precision at any time; what grows with the entries held is the
-logits of a block of queries.
+Keys and values are read in the basis in which their format holds codes: queries are taken to it, outputs are taken back
+from it, entries are not. No more than one block of them exists as numbers at any time.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -15,7 +17,11 @@ from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.stages import QueryLogits
 
-_LOGITS = 2**19  # that exist at one time, per row: few enough to stay in a CPU's cache
+# Numbers of keys, and logits, that exist at one time: on a CPU few enough to stay in its cache.
+_NUMBERS = {"cpu": 2**19}
+_ELSEWHERE = 2**26
+_LEAST = 64  # slots
+_LOGITS = 2**20  # of all slots, where somebody looks at them
 
 
 def attend_blockwise(
@@ -28,20 +34,62 @@ def attend_blockwise(
 ) -> Tensor:
     """Attention [b, H, q, Dv] of queries [b, H, q, D]; observers see the same logits.
 
-    `full` says that no slot is empty.
+    `full` says that no slot is empty, and that the newest q are those of the queries.
     """
+    if not observers and not dropout:
+        return _attend(part, batch, full=full)
     if batch.padded and any(observer.count < batch.queries.shape[2] for observer in observers):
         observe_queries(part, batch, observers)  # the newest queries of a row are not the last columns
         observers = ()
     outputs = []
     for block, after in query_blocks(part, batch):
         seen = part.seen_before(after)
-        query_logits = QueryLogits(entry_logits(seen, block, full=full), seen.log_votes, sighted=full)
+        query_logits = QueryLogits(entry_logits(seen, block), seen.log_votes)
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
-        out = seen.weighted_sum(weights.flatten(2, 3))
+        out = _weighted_sum(seen, weights.flatten(2, 3), _slot_blocks(seen, _grouped(seen, block)))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
     return torch.cat(outputs, 2).to(batch.queries.dtype)
+
+
+def _attend(part: AttendedSlots, batch: QueryBatch, *, full: bool) -> Tensor:
+    """With a running maximum and a running sum of exponentials, as FlashAttention (arXiv:2205.14135, algorithm 1)."""
+    queries, votes, count = part.to_basis(_grouped(part, batch)), part.log_votes, batch.queries.shape[2]
+    positions = part.positions
+    best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
+    total, out = torch.zeros_like(best), torch.zeros_like(queries)
+    for block in _slot_blocks(part, queries):
+        logits = queries @ part.keys_in_basis(block, queries.dtype).transpose(-1, -2)
+        if votes is not None:
+            logits += votes[:, :, None, block]
+        if not full:
+            hidden = ~visible(positions[:, :, block], batch.positions)
+            logits.unflatten(2, (-1, count)).masked_fill_(hidden[:, :, None], -torch.inf)
+        elif count > 1:
+            _hide_later(logits.unflatten(2, (-1, count)), block.stop + count - positions.shape[2])
+        before, best = best, torch.maximum(best, logits.amax(-1, keepdim=True))
+        weights, shrinks = logits.sub_(best).exp_(), (before - best).exp_()
+        total = total * shrinks + weights.sum(-1, keepdim=True)
+        out = out * shrinks + weights @ part.values_in_basis(block, queries.dtype)
+    out /= total.clamp(min=torch.finfo(total.dtype).tiny)  # 0 where a query sees nothing
+    outputs: Tensor = part.from_basis(out).unflatten(2, (-1, count)).flatten(1, 2).to(batch.queries.dtype)
+    return outputs
+
+
+def _hide_later(logits: Tensor, new: int) -> None:
+    """Hide from each of q queries, logits [..., q, n], the tokens behind its own; the last slot is of token new - 1."""
+    count, size = logits.shape[-2:]
+    if new > 0:
+        tokens = torch.arange(max(0, new - size), new, device=logits.device)
+        later = tokens > torch.arange(count, device=logits.device)[:, None]
+        logits[..., size - len(tokens) :].masked_fill_(later, -torch.inf)
+
+
+def _slot_blocks(part: AttendedSlots, queries: Tensor) -> Iterator[slice]:
+    """Slots to be read at one time for queries [b, k, n, D]: few numbers of keys and of logits, but not too few."""
+    rows, heads, count, dim = queries.shape
+    numbers = _NUMBERS.get(queries.device.type, _ELSEWHERE)
+    return part.blocks(max(_LEAST, numbers // (rows * heads * max(count, dim))))
 
 
 def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -80,19 +128,22 @@ def query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[Query
         yield batch.first(stop).newest(stop - start), count - stop
 
 
-def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) -> Tensor:
-    """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot.
+def entry_logits(part: AttendedSlots, batch: QueryBatch) -> Tensor:
+    """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot."""
+    queries = part.to_basis(_grouped(part, batch))
+    keys = (part.keys_in_basis(block, queries.dtype).transpose(-1, -2) for block in _slot_blocks(part, queries))
+    parts = [queries @ block for block in keys]
+    logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    hidden = ~visible(part.positions, batch.positions)[:, :, None]
+    grouped: Tensor = logits.unflatten(2, (-1, batch.queries.shape[2]))
+    return grouped.masked_fill_(hidden, -torch.inf)  # nobody else has it
 
-    `full` says that no slot is empty, and that the newest q are the queries' own.
-    """
-    count = batch.queries.shape[2]
-    logits: Tensor = part.logits(_grouped(part, batch)).unflatten(2, (-1, count))  # nobody else has it
-    if not full:
-        return logits.masked_fill_(~visible(part.positions, batch.positions)[:, :, None], -torch.inf)
-    if count > 1:
-        later = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu_(1)
-        logits[..., -count:].masked_fill_(later, -torch.inf)
-    return logits
+
+def _weighted_sum(part: AttendedSlots, weights: Tensor, blocks: Iterator[slice]) -> Tensor:
+    """The values weighted by [b, k, n, T], in the basis of the model: [b, k, n, Dv]."""
+    sums = (weights[..., block] @ part.values_in_basis(block, weights.dtype) for block in blocks)
+    total: Tensor = reduce(add, sums)
+    return part.from_basis(total)
 
 
 def _grouped(part: AttendedSlots, batch: QueryBatch) -> Tensor:

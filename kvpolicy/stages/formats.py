@@ -82,25 +82,20 @@ class Format(abc.ABC):
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         """Unpack columns to vectors [B, K, n, D] in the model's dtype; `positions` [B, K, n] are those of the slots."""
 
-    # -- attention over packed entries -------------------------------------------------------------------------
-    # What follows computes with codes where a format knows how: queries are taken to its space once a call, the sums
-    # back from it once a call, and no entry is ever decoded. A format need not know; then entries are decoded.
+    # Attention is computed in a basis of the format's choice: queries and unpacked entries are taken to it, packed ones
+    # are never taken back from it, only the output is. By default it is the basis of the model.
 
-    def encode_queries(self, queries: Tensor) -> Tensor:
-        """What `logits` multiplies: queries [B, K, n, D], in at least float32, in the space of the codes."""
-        return queries
+    def to_basis(self, vectors: Tensor) -> Tensor:
+        """Vectors [..., D], in at least float32, in the format's orthonormal basis."""
+        return vectors
 
-    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        """q·k [B, K, n, T] of queries that `encode_queries` gave with the keys of columns, at positions [B, K, T]."""
-        return queries @ self.decode(columns, positions).to(queries.dtype).transpose(-1, -2)
+    def from_basis(self, vectors: Tensor) -> Tensor:
+        """The inverse of `to_basis`."""
+        return vectors
 
-    def weighted_sum(self, weights: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        """Sums [B, K, n, ...] of the values of columns, weighted by [B, K, n, T], for `decode_sum`."""
-        return weights @ self.decode(columns, positions).to(weights.dtype)
-
-    def decode_sum(self, total: Tensor) -> Tensor:
-        """What `weighted_sum` gave, of one or more calls added up, as vectors [B, K, n, D]."""
-        return total
+    def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `to_basis` would give of decoded vectors, [B, K, n, D] in `dtype`, at least float32."""
+        return self.to_basis(self.decode(columns, positions).to(dtype))
 
     def unpacking(self) -> "Unpacking | str":
         """The tile function with which attention kernels unpack entries; or a short reason why there is none."""

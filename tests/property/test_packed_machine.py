@@ -7,9 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvpolicy.attention import attended_slots as part
 from kvpolicy.attention import blockwise
-from kvpolicy.cache.storage import kv_tensor
 from kvpolicy.plan.plan import POSITIONS
 from tests.property.snapshots import Forward, appended, attention, held_by, nothing
 from tests.property.test_packed_layers import HEADS, STORES, entries, plan_of
@@ -26,9 +24,8 @@ TIMES = 2.5  # the error of one packing, for entries that have been packed again
 def small_blocks():
     """Layers of a test are short: blocks must be shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part, "_BLOCK", 4)
-        patch.setattr(kv_tensor, "_LEAST_BLOCK", 4)
-        patch.setattr(kv_tensor, "_BLOCK", 4)
+        patch.setattr(blockwise, "_LEAST", 4)
+        patch.setattr(blockwise, "_NUMBERS", {"cpu": 16})
         patch.setattr(blockwise, "_LOGITS", 500)
         yield
 

@@ -6,9 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvpolicy.attention import attended_slots as part
 from kvpolicy.attention import blockwise
-from kvpolicy.cache.storage import kv_tensor
 from tests.property.snapshots import Forward, appended, assert_same_state, attention, held_by, nothing, update_observers
 from tests.property.test_packed_layers import HEADS, entries, plan_of
 from tests.support.driving import feed, new_layer
@@ -32,9 +30,8 @@ CONSERVING = ("scale", "additive", "lstsq", "mean")
 def small_blocks():
     """Layers of a test are short: blocks must be shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part, "_BLOCK", 4)
-        patch.setattr(kv_tensor, "_LEAST_BLOCK", 4)
-        patch.setattr(kv_tensor, "_BLOCK", 4)
+        patch.setattr(blockwise, "_LEAST", 4)
+        patch.setattr(blockwise, "_NUMBERS", {"cpu": 16})
         patch.setattr(blockwise, "_LOGITS", 500)
         yield
 

@@ -2,9 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
-from operator import add, sub
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import sub
 from typing import Self
 
 import attrs
@@ -22,8 +21,8 @@ from kvpolicy.plan.compress.finite import is_finite
 from kvpolicy.stages import Column, Format, Geometry
 from kvpolicy.stages.slots import take
 
-_BLOCK = 2**19  # numbers whose codes are looked at at one time
-_LEAST_BLOCK = 256  # slots
+_Decode = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+_As = Callable[[Tensor], Tensor]
 
 
 @attrs.frozen(eq=False)
@@ -77,79 +76,42 @@ class KVTensor(KVReader):
 
         What is not packed is a view.
         """
+        return self._read(at, start, stop, positions, self.form.decode, _unchanged)
+
+    def read_in_basis(self, at: SegmentIndex, start: int, stop: int, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        def decoded(columns: Mapping[str, Tensor], places: Tensor) -> Tensor:
+            return self.form.decode_in_basis(columns, places, dtype)
+
+        return self._read(at, start, stop, positions, decoded, lambda vectors: self.form.to_basis(vectors.to(dtype)))
+
+    def _read(
+        self, at: SegmentIndex, start: int, stop: int, positions: Tensor, decode: _Decode, as_decoded: _As
+    ) -> Tensor:
+        """As `read`, by a way to decode and one to bring to the same form what is not packed."""
         residual = self.residual.block(self.name, at)
         if self.is_plain:
-            return residual[:, :, start:stop]
+            return as_decoded(residual[:, :, start:stop])
         packed_lengths = at.counts(self.packed_lengths)
         longest = max(map(max, packed_lengths))
         if all(count == longest for row in packed_lengths for count in row):
-            parts = [self._decoded(at, start, min(stop, longest), positions)] if start < longest else []
-            parts += [residual[:, :, max(0, start - longest) : stop - longest]] if stop > longest else []
+            parts = [self._decoded(at, start, min(stop, longest), positions, decode)] if start < longest else []
+            if stop > longest:
+                parts.append(as_decoded(residual[:, :, max(0, start - longest) : stop - longest]))
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         first = torch.tensor(packed_lengths, device=residual.device)[..., None]
         slots = torch.arange(start, stop, device=residual.device)
-        newest = _taken(residual, slots - first)
+        newest = as_decoded(_taken(residual, slots - first))
         if start >= longest:
             return newest
-        packed = self._decoded(at, start, min(stop, longest), positions)
+        packed = self._decoded(at, start, min(stop, longest), positions, decode)
         packed = torch.nn.functional.pad(packed, (0, 0, 0, newest.shape[2] - packed.shape[2]))
         return torch.where((slots < first)[..., None], packed, newest)
 
-    def _decoded(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
+    def _decoded(self, at: SegmentIndex, start: int, stop: int, positions: Tensor, decode: _Decode) -> Tensor:
         """Packed slots of the block; those that a shorter segment does not have hold anything finite."""
         groups = slice(start // self.form.group_size, -(-stop // self.form.group_size))
         columns = {name: self.packed.block(name, at)[:, :, groups] for name in self.form.columns}
-        return self.form.decode(columns, positions[:, :, start:stop])
-
-    def logits(self, at: SegmentIndex, queries: Tensor, positions: Tensor) -> Tensor:
-        if self.is_plain:
-            return super().logits(at, queries, positions)
-        packed_lengths = at.counts(self.packed_lengths)
-        longest, count = max(map(max, packed_lengths)), positions.shape[2]
-        newest = self.residual.block(self.name, at)[:, :, : count - longest if _even(packed_lengths) else None]
-        encoded = self.form.encode_queries(queries)
-        parts = [self.form.logits(encoded, *block) for block in self._packed_blocks(at, longest, positions)]
-        joined = torch.cat([*parts, queries @ newest.to(queries.dtype).transpose(-1, -2)], -1)
-        if _even(packed_lengths):
-            return joined
-        places = _joined_places(packed_lengths, newest.shape[2], positions)
-        return joined.gather(-1, places[:, :, None].expand(*joined.shape[:3], -1))
-
-    def weighted_sum(self, at: SegmentIndex, weights: Tensor, positions: Tensor, *, clears: bool) -> Tensor:
-        if self.is_plain:
-            return super().weighted_sum(at, weights, positions, clears=clears)
-        packed_lengths = at.counts(self.packed_lengths)
-        longest, count = max(map(max, packed_lengths)), positions.shape[2]
-        newest = self.residual.block(self.name, at)[:, :, : count - longest if _even(packed_lengths) else None]
-        if not _even(packed_lengths):
-            places = _joined_places(packed_lengths, newest.shape[2], positions)
-            joined = weights.new_zeros((*weights.shape[:3], longest + newest.shape[2]))
-            weights = joined.scatter_add_(-1, places[:, :, None].expand(weights.shape), weights)
-        ours = weights[..., longest:]
-        newest = newest.masked_fill((ours == 0).all(2)[..., None], 0) if clears else newest
-        total = ours @ newest.to(weights.dtype)
-        if not longest:  # of these segments
-            return total
-        blocks = weights[..., :longest].split(self._block_size(at), -1)
-        packed = zip(blocks, self._packed_blocks(at, longest, positions), strict=True)
-        return total + self.form.decode_sum(reduce(add, (self.form.weighted_sum(own, *block) for own, block in packed)))
-
-    def _packed_blocks(
-        self, at: SegmentIndex, longest: int, positions: Tensor
-    ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        """Columns and positions of the packed slots, of some at a time; what is behind a segment is anything finite."""
-        packed = {name: self.packed.block(name, at) for name in self.form.columns}
-        size, group_size = self._block_size(at), self.form.group_size
-        for start in range(0, longest, size):
-            stop = min(start + size, longest)
-            groups = slice(start // group_size, stop // group_size)
-            yield {name: column[:, :, groups] for name, column in packed.items()}, positions[:, :, start:stop]
-
-    def _block_size(self, at: SegmentIndex) -> int:
-        """Slots whose codes are looked at at one time: few enough that they stay in a CPU's cache as numbers."""
-        numbers = at.count(self.residual.layout.heads) * self.residual.columns[self.name].shape[0]
-        group_size = self.form.group_size
-        return max(_LEAST_BLOCK, _BLOCK // numbers) // group_size * group_size or group_size
+        return decode(columns, positions[:, :, start:stop])
 
     def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
         """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their groups only. `positions` [b, k, T]."""
@@ -427,19 +389,8 @@ class KVTensor(KVReader):
         )
 
 
-def _even(counts: PerSegment) -> bool:
-    return len(set().union(*counts)) < 2
-
-
-def _joined_places(packed_lengths: PerSegment, newest: int, positions: Tensor) -> Tensor:
-    """Where slots [b, k, T] stand among the packed ones of the longest segment and `newest` others behind them.
-
-    Slots behind the entries of a segment are anywhere.
-    """
-    longest = max(map(max, packed_lengths))
-    first = torch.tensor(packed_lengths, device=positions.device)[..., None]
-    slots = torch.arange(positions.shape[2], device=positions.device)
-    return torch.where(slots < first, slots, slots + (longest - first)).clamp(max=longest + newest - 1)
+def _unchanged(vectors: Tensor) -> Tensor:
+    return vectors
 
 
 def _taken(residual: Tensor, places: Tensor) -> Tensor:

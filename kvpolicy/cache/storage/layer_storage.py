@@ -52,21 +52,9 @@ class KVReader(abc.ABC):
         Slots behind the entries of a segment hold finite numbers.
         """
 
-    def logits(self, at: SegmentIndex, queries: Tensor, positions: Tensor) -> Tensor:
-        """q·k [b, k, n, T] of queries [b, k, n, D], in at least float32, with the slots of which there are positions.
-
-        `positions` [b, k, T] are those of all slots, or of all but the newest. Products with slots behind the entries
-        of a segment may be anything.
-        """
-        return queries @ self.read(at, 0, positions.shape[2], positions).to(queries.dtype).transpose(-1, -2)
-
-    def weighted_sum(self, at: SegmentIndex, weights: Tensor, positions: Tensor, *, clears: bool) -> Tensor:
-        """Sums of the slots weighted by [b, k, n, T], as [b, k, n, D]; `positions` as of `logits`.
-
-        Weights of empty slots are 0. `clears` says that these may hold NaN.
-        """
-        entries = self.read(at, 0, positions.shape[2], positions).to(weights.dtype)
-        return weights @ (entries.masked_fill((positions < 0)[..., None], 0) if clears else entries)
+    def read_in_basis(self, at: SegmentIndex, start: int, stop: int, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `read` gives in the basis of the format (`Format.to_basis`), in `dtype`, at least float32."""
+        return self.form.to_basis(self.read(at, start, stop, positions).to(dtype))
 
     @abc.abstractmethod
     def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:

@@ -17,10 +17,6 @@ class RowSegments:
         """The numbers of these segments."""
         return tuple(numbers[row] for row in self.rows)
 
-    def count(self, heads: int) -> int:
-        """How many segments these are."""
-        return len(self.rows) * heads
-
 
 @attrs.frozen
 class SingleSegment:
@@ -32,10 +28,6 @@ class SingleSegment:
     def counts(self, numbers: PerSegment) -> PerSegment:
         """The number of this segment."""
         return ((numbers[self.row][self.head],),)
-
-    def count(self, heads: int) -> int:  # noqa: ARG002 one of them
-        """How many segments these are."""
-        return 1
 
 
 SegmentIndex = RowSegments | SingleSegment

@@ -39,7 +39,7 @@ class _Exact(contextlib.AbstractContextManager[None]):
         for mode in self._modes:
             mode.__enter__()
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*raised)
 

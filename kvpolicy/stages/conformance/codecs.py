@@ -86,34 +86,23 @@ def decodes_what_it_encoded(codec: Codec, promises: Promises) -> None:
             )
 
 
-def attends_as_if_decoded(codec: Codec, _promises: Promises) -> None:
-    """Products with packed entries are those with decoded ones in float64, within what rounding does."""
+def reads_in_an_orthonormal_basis(codec: Codec, _promises: Promises) -> None:
+    """`from_basis` undoes `to_basis`, products stay as they are, and entries can be decoded in the format's basis."""
     for kv_format, vectors, positions in _samples(codec):
         columns = kv_format.encode(vectors, positions)
-        decoded = kv_format.decode(columns, positions).double()
         exact = torch.promote_types(vectors.dtype, torch.float32)
+        decoded, given = kv_format.decode(columns, positions).double(), vectors.to(exact)
+        rotated, there = kv_format.decode_in_basis(columns, positions, exact), kv_format.to_basis(given)
         rounding = 4 * torch.finfo(vectors.dtype).eps + 64 * torch.finfo(exact).eps
-        weights = 1 + positions[:, :, None].to(exact) % 3
-        queries = vectors[:, :, : kv_format.group_size].to(exact)
-        for name, given, expected, actual in (
-            (
-                "logits",
-                queries,
-                queries.double() @ decoded.transpose(-1, -2),
-                _logits(kv_format, queries, columns, positions),
-            ),
-            ("sums", weights, weights.double() @ decoded, _sums(kv_format, weights, columns, positions)),
+        for what, actual, expected in (
+            ("took back what it took to its basis", kv_format.from_basis(there), given),
+            ("decoded in its basis", kv_format.from_basis(rotated), decoded),
+            ("gave products", there @ there.transpose(-1, -2), given @ given.transpose(-1, -2)),
         ):
-            check_tensor(
-                codec,
-                actual,
-                dict(zip(("batch", "kv_heads", "n", "m"), expected.shape, strict=True)),
-                exact,
-                vectors.device,
-            )
-            allowed = rounding * decoded.abs().amax() * given.abs().sum(-1, keepdim=True)
-            if not ((actual.double() - expected).abs() <= allowed).all():
-                raise contract_error(codec, f"gave other {name} of packed entries than of decoded ones")
+            if actual.dtype != exact or actual.shape != expected.shape:
+                raise contract_error(codec, f"{what} of {actual.dtype} {list(actual.shape)}, expected {exact}")
+            if not (actual.double() - expected.double()).abs().amax() <= rounding * expected.abs().amax():
+                raise contract_error(codec, f"{what} to something else than before")
 
 
 def decodes_to_finite_numbers(codec: Codec, _promises: Promises) -> None:
@@ -278,14 +267,6 @@ def _expect_within(codec: Codec, decoded: Tensor, source: Tensor, error: float) 
         raise contract_error(codec, f"decoded with an error of {worst:g}, expected at most {allowed:g}")
 
 
-def _logits(kv_format: Format, queries: Tensor, columns: _Columns, positions: Tensor) -> Tensor:
-    return kv_format.logits(kv_format.encode_queries(queries), columns, positions)
-
-
-def _sums(kv_format: Format, weights: Tensor, columns: _Columns, positions: Tensor) -> Tensor:
-    return kv_format.decode_sum(kv_format.weighted_sum(weights, columns, positions))
-
-
 def _expect_same(codec: Codec, actual: _Columns, expected: _Columns, condition: str) -> None:
     """Integers must be equal, floats close: rounding in matrix products depends on the number of rows."""
     for name, column in expected.items():
@@ -301,7 +282,7 @@ CHECKS = (
     packs_whole_steps,
     encodes_to_its_columns,
     decodes_what_it_encoded,
-    attends_as_if_decoded,
+    reads_in_an_orthonormal_basis,
     decodes_to_finite_numbers,
     packs_groups_independently,
     keeps_rows_apart,

@@ -38,22 +38,10 @@ class Scaled(Format):
         scale = columns["peak"].to(exact) * (256 / LARGEST)
         return cast_clamped(bytes_over_256(columns["codes"]).to(exact).mul_(scale[..., None]), self.dtype)
 
-    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        logits = queries @ bytes_over_256(columns["codes"]).to(queries.dtype).transpose(-1, -2)
-        return logits.mul_(_scale(columns, queries.dtype))
-
-    def weighted_sum(self, weights: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        return (weights * _scale(columns, weights.dtype)) @ bytes_over_256(columns["codes"]).to(weights.dtype)
-
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.quantise.unpack import scaled_fp8
 
         return Unpacking(scaled_fp8, (PackedColumn(self.dim, torch.uint8), PackedColumn(1, torch.float16)))
-
-
-def _scale(columns: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """What `bytes_over_256` of each vector is multiplied by, [B, K, 1, n]."""
-    return (columns["peak"].to(dtype) * (256 / LARGEST))[:, :, None]
 
 
 @attrs.frozen

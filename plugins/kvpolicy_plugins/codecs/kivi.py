@@ -30,7 +30,6 @@ from kvpolicy_plugins.codecs.shared.affine import (
     quantise_tokens,
     scale_dtype,
 )
-from kvpolicy_plugins.codecs.shared.affine_products import channel_logits, token_logits, token_sum
 from kvpolicy_plugins.codecs.shared.packing import packed_size
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
@@ -58,11 +57,11 @@ class PerChannel(Format):
         codes, scale, minimum = quantise_channels(vectors, self.group_size, self.bits, self.stored)
         return {"codes": codes, "scale": scale, "minimum": minimum}
 
-    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        return dequantise_channels(columns["codes"], columns["scale"], columns["minimum"], self.bits, self.dtype)
+    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        return self.decode_in_basis(columns, positions, self.dtype)
 
-    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        return channel_logits(queries, columns["codes"], columns["scale"], columns["minimum"], self.bits)
+    def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+        return dequantise_channels(columns["codes"], columns["scale"], columns["minimum"], self.bits, dtype)
 
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.quantise.unpack import per_channel
@@ -95,15 +94,12 @@ class PerToken(Format):
         codes, scale, minimum = quantise_tokens(vectors, self.group, self.bits, self.stored)
         return {"codes": codes, "scale": scale, "minimum": minimum}
 
-    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
+    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        return self.decode_in_basis(columns, positions, self.dtype)
+
+    def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         codes, scale, minimum = (columns[name] for name in ("codes", "scale", "minimum"))
-        return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, self.dtype)
-
-    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        return token_logits(queries, columns["codes"], columns["scale"], columns["minimum"], self.bits)
-
-    def weighted_sum(self, weights: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        return token_sum(weights, columns["codes"], columns["scale"], columns["minimum"], self.dim, self.bits)
+        return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, dtype)
 
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.quantise.unpack import per_token

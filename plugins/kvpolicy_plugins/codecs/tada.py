@@ -32,7 +32,6 @@ from kvpolicy_plugins.codecs.shared.affine import (
     quantise_tokens,
     scale_dtype,
 )
-from kvpolicy_plugins.codecs.shared.affine_products import token_logits, token_sum
 from kvpolicy_plugins.codecs.shared.bit_allocation import allocate_bits
 from kvpolicy_plugins.codecs.shared.packing import packed_size
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
@@ -74,23 +73,11 @@ class Centred(Format):
         return {name: column[:, None] for name, column in columns.items()}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
+        names = ("codes", "scale", "minimum")
+        codes, scale, minimum = (columns[name][:, 0].movedim(2, 1).contiguous() for name in names)
         exact = compute_dtype(self.dtype)
-        codes, scale, minimum = (column.contiguous() for column in self._of_heads(columns))
         differences = dequantise_tokens(codes, scale, minimum, self.dim, self.bits, exact)
         return cast_clamped(columns["mean"].to(exact) - differences, self.dtype)
-
-    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        mean = columns["mean"].to(queries.dtype).transpose(-1, -2)  # of all heads, [B, 1, D, n]
-        return queries @ mean - token_logits(queries, *self._of_heads(columns), self.bits)
-
-    def weighted_sum(self, weights: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        mean = columns["mean"].to(weights.dtype)
-        return weights @ mean - token_sum(weights, *self._of_heads(columns), self.dim, self.bits)
-
-    def _of_heads(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [B, K, n, bytes], scales and minima [B, K, n, groups] of the differences."""
-        codes, scale, minimum = (columns[name][:, 0].movedim(2, 1) for name in ("codes", "scale", "minimum"))
-        return codes, scale, minimum
 
     def unpacking(self) -> Unpacking | str:
         from kvpolicy_kernels.quantise.unpack import centred

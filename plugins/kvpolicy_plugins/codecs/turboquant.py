@@ -16,7 +16,6 @@ from kvpolicy_plugins.codecs.shared.affine import (
     quantise_half_up,
     scale_dtype,
 )
-from kvpolicy_plugins.codecs.shared.affine_products import token_sum
 from kvpolicy_plugins.codecs.shared.float8 import bytes_over_256, to_bytes
 from kvpolicy_plugins.codecs.shared.packing import packed_size
 from kvpolicy_plugins.codecs.shared.rotated import Rotated, random_signs
@@ -46,9 +45,6 @@ class Float8(Format):
         exact = bytes_over_256(columns["codes"]).to(compute_dtype(self.dtype))
         return cast_clamped(exact.mul_(256), self.dtype)
 
-    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        return (queries * 256) @ bytes_over_256(columns["codes"]).to(queries.dtype).transpose(-1, -2)
-
 
 @attrs.frozen(eq=False)
 class HalfUp(Format):
@@ -74,9 +70,6 @@ class HalfUp(Format):
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
         codes, scale, minimum = (columns[name] for name in ("codes", "scale", "minimum"))
         return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, self.dtype)
-
-    def weighted_sum(self, weights: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        return token_sum(weights, columns["codes"], columns["scale"], columns["minimum"], self.dim, self.bits)
 
 
 @attrs.frozen

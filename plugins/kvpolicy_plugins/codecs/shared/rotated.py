@@ -53,33 +53,25 @@ class Rotated(Format):
             codes += rotated >= edge if self.upper_on_edge else rotated > edge
         return {"codes": pack(codes, self.bits), "norm": cast_clamped(norm, self.stored)}
 
-    def encode_queries(self, queries: Tensor) -> Tensor:
-        """Rotated queries, so that their products with levels are those with unit vectors, times √D of `_levels_of`."""
-        return hadamard(queries * _tensor(self.signs, queries.dtype, queries.device)) / len(self.signs)
+    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        exact = compute_dtype(self.dtype)
+        return cast_clamped(self.from_basis(self.decode_in_basis(columns, positions, exact)), self.dtype)
 
-    def logits(self, queries: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        levels, norm = self._rotated(columns, queries.dtype)
-        return (queries @ levels.transpose(-1, -2)).mul_(norm[:, :, None])
+    def to_basis(self, vectors: Tensor) -> Tensor:
+        signs = _tensor(self.signs, vectors.dtype, vectors.device)
+        return hadamard(vectors * signs).mul_(len(self.signs) ** -0.5)
 
-    def weighted_sum(self, weights: Tensor, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        levels, norm = self._rotated(columns, weights.dtype)
-        return (weights * norm[:, :, None]) @ levels
+    def from_basis(self, vectors: Tensor) -> Tensor:
+        signs = _tensor(self.signs, vectors.dtype, vectors.device)
+        return hadamard(vectors).mul_(signs).mul_(len(self.signs) ** -0.5)
 
-    def decode_sum(self, total: Tensor) -> Tensor:
-        return hadamard(total).mul_(_tensor(self.signs, total.dtype, total.device)) / len(self.signs)
-
-    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        levels, norm = self._rotated(columns, compute_dtype(self.dtype))
-        return cast_clamped(self.decode_sum(levels).mul_(norm[..., None]), self.dtype)
-
-    def _rotated(self, columns: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Levels [B, K, n, D], and what they are multiplied by so that `decode_sum` gives the vectors, [B, K, n]."""
+    def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         dim, device = len(self.signs), columns["codes"].device
         pairs = unpack(columns["codes"], 2 * self.bits, -(-dim // 2))
         complex_levels = _pairs(self.levels, dtype, device).index_select(0, pairs.flatten().int())
         levels = torch.view_as_real(complex_levels).view(*pairs.shape, 2).flatten(-2)[..., :dim]
-        norm = columns["norm"].to(dtype)
-        return levels, norm * dim**0.5 / levels.norm(dim=-1) if self.norm_correction else norm
+        norm = columns["norm"].to(dtype)[..., None]
+        return levels.mul_(norm / levels.norm(dim=-1, keepdim=True) if self.norm_correction else norm * dim**-0.5)
 
 
 def random_signs(name: str, dim: int, seed: int) -> tuple[int, ...]:
