@@ -56,14 +56,21 @@ class AttendedSlots:
         return votes if votes is None or self.slots is None else gather(votes, self.slots)
 
     def blocks(self, most: int) -> Iterator[slice]:
-        """The T slots in blocks of about `most` that can be read by themselves; one block when nothing is packed."""
+        """The T slots in blocks of about `most` that can be read by themselves; one block when nothing is packed.
+
+        Where packed entries end, so does a block, if that saves putting numbers of both kinds together.
+        """
         if self.storage.is_plain:
             yield slice(0, self.length)
             return
-        group = lcm(self.storage.keys.form.group_size, self.storage.values.form.group_size)
+        halves = self.storage.keys, self.storage.values
+        group = lcm(*(half.form.group_size for half in halves))
         size = max(1, most // group) * group
-        for start in range(0, self.length, size):
-            yield slice(start, min(start + size, self.length))
+        packed = min(min(map(min, self.at.counts(half.packed_lengths))) for half in halves)
+        end = packed if self.slots is None and packed % group == 0 else 0
+        for first, last in ((0, end), (end, self.length)):
+            for start in range(first, last, size):
+                yield slice(start, min(start + size, last))
 
     def keys(self, block: slice) -> Tensor:
         """[b, k, n, D]."""

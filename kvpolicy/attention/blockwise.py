@@ -149,7 +149,8 @@ def _weighted_sum(part: AttendedSlots, weights: Tensor, blocks: Iterator[slice])
 def _grouped(part: AttendedSlots, batch: QueryBatch) -> Tensor:
     """Scaled queries [b, k, G·q, D] in at least float32: those of a group beside each other, so keys are read once."""
     queries = batch.queries.unflatten(1, (part.positions.shape[1], -1)).flatten(2, 3)
-    return queries.to(torch.promote_types(queries.dtype, torch.float32)) * batch.scaling
+    scaled: Tensor = queries.to(torch.promote_types(queries.dtype, torch.float32)) * batch.scaling
+    return scaled
 
 
 def visible(held: Tensor, positions: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class Kivi(Codec):
     )
     residual: int = parameter(Integer(minimum=1), 128, help="how many of the newest entries are not packed")
     scales: str = parameter(SCALES, "half", help="scales and minima in float16, or in the model's own precision")
-    batch: int = parameter(Integer(minimum=1), 16, help="how many values are packed at a time; 1 = each as it comes")
+    batch: int = parameter(Integer(minimum=1), 32, help="how many values are packed at a time; 1 = each as it comes")
 
     def __attrs_post_init__(self) -> None:
         if self.residual % self.group:

@@ -59,8 +59,8 @@ def test_keys_are_packed_all_at_once_and_values_one_by_one():
     assert [both.keys.packed_length(length) for length in (7, 8, 15, 16, 17)] == [0, 8, 8, 16, 16]
     assert [both.values.packed_length(length) for length in (7, 8, 9, 17)] == [0, 0, 1, 9]
     assert (both.keys.group_size, both.values.group_size) == (4, 1)
-    by_sixteen = formats(Kivi(group=4, residual=8)).values
-    assert [by_sixteen.packed_length(length) for length in (23, 24, 39, 40)] == [0, 16, 16, 32]
+    together = formats(Kivi(group=4, residual=8)).values
+    assert [together.packed_length(length) for length in (39, 40, 71, 72)] == [0, 32, 32, 64]
 
 
 def test_columns_are_those_of_the_parameters():
