@@ -44,6 +44,7 @@ from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.triattention import TriAttention
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from kvpolicy_plugins.selectors.chunks import Chunks
+from kvpolicy_plugins.selectors.critical import Critical
 from kvpolicy_plugins.selectors.fair import Fair
 from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
@@ -73,6 +74,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Cake,
     GlobalRanking,
     Chunks,
+    Critical,
     Fair,
     Sample,
     TopK,

@@ -24,6 +24,8 @@ TASKS = {"text": "KL"}
 GOLDEN = {
     "adakv": ("adakv", "spec_adakv"),
     "cake": ("cake_layers", "cake_adjust"),
+    "criticaladakv": ("criticalkv",),
+    "criticalkv": ("criticalkv",),
     "curkv": ("cur",),
     "expected_attention": ("expected_attention",),
     "gkv": ("gkv", "gkv_similarity"),

@@ -22,6 +22,7 @@ TESTED = {
     ),
     "test_geometric": ("keydiff", "lagkv", "cur", "compactor", "vase_dkv"),
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
+    "test_output_projection": ("criticalkv",),
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
     "test_latent": ("sals",),
     "test_layer_budgets": ("cake_layers", "cake_adjust"),
@@ -33,7 +34,7 @@ TESTED = {
 }
 NOT_YET = (
     *("headkv_budgets", "rpc", "ams"),
-    *("criticalkv", "finch"),
+    "finch",
     "kvzip_end_to_end_plus",
     *("head_budgets", "infinipotv_stream"),
     *("infinipotv", "effivlm_metrics"),

@@ -9,6 +9,8 @@ NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
     "chunkkv": (1024, 128, 0, 32),
+    "criticaladakv": (1024, 128, 0, 32),
+    "criticalkv": (1024, 128, 0, 32),
     "curkv": (1024, 128, 4, 0),
     "d2o": (1024, 1, 4, "25%"),
     "fair": (1024, 128, 0, 32),
