@@ -46,6 +46,7 @@ from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from kvpolicy_plugins.selectors.chunks import Chunks
 from kvpolicy_plugins.selectors.critical import Critical
 from kvpolicy_plugins.selectors.fair import Fair
+from kvpolicy_plugins.selectors.mass_segments import MassSegments
 from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
 from kvpolicy_plugins.selectors.whitelist import Whitelist
@@ -76,6 +77,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Chunks,
     Critical,
     Fair,
+    MassSegments,
     Sample,
     TopK,
     Whitelist,

@@ -23,6 +23,7 @@ TASKS = {"text": "KL"}
 # The published results that a policy's plugins are held to, by families of tests/golden/families.py.
 GOLDEN = {
     "adakv": ("adakv", "spec_adakv"),
+    "ams": ("ams",),
     "cake": ("cake_layers", "cake_adjust"),
     "criticaladakv": ("criticalkv",),
     "criticalkv": ("criticalkv",),

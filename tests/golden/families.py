@@ -28,12 +28,12 @@ TESTED = {
     "test_layer_budgets": ("cake_layers", "cake_adjust"),
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
     "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
-    "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction"),
+    "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction", "ams"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
     "test_turboquant": ("turboquant_vllm",),
 }
 NOT_YET = (
-    *("headkv_budgets", "rpc", "ams"),
+    *("headkv_budgets", "rpc"),
     "finch",
     "kvzip_end_to_end_plus",
     *("head_budgets", "infinipotv_stream"),

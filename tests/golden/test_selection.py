@@ -16,6 +16,7 @@ from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.fair import Fair
+from kvpolicy_plugins.selectors.mass_segments import MassSegments
 from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.golden.families import Vectors, cases, close, family_of, same
@@ -145,7 +146,21 @@ def check_fair_eviction(v):
                 assert torch.equal(*worth)
 
 
+def check_ams(v):
+    """Each row of the file has a length and parameters of its own."""
+    for case, row in enumerate(v["cfg_T_mass_minlen_maxlen_minkeep_keep_nseg_sum"].tolist()):
+        tokens, shortest, longest, least, kept, count, total = (int(row[column]) for column in (0, *range(2, 8)))
+        selector = MassSegments(mass=row[1], shortest=shortest, longest=longest, least=least)
+        mass = v["mass"][case, :tokens][None, None]
+        segments = selector.segments(mass, torch.ones_like(mass, dtype=torch.bool))
+        same(segments.lengths[0, 0].cumsum(-1)[:count], v["segment_end"][case, :count])
+        quotas = selector.quotas(segments, torch.tensor([[kept]]))[0, 0]
+        same(quotas[:count], v["segment_budget"][case, :count])
+        assert quotas.sum() == kept == total
+
+
 CHECKS = {
+    "ams": check_ams,
     "fair_eviction": check_fair_eviction,
     "vase_attnv": check_vase_attnv,
     "random_pp": check_random_pp,

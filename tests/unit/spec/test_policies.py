@@ -8,6 +8,7 @@ from kvpolicy.stages.registry.plugins import registry
 NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
+    "ams": (1024, 512, 4, "3.125%"),
     "chunkkv": (1024, 128, 0, 32),
     "criticaladakv": (1024, 128, 0, 32),
     "criticalkv": (1024, 128, 0, 32),
