@@ -46,6 +46,7 @@ from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from kvpolicy_plugins.selectors.chunks import Chunks
 from kvpolicy_plugins.selectors.critical import Critical
 from kvpolicy_plugins.selectors.fair import Fair
+from kvpolicy_plugins.selectors.kvcrush import KVCrush
 from kvpolicy_plugins.selectors.mass_segments import MassSegments
 from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
@@ -77,6 +78,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Chunks,
     Critical,
     Fair,
+    KVCrush,
     MassSegments,
     Sample,
     TopK,

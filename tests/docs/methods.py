@@ -35,6 +35,7 @@ GOLDEN = {
     "keydiff": ("keydiff",),
     "kivi2": ("kivi", "kivi_decode"),
     "kivi4": ("kivi", "kivi_decode"),
+    "kvcrush": ("kvcrush_anchors",),
     "kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
     "lagkv": ("lagkv",),
     "leverage": ("compactor",),

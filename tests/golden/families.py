@@ -28,7 +28,7 @@ TESTED = {
     "test_layer_budgets": ("cake_layers", "cake_adjust"),
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
     "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
-    "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction", "ams"),
+    "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction", "ams", "kvcrush_anchors"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
     "test_turboquant": ("turboquant_vllm",),
 }

@@ -3,7 +3,7 @@
 import kvpolicy
 
 NAMES = (
-    *("adakv", "ams", "blend", "chunkkv", "criticaladakv", "criticalkv", "gkv", "h2o", "keydiff"),
+    *("adakv", "ams", "blend", "chunkkv", "criticaladakv", "criticalkv", "gkv", "h2o", "keydiff", "kvcrush"),
     *("pyramidkv", "rkv", "snapkv", "streaming_llm", "tova", "vase"),
 )
 RAGGED = ("adakv", "blend", "criticaladakv")

@@ -35,7 +35,7 @@ def test_holes_are_filled_where_nobody_minds_the_order(name):
     """A scorer minds in rkv, blend and lagkv; heads of other lengths, changed entries and pages are laid out anew."""
     filling = {
         *("snapkv", "pyramidkv", "h2o", "tova", "streaming_llm", "keydiff", "curkv", "vase_dkv", "chunkkv", "vase"),
-        "criticalkv",
+        *("criticalkv", "kvcrush"),
     }
     assert plan_of(name).fills_holes == (name in filling)
 
