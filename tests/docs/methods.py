@@ -29,6 +29,7 @@ GOLDEN = {
     "criticalkv": ("criticalkv",),
     "curkv": ("cur",),
     "expected_attention": ("expected_attention",),
+    "finch": ("finch",),
     "gkv": ("gkv", "gkv_similarity"),
     "h2o": ("h2o_decode", "h2o_prefill"),
     "keepkv": ("keepkv", "keepkv_released_code", "vote_bias_attention"),

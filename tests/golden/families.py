@@ -18,7 +18,7 @@ TESTED = {
     "test_eviction": (
         *("rkv_rounds", "rkv_similarity", "rkv", "decode_snapkv", "snapkv_ties", "snapkv", "tova", "knorm"),
         *("pyramidkv_budgets", "pyramidkv_kept", "spec_pyramidkv", "h2o_decode", "h2o_prefill"),
-        *("streamingllm", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
+        *("streamingllm", "finch", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
     "test_geometric": ("keydiff", "lagkv", "cur", "compactor", "vase_dkv"),
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
@@ -34,7 +34,6 @@ TESTED = {
 }
 NOT_YET = (
     *("headkv_budgets", "rpc"),
-    "finch",
     "kvzip_end_to_end_plus",
     *("head_budgets", "infinipotv_stream"),
     *("infinipotv", "effivlm_metrics"),

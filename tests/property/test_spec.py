@@ -128,9 +128,11 @@ def specs(draw):
 def consistent(spec):
     """The policy with defaults for what does not go together."""
     plain = {stage: registry().find(stage, name)() for stage, name in _PLAIN.items()}
-    observers = [*(one.scorer for one in spec.score), spec.merge]
-    if spec.merge.reads_window and not any(one.needs().queries for one in observers):
-        spec = attrs.evolve(spec, merge=plain["merge"])
+    if not any(one.needs().queries for one in spec.shown_views.values()):
+        if spec.merge.reads_window:
+            spec = attrs.evolve(spec, merge=plain["merge"])
+        if spec.allocate.divider.reads_window:
+            spec = attrs.evolve(spec, allocate=attrs.evolve(spec.allocate, joint=None))
     if spec.store.joint and spec.allocate.divider.ragged:
         spec = attrs.evolve(spec, store=plain["store"])
     if spec.read.stores and spec.store.name not in spec.read.stores:
@@ -167,7 +169,7 @@ REFUSED = r"^(score: must be a list of 1 to 64 scorers|\w+: must be a line of te
 @given(specs(), large_specs())
 def test_policy_that_can_be_had_can_be_written_and_read(spec, changes):
     try:
-        large = attrs.evolve(spec, **changes)
+        large = consistent(attrs.evolve(spec, **changes))
     except ParameterError:
         with pytest.raises(ParameterError, match=REFUSED):
             attrs.evolve(spec, **changes)
