@@ -44,10 +44,9 @@ def forward_observers_of(spec: PolicySpec) -> tuple[ForwardObserver, ...]:
 
 
 def _observers(spec: PolicySpec) -> Iterator[ForwardObserver]:
-    plugins = observing_plugins(spec)
-    if any(needs_of(plugin).attention for plugin, _ in plugins):
+    if any(needs_of(plugin).attention for plugin in spec.shown_views.values()):
         yield ForwardObserver(ALL, {ATTENTION: ATTENTION}, _mass)
-    for plugin, prefix in plugins:
+    for plugin, prefix in observing_plugins(spec):
         count = needs_of(plugin).forward_queries
         if count:
             columns = {state.name: prefix + state.name for state in slot_state_of(plugin)}

@@ -17,7 +17,7 @@ from kvpolicy.plan.footprint import Footprint
 from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver, forward_observers_of, observing_plugins
 from kvpolicy.plan.passes import PassObserver, pass_observers_of
 from kvpolicy.spec.policy import NEVER, PolicySpec
-from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Plugin, Rotary, Site
+from kvpolicy.stages import Column, Format, Formats, Geometry, JointAllocator, Needs, Plugin, Rotary, Site, ViewPlugin
 from kvpolicy.stages.checking.declared import (
     any_order_of,
     flag_of,
@@ -201,16 +201,20 @@ def _check_declared(spec: PolicySpec) -> None:
 
 def needs_rotary(spec: PolicySpec) -> bool:
     """Whether the rotary embedding of the model must be known, apart from what the store needs."""
-    return any(needs_of(plugin).rotary for plugin, _ in observing_plugins(spec))
+    return any(needs_of(plugin).rotary for plugin in spec.shown_views.values())
+
+
+def readers_of_output_projection(spec: PolicySpec) -> dict[str, ViewPlugin]:
+    """The plugins that read the weight that follows attention, by their keys in the file."""
+    return {key: plugin for key, plugin in spec.shown_views.items() if needs_of(plugin).output_projection}
 
 
 def _check_rotary(spec: PolicySpec, rotary: Rotary | None) -> None:
     if rotary is not None:
         return
-    places = [(f"score[{term}]", weighted.scorer) for term, weighted in enumerate(spec.score)]
     problems = [
         Problem(place, f"{plugin.name} needs the rotary embedding of the model, to undo it: it is not known")
-        for place, plugin in [*places, ("merge", spec.merge)]
+        for place, plugin in spec.shown_views.items()
         if needs_of(plugin).rotary
     ]
     if problems:
@@ -283,12 +287,13 @@ def _pages(spec: PolicySpec, site: Site) -> Format | None:
 
 
 def _needs(spec: PolicySpec) -> Needs:
-    needs = [needs_of(plugin) for plugin, _ in observing_plugins(spec)]
+    needs = [needs_of(plugin) for plugin in spec.shown_views.values()]
     return Needs(
         queries=max(need.queries for need in needs),
         attention=any(need.attention for need in needs),
         forward_queries=max(need.forward_queries for need in needs),
         rotary=any(need.rotary for need in needs),
+        output_projection=any(need.output_projection for need in needs),
     )
 
 

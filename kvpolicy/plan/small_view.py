@@ -5,20 +5,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Geometry, Rotary, Sample, Scorer, View
+from kvpolicy.stages import Geometry, Observer, Rotary, Sample, View, ViewPlugin
 from kvpolicy.stages.checking.declared import needs_of, slot_state_of
 
 _SLOTS = 16  # besides the observation window
+_CHANNELS = 8  # of the hidden state
 
 
 def small_view(
-    scorers: Mapping[str, Scorer],
+    plugins: Mapping[str, ViewPlugin],
     geometry: Geometry,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> View:
-    """A view of one row with random entries and all inputs of the scorers; their keys are prefixes of state names."""
-    needs = [needs_of(scorer) for scorer in scorers.values()]
+    """A view of one row with random entries and all inputs of the plugins; their keys are prefixes of state names."""
+    needs = [needs_of(plugin) for plugin in plugins.values()]
     window = max(need.queries for need in needs)
     heads, dim, slots = geometry.kv_heads, geometry.head_dim, _SLOTS + window
     random = torch.Generator().manual_seed(0)
@@ -28,7 +29,8 @@ def small_view(
 
     mass = torch.rand(1, heads, slots, geometry.group, generator=random, dtype=torch.float32).to(device)
     rotary = Rotary(torch.ones(dim // 2, dtype=torch.float32, device=device))
-    states = {prefix + state.name: state for prefix, scorer in scorers.items() for state in slot_state_of(scorer)}
+    observers = {prefix: plugin for prefix, plugin in plugins.items() if isinstance(plugin, Observer)}
+    states = {prefix + state.name: state for prefix, observer in observers.items() for state in slot_state_of(observer)}
     return View(
         keys=normal(1, heads, slots, dim),
         values=normal(1, heads, slots, dim),
@@ -42,14 +44,17 @@ def small_view(
             for name, state in states.items()
         },
         rotary=rotary if any(need.rotary for need in needs) else None,
-        calibration=_calibrated(scorers, geometry, rotary, normal),
+        output_projection=(
+            normal(geometry.query_heads, dim, _CHANNELS) if any(need.output_projection for need in needs) else None
+        ),
+        calibration=_calibrated(plugins, geometry, rotary, normal),
     )
 
 
 def _calibrated(
-    scorers: Mapping[str, Scorer], geometry: Geometry, rotary: Rotary, normal: Callable[..., Tensor]
+    plugins: Mapping[str, ViewPlugin], geometry: Geometry, rotary: Rotary, normal: Callable[..., Tensor]
 ) -> dict[str, Tensor]:
-    """What the scorers measure on random entries; names begin with their prefixes."""
+    """What the plugins measure on random entries; names begin with their prefixes."""
     dim = geometry.head_dim
     queries, keys, values = (
         normal(1, heads, _SLOTS, dim) for heads in (geometry.query_heads, geometry.kv_heads, geometry.kv_heads)
@@ -57,7 +62,7 @@ def _calibrated(
     sample = Sample(geometry, dim**-0.5, rotary, queries, keys, values)
     return {
         prefix + name: tensor
-        for prefix, scorer in scorers.items()
-        if scorer.calibrated
-        for name, tensor in scorer.calibrate([sample])[0].items()
+        for prefix, plugin in plugins.items()
+        if plugin.calibrated
+        for name, tensor in plugin.calibrate([sample])[0].items()
     }

@@ -25,7 +25,7 @@ def _check_budget_covers_protected(spec: PolicySpec, root: Item, problems: Probl
 
 
 def _check_queries_are_observed(spec: PolicySpec, root: Item, problems: Problems) -> None:
-    if any(needs_of(plugin).queries for plugin in [*(term.scorer for term in spec.score), spec.merge]):
+    if any(needs_of(plugin).queries for plugin in spec.shown_views.values()):
         return
     readers = {"merge": spec.merge, "allocate": spec.allocate.divider}
     for key, plugin in readers.items():

@@ -18,6 +18,7 @@ from kvpolicy.stages.contracts import (
     Reader,
     Scorer,
     Selector,
+    ViewPlugin,
 )
 from kvpolicy.stages.parameters import (
     LARGEST,
@@ -239,6 +240,13 @@ class PolicySpec:
 
     def __attrs_post_init__(self) -> None:
         check_writable(self)
+
+    @property
+    def shown_views(self) -> dict[str, ViewPlugin]:
+        """The plugins that are shown views, by their keys in the file."""
+        named: dict[str, ViewPlugin] = {f"score[{term}]": weighted.scorer for term, weighted in enumerate(self.score)}
+        divider = self.allocate.divider
+        return {**named, divider.stage: divider, "select": self.select, "merge": self.merge}
 
     @property
     def calibrated(self) -> dict[str, Plugin]:

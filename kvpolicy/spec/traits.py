@@ -40,7 +40,7 @@ def compresses(spec: PolicySpec) -> Sequence[str]:
 
 def needs(spec: PolicySpec) -> Sequence[str]:
     """What must be observed, known or measured beside the entries, in a few words each."""
-    observed = [needs_of(plugin) for plugin in (*(term.scorer for term in spec.score), spec.merge)]
+    observed = [needs_of(plugin) for plugin in spec.shown_views.values()]
     evicts = spec.budget.share != 1
     told = {
         "calibration": bool(spec.calibrated),
@@ -48,6 +48,7 @@ def needs(spec: PolicySpec) -> Sequence[str]:
         "attention of all queries": evicts and any(need.attention or need.forward_queries for need in observed),
         "recent queries": evicts and any(need.queries for need in observed),
         "rotary embedding": evicts and any(need.rotary for need in observed),
+        "output projection": evicts and any(need.output_projection for need in observed),
         "regions of the request": bool(spec.protect.regions),
     }
     return tuple(name for name, needed in told.items() if needed)

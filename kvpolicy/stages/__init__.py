@@ -18,6 +18,7 @@ from kvpolicy.stages.contracts import (
     Scorer,
     Selector,
     State,
+    ViewPlugin,
 )
 from kvpolicy.stages.formats import AsIs, Column, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
@@ -87,6 +88,7 @@ __all__ = [
     "Traffic",
     "Unpacking",
     "View",
+    "ViewPlugin",
     "WindowUse",
     "gather",
     "hookimpl",

@@ -56,6 +56,7 @@ class Needs:
     forward_queries: int = 0  # how many of the newest queries of every forward `observe_forward` is shown
     passes: bool = False  # whether a scorer reads prompts again: `Scorer.passes`
     rotary: bool = False  # whether keys are read as before rotation: models whose rotation is not known are refused
+    output_projection: bool = False  # whether what follows attention is read: models where it is not known are refused
 
 
 @attrs.frozen
@@ -66,12 +67,16 @@ class State:
     fill: float = 0.0
 
 
-class Observer(Plugin):
-    """A plugin for which the runtime observes the model while it runs, and carries state."""
+class ViewPlugin(Plugin):
+    """A plugin that is shown views: scorers, allocators, selectors and mergers."""
 
     def needs(self) -> Needs:
-        """What must be observed for this plugin."""
+        """What views must show of the model and its queries; `forward_queries` for observers, `passes` for scorers."""
         return Needs()
+
+
+class Observer(ViewPlugin):
+    """A plugin for which the runtime observes the model while it runs, and carries state."""
 
     def slot_state(self) -> tuple[State, ...]:
         """State carried per slot: moved with its entry in compaction, beam reordering and cropping."""
@@ -170,7 +175,7 @@ class AllocationRequest:
         return named | {f"candidates of layer {layer}": inside for layer, inside in enumerate(self.candidates)}
 
 
-class Allocator(Plugin):
+class Allocator(ViewPlugin):
     """Divides a budget. What it divides it over is its stage: layers, the heads of a layer, or both."""
 
     ragged: ClassVar[bool] = True  # whether heads of a layer can end up with different lengths
@@ -222,7 +227,7 @@ class JointAllocator(Allocator):
     stage = "allocate.joint"
 
 
-class Selector(Plugin):
+class Selector(ViewPlugin):
     """Chooses which candidates stay."""
 
     stage = "select"

@@ -42,6 +42,7 @@ class View:
     slot_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B, K, T] float32 each, declared by the plugin
     row_state: Mapping[str, Tensor] = attrs.field(factory=dict)  # [B] float32 each, declared by the plugin
     rotary: Rotary | None = None  # None = the model's rotation is not known
+    output_projection: Tensor | None = None  # [H, Dv, C], the weight that follows attention; None = nobody needs it
     calibration: Mapping[str, Tensor] = attrs.field(factory=dict)  # result of the plugin's `calibrate` for this layer
     in_order: bool = True  # whether entries stand in ascending order of position
     most_evicted: int | None = None  # a merger's: no head loses more entries; None = the host has not been told
@@ -147,6 +148,13 @@ class View:
         if self.rotary is None:
             raise ValueError("this view has no rotary embedding: declare it in the scorer's `needs`")
         return self.rotary.unrotate(self.keys.float(), self.positions)
+
+    @property
+    def projection(self) -> Tensor:
+        """`output_projection`, for a plugin whose `needs` asked for it; the dtype is the model's."""
+        if self.output_projection is None:
+            raise ValueError("this view has no output projection: declare it in the plugin's `needs`")
+        return self.output_projection
 
     @property
     def window(self) -> Tensor:

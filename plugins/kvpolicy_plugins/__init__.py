@@ -44,7 +44,10 @@ from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.triattention import TriAttention
 from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from kvpolicy_plugins.selectors.chunks import Chunks
+from kvpolicy_plugins.selectors.critical import Critical
 from kvpolicy_plugins.selectors.fair import Fair
+from kvpolicy_plugins.selectors.kvcrush import KVCrush
+from kvpolicy_plugins.selectors.mass_segments import MassSegments
 from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
 from kvpolicy_plugins.selectors.whitelist import Whitelist
@@ -73,7 +76,10 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Cake,
     GlobalRanking,
     Chunks,
+    Critical,
     Fair,
+    KVCrush,
+    MassSegments,
     Sample,
     TopK,
     Whitelist,

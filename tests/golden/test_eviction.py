@@ -48,6 +48,17 @@ def rkv_scores(v, view):
     return part * rkv_importance(v).score(view) - (1 - part) * redundancy
 
 
+def check_finch(v):
+    """Scores of all but the window, to which the class gives more than the largest of all."""
+    window, queries = int(v["window_size"]), v["queries_rope"]
+    v["attentions"]  # of all queries
+    view = view_of(v["keys"], values=v["values"], queries=queries[:, :, -window:], recent=window)
+    for by_length, name in ((True, "score"), (False, "score_unnormalized")):
+        scores, expected = Attention(window, by_length=by_length).score(view)[..., :-window], v[name]
+        close(scores, expected[..., :-window])
+        close((scores.amax() + 1).expand(expected[..., -window:].shape), expected[..., -window:])
+
+
 def check_rkv(v):
     window, budget = v.parameter("window"), v.parameter("budget")
     view = view_of(v["k"], queries=v["q"], recent=window)
@@ -263,6 +274,7 @@ def check_tova(v):
 
 
 CHECKS = {
+    "finch": check_finch,
     "rkv": check_rkv,
     "rkv_similarity": check_rkv_similarity,
     "rkv_rounds": check_rkv_rounds,

@@ -11,11 +11,14 @@ import kvpolicy
 from kvpolicy.plan.compress.step import compress_one
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Scorer, SelectionRequest, View
+from kvpolicy.stages.ordering import highest
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.fair import Fair
+from kvpolicy_plugins.selectors.kvcrush import KVCrush, in_blocks, spread
+from kvpolicy_plugins.selectors.mass_segments import MassSegments
 from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.golden.families import Vectors, cases, close, family_of, same
@@ -145,7 +148,48 @@ def check_fair_eviction(v):
                 assert torch.equal(*worth)
 
 
+def check_ams(v):
+    """Each row of the file has a length and parameters of its own."""
+    for case, row in enumerate(v["cfg_T_mass_minlen_maxlen_minkeep_keep_nseg_sum"].tolist()):
+        tokens, shortest, longest, least, kept, count, total = (int(row[column]) for column in (0, *range(2, 8)))
+        selector = MassSegments(mass=row[1], shortest=shortest, longest=longest, least=least)
+        mass = v["mass"][case, :tokens][None, None]
+        segments = selector.segments(mass, torch.ones_like(mass, dtype=torch.bool))
+        same(segments.lengths[0, 0].cumsum(-1)[:count], v["segment_end"][case, :count])
+        quotas = selector.quotas(segments, torch.tensor([[kept]]))[0, 0]
+        same(quotas[:count], v["segment_budget"][case, :count])
+        assert quotas.sum() == kept == total
+
+
+def check_kvcrush_anchors(v):
+    """Blocks to evict are given; where distances are equal, the code's sort keeps any of the blocks."""
+    for case in range(int(v["cases"])):
+        size, rescued = int(v[f"p_block_{case}"]), int(v[f"p_budget_{case}"])
+        kind, scores = v.text(f"p_anchor_{case}").lower(), v[f"scores_{case}"][None, None].float()
+        sound = torch.ones_like(scores, dtype=torch.bool)
+        places = torch.arange(scores.shape[-1])[None, None]
+        highest_half = highest(scores, sound, torch.full((1, 1), scores.shape[-1] // 2))
+        same(highest_half[0, 0], v[f"indicators_{case}"])
+        important, inside = (in_blocks(each, sound, places, size) for each in (highest_half, sound))
+        selector = KVCrush(size, rescued, "mean" if kind == "random" else kind)
+        request = SelectionRequest(scores, sound, torch.zeros(1, 1), places)
+        anchor = v[f"anchor_{case}"].bool()
+        if kind != "random":  # whose bits the generator of the code has drawn
+            same(selector._anchor(request, important, inside).expand(1, 1, 1, size).flatten(), anchor)
+        distances = selector.distances(important, inside, anchor)
+        same(distances[0, 0], v[f"hamming_{case}"])
+        evicted = torch.zeros_like(distances, dtype=torch.bool)
+        evicted[..., v[f"evicted_blocks_{case}"]] = True
+        found = spread(distances, evicted, torch.full((1, 1), rescued))[0, 0].nonzero()[:, 0]
+        retained = v[f"retained_blocks_{case}"]
+        if v[f"tie_free_{case}"]:
+            same(found, retained.sort().values)
+        same(distances[0, 0, found].sort().values, distances[0, 0, retained].sort().values)
+
+
 CHECKS = {
+    "kvcrush_anchors": check_kvcrush_anchors,
+    "ams": check_ams,
     "fair_eviction": check_fair_eviction,
     "vase_attnv": check_vase_attnv,
     "random_pp": check_random_pp,

@@ -15,7 +15,7 @@ EVERY = 4
 POLICIES = {
     **{name: small(name, 12, EVERY) for name in ("snapkv", "rkv", "adakv", "h2o", "keepkv", "d2o")},
     "cam": small("snapkv", 12, EVERY, merge="cam"),
-    **{name: small(name, 12, EVERY) for name in ("chunkkv", "fair", "vase")},
+    **{name: small(name, 12, EVERY) for name in ("ams", "chunkkv", "criticalkv", "fair", "kvcrush", "vase")},
     "whitelist": small("snapkv", 12, EVERY, select={"use": "whitelist"}),
     "regions": small("snapkv", 12, EVERY, protect={"sinks": 1, "recent": 3, "regions": ["system"]}),
     "global": small("snapkv", 12, EVERY, allocate={"joint": "global"}),

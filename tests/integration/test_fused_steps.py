@@ -24,6 +24,7 @@ POLICIES = {
     "adakv": small("adakv", 20, 4, protect={"recent": 8}),
     "gkv": small("gkv", 20, 4, protect={"recent": 8}),
     "pyramidkv": small("pyramidkv", 20, 4, protect={"recent": 4}),
+    "criticaladakv": small("criticaladakv", 20, 4, protect={"recent": 8}),
     "blend": small("blend", 20, 4, protect={"recent": 8}),
 }
 

@@ -31,7 +31,8 @@ def given(name):
     view, random = seen(window=32), torch.Generator().manual_seed(4)
     mass = torch.rand(2, HEADS, GROUP, SLOTS, generator=random)
     state = {"score[0].history": torch.full((2, HEADS, SLOTS), -torch.inf)} if name == "gkv" else {}
-    return attrs.evolve(view, attention=mass, slot_state=state)
+    projection = torch.randn(HEADS * GROUP, DIM, 5, generator=random)
+    return attrs.evolve(view, attention=mass, slot_state=state, output_projection=projection)
 
 
 @pytest.mark.parametrize("name", [*(name for name in NAMES if name != "vase"), "curkv"])

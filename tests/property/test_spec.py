@@ -129,11 +129,11 @@ def specs(draw):
 def consistent(spec):
     """The policy with defaults for what does not go together."""
     plain = {stage: registry().find(stage, name)() for stage, name in _PLAIN.items()}
-    observers = [*(one.scorer for one in spec.score), spec.merge]
-    if spec.merge.reads_window and not any(one.needs().queries for one in observers):
-        spec = attrs.evolve(spec, merge=plain["merge"])
-    if spec.allocate.divider.reads_window and not any(one.needs().queries for one in observers):
-        spec = attrs.evolve(spec, allocate=attrs.evolve(spec.allocate, joint=None))
+    if not any(one.needs().queries for one in spec.shown_views.values()):
+        if spec.merge.reads_window:
+            spec = attrs.evolve(spec, merge=plain["merge"])
+        if spec.allocate.divider.reads_window:
+            spec = attrs.evolve(spec, allocate=attrs.evolve(spec.allocate, joint=None))
     if spec.store.joint and spec.allocate.divider.ragged:
         spec = attrs.evolve(spec, store=plain["store"])
     if spec.read.stores and spec.store.name not in spec.read.stores:

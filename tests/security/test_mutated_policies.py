@@ -93,6 +93,7 @@ def tiny_view():
         queries=normal(1, 4, 4, 8),
         attention=normal(1, 2, 2, SLOTS).abs(),
         rotary=ROTARY,
+        output_projection=normal(4, 8, 16),
     )
 
 

@@ -64,7 +64,14 @@ def worth_plan(budget=6, every=3, sinks=1, recent=2, *, ragged=False, prefill=Tr
 
 
 def new_layer(plan, new_storage=SegmentedStorage):
-    return PolicyLayer(plan, 0, new_storage=new_storage)
+    layer = PolicyLayer(plan, 0, new_storage=new_storage)
+    layer.output_projection = output_projection
+    return layer
+
+
+def output_projection():
+    """The weight behind the attention of a layer without a model, [H, D, C]."""
+    return torch.randn(HEADS * GROUP, DIM, 5, generator=torch.Generator().manual_seed(3))
 
 
 def random_entries(generator, rows, count, first_name=0):

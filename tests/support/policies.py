@@ -3,10 +3,10 @@
 import kvpolicy
 
 NAMES = (
-    *("adakv", "blend", "chunkkv", "gkv", "h2o", "keydiff"),
+    *("adakv", "ams", "blend", "chunkkv", "criticaladakv", "criticalkv", "gkv", "h2o", "keydiff", "kvcrush"),
     *("pyramidkv", "rkv", "snapkv", "streaming_llm", "tova", "vase"),
 )
-RAGGED = ("adakv", "blend")
+RAGGED = ("adakv", "blend", "criticaladakv")
 EVEN = tuple(name for name in NAMES if name not in RAGGED)
 
 

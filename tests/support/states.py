@@ -17,7 +17,7 @@ KIVI = {"use": "kivi", "bits": 4, "group": 4, "residual": 8}
 PAGES = {"use": "pages", "page": 4, "budget": 12, "dense_first": 0}
 NOT_STATE = {  # what a copy has from the attachment, what is counted anew, and what follows from the rest
     PolicyCache: {"plan", "_config", "owner", "integrity", "_scheduler", "stock_bytes"},
-    PolicyLayer: {"plan", "scheduler", "integrity", "stats", "changes"},
+    PolicyLayer: {"plan", "scheduler", "integrity", "stats", "changes", "output_projection"},
     PromptTokens: {"given", "_given"},
     RequestSpans: {"protect", "_given", "_labels"},
     SlotStore: {"_base", "_added", "_longest_base", "_average_base", "_starts", "_tables", "_tabled"},

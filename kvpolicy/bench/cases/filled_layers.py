@@ -1,6 +1,7 @@
 """Fills cache layers with random entries until the next call compresses them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import attrs
 import torch
@@ -57,11 +58,21 @@ def plan_at(spec: PolicySpec, shape: ModelShape, length: int, dtype: torch.dtype
     return plan_of(attrs.evolve(spec, compress=compress), shape, dtype, device)
 
 
+def _output_projection(plan: Plan) -> Tensor:
+    """A weight [H, D, H·D], the same whenever it is asked for."""
+    heads, dim = plan.geometry.query_heads, plan.geometry.head_dim
+    random = torch.Generator(plan.device).manual_seed(1)
+    weight = torch.randn(heads, dim, heads * dim, generator=random, device=plan.device, dtype=torch.float32)
+    return weight.to(plan.dtype)
+
+
 def due(plan: Plan, shape: ModelShape, layers: Sequence[LayerTensors]) -> tuple[PolicyCache, Callable[[], None]]:
     """A cache that holds the layers, and the call that observes the newest queries and compresses all of them."""
     cache = PolicyCache(plan, shape.config())
     pairs = list(zip(cache.managed, layers, strict=True))
     for layer, tensors in pairs:
+        if plan.needs.output_projection:
+            layer.output_projection = partial(_output_projection, plan)
         queries = tensors.queries[:, :, :-1] if tensors.queries.shape[2] > 1 else tensors.queries
         feed(layer, tensors.keys[:, :, :-1], tensors.values[:, :, :-1], queries)
     newest = [  # another forward

@@ -1,6 +1,6 @@
 """Builds the view of a layer from its storage, and writes what a compression left of it back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import PerSegment
 from kvpolicy.cache.storage.segment_index import RowSegments
+from kvpolicy.errors import CacheError
 from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS, Plan
@@ -27,11 +28,12 @@ def build_view(
     row_state: Mapping[str, Tensor],
     in_order: bool,
     spans: RequestSpans,
+    output_projection: Callable[[], Tensor] | None = None,
 ) -> View:
     """What a plugin sees of some rows of a layer, copied only where segments differ; the rows must hold no pads.
 
     `window` are the newest queries of the rows and their positions; `protected` are the sinks and the recent entries of
-    each of the rows.
+    each of the rows; `output_projection` gives the weight [H, Dv, C] that follows the attention of the layer.
 
     What is packed is unpacked here: this one layer exists in full precision while it is compressed.
     """
@@ -55,11 +57,20 @@ def build_view(
         slot_state=columns,
         row_state={name: values[list(rows)] for name, values in row_state.items()},
         rotary=plan.rotary,
+        output_projection=_projection(output_projection) if plan.needs.output_projection else None,
         calibration=plan.calibrations[layer],
         in_order=in_order,
         pinned=spans.pinned(positions, rows),
         regions=spans.of(positions, rows),
     )
+
+
+def _projection(read: Callable[[], Tensor] | None) -> Tensor:
+    if read is None:
+        raise CacheError(
+            "the cache belongs to no attachment yet, so the output projection is not known: use it there first"
+        )
+    return read()
 
 
 def most_evicted(before: Sequence[Sequence[int]], after: PerSegment) -> int:

@@ -29,6 +29,7 @@ from kvpolicy.integrations.transformers.decode_graph.decode_forward import FORWA
 from kvpolicy.integrations.transformers.decode_graph.limits import require_static
 from kvpolicy.integrations.transformers.decode_graph.runners import Mode
 from kvpolicy.integrations.transformers.models.guard import Restoring, inspect_model
+from kvpolicy.integrations.transformers.models.output_projection import check_attention_modules
 from kvpolicy.integrations.transformers.models.support import check_model, require_interface
 from kvpolicy.integrations.transformers.report import Report
 from kvpolicy.integrations.transformers.saving import cache_file
@@ -53,8 +54,8 @@ class Attachment:
     is touched. Before any of that the model is run on a few tokens, to see whether it uses its cache as a policy needs;
     `unchecked` says why, when it could not be run (None when it was).
 
-    Raises AttachError, UnsupportedModelError, or PolicyError for `mode`; the model is then as it was. An interrupt, at
-    whatever line of attaching or of `detach`, leaves the model as it was or attached as a whole.
+    Raises AttachError, UnsupportedModelError, or PolicyError, for `mode` or the model; the model is then as it was. An
+    interrupt, at whatever line of attaching or of `detach`, leaves the model as it was or attached as a whole.
     """
 
     def __init__(self, plan: Plan, model: PreTrainedModel, mode: Mode | None = None) -> None:
@@ -69,6 +70,7 @@ class Attachment:
         inspected = inspect_model(model, plan.geometry, originals)
         if inspected.unchecked is not None:
             note_once(f"{type(model).__name__} was not run before a policy was attached: {inspected.unchecked}")
+        check_attention_modules(plan.spec, inspected.modules, plan.geometry)
         self.plan = plan
         self.model = model
         self.unchecked = inspected.unchecked
@@ -77,7 +79,8 @@ class Attachment:
         self._modules = list(_possible_modules(model, plan) if inspected.modules is None else inspected.modules)
         self._config = copy.deepcopy(model.config)  # what is changed in it later is not meant for caches
         self._cut = False  # whether a draft has been made with the first layers alone
-        self._owner = CacheOwner(model)
+        self._attention = list(inspected.modules or ())
+        self._owner = CacheOwner(model, self._attention)
         self._hooks = ForwardHooks(self._owner, self.uncompressed)
         self._decode = None if mode is None else DecodeForward(plan, model, mode)
         self.complete = False
@@ -192,7 +195,7 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is copied or unpickled while attached comes with an attachment of its own."""
         self.__dict__.update({name: value for name, value in state.items() if name != _COUNTED})
-        self._owner = self._hooks.owner = CacheOwner(self.model)
+        self._owner = self._hooks.owner = CacheOwner(self.model, self._attention)
         self._owner.counted = state[_COUNTED]
         register(*(name for _, name in self._previous if name is not None))
         self._mark()

@@ -1,7 +1,7 @@
 """The cache layer: what `generate` sees as one layer's cache, bounded by a plan."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -90,6 +90,7 @@ class PolicyLayer(LogicalLayer):
         self.integrity = integrity or Integrity([self.stats.layer])
         self.spans = spans or RequestSpans(plan.spec.protect)
         self._protects_spans = plan.spec.protect.by_place
+        self.output_projection: Callable[[], Tensor] | None = None  # the weight that follows its attention
         self.empty()
 
     def reset(self) -> None:
@@ -344,6 +345,7 @@ class PolicyLayer(LogicalLayer):
             row_state=self.row_state,
             in_order=self.in_order,
             spans=self.spans,
+            output_projection=self.output_projection,
         )
 
     def budget(self, rows: Sequence[int]) -> list[int]:

@@ -1,12 +1,15 @@
 """Ownership of caches by attachments; caches of a detached attachment are retired."""
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from kvpolicy.cache.stats import CacheStats
 from kvpolicy.errors import CacheError, SavedCacheError
+from kvpolicy.integrations.transformers.models.output_projection import OutputProjection
 from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 
 if TYPE_CHECKING:
@@ -14,11 +17,14 @@ if TYPE_CHECKING:
 
 
 class CacheOwner:
-    """The owner of all caches of one attachment and of their copies, by weak references to caches and model."""
+    """The owner of all caches of one attachment and of their copies, by weak references to caches and model.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `attention` are the modules that call the attention of the managed layers, as far as they could be seen.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: Sequence[nn.Module]) -> None:
         self._caches: weakref.WeakSet[PolicyCache] = weakref.WeakSet()
-        self._model = weakref.ref(model)
+        self._model, self._attention = weakref.ref(model), [weakref.ref(module) for module in attention]
         self.counted: CacheStats | None = None  # of the cache made last
 
     def made(self, cache: "PolicyCache") -> None:
@@ -36,6 +42,10 @@ class CacheOwner:
     def adopt(self, cache: "PolicyCache") -> None:
         """Make this the owner of a cache."""
         cache.owner = self
+        for layer, module in zip(cache.managed, self._attention, strict=False):  # drafts have fewer layers
+            attention = module()
+            if cache.plan.needs.output_projection and attention is not None:
+                layer.output_projection = OutputProjection(attention, cache.plan.geometry)
         self._caches.add(cache)
 
     def require(self, cache: "PolicyCache") -> None:

@@ -67,7 +67,7 @@ def _keeping_all(spec: PolicySpec) -> PolicySpec:
     def built_in(stage: str, name: str) -> Any:
         return registry().find(stage, name, PROJECT)()
 
-    plain = {"merge": "drop", "store": "plain", "read": READ_ALL}
+    plain = {"select": "topk", "merge": "drop", "store": "plain", "read": READ_ALL}
     changes: dict[str, Any] = {stage: built_in(stage, name) for stage, name in plain.items()}
     changes |= {"score": (Weighted(built_in("score", "recency")),), "budget": Budget(share=Fraction(1))}
     changes |= {"allocate": Allocate(built_in("allocate.layers", "uniform"), built_in("allocate.heads", "uniform"))}

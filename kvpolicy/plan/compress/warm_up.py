@@ -6,7 +6,6 @@ import torch
 from kvpolicy.errors import described
 from kvpolicy.plan.compress.fusion import Fusion, Term
 from kvpolicy.plan.compress.step import choose
-from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.plan.small_view import small_view
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Geometry, View
@@ -14,8 +13,8 @@ from kvpolicy.stages import Geometry, View
 
 def warm_up(spec: PolicySpec, fusion: Fusion, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> Fusion:
     """The fusion without what does not compile or run; this also is the warm-up of what does."""
-    scorers = {state_name(index, ""): weighted.scorer for index, weighted in enumerate(spec.score)}
-    view = small_view(scorers, geometry, device, dtype)
+    plugins = {f"{key}.": plugin for key, plugin in spec.shown_views.items() if plugin is not spec.merge}
+    view = small_view(plugins, geometry, device, dtype)
     if spec.protect.by_place:  # then kernels are told by a label of every slot
         view = attrs.evolve(view, pinned=(view.positions % 4 == 1).contiguous())
     if not _problem(spec, fusion, view):

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError, described, one_line, shown
 from kvpolicy.stages.checking.returned import contract_error
-from kvpolicy.stages.contracts import Codec, Merger, Needs, Observer, Plugin, Reader, Scorer, State
+from kvpolicy.stages.contracts import (
+    Codec,
+    Merger,
+    Needs,
+    Observer,
+    Plugin,
+    Reader,
+    Scorer,
+    State,
+    ViewPlugin,
+)
 from kvpolicy.stages.formats import ALL, Column, Format, Formats, Site
 from kvpolicy.stages.prompt_passes import Pass, Prompt
 
@@ -28,7 +38,7 @@ _MOST_SPANS = 64  # of one pass
 _LENGTHS = (0, 1, 2, 127, 128, 1000)  # of heads, tried on what a format says it packs
 
 
-def needs_of(plugin: Observer) -> Needs:
+def needs_of(plugin: ViewPlugin) -> Needs:
     """`plugin.needs()`. Raises PluginContractError unless it gives sound counts."""
     needs = _asked(plugin, "needs", plugin.needs)
     if not isinstance(needs, Needs):
@@ -37,12 +47,14 @@ def needs_of(plugin: Observer) -> Needs:
         count = getattr(needs, name)
         if type(count) is not int or not 0 <= count <= MOST_OBSERVED:
             raise contract_error(plugin, f"needs {name}={shown(count)}, expected 0 to {MOST_OBSERVED}")
-    for name in ("attention", "passes", "rotary"):
+    for name in ("attention", "passes", "rotary", "output_projection"):
         wanted = getattr(needs, name)
         if type(wanted) is not bool:
             raise contract_error(plugin, f"needs {name}={shown(wanted)}, expected true or false")
     if needs.passes and not isinstance(plugin, Scorer):
         raise contract_error(plugin, "needs passes=true, which only a scorer can have")
+    if needs.forward_queries and not isinstance(plugin, Observer):
+        raise contract_error(plugin, "needs forward_queries, which only a scorer or a merger can have")
     return needs
 
 

@@ -57,6 +57,8 @@ def tensors_of(view: View) -> dict[str, Tensor]:
         tensors["logits"] = view.logits
     if view.rotary is not None:
         tensors["frequencies of the rotation"] = view.rotary.frequencies
+    if view.output_projection is not None:
+        tensors["output projection"] = view.output_projection
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from kvpolicy.stages.checking.returned import check_tensor, contract_error
 from kvpolicy.stages.checking.untouched import tensors_of, untouched
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import DIM, WINDOW, rows_of, sample_view
+from kvpolicy.stages.conformance.samples import rows_of, sample_view
 from kvpolicy.stages.contracts import AllocationRequest, Allocator, JointAllocator, LayerAllocator
-from kvpolicy.stages.view import View
 
 
 def spends_the_whole_budget(allocator: Allocator, _promises: Promises) -> None:
@@ -83,7 +82,7 @@ def keeps_layers_apart(allocator: Allocator, _promises: Promises) -> None:
 
 
 def gives_statistics_of_every_head(allocator: Allocator, _promises: Promises) -> None:
-    view = _shown()
+    view = sample_view(allocator)
     with untouched(allocator, tensors_of(view)):
         numbers = allocator.statistics(view)
     if numbers is not None:
@@ -152,22 +151,13 @@ def _build_request(
     """An allocation request; it has scores only if the allocator declares that it reads them."""
     won = _owners_of_all(layers) if isinstance(allocator, JointAllocator) else _owners_in_each(layers)
     request = AllocationRequest(room, total, protected, tokens, won)
-    if allocator.statistics(_shown()) is not None:
+    if allocator.statistics(sample_view(allocator)) is not None:
         statistics = torch.arange(1, room.numel() + 1, dtype=torch.float32).reshape(room.shape).sin().square()
         request = attrs.evolve(request, statistics=statistics)
     if not allocator.reads_scores:
         return request
     scores, candidates = zip(*layers, strict=True)
     return attrs.evolve(request, scores=scores, candidates=candidates)
-
-
-def _shown() -> View:
-    """A layer, with queries for allocators that read them."""
-    view = sample_view()
-    random = torch.Generator().manual_seed(1)
-    heads = view.geometry.query_heads
-    queries = torch.randn(len(view.keys), heads, WINDOW, DIM, generator=random, dtype=torch.float32)
-    return attrs.evolve(view, queries=queries)
 
 
 def _owners_in_each(layers: _Layers) -> Callable[[Tensor], Tensor]:

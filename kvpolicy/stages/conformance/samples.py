@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.errors import one_line
 from kvpolicy.stages.checking.declared import needs_of, row_state_of, slot_state_of
 from kvpolicy.stages.checking.returned import contract_error
-from kvpolicy.stages.contracts import Merger, Observer, Plugin, Scorer
+from kvpolicy.stages.contracts import Allocator, Merger, Observer, Plugin, Scorer, ViewPlugin
 from kvpolicy.stages.formats import Sample
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.query_logits import QueryLogits
@@ -18,14 +18,15 @@ from kvpolicy.stages.slots import take
 from kvpolicy.stages.view import View
 
 KV_HEADS, GROUP, DIM = 2, 2, 16
+CHANNELS = 12  # of the hidden state
 LENGTHS = ((23, 23), (14, 14), (23, 9))  # equal, padded, ragged
 SINKS, RECENT = 1, 3
 WINDOW = 4  # observed queries for mergers that read the window of other plugins
 _JUNK = 997.0  # a number in empty slots
 
 
-def sample_view(observer: Observer | None = None, *, lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> View:
-    """A layer with `lengths` entries per row and head, the inputs that `observer` needs, and the initial slot state."""
+def sample_view(plugin: ViewPlugin | None = None, *, lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> View:
+    """A layer with `lengths` entries per row and head, the inputs that `plugin` needs, and the initial slot state."""
     random = torch.Generator().manual_seed(1)
     counts = torch.tensor(lengths)
     batch, heads, slots = *counts.shape, int(counts.max())
@@ -43,27 +44,31 @@ def sample_view(observer: Observer | None = None, *, lengths: tuple[tuple[int, .
         sinks=SINKS,
         recent=RECENT,
     )
-    return view if observer is None else _observed(observer, view, normal)
+    return view if plugin is None else _observed(plugin, view, normal)
 
 
-def _observed(observer: Observer, view: View, normal: Callable[..., Tensor]) -> View:
+def _observed(plugin: ViewPlugin, view: View, normal: Callable[..., Tensor]) -> View:
     batch, heads, slots = view.positions.shape
-    needs = needs_of(observer)
-    window = max(needs.queries, WINDOW if isinstance(observer, Merger) and observer.reads_window else 0)
+    needs = needs_of(plugin)
+    reads_window = isinstance(plugin, (Allocator, Merger)) and plugin.reads_window
+    window = max(needs.queries, WINDOW if reads_window else 0)
     queries = normal(batch, heads * GROUP, window, DIM) if window else None
     attention = normal(batch, heads, GROUP, slots).abs() if needs.attention else None
-    shape, states = view.positions.shape, slot_state_of(observer)
+    shape, states = view.positions.shape, slot_state_of(plugin) if isinstance(plugin, Observer) else ()
     state = {declared.name: torch.full(shape, declared.fill, dtype=torch.float32) for declared in states}
-    rotary = _rotary() if needs.rotary else None
-    view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state, rotary=rotary)
-    if observer.calibrated:
-        view = attrs.evolve(view, calibration=observer.calibrate([calibration_sample(0)])[0])
-    if not isinstance(observer, Merger):
+    view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
+    if needs.rotary:
+        view = attrs.evolve(view, rotary=_rotary())
+    if needs.output_projection:
+        view = attrs.evolve(view, output_projection=normal(heads * GROUP, DIM, CHANNELS))
+    if plugin.calibrated:
+        view = attrs.evolve(view, calibration=plugin.calibrate([calibration_sample(0)])[0])
+    if not isinstance(plugin, Merger):
         return view
     rows = {
-        declared.name: torch.full((batch,), declared.fill, dtype=torch.float32) for declared in row_state_of(observer)
+        declared.name: torch.full((batch,), declared.fill, dtype=torch.float32) for declared in row_state_of(plugin)
     }
-    votes = normal(*view.positions.shape).abs() if observer.votes else None
+    votes = normal(*view.positions.shape).abs() if plugin.votes else None
     return attrs.evolve(view, row_state=rows, log_votes=votes)
 
 
@@ -179,15 +184,18 @@ def heads_swapped(view: View) -> View:
     def swapped(tensor: Tensor) -> Tensor:
         return tensor.flip(1)
 
-    queries = view.queries
+    queries, projection = view.queries, view.output_projection
     if queries is not None:
         queries = queries.unflatten(1, (view.positions.shape[1], -1)).flip(1).flatten(1, 2)
+    if projection is not None:
+        projection = projection.unflatten(0, (view.positions.shape[1], -1)).flip(0).flatten(0, 1)
     return attrs.evolve(
         view,
         keys=swapped(view.keys),
         values=swapped(view.values),
         positions=swapped(view.positions),
         queries=queries,
+        output_projection=projection,
         attention=None if view.attention is None else swapped(view.attention),
         log_votes=None if view.log_votes is None else swapped(view.log_votes),
         slot_state={name: swapped(state) for name, state in view.slot_state.items()},

@@ -70,7 +70,7 @@ def keeps_rows_apart(selector: Selector, _promises: Promises) -> None:
 
 
 def leaves_its_input_alone(selector: Selector, _promises: Promises) -> None:
-    view = sample_view()
+    view = sample_view(selector)
     with untouched(selector, tensors_of(view)):
         selector.second_scores(view)
     for request in _samples(selector):
@@ -79,7 +79,7 @@ def leaves_its_input_alone(selector: Selector, _promises: Promises) -> None:
 
 
 def gives_second_scores_for_every_slot(selector: Selector, _promises: Promises) -> None:
-    view = sample_view()
+    view = sample_view(selector)
     scores = selector.second_scores(view)
     if scores is not None:
         check_scores(selector, scores, view)
@@ -92,7 +92,7 @@ def _row(request: SelectionRequest, row: int) -> SelectionRequest:
 
 def _samples(selector: Selector) -> list[SelectionRequest]:
     """Scores with and without ties, infinities and NaN; counts from none to all; with regions and without."""
-    view = sample_view()
+    view = sample_view(selector)
     room = view.candidates.sum(-1)
     finite = view.keys.square().sum(-1)
     non_finite = finite.clone()

@@ -30,11 +30,13 @@ class Attention(Scorer):
     """Attention from the observation window to each entry, as in SnapKV (section 4) and its successors.
 
     1. probabilities = softmax(scaling · q·k) of the last W queries, [B, K, G, W, T];
-    2. over the queries: mean (or sum), plus `deviation` times their standard deviation (G-KV), or their variance where
+    2. with `by_length`, those of each query times the number of held entries before it, which undoes that more entries
+       share the attention of a later query (FINCH);
+    3. over the queries: mean (or sum), plus `deviation` times their standard deviation (G-KV), or their variance where
        `spread` says so (CAKE, eq. 8);
-    3. pooling over neighbouring candidates; 4. reduction of the G query heads to one value per KV head.
+    4. pooling over neighbouring candidates; 5. reduction of the G query heads to one value per KV head.
 
-    `group_at` selects what step 4 reduces: the pooled scores (as written), the scores before pooling (Ada-KV),
+    `group_at` selects what step 5 reduces: the pooled scores (as written), the scores before pooling (Ada-KV),
     the probabilities before step 2 (G-KV), or the logits before step 1 (R-KV). TOVA: one query, `shared`.
     """
 
@@ -59,6 +61,9 @@ class Attention(Scorer):
     )
     causal: bool = parameter(Flag(), True, help="hide later entries from each query")
     shared: bool = parameter(Flag(), False, help="average over KV heads: all heads of a layer keep the same entries")
+    by_length: bool = parameter(
+        Flag(), False, help="multiply the attention of each query by the number of held entries before it (FINCH)"
+    )
 
     def needs(self) -> Needs:
         return Needs(queries=self.queries)
@@ -67,6 +72,8 @@ class Attention(Scorer):
         return True
 
     def tile(self) -> Tile | str:
+        if self.by_length:
+            return "weighs queries by the entries before them"
         from kvpolicy_kernels.score.tiles.attention import NOWHERE, PROBABILITIES, SCORES, attention_votes
         from kvpolicy_kernels.score.tiles.grouping import HOW
 
@@ -88,10 +95,13 @@ class Attention(Scorer):
         window = WindowAttention.of(
             view, self.queries, candidates_only=self.softmax == "candidates", causal=self.causal
         )
+        before = self._before(view) if self.by_length else None
         scores_of_heads = []
         for heads, logits in view.logits_by_head(self.queries):
             probabilities = window.softmax(self._group(logits, "logits"), heads)
             probabilities = self._group(probabilities, "probabilities")
+            if before is not None:
+                probabilities = probabilities * before[:, heads]
             scores_of_heads.append(self._over_queries(window, probabilities, heads))
         scores = torch.cat(scores_of_heads, 1).view(*view.keys.shape[:2], *scores_of_heads[0].shape[2:])
         scores = self.pool.over(view, self._group(scores, "scores"))
@@ -99,6 +109,14 @@ class Attention(Scorer):
         if not self.shared:
             return scores
         return view.in_slots(view.in_sequence(scores).mean(1, keepdim=True).expand_as(scores))
+
+    def _before(self, view: View) -> Tensor:
+        """How many entries a head holds that are older than each query, float32 [1, B·K, 1, W, 1]."""
+        positions, queries = view.in_sequence(view.positions), view.window_positions[:, -self.queries :]
+        ascending = positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max)
+        places = queries[:, None].expand(-1, positions.shape[1], -1).to(positions.dtype).contiguous()
+        counts = torch.searchsorted(ascending.contiguous(), places).float()
+        return counts.flatten(0, 1)[None, :, None, :, None]
 
     def _group(self, grouped: Tensor, at: str) -> Tensor:
         return reduce_group(grouped, self.group) if at == self.group_at else grouped

@@ -28,6 +28,7 @@ VARIANTS = (
     History(QFilters()),
     History(Reconstruction()),
     History(Redundancy(), "mean", scale="none", pool=Pool("max", 3)),
+    Attention(5, by_length=True, group="max", group_at="pooled"),
     *(Attention(5, group=group, group_at=at) for group, at in itertools.product(("max", "sum"), ("logits", "pooled"))),
     Attention(5, softmax="candidates", deviation=2, pool=Pool("average", 3), causal=False),
     Attention(1, shared=True),

@@ -8,15 +8,20 @@ from kvpolicy.stages.registry.plugins import registry
 NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
+    "ams": (1024, 512, 4, "3.125%"),
     "chunkkv": (1024, 128, 0, 32),
+    "criticaladakv": (1024, 128, 0, 32),
+    "criticalkv": (1024, 128, 0, 32),
     "curkv": (1024, 128, 4, 0),
     "d2o": (1024, 1, 4, "25%"),
     "fair": (1024, 128, 0, 32),
+    "finch": (1024, "never", 0, 32),
     "full": ("100%", 128, 0, 0),
     "gkv": (2048, 128, 0, 16),
     "h2o": (1024, 1, 0, "50%"),
     "keepkv": (1024, 1, 4, "50%"),
     "keydiff": (1024, 128, 0, 0),
+    "kvcrush": (1024, 32, "3.125%", "12.5%"),
     "lagkv": (1024, 128, 4, 0),
     "leverage": (1024, 128, 8, 4),
     "pyramidkv": (1024, 128, 0, 8),
@@ -52,7 +57,8 @@ def test_policy_has_the_sizes_of_its_paper(name):
     spec = read_policy(name)[0]
 
     recent = spec.protect.recent if isinstance(spec.protect.recent, int) else spec.protect.recent.dump()
-    assert (spec.budget.dump(), spec.compress.every, spec.protect.sinks, recent) == BUDGETS[name]
+    sinks = spec.protect.sinks if isinstance(spec.protect.sinks, int) else spec.protect.sinks.dump()
+    assert (spec.budget.dump(), spec.compress.every, sinks, recent) == BUDGETS[name]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,8 @@ def test_policy_has_the_sizes_of_its_paper(name):
         ("streaming_llm", (4, 508)),
         ("snapkv", (0, 32)),
         ("random", (0, 64)),
+        ("ams", (4, 32)),
+        ("kvcrush", (32, 128)),
         ("vase_dkv", (4, 64)),
     ],
 )

@@ -4,12 +4,27 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.errors import PluginContractError
+from kvpolicy.errors import PluginContractError, PolicyError
+from kvpolicy.plan.forward_observers import ATTENTION
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.checks import check
 from kvpolicy.spec.load import parse_policy
 from kvpolicy.spec.tree import Item, Problems, SourcePosition
-from kvpolicy.stages import AsIs, Codec, Column, Formats, Geometry, Merger, Needs, Reader, Scorer, State
+from kvpolicy.stages import (
+    AsIs,
+    Codec,
+    Column,
+    Formats,
+    Geometry,
+    HeadAllocator,
+    Merger,
+    Needs,
+    Reader,
+    Rotary,
+    Scorer,
+    Selector,
+    State,
+)
 from kvpolicy.stages.checking.declared import MOST_OBSERVED
 
 GEOMETRY, DTYPE = Geometry((0, 1), 4, 2, 8), torch.float32
@@ -29,6 +44,7 @@ def giving(value):
 
 def plugin(kind, **members):
     body = {"name": "odd", "score": giving(None), "merge": giving(None), "choose": giving(None), **members}
+    body |= {"select": giving(None), "allocate": giving(None)}
     return attrs.frozen(type("Odd", (kind,), {"formats": giving(Formats(AsIs(), AsIs())), **body}))()
 
 
@@ -59,6 +75,7 @@ NEEDS = {
     "nothing": (giving(None), "needs null, expected Needs"),
     "rotation of no kind": (giving(Needs(rotary=1)), "needs rotary=1, expected true or false"),
     "mass of no kind": (giving(Needs(attention="yes")), "needs attention='yes', expected true or false"),
+    "projection of no kind": (giving(Needs(output_projection=2)), "needs output_projection=2, expected true or false"),
     "passes of no kind": (giving(Needs(passes=3)), "needs passes=3, expected true or false"),
     "raises": (raising(KeyError("x")), "raised in `needs`: KeyError: 'x'"),
     "raises without words": (
@@ -117,6 +134,27 @@ def test_needs_must_make_sense(case):
     method, message = NEEDS[case]
     refused(with_scorer(plugin(Scorer, needs=method)), message)
     refused(attrs.evolve(SPEC, merge=plugin(Merger, needs=method)), message)
+    refused(attrs.evolve(SPEC, select=plugin(Selector, needs=method)), message)
+    refused(
+        attrs.evolve(SPEC, allocate=attrs.evolve(SPEC.allocate, heads=plugin(HeadAllocator, needs=method))), message
+    )
+
+
+def test_what_a_plugin_needs_is_shown_whatever_its_stage():
+    """Queries for a selector, and attention for an allocator; forwards are for those that can observe them."""
+    selector = plugin(Selector, needs=giving(Needs(queries=7, rotary=True)))
+    spec = attrs.evolve(SPEC, select=selector)
+    spec = attrs.evolve(
+        spec, allocate=attrs.evolve(spec.allocate, heads=plugin(HeadAllocator, needs=giving(Needs(attention=True))))
+    )
+    with pytest.raises(PolicyError, match="select: odd needs the rotary embedding"):
+        compile_policy(spec, GEOMETRY, "cpu", DTYPE)
+    plan = compile_policy(spec, GEOMETRY, "cpu", DTYPE, Rotary(torch.ones(4)))
+    assert plan.needs == Needs(queries=7, attention=True, rotary=True)
+    assert ATTENTION in plan.columns
+    assert plan.footprint.window_bytes
+    wanted = giving(Needs(forward_queries=3))
+    refused(attrs.evolve(SPEC, select=plugin(Selector, needs=wanted)), "needs forward_queries, which only a scorer or")
 
 
 def test_passes_must_make_sense():

@@ -251,8 +251,8 @@ def test_unknown_name_gets_the_close_one_and_the_list():
         registry().find("select", "topk2")
 
     assert (
-        str(caught.value)
-        == "unknown name 'topk2'; did you mean 'topk'? installed: chunks, fair, sample, topk, whitelist"
+        str(caught.value) == "unknown name 'topk2'; did you mean 'topk'? installed: "
+        "chunks, critical, fair, kvcrush, mass_segments, sample, topk, whitelist"
     )
 
 

@@ -65,7 +65,7 @@ class StaticSession:
             self._counts, self._entered = None, [weakref.ref(layer) for layer in layers]
             for static, layer in zip(self.layers, layers, strict=True):
                 layer.enter_fixed_storage(static.storage, static.window)
-                static.scaling = layer.scaling
+                static.scaling, static.output_projection = layer.scaling, layer.output_projection
             self.inputs.clock.copy_(torch.tensor(layers[0].num_tokens, dtype=torch.int32))
             lengths = [[heads[0] for heads in layer.storage.lengths] for layer in layers]
             self._counts = HostCounts(self.plan, layers[0].num_tokens, lengths)

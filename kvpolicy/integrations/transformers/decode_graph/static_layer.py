@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +37,7 @@ class StaticLayer(CacheLayerMixin):
         self.clock = clock  # [B] int32, real tokens before this step; shared by all layers
         self._spans = RequestSpans(plan.spec.protect)
         self.scaling = 1.0
+        self.output_projection: Callable[[], Tensor] | None = None
         self.is_initialized = True
         self.name = next(_names)  # what stands for this layer in a compiled graph, where only numbers and tensors can
         layers[self.name] = self
@@ -59,6 +60,7 @@ class StaticLayer(CacheLayerMixin):
             row_state={},
             in_order=True,
             spans=self._spans,
+            output_projection=self.output_projection,
         )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

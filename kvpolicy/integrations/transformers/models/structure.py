@@ -21,7 +21,7 @@ def check_structure(config: PretrainedConfig, geometry: Geometry) -> None:
     Outputs are not compared, as there are no weights. A configuration without a model class, or whose model cannot be
     built or run without weights, passes.
     """
-    model = _without_weights(config)
+    model = without_weights(config)
     if model is None:
         return
     require_no_sinks(model)
@@ -35,7 +35,8 @@ def check_structure(config: PretrainedConfig, geometry: Geometry) -> None:
     )
 
 
-def _without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
+def without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
+    """The model of a configuration on the device meta; None if it has no model class or cannot be built there."""
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
             model_class: Any = mapping[type(config)]

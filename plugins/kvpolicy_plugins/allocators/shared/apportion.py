@@ -32,3 +32,16 @@ def apportion(quotas: Tensor, total: Tensor) -> Tensor:
     order = remainders.argsort(dim=-1, descending=True, stable=True)
     missing = total - rounded_down.sum(-1).long()
     return rounded_down.long() + (order.argsort(-1) < missing[..., None])
+
+
+def swept(room: Tensor, total: Tensor) -> Tensor:
+    """What is taken of int64 `room` [..., n] in turns of one, from the first on, until it is `total` [...]; int64.
+
+    What is full is left out; where there is less room than the total, all of it is taken.
+    """
+    total = total.minimum(room.sum(-1))
+    level = (water_fill(room, total).amax(-1, keepdim=True) + 10.0**-_DECIMALS).floor().long()
+    taken = room.minimum(level)
+    left = (total - taken.sum(-1))[..., None]
+    beyond = room > level
+    return taken + (beyond & (beyond.cumsum(-1) <= left))

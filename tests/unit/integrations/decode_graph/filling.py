@@ -3,7 +3,7 @@
 import torch
 
 from kvpolicy.integrations.transformers.decode_graph.static_layer import StaticLayer
-from tests.support.driving import DIM, GROUP, HEADS
+from tests.support.driving import DIM, GROUP, HEADS, output_projection
 
 CAPACITY = 15
 
@@ -13,7 +13,7 @@ def filled(plan, lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     layer = StaticLayer(plan, 0, rows, CAPACITY, torch.full((rows,), 60, dtype=torch.int32))
-    layer.scaling = DIM**-0.5
+    layer.scaling, layer.output_projection = DIM**-0.5, output_projection
     shape, columns = (rows, HEADS, CAPACITY), blocks(layer)
     for name in ("keys", "values"):
         columns[name].copy_(torch.randn(*shape, DIM, generator=generator))

@@ -25,8 +25,8 @@ def copy_of(view, row, length):
     if view.queries is not None:
         cut["queries"], cut["query_positions"] = view.queries[row : row + 1], view.query_positions[row : row + 1]
     state = {name: values[row : row + 1, :, :length].clone() for name, values in view.slot_state.items()}
-    same = {name: getattr(view, name) for name in ("geometry", "scaling", "layer", "sinks", "recent", "rotary")}
-    return View(**cut, **same, slot_state=state)
+    same = ("geometry", "scaling", "layer", "sinks", "recent", "rotary", "output_projection")
+    return View(**cut, **{name: getattr(view, name) for name in same}, slot_state=state)
 
 
 @pytest.mark.parametrize("name", EVEN)

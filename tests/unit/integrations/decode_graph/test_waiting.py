@@ -30,6 +30,7 @@ def step(policy, after=lambda out: None):
     rotary = Rotary(torch.empty(4, device="meta"))
     plan = compile_policy(policy.spec, GEOMETRY, "cpu", torch.float32, rotary, kernels=False)
     layer = StaticLayer(plan, 0, 3, 16, clock)
+    layer.output_projection = lambda: torch.empty(4, 8, 32, device="meta")
     keys, queries = (torch.randn(3, heads, 1, 8, device="meta") for heads in (2, 4))
     due = torch.zeros((1, 3), dtype=torch.bool, device="meta")
     budget, nan = (torch.zeros(size, dtype=torch.int64, device="meta") for size in ((1, 3), 2))

@@ -109,3 +109,40 @@ def test_every_head_has_votes_of_its_own(view):
     later = view.positions[:, :, None, None] > view.window_positions[:, None, None, :, None]
     expected = voted.logits.masked_fill(later, -torch.inf).softmax(-1).mean(3).mean(2)
     assert_close(Attention(6).score(voted), expected)
+
+
+def alike(**rest):
+    """Keys that every query attends to alike."""
+    return view_of(torch.zeros(2, 2, 10, 4), queries=torch.zeros(2, 4, 4, 4), **rest)
+
+
+def test_by_length_undoes_what_more_entries_share():
+    """Each query sees one entry more than there are before it, and gives 1 / (n + 1) to each: n / (n + 1) is left."""
+    scores = Attention(4, by_length=True).score(alike())
+    expected = sum(before / (before + 1) for before in (6, 7, 8, 9)) / 4
+    assert_close(scores[..., :7], torch.full((2, 2, 7), expected))
+    plain = Attention(4).score(alike())
+    assert_close(plain[..., :7], torch.full((2, 2, 7), sum(1 / (before + 1) for before in (6, 7, 8, 9)) / 4))
+
+
+def test_by_length_counts_what_a_head_holds_and_not_what_came():
+    """After an eviction, and in a row with fewer tokens; queries that a row has not had count nothing."""
+    positions = torch.tensor([0, 1, 5, 6, 20, 21, 22, 23, -1, -1]).expand(2, 2, 10).clone()
+    positions[1, 1] = torch.tensor([20, 21, 22, 23] + [-1] * 6)
+    queries = torch.tensor([[20, 21, 22, 23], [-1, -1, 22, 23]])
+    scores = Attention(4, by_length=True).score(alike(positions=positions, query_positions=queries))
+    assert_close(scores[0, :, 0], torch.full((2,), sum(n / (n + 1) for n in (4, 5, 6, 7)) / 4))
+    assert_close(scores[1, 0, 0], torch.tensor((6 / 7 + 7 / 8) / 2))
+    assert_close(scores[1, 1, 0], torch.tensor((2 / 3 + 3 / 4) / 2))
+
+
+def test_by_length_finds_entries_in_any_order():
+    generator = torch.Generator().manual_seed(5)
+    keys, queries = torch.randn(1, 2, 10, 4, generator=generator), torch.randn(1, 4, 4, 4, generator=generator)
+    order = torch.randperm(10, generator=generator)
+    view = view_of(keys, queries=queries)
+    other = attrs.evolve(view, keys=keys[:, :, order], positions=view.positions[..., order], in_order=False)
+    scorer = Attention(4, by_length=True)
+    assert_close(scorer.score(other), scorer.score(view)[..., order])
+    assert scorer.in_any_order()
+    assert scorer.tile() == "weighs queries by the entries before them"
