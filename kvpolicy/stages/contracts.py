@@ -30,6 +30,14 @@ class Plugin(abc.ABC):
         """Whether it must know something that is measured on a model before: codecs, scorers and allocators may."""
         return False
 
+    def probes(self, tokens: Tensor) -> Tensor:
+        """The tokens that `calibrate` sees the model on, int64 [S, T], made of the `tokens` [S, T] of a text.
+
+        By default the text itself. A plugin that measures how a model recalls something can repeat spans of the rows;
+        nobody here knows a tokenizer. Deterministic: the same text gives the same tokens.
+        """
+        return tokens
+
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """Per layer, what it will find in `site.calibration` (a codec) or `view.calibration`; deterministic."""
         return [{} for _ in samples]
@@ -179,7 +187,8 @@ class Allocator(Plugin):
     def statistics(self, view: View) -> Tensor | None:  # noqa: ARG002 the default needs nothing else
         """What it must know of each head of a layer beside scores, float32 [B, K]; None = nothing.
 
-        Asked before it allocates, while keys and values can still be looked at. Not asked of layer allocators.
+        Asked before it allocates, while keys and values can still be looked at. What it was calibrated with is in
+        `view.calibration`. Not asked of layer allocators.
         """
         return None
 

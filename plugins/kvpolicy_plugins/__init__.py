@@ -3,8 +3,11 @@
 from kvpolicy.stages import Plugin, hookimpl
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.cake import Cake
+from kvpolicy_plugins.allocators.duo import Duo
 from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
+from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
+from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.codecs.fp8 import Fp8
@@ -71,7 +74,10 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Adaptive,
     UniformHeads,
     Cake,
+    Duo,
     GlobalRanking,
+    HeadKV,
+    SurfaceLogic,
     Chunks,
     Fair,
     Sample,

@@ -25,6 +25,7 @@ TESTED = {
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
     "test_latent": ("sals",),
     "test_layer_budgets": ("cake_layers", "cake_adjust"),
+    "test_head_budgets": ("headkv_budgets", "head_budgets"),
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
     "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
     "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction"),
@@ -32,11 +33,10 @@ TESTED = {
     "test_turboquant": ("turboquant_vllm",),
 }
 NOT_YET = (
-    *("headkv_budgets", "rpc", "ams"),
+    *("rpc", "ams"),
     *("criticalkv", "finch"),
     "kvzip_end_to_end_plus",
-    *("head_budgets", "infinipotv_stream"),
-    *("infinipotv", "effivlm_metrics"),
+    *("infinipotv_stream", "infinipotv", "effivlm_metrics"),
 )
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous
 

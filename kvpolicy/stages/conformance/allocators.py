@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpolicy.stages.checking.returned import check_tensor, contract_error
 from kvpolicy.stages.checking.untouched import tensors_of, untouched
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import DIM, WINDOW, rows_of, sample_view
+from kvpolicy.stages.conformance.samples import DIM, WINDOW, calibration_sample, rows_of, sample_view
 from kvpolicy.stages.contracts import AllocationRequest, Allocator, JointAllocator, LayerAllocator
 from kvpolicy.stages.view import View
 
@@ -83,7 +83,7 @@ def keeps_layers_apart(allocator: Allocator, _promises: Promises) -> None:
 
 
 def gives_statistics_of_every_head(allocator: Allocator, _promises: Promises) -> None:
-    view = _shown()
+    view = _shown(allocator)
     with untouched(allocator, tensors_of(view)):
         numbers = allocator.statistics(view)
     if numbers is not None:
@@ -152,7 +152,7 @@ def _build_request(
     """An allocation request; it has scores only if the allocator declares that it reads them."""
     won = _owners_of_all(layers) if isinstance(allocator, JointAllocator) else _owners_in_each(layers)
     request = AllocationRequest(room, total, protected, tokens, won)
-    if allocator.statistics(_shown()) is not None:
+    if allocator.statistics(_shown(allocator)) is not None:
         statistics = torch.arange(1, room.numel() + 1, dtype=torch.float32).reshape(room.shape).sin().square()
         request = attrs.evolve(request, statistics=statistics)
     if not allocator.reads_scores:
@@ -161,13 +161,14 @@ def _build_request(
     return attrs.evolve(request, scores=scores, candidates=candidates)
 
 
-def _shown() -> View:
-    """A layer, with queries for allocators that read them."""
+def _shown(allocator: Allocator) -> View:
+    """A layer, with queries for allocators that read them, and what the allocator is calibrated with."""
     view = sample_view()
     random = torch.Generator().manual_seed(1)
     heads = view.geometry.query_heads
     queries = torch.randn(len(view.keys), heads, WINDOW, DIM, generator=random, dtype=torch.float32)
-    return attrs.evolve(view, queries=queries)
+    calibration = allocator.calibrate([calibration_sample(0)])[0] if allocator.calibrated else {}
+    return attrs.evolve(view, queries=queries, calibration=calibration)
 
 
 def _owners_in_each(layers: _Layers) -> Callable[[Tensor], Tensor]:
