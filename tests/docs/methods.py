@@ -40,6 +40,7 @@ GOLDEN = {
     "d2o": ("mergers_reference",),
     "q_filters": ("qfilters",),
     "rkv": ("rkv", "rkv_rounds", "rkv_similarity"),
+    "rpc": ("rpc",),
     "rotation3": ("rotation_codebook",),
     "rotation4": ("rotation_codebook",),
     "sals12": ("sals",),

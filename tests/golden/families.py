@@ -16,7 +16,7 @@ FOLDER = Path(os.environ.get("KVPOLICY_GOLDEN_DIR", Path(__file__).parent / "vec
 
 TESTED = {
     "test_eviction": (
-        *("rkv_rounds", "rkv_similarity", "rkv", "decode_snapkv", "snapkv_ties", "snapkv", "tova", "knorm"),
+        *("rpc", "rkv_rounds", "rkv_similarity", "rkv", "decode_snapkv", "snapkv_ties", "snapkv", "tova", "knorm"),
         *("pyramidkv_budgets", "pyramidkv_kept", "spec_pyramidkv", "h2o_decode", "h2o_prefill"),
         *("streamingllm", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
@@ -33,7 +33,7 @@ TESTED = {
     "test_turboquant": ("turboquant_vllm",),
 }
 NOT_YET = (
-    *("rpc", "ams"),
+    "ams",
     *("criticalkv", "finch"),
     "kvzip_end_to_end_plus",
     *("infinipotv_stream", "infinipotv", "effivlm_metrics"),

@@ -99,7 +99,7 @@ def test_unknown_names_are_one_line_with_the_close_one(kv):
 def test_a_wrong_budget_is_told_with_its_rule(fails):
     """A budget that is none of the three forms."""
     tokens, size = "a number of tokens from 1 to 1000000000", 'a size such as "2GiB", up to 2^60 bytes'
-    rule = f'must be {tokens}, a share such as "10%", or {size}'
+    rule = f'must be {tokens}, a share such as "10%" or "25% of generated", or {size}'
     fails(f"override budget: {rule}: '12 miles'", "show", "rkv", "--budget", "12 miles")
 
 

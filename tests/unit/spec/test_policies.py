@@ -24,6 +24,7 @@ BUDGETS = {  # budget, every, sinks, recent
     "pyramidkv": (1024, 128, 0, 8),
     "random": (2048, 64, 0, "3.125%"),
     "rkv": (1024, 128, 0, 8),
+    "rpc": ("25% of generated", 768, 0, 32),
     "snapkv": (1024, 128, 0, 32),
     "surfacelogickv": (1024, 128, 0, 32),
     "streaming_llm": (512, 1, 4, "100%"),
