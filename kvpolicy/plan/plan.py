@@ -197,6 +197,7 @@ def _check_declared(spec: PolicySpec) -> None:
         (spec.select, ("best",)),
         (spec.merge, ("moves_only", "votes", "reads_window")),
         (spec.store, ("joint", "calibrated")),
+        (spec.read, ("summarises_newest",)),
     ):
         for name in names:
             flag_of(plugin, name)

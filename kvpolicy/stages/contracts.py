@@ -320,6 +320,9 @@ class ReadRequest:
     packed_lengths: Tensor | None = None  # [B, K] int64, the oldest slots that are packed; None = none is
     packed: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the keys, [B, K or 1, groups, *shape]
     pages: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the reader's own, [B, K, pages, *shape]
+    # Where `summarises_newest`: columns of the page of each head's newest entry, [B, K, 1, *shape].
+    newest_page: Mapping[str, Tensor] = attrs.field(factory=dict)
+    scaling: float | None = None  # the attention module's own factor on q·k; None = 1 / sqrt(D)
 
 
 class Reader(Plugin):
@@ -327,6 +330,9 @@ class Reader(Plugin):
 
     stage = "read"
     stores: ClassVar[tuple[str, ...]] = ()  # the codecs that it can read; empty = any
+    # Whether it looks at the page of the newest entry, too, complete or not: it is then made for each step, with the
+    # newest key in all of its free places.
+    summarises_newest: ClassVar[bool] = False
 
     def pages(self, site: Site) -> Format | None:  # noqa: ARG002 the default keeps none
         """What is kept per page of `group_size` consecutive keys; None = nothing. Only its `encode` is used.

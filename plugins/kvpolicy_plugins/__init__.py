@@ -27,6 +27,7 @@ from kvpolicy_plugins.mergers.tome import ToMe
 from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.weightedkv import WeightedKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
+from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
 from kvpolicy_plugins.readers.everything import Everything
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
@@ -100,6 +101,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Rotation,
     Tada,
     TurboQuant,
+    ChunkTopK,
     Everything,
     LatentTopK,
     Pages,

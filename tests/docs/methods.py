@@ -41,6 +41,7 @@ GOLDEN = {
     "q_filters": ("qfilters",),
     "rkv": ("rkv", "rkv_rounds", "rkv_similarity"),
     "rpc": ("rpc",),
+    "rocketkv": ("rocketkv", "rocketkv_budgets"),
     "rotation3": ("rotation_codebook",),
     "rotation4": ("rotation_codebook",),
     "sals12": ("sals",),

@@ -78,6 +78,10 @@ class Method:
         held = sum(len(head.entries) for head in heads) / len(heads)
         return held > (allowed + self.every - 1 if decoding else allowed) and (decoding or self.prefill)
 
+    def attended(self, head: Head, queries: Sequence[tuple[int, np.ndarray]], *, decoding: bool) -> np.ndarray:
+        """Logits [q, G, T] of the queries of a forward; -inf where a query does not look."""
+        return head.logits(queries)
+
     prefill = True  # whether prompts and turns are compressed, too
 
     competing = False  # whether `shares` is told the scores of all layers, when a forward is over
@@ -154,7 +158,7 @@ class Simulation:
             ]
             if not queries:
                 continue
-            probabilities = softmax(head.logits(queries))
+            probabilities = softmax(self.method.attended(head, queries, decoding=query.shape[1] == 1))
             values = np.stack([entry.value for entry in head.entries])
             output[np.array(columns) - first, own] = probabilities @ values
             head.window = (head.window + queries)[-self.method.queries :]

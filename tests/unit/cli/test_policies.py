@@ -46,7 +46,15 @@ def test_list_groups_policies_by_what_they_save_and_says_what_they_need(kv):
     lines = table.stdout.splitlines()
     titles = [next(number for number, line in enumerate(lines) if title in line) for title in SAVES.values()]
     assert titles == sorted(titles)
-    for name, kind in (("full", 0), ("snapkv", 1), ("d2o", 2), ("kivi4", 3), ("rkv_int4", 4), ("quest", 5)):
+    for name, kind in (
+        ("full", 0),
+        ("snapkv", 1),
+        ("d2o", 2),
+        ("kivi4", 3),
+        ("rkv_int4", 4),
+        ("rocketkv", 5),
+        ("quest", 6),
+    ):
         row = next(number for number, line in enumerate(lines) if line.startswith(f"│ {name} "))
         assert titles[kind] < row < [*titles, len(lines)][kind + 1]
     assert "evicts only from the prompt" in table.stdout

@@ -15,6 +15,7 @@ from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
 from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
+from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.history import History
@@ -48,6 +49,8 @@ VARIANTS = (
     KeepKV(0.5, alpha=0, fallback="bias"),
     KeepKV(-1, estimate="window", window=3, key="additive", gqa="lstsq"),
     WindowFit("ward"),
+    ChunkTopK(1, 1.0, 7),
+    ChunkTopK(5, 0.1, 699, dense_first=1),
     WindowFit(threshold=0.1, attended=0, queries=3),
 )
 # Of the codecs with their default parameters; random vectors have no latent of a lower rank.
