@@ -17,6 +17,7 @@ from kvpolicy_plugins.codecs.plain import Plain
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.tada import Tada
 from kvpolicy_plugins.codecs.turboquant import TurboQuant
+from kvpolicy_plugins.mergers.attention_matching import AttentionMatching
 from kvpolicy_plugins.mergers.cam import CaM
 from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.mergers.drop import Drop
@@ -84,6 +85,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Sample,
     TopK,
     Whitelist,
+    AttentionMatching,
     CaM,
     D2O,
     Drop,

@@ -23,6 +23,7 @@ TASKS = {"text": "KL"}
 # The published results that a policy's plugins are held to, by families of tests/golden/families.py.
 GOLDEN = {
     "adakv": ("adakv", "spec_adakv"),
+    "attention_matching": ("attention_matching_hak",),
     "cake": ("cake_layers", "cake_adjust"),
     "curkv": ("cur",),
     "expected_attention": ("expected_attention",),

@@ -21,6 +21,7 @@ TESTED = {
         *("streamingllm", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
     "test_geometric": ("keydiff", "lagkv", "cur", "compactor", "vase_dkv"),
+    "test_fits": ("attention_matching_hak",),
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
     "test_latent": ("sals",),
@@ -34,7 +35,7 @@ TESTED = {
     "test_turboquant": ("turboquant_vllm",),
 }
 NOT_YET = (
-    "ams",
+    *("ams", "attention_matching_omp"),
     *("criticalkv", "finch"),
     "kvzip_end_to_end_plus",
     *("infinipotv_stream", "infinipotv", "effivlm_metrics"),

@@ -36,7 +36,7 @@ class ChunkTopK(Reader):
     reference: ClassVar[str] = "arXiv:2502.14051"
     summarises_newest: ClassVar[bool] = True
 
-    chunk: int = parameter(Integer(minimum=1), 3, help="consecutive entries that share a summary")
+    chunk: int = parameter(Integer(minimum=1, maximum=1024), 3, help="consecutive entries that share a summary")
     channels: float = parameter(Number(above=0, maximum=1), 0.586, help="r, as a share of the channels of a head")
     budget: int = parameter(Integer(minimum=1), 128, help="entries read, at most")
     dense_first: int = parameter(Integer(minimum=0), 0, help="layers at the start that read everything")
@@ -78,7 +78,8 @@ class ChunkTopK(Reader):
 
     def _queries(self, request: ReadRequest) -> Tensor:
         dtype = torch.promote_types(request.queries.dtype, torch.float32)
-        return request.queries.to(dtype).unflatten(1, (request.geometry.kv_heads, -1))
+        grouped: Tensor = request.queries.to(dtype).unflatten(1, (request.geometry.kv_heads, -1))
+        return grouped
 
     def _summaries(self, request: ReadRequest, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of all chunks, [B, K, chunks, D] each, up to that of the newest entry; zeros behind."""

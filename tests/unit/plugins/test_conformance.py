@@ -12,6 +12,7 @@ from kvpolicy_plugins.allocators.duo import Duo
 from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
+from kvpolicy_plugins.mergers.attention_matching import AttentionMatching
 from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
@@ -48,6 +49,10 @@ VARIANTS = (
     *(KeepKV(-1, key=key) for key in ("scale", "bias", "mean")),
     KeepKV(0.5, alpha=0, fallback="bias"),
     KeepKV(-1, estimate="window", window=3, key="additive", gqa="lstsq"),
+    AttentionMatching(ridge=0, bound=20, iterations=0),
+    AttentionMatching(queries=2),
+    Attention(5, softmax="candidates", reduce="rms", group="rms"),
+    Attention(5, reduce="max", group="max"),
     WindowFit("ward"),
     ChunkTopK(1, 1.0, 7),
     ChunkTopK(5, 0.1, 699, dense_first=1),

@@ -8,6 +8,7 @@ from kvpolicy.stages.registry.plugins import registry
 NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
+    "attention_matching": (1024, "never", 0, 64),
     "chunkkv": (1024, 128, 0, 32),
     "curkv": (1024, 128, 4, 0),
     "d2o": (1024, 1, 4, "25%"),
