@@ -8,11 +8,11 @@ from kvpolicy.stages.registry.plugins import registry
 NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "streaming_llm", "tova")
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
-    "attention_matching": (1024, "never", 0, 64),
+    "attention_matching": (1024, "never", 0, "6.25%"),
     "chunkkv": (1024, 128, 0, 32),
     "curkv": (1024, 128, 4, 0),
     "d2o": (1024, 1, 4, "25%"),
-    "duoattention": (1024, 128, 64, 256),
+    "duoattention": (1024, 128, "6.25%", "25%"),
     "fair": (1024, 128, 0, 32),
     "full": ("100%", 128, 0, 0),
     "gkv": (2048, 128, 0, 16),
@@ -57,8 +57,10 @@ def test_policy_says_what_it_is(name):
 def test_policy_has_the_sizes_of_its_paper(name):
     spec = read_policy(name)[0]
 
-    recent = spec.protect.recent if isinstance(spec.protect.recent, int) else spec.protect.recent.dump()
-    assert (spec.budget.dump(), spec.compress.every, spec.protect.sinks, recent) == BUDGETS[name]
+    protected = (
+        count if isinstance(count, int) else count.dump() for count in (spec.protect.sinks, spec.protect.recent)
+    )
+    assert (spec.budget.dump(), spec.compress.every, *protected) == BUDGETS[name]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,8 @@ def test_policy_has_the_sizes_of_its_paper(name):
         ("snapkv", (0, 32)),
         ("random", (0, 64)),
         ("vase_dkv", (4, 64)),
+        ("duoattention", (64, 256)),
+        ("attention_matching", (0, 64)),
     ],
 )
 def test_shares_come_to_the_sizes_of_the_published_code(name, protected):
