@@ -35,6 +35,7 @@ from kvpolicy_plugins.scorers.shared.pooling import Pool
 BUDGETS = st.one_of(
     st.integers(1, LARGEST),
     st.from_regex(r"([1-9][0-9]?(\.[0-9]{1,6})?|100|0\.[0-9]{0,5}[1-9]) ?%", fullmatch=True),
+    st.from_regex(r"[1-9][0-9]?(\.[0-9]{1,6})? ?% of generated", fullmatch=True),
     st.from_regex(r"[0-9]{1,9}(\.[0-9]{1,6})? ?(B|[KMG]i?B)", fullmatch=True),
 ).filter(Budget.parse)
 
@@ -131,6 +132,13 @@ def consistent(spec):
     observers = [*(one.scorer for one in spec.score), spec.merge]
     if spec.merge.reads_window and not any(one.needs().queries for one in observers):
         spec = attrs.evolve(spec, merge=plain["merge"])
+    if spec.allocate.divider.reads_window and not any(one.needs().queries for one in observers):
+        spec = attrs.evolve(spec, allocate=attrs.evolve(spec.allocate, joint=None, heads=plain["allocate.heads"]))
+    if spec.budget.generated is not None:
+        counts = {
+            key: count if isinstance(count := getattr(spec.protect, key), int) else 3 for key in ("sinks", "recent")
+        }
+        spec = attrs.evolve(spec, protect=attrs.evolve(spec.protect, prompt=True, **counts))
     if spec.store.joint and spec.allocate.divider.ragged:
         spec = attrs.evolve(spec, store=plain["store"])
     if spec.read.stores and spec.store.name not in spec.read.stores:
@@ -138,7 +146,7 @@ def consistent(spec):
     return spec
 
 
-_PLAIN = {"merge": "drop", "store": "plain", "read": "all"}
+_PLAIN = {"allocate.heads": "uniform", "merge": "drop", "store": "plain", "read": "all"}
 
 
 @given(specs())
