@@ -16,7 +16,7 @@ FOLDER = Path(os.environ.get("KVPOLICY_GOLDEN_DIR", Path(__file__).parent / "vec
 
 TESTED = {
     "test_eviction": (
-        *("rpc", "rkv_rounds", "rkv_similarity", "rkv", "decode_snapkv", "snapkv_ties", "snapkv", "tova", "knorm"),
+        *("rkv_rounds", "rkv_similarity", "rkv", "decode_snapkv", "snapkv_ties", "snapkv", "tova", "knorm"),
         *("pyramidkv_budgets", "pyramidkv_kept", "spec_pyramidkv", "h2o_decode", "h2o_prefill"),
         *("streamingllm", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
@@ -30,6 +30,7 @@ TESTED = {
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
     "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
     "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction"),
+    "test_rpc": ("rpc",),
     "test_reading": ("rocketkv_budgets", "rocketkv"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
     "test_turboquant": ("turboquant_vllm",),
