@@ -1,7 +1,9 @@
 """Entries per layer under the budget of a policy."""
 
+import math
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 import attrs
@@ -31,6 +33,8 @@ class Budgets:
     # by average and protected entries
     _divided: dict[tuple[int, int], _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
     _ahead: dict[int, _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
+    # by number of tokens and of protected ones
+    _on_top: dict[tuple[int, int], _PerLayer] = attrs.field(init=False, factory=dict, repr=False)
     _size_entries: list[int] = attrs.field(init=False, factory=list, repr=False)  # entries that fit a budget in bytes
     _warnings: list[str] = attrs.field(init=False, factory=list, repr=False)  # warnings given so far
 
@@ -65,12 +69,17 @@ class Budgets:
         return self.footprint.window_bytes + self.footprint.state_bytes
 
     def average(self, num_tokens: int) -> int:
-        """Entries per KV head, averaged over layers, for a sequence of `num_tokens` tokens."""
+        """Entries per KV head, averaged over layers, for a sequence of `num_tokens` tokens.
+
+        For a budget of what was generated, of a sequence without a prompt.
+        """
         budget = self.spec.budget
         if budget.tokens is not None:
             return budget.tokens
         if budget.size is not None:
             return self._size_entries[0]
+        if budget.generated is not None:
+            return self._with_generated(num_tokens, min(self.spec.protect.total, num_tokens))
         return max(self._share_of(num_tokens), self.spec.protect.total, 1)
 
     def protected(self, num_tokens: int) -> tuple[int, int]:
@@ -80,16 +89,28 @@ class Budgets:
         """
         return self.spec.protect.of(self.average(num_tokens))
 
+    def entries(self, ordinal: int, num_tokens: int, min_entries: int = 0) -> int:
+        """Entries per KV head that a managed layer may hold of a row of `num_tokens` tokens.
+
+        `min_entries` are those that are protected where that depends on the request, 0 where it does not.
+        """
+        if self.spec.budget.generated is not None:
+            return self._on_top_of(num_tokens, min_entries)[ordinal]
+        return max(self.per_layer(num_tokens)[ordinal], min_entries)
+
     def per_layer(self, num_tokens: int) -> _PerLayer:
-        """Entries per KV head of each managed layer, for a sequence of `num_tokens` tokens."""
+        """Entries per KV head of each managed layer, for a sequence of `num_tokens` tokens, without a request."""
         counts = self._allocated.get(num_tokens)
         return _remember(self._allocated, num_tokens, self._allocate(num_tokens)) if counts is None else counts
 
-    def ahead(self, num_tokens: int) -> _PerLayer:
+    def ahead(self, num_tokens: int, min_entries: int = 0) -> _PerLayer:
         """The larger counts of `per_layer` now and for twice as many tokens: a limit for the growth of storage.
 
-        For a budget that is a share of the tokens it is `per_layer` itself, so that memory stays close to the share.
+        For a budget that grows with the tokens it is the budget itself, so that memory stays close to the share.
+        `min_entries` as in `entries`.
         """
+        if self.spec.budget.generated is not None:
+            return self._on_top_of(num_tokens, min_entries)
         if self.spec.budget.share is not None:
             return self.per_layer(num_tokens)
         counts = self._ahead.get(num_tokens)
@@ -126,7 +147,7 @@ class Budgets:
     def _raised_by_spans(self, num_tokens: int, min_entries: int) -> str:
         """Why a sequence of `num_tokens` tokens holds more than its budget because of protected spans; empty if not."""
         average = min(self.average(num_tokens), num_tokens)
-        if min_entries <= average:
+        if min_entries <= average or self.spec.budget.generated is not None:
             return ""
         return (
             f"policy {self.spec.name}: the budget of {num_tokens} tokens is {average} entries, but "
@@ -148,8 +169,26 @@ class Budgets:
         share = self.spec.budget.share
         return num_tokens if share is None else num_tokens * share.numerator // share.denominator
 
+    def _with_generated(self, num_tokens: int, protected: int) -> int:
+        """The protected tokens, and the budget's share of the others, rounded up."""
+        share = self.spec.budget.generated or Fraction(0)
+        return protected + math.ceil(share * (num_tokens - protected))
+
+    def _on_top_of(self, num_tokens: int, min_entries: int) -> _PerLayer:
+        """Entries of each layer of a row, for a budget of what was generated."""
+        counts = self._on_top.get((num_tokens, min_entries))
+        if counts is None:
+            average = self._with_generated(num_tokens, min_entries)
+            counts = self._shares(average, min_entries, num_tokens)
+            _remember(self._on_top, (num_tokens, min_entries), counts)
+        return counts
+
     def _allocate(self, num_tokens: int) -> _PerLayer:
-        average, protected = min(self.average(num_tokens), num_tokens), min(sum(self.protected(num_tokens)), num_tokens)
+        protected = min(sum(self.protected(num_tokens)), num_tokens)
+        return self._shares(min(self.average(num_tokens), num_tokens), protected, num_tokens)
+
+    def _shares(self, average: int, protected: int, num_tokens: int) -> _PerLayer:
+        """Entries of each layer, `average` per layer, of `num_tokens` tokens of which so many are `protected`."""
         if average == num_tokens:  # every layer holds all tokens
             return (num_tokens,) * self.geometry.layers
         if self.spec.allocate.layers.follows_length:

@@ -127,13 +127,16 @@ class Plan:
         """False when the policy is for prompts only (`every: never`), and when it keeps everything."""
         return self.spec.compress.every != NEVER and not self.budgets.keeps_everything
 
-    def capacity(self, ordinal: int, seen: int) -> int:
-        """Slots per KV head up to which the managed layer number `ordinal` may grow: its budget and the slack."""
+    def capacity(self, ordinal: int, seen: int, min_entries: int = 0) -> int:
+        """Slots per KV head up to which the managed layer number `ordinal` may grow: its budget and the slack.
+
+        `min_entries` are those that spans of the request protect.
+        """
         if not self.compresses_while_decoding:
             return sys.maxsize
-        if self.compresses_jointly:  # one layer may get the share of others
-            return sum(self.budgets.ahead(seen)) + self.budgets.slack
-        return self.budgets.ahead(seen)[ordinal] + self.budgets.slack
+        ahead = self.budgets.ahead(seen, min_entries)
+        entries = sum(ahead) if self.compresses_jointly else ahead[ordinal]  # one layer may get the share of others
+        return max(entries, min_entries) + self.budgets.slack
 
 
 def compile_policy(
@@ -194,6 +197,7 @@ def _check_declared(spec: PolicySpec) -> None:
         (spec.select, ("best",)),
         (spec.merge, ("moves_only", "votes", "reads_window")),
         (spec.store, ("joint", "calibrated")),
+        (spec.read, ("summarises_newest",)),
     ):
         for name in names:
             flag_of(plugin, name)

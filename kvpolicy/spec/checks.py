@@ -10,6 +10,7 @@ from kvpolicy.stages.registry.plugins import registry
 def check(spec: PolicySpec, root: Item, problems: Problems) -> None:
     """Add violated rules of `spec` to `problems`; `root` has the positions of its keys."""
     _check_budget_covers_protected(spec, root, problems)
+    _check_generated_is_known(spec, root, problems)
     _check_queries_are_observed(spec, root, problems)
     _check_store_suits_heads(spec, root, problems)
     _check_reader_has_its_store(spec, root, problems)
@@ -22,6 +23,19 @@ def _check_budget_covers_protected(spec: PolicySpec, root: Item, problems: Probl
         position = dict(root.mapping())["budget"].position
         message = f"must be >= protect.sinks + protect.recent, {protected} entries in all: {tokens}"
         problems.add(position, "budget", message)
+
+
+def _check_generated_is_known(spec: PolicySpec, root: Item, problems: Problems) -> None:
+    """A budget of what was generated comes on top of the prompt, and says nothing of shares of itself."""
+    if spec.budget.generated is None:
+        return
+    if not spec.protect.prompt:
+        message = f"needs protect: {{prompt: true}}, as it comes on top of the prompt: {spec.budget}"
+        problems.add(_position(root, "budget"), "budget", message)
+    for key in ("sinks", "recent"):
+        if not isinstance(getattr(spec.protect, key), int):
+            message = f"must be a number of tokens beside a budget that comes on top of it, {spec.budget}"
+            problems.add(_position(root, "protect"), f"protect.{key}", f"{message}: {getattr(spec.protect, key)}")
 
 
 def _check_queries_are_observed(spec: PolicySpec, root: Item, problems: Problems) -> None:

@@ -52,12 +52,13 @@ class BudgetRule(Rule):
         return Budget.parse(value) or value
 
     def schema(self) -> dict[str, Any]:
-        text = {"type": "string", "pattern": r"^\d+(\.\d+)? ?(%|B|[KMG]i?B)$"}
+        text = {"type": "string", "pattern": r"^\d+(\.\d+)? ?(%|% of generated|B|[KMG]i?B)$"}
         return {"anyOf": [{"type": "integer", "minimum": 1, "maximum": LARGEST}, text]}
 
     def __str__(self) -> str:
         return (
-            f'a number of tokens from 1 to {LARGEST}, a share such as "10%", or a size such as "2GiB", up to 2^60 bytes'
+            f'a number of tokens from 1 to {LARGEST}, a share such as "10%" or "25% of generated", or a size such as '
+            '"2GiB", up to 2^60 bytes'
         )
 
 

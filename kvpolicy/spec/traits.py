@@ -11,6 +11,7 @@ SAVES = {
     "merged entries": "Fewer entries, into which evicted ones are merged",
     "bits": "Fewer bits",
     "entries and bits": "Fewer entries and fewer bits",
+    "entries and reads": "Fewer entries, and fewer reads of these",
     "reads": "Fewer reads of entries that are all kept",
 }
 _PLAIN, _READ_ALL = "plain", "all"
@@ -20,7 +21,7 @@ def saves(spec: PolicySpec) -> str:
     """One of `SAVES`."""
     evicts, packs = spec.budget.share != 1, spec.store.name != _PLAIN
     if spec.read.name != _READ_ALL:
-        return "reads"
+        return "entries and reads" if evicts else "reads"
     if evicts and packs:
         return "entries and bits"
     if packs:

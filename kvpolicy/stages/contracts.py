@@ -30,6 +30,14 @@ class Plugin(abc.ABC):
         """Whether it must know something that is measured on a model before: codecs, scorers and allocators may."""
         return False
 
+    def probes(self, tokens: Tensor) -> Tensor:
+        """The tokens that `calibrate` sees the model on, int64 [S, T], made of the `tokens` [S, T] of a text.
+
+        By default the text itself. A plugin that measures how a model recalls something can repeat spans of the rows;
+        nobody here knows a tokenizer. Deterministic: the same text gives the same tokens.
+        """
+        return tokens
+
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """Per layer, what it will find in `site.calibration` (a codec) or `view.calibration`; deterministic."""
         return [{} for _ in samples]
@@ -184,7 +192,8 @@ class Allocator(ViewPlugin):
     def statistics(self, view: View) -> Tensor | None:  # noqa: ARG002 the default needs nothing else
         """What it must know of each head of a layer beside scores, float32 [B, K]; None = nothing.
 
-        Asked before it allocates, while keys and values can still be looked at. Not asked of layer allocators.
+        Asked before it allocates, while keys and values can still be looked at. What it was calibrated with is in
+        `view.calibration`. Not asked of layer allocators.
         """
         return None
 
@@ -316,6 +325,9 @@ class ReadRequest:
     packed_lengths: Tensor | None = None  # [B, K] int64, the oldest slots that are packed; None = none is
     packed: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the keys, [B, K or 1, groups, *shape]
     pages: Mapping[str, Tensor] = attrs.field(factory=dict)  # columns of the reader's own, [B, K, pages, *shape]
+    # Where `summarises_newest`: columns of the page of each head's newest entry, [B, K, 1, *shape].
+    newest_page: Mapping[str, Tensor] = attrs.field(factory=dict)
+    scaling: float | None = None  # the attention module's own factor on q·k; None = 1 / sqrt(D)
 
 
 class Reader(Plugin):
@@ -323,6 +335,9 @@ class Reader(Plugin):
 
     stage = "read"
     stores: ClassVar[tuple[str, ...]] = ()  # the codecs that it can read; empty = any
+    # Whether it looks at the page of the newest entry, too, complete or not: it is then made for each step, with the
+    # newest key in all of its free places.
+    summarises_newest: ClassVar[bool] = False
 
     def pages(self, site: Site) -> Format | None:  # noqa: ARG002 the default keeps none
         """What is kept per page of `group_size` consecutive keys; None = nothing. Only its `encode` is used.

@@ -46,12 +46,12 @@ class Site:
 
 @attrs.frozen(eq=False)
 class Sample:
-    """One layer of a model on calibration text: S sequences of T tokens at positions 0 to T - 1."""
+    """One layer of a model on calibration text, or on what `Plugin.probes` made of it: S sequences of T tokens."""
 
     geometry: Geometry
     scaling: float  # the attention module's own factor on q·k
     rotary: Rotary | None
-    queries: Tensor  # [S, H, T, D] post-RoPE
+    queries: Tensor  # [S, H, T, D] post-RoPE, at positions 0 to T - 1
     keys: Tensor  # [S, K, T, D] post-RoPE
     values: Tensor  # [S, K, T, D]
 

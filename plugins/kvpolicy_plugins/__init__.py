@@ -3,8 +3,11 @@
 from kvpolicy.stages import Plugin, hookimpl
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.cake import Cake
+from kvpolicy_plugins.allocators.duo import Duo
 from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
+from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
+from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.codecs.fp8 import Fp8
@@ -14,6 +17,7 @@ from kvpolicy_plugins.codecs.plain import Plain
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.tada import Tada
 from kvpolicy_plugins.codecs.turboquant import TurboQuant
+from kvpolicy_plugins.mergers.attention_matching import AttentionMatching
 from kvpolicy_plugins.mergers.cam import CaM
 from kvpolicy_plugins.mergers.d2o import D2O
 from kvpolicy_plugins.mergers.drop import Drop
@@ -24,6 +28,7 @@ from kvpolicy_plugins.mergers.tome import ToMe
 from kvpolicy_plugins.mergers.weighted import Weighted
 from kvpolicy_plugins.mergers.weightedkv import WeightedKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
+from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
 from kvpolicy_plugins.readers.everything import Everything
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
@@ -74,7 +79,10 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Adaptive,
     UniformHeads,
     Cake,
+    Duo,
     GlobalRanking,
+    HeadKV,
+    SurfaceLogic,
     Chunks,
     Critical,
     Fair,
@@ -83,6 +91,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Sample,
     TopK,
     Whitelist,
+    AttentionMatching,
     CaM,
     D2O,
     Drop,
@@ -100,6 +109,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Rotation,
     Tada,
     TurboQuant,
+    ChunkTopK,
     Everything,
     LatentTopK,
     Pages,

@@ -10,7 +10,8 @@ from kvpolicy.errors import CacheError
 from kvpolicy_plugins.codecs.kivi import PerChannel, PerToken
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage
-from kvpolicy_plugins.readers.pages import Bounds, Pages
+from kvpolicy_plugins.readers.pages import Pages
+from kvpolicy_plugins.readers.shared.page_bounds import Bounds
 from tests.faults.test_memory_runs_out import RunsOut
 from tests.faults.test_stages_raise import ERRORS, Failing, steps
 from tests.property.test_packed_layers import entries, plan_of

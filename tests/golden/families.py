@@ -21,22 +21,25 @@ TESTED = {
         *("streamingllm", "finch", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
     "test_geometric": ("keydiff", "lagkv", "cur", "compactor", "vase_dkv"),
+    "test_fits": ("attention_matching_hak",),
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
     "test_output_projection": ("criticalkv",),
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
     "test_latent": ("sals",),
     "test_layer_budgets": ("cake_layers", "cake_adjust"),
+    "test_head_budgets": ("headkv_budgets", "head_budgets"),
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
     "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
     "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction", "ams", "kvcrush_anchors"),
+    "test_rpc": ("rpc",),
+    "test_reading": ("rocketkv_budgets", "rocketkv"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
     "test_turboquant": ("turboquant_vllm",),
 }
 NOT_YET = (
-    *("headkv_budgets", "rpc"),
+    "attention_matching_omp",
     "kvzip_end_to_end_plus",
-    *("head_budgets", "infinipotv_stream"),
-    *("infinipotv", "effivlm_metrics"),
+    *("infinipotv_stream", "infinipotv", "effivlm_metrics"),
 )
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous
 

@@ -92,12 +92,14 @@ def test_every_shipped_policy_keeps_exactly_any_budget(name):
     shares = (
         () if kvpolicy.load(name).spec.protect.prompt else ("40%",)
     )  # a prompt is more than its own share, which is said
+    # A budget of what is generated goes with a number of recent tokens, which comes on top of the prompt.
+    fixed = {} if kvpolicy.load(name).spec.budget.generated is None else {"protect": {"prompt": True, "recent": 8}}
     for budget in (32, 33, 57, *shares, "1MiB"):
-        policy = kvpolicy.load(name, budget=budget)
+        policy = kvpolicy.load(name, budget=budget, **fixed)
         parts = [tokens]
         if not policy.spec.compress.prefill:  # a short prompt, a turn, and a token that is decoded
             policy, parts = (
-                kvpolicy.load(name, budget=budget, compress={"prefill": False, "every": 3}),
+                kvpolicy.load(name, budget=budget, compress={"prefill": False, "every": 3}, **fixed),
                 tokens.split((20, 79, 1), 1),
             )
         if policy.spec.calibrated and calibration is None:

@@ -69,6 +69,19 @@ class Method:
         """Entries that a KV head of a layer may hold, once a row has had so many tokens."""
         return min(self.budget, tokens)
 
+    def allowed(self, heads: list[Head], layers: int, tokens: int) -> int:
+        """Entries that the KV heads of a row may hold on average, once it has had so many tokens."""
+        return self.entries(heads[0].layer, layers, tokens)
+
+    def due(self, heads: list[Head], allowed: int, *, decoding: bool) -> bool:
+        """Whether the heads of a row hold too much after a forward."""
+        held = sum(len(head.entries) for head in heads) / len(heads)
+        return held > (allowed + self.every - 1 if decoding else allowed) and (decoding or self.prefill)
+
+    def attended(self, head: Head, queries: Sequence[tuple[int, np.ndarray]], *, decoding: bool) -> np.ndarray:
+        """Logits [q, G, T] of the queries of a forward; -inf where a query does not look."""
+        return head.logits(queries)
+
     prefill = True  # whether prompts and turns are compressed, too
 
     competing = False  # whether `shares` is told the scores of all layers, when a forward is over
@@ -145,7 +158,7 @@ class Simulation:
             ]
             if not queries:
                 continue
-            probabilities = softmax(head.logits(queries))
+            probabilities = softmax(self.method.attended(head, queries, decoding=query.shape[1] == 1))
             values = np.stack([entry.value for entry in head.entries])
             output[np.array(columns) - first, own] = probabilities @ values
             head.window = (head.window + queries)[-self.method.queries :]
@@ -155,9 +168,8 @@ class Simulation:
     def _evict(self, layers: list[int], row: int, *, decoding: bool) -> None:
         """Of layers that share what they may hold: one, or all of them."""
         method, heads = self.method, [head for layer in layers for head in self.heads[layer, row]]
-        allowed = method.entries(layers[0], self.layers, self.tokens[layers[0], row])
-        held = sum(len(head.entries) for head in heads) / len(heads)
-        if held <= (allowed + method.every - 1 if decoding else allowed) or not (decoding or method.prefill):
+        allowed = method.allowed(heads, self.layers, self.tokens[layers[0], row])
+        if not method.due(heads, allowed, decoding=decoding):
             return
         scores = method.scores(heads)
         shares = method.shares(scores, allowed - len(heads[0].entries) + len(method.candidates(heads[0])))

@@ -36,6 +36,7 @@ from tests.support.examples import examples
 BUDGETS = st.one_of(
     st.integers(1, LARGEST),
     st.from_regex(r"([1-9][0-9]?(\.[0-9]{1,6})?|100|0\.[0-9]{0,5}[1-9]) ?%", fullmatch=True),
+    st.from_regex(r"[1-9][0-9]?(\.[0-9]{1,6})? ?% of generated", fullmatch=True),
     st.from_regex(r"[0-9]{1,9}(\.[0-9]{1,6})? ?(B|[KMG]i?B)", fullmatch=True),
 ).filter(Budget.parse)
 
@@ -133,7 +134,12 @@ def consistent(spec):
         if spec.merge.reads_window:
             spec = attrs.evolve(spec, merge=plain["merge"])
         if spec.allocate.divider.reads_window:
-            spec = attrs.evolve(spec, allocate=attrs.evolve(spec.allocate, joint=None))
+            spec = attrs.evolve(spec, allocate=attrs.evolve(spec.allocate, joint=None, heads=plain["allocate.heads"]))
+    if spec.budget.generated is not None:
+        counts = {
+            key: count if isinstance(count := getattr(spec.protect, key), int) else 3 for key in ("sinks", "recent")
+        }
+        spec = attrs.evolve(spec, protect=attrs.evolve(spec.protect, prompt=True, **counts))
     if spec.store.joint and spec.allocate.divider.ragged:
         spec = attrs.evolve(spec, store=plain["store"])
     if spec.read.stores and spec.store.name not in spec.read.stores:
@@ -141,7 +147,7 @@ def consistent(spec):
     return spec
 
 
-_PLAIN = {"merge": "drop", "store": "plain", "read": "all"}
+_PLAIN = {"allocate.heads": "uniform", "merge": "drop", "store": "plain", "read": "all"}
 
 
 @given(specs())

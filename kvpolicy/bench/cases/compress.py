@@ -119,7 +119,7 @@ def _shape(setup: CompressSetup, plan: Plan) -> dict[str, int | str]:
         "kv_heads": setup.shape.kv_heads,
         "head_dim": setup.shape.head_dim,
         "window": max(plan.needs.queries, 1),
-        "budget": plan.budgets.average(2**62) if plan.spec.budget.share is None else str(plan.spec.budget),
+        "budget": str(plan.spec.budget) if plan.spec.budget.grows else plan.budgets.average(2**62),
         "dtype": str(setup.dtype).removeprefix("torch."),
         "keys": setup.keys,
         "kernels": str(not plan.fusion.off),

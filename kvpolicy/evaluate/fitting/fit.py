@@ -61,7 +61,7 @@ def fit(
     `lambda policy: policy.calibrate(model, tokens)`.
 
     Raises ParameterError for a `share` or `length` that is none, EvaluationError when it leaves no room for an entry,
-    or when the policy leaves prompts as they are (`compress: {prefill: false}`), which no budget makes smaller, and
+    or when the policy leaves prompts as they are (`compress: {prefill: false}`, or a budget of what is generated), and
     what `Policy.compile` raises when the policy cannot be used with the model.
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
@@ -78,7 +78,7 @@ def fit_calibrated(
     nominal = int(length * share)
     if keeps_everything(policy.spec):
         return Policy(_whole(policy.spec, length, nominal, layers), policy.origin)
-    if not policy.spec.compress.prefill:
+    if not policy.spec.compress.prefill or policy.spec.budget.generated is not None:
         raise EvaluationError(f"{policy.name}: leaves prompts as they are, so it has no size for a share of the bytes")
     spec = _observing_and_packing(policy.spec, max(1, nominal))
     plan = Policy(spec).compile(model, calibration=calibrate(Policy(spec)))

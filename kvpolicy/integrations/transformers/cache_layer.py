@@ -350,8 +350,8 @@ class PolicyLayer(LogicalLayer):
 
     def budget(self, rows: Sequence[int]) -> list[int]:
         """Entries per KV head that each of the rows may keep."""
-        least = self.min_entries(self.num_tokens)
-        return [max(self.plan.budgets.per_layer(self.num_tokens[row])[self.ordinal], least[row]) for row in rows]
+        least, entries = self.min_entries(self.num_tokens), self.plan.budgets.entries
+        return [entries(self.ordinal, self.num_tokens[row], least[row]) for row in rows]
 
     def min_entries(self, num_tokens: Sequence[int]) -> list[int]:
         """Entries per KV head that each row must keep because the policy protects spans of it; 0 where it does not."""
@@ -382,10 +382,8 @@ class PolicyLayer(LogicalLayer):
         return self._limit_at(max(self.seq_len, 1))
 
     def _limit_at(self, seq_len: int) -> int:
-        capacity = self.plan.capacity(self.ordinal, seq_len)
-        if not self._protects_spans:
-            return capacity
-        return max(capacity, max(self.min_entries(self.num_tokens), default=0) + self.plan.budgets.slack)
+        least = max(self.min_entries(self.num_tokens), default=0) if self._protects_spans else 0
+        return self.plan.capacity(self.ordinal, seq_len, least)
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
         beside = [*index, *self.row_state.values(), *self.recording.tensors, *self.stats.tensors]
@@ -507,6 +505,12 @@ class PolicyLayer(LogicalLayer):
             raise UnsupportedCallError(
                 f"allocate.joint: {name} compresses all layers at once, and candidates of assisted decoding are taken "
                 "layer by layer: decode without an assistant"
+            )
+
+        if self.plan.spec.budget.generated is not None:
+            raise UnsupportedCallError(
+                f"budget: {self.plan.spec.budget} counts tokens that candidates of assisted decoding may take back: "
+                "decode without an assistant"
             )
 
     def record(self) -> None:

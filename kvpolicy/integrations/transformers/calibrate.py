@@ -19,14 +19,15 @@ from kvpolicy.plan.plan import READ_ALL, compile_policy
 from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.dump import calibrated_digest
 from kvpolicy.spec.policy import NEVER, Allocate, Compress, PolicySpec, Protect, Weighted
-from kvpolicy.stages import Needs, Sample
+from kvpolicy.stages import Needs, Plugin, Sample
+from kvpolicy.stages.checking.returned import check_tensor
 from kvpolicy.stages.registry.hooks import PROJECT
 from kvpolicy.stages.registry.plugins import registry
 
 
 @torch.inference_mode()
 def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calibration:
-    """What plugins of the policy measure on tokens [S, T], of which none is a pad.
+    """What plugins of the policy measure on tokens [S, T], of which none is a pad, or on what they make of these.
 
     Raises CalibrationError when none of them needs it, or one cannot be calibrated on this model.
     """
@@ -34,16 +35,26 @@ def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calib
         raise CalibrationError(f"policy {spec.name} needs no calibration")
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise CalibrationError(f"must be given tokens [sequences, length >= 2]: {tuple(tokens.shape)}")
-    samples = list(_samples(spec, model, tokens))
-    layers: list[dict[str, Tensor]] = [{} for _ in samples]
+    layers: list[dict[str, Tensor]] = [{} for _ in geometry_of(model.config).managed]
+    read: Tensor | None = None
+    samples: list[Sample] = []
     for key, plugin in spec.calibrated.items():
         try:
+            probes = _probes(plugin, tokens)
+            if read is None or not torch.equal(probes, read):
+                read, samples = probes, list(_samples(spec, model, probes))
             measured = plugin.calibrate(samples)
         except ParameterError as error:
             raise CalibrationError(f"policy {spec.name}: {key} {plugin.name}: {error}") from error
         for layer, tensors in zip(layers, measured, strict=True):
             layer.update({f"{key}.{name}": tensor.cpu() for name, tensor in tensors.items()})
     return Calibration(tuple(layers), calibrated_digest(spec), model_digest(model))
+
+
+def _probes(plugin: Plugin, tokens: Tensor) -> Tensor:
+    """The tokens that a plugin is calibrated on, checked."""
+    probes = plugin.probes(tokens)
+    return check_tensor(plugin, probes, dict(zip("ST", tokens.shape, strict=True)), tokens.dtype, tokens.device)
 
 
 def _samples(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Iterator[Sample]:

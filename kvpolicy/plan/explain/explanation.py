@@ -16,6 +16,7 @@ from kvpolicy.spec.dump import digest
 from kvpolicy.stages import Geometry
 
 LENGTH = 8192
+_ALL_GENERATED = "all of them generated: a prompt is held whole, and its tokens do not count for the budget"
 
 
 @attrs.frozen
@@ -43,6 +44,7 @@ class Explanation:
     competing: bool  # whether layers compete: each then gets more or less than its budget, which is an average
     whole_prompt: bool  # whether all layers hold all of a prompt before any of them is compressed
     raised: str  # why more is held than a share of the tokens says; empty when it is not
+    assumed: str  # what of the sequence the budget depends on, beside its length; empty when on nothing
     columns: dict[str, float]  # bytes that one more entry of one KV head takes, averaged over layers, by column
     unfused: str  # why no kernels run at all; empty when they do
     rates: Device | None  # of the device that floors are for
@@ -85,7 +87,7 @@ class Explanation:
         sizes = always | {name: count for name, count in some.items() if count} | {"held in all": self.total_bytes}
         layers = [(share.layer, share.budget, share.capacity) for share in self.layers]
         return Group(
-            Text(f"{head}\n{self.raised}" if self.raised else head),
+            Text("\n".join(filter(None, (head, self.assumed, self.raised)))),
             memory_table(sizes, self.full_bytes, self.columns, evicts=self.evicts, whole_prompt=self.whole_prompt),
             budgets_table(layers, *self.protected, competing=self.competing),
             steps_table(self.steps, self.moved_bytes, self.unfused, self.rates),
@@ -119,6 +121,7 @@ def explain(plan: Plan, length: int = LENGTH, rates: Device | None = None) -> Ex
         layers=tuple(map(LayerShare, plan.geometry.managed, budgets.per_layer(length), capacities)),
         protected=budgets.protected(length),
         raised=budgets.raised(length),
+        assumed="" if plan.spec.budget.generated is None else _ALL_GENERATED,
         competing=plan.compresses_jointly,
         whole_prompt=plan.spec.compress.prefill and (plan.compresses_jointly or bool(plan.passes)),
         columns=footprint.per_entry(),

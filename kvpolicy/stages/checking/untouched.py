@@ -83,7 +83,8 @@ def tensors_of_request(request: ReadRequest) -> dict[str, Tensor]:
     tensors = {name: getattr(request, name) for name in ("queries", "query_positions", "positions", "packed_lengths")}
     columns = {f"{name} of the keys": column for name, column in request.packed.items()}
     pages = {f"{name} of the pages": column for name, column in request.pages.items()}
-    return {name: tensor for name, tensor in (tensors | columns | pages).items() if tensor is not None}
+    newest = {f"{name} of the newest page": column for name, column in request.newest_page.items()}
+    return {name: tensor for name, tensor in (tensors | columns | pages | newest).items() if tensor is not None}
 
 
 def _write_count(tensor: Tensor) -> int:

@@ -11,8 +11,9 @@ from torch import Tensor
 from kvpolicy.stages.checking.returned import check_tensor, contract_error
 from kvpolicy.stages.checking.untouched import tensors_of, untouched
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import rows_of, sample_view
+from kvpolicy.stages.conformance.samples import calibration_sample, rows_of, sample_view
 from kvpolicy.stages.contracts import AllocationRequest, Allocator, JointAllocator, LayerAllocator
+from kvpolicy.stages.view import View
 
 
 def spends_the_whole_budget(allocator: Allocator, _promises: Promises) -> None:
@@ -82,7 +83,7 @@ def keeps_layers_apart(allocator: Allocator, _promises: Promises) -> None:
 
 
 def gives_statistics_of_every_head(allocator: Allocator, _promises: Promises) -> None:
-    view = sample_view(allocator)
+    view = _shown(allocator)
     with untouched(allocator, tensors_of(view)):
         numbers = allocator.statistics(view)
     if numbers is not None:
@@ -151,13 +152,19 @@ def _build_request(
     """An allocation request; it has scores only if the allocator declares that it reads them."""
     won = _owners_of_all(layers) if isinstance(allocator, JointAllocator) else _owners_in_each(layers)
     request = AllocationRequest(room, total, protected, tokens, won)
-    if allocator.statistics(sample_view(allocator)) is not None:
+    if allocator.statistics(_shown(allocator)) is not None:
         statistics = torch.arange(1, room.numel() + 1, dtype=torch.float32).reshape(room.shape).sin().square()
         request = attrs.evolve(request, statistics=statistics)
     if not allocator.reads_scores:
         return request
     scores, candidates = zip(*layers, strict=True)
     return attrs.evolve(request, scores=scores, candidates=candidates)
+
+
+def _shown(allocator: Allocator) -> View:
+    """A layer, with what the allocator needs and is calibrated with."""
+    calibration = allocator.calibrate([calibration_sample(0)])[0] if allocator.calibrated else {}
+    return attrs.evolve(sample_view(allocator), calibration=calibration)
 
 
 def _owners_in_each(layers: _Layers) -> Callable[[Tensor], Tensor]:

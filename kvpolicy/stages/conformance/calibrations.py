@@ -6,7 +6,7 @@ import attrs
 import torch
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages.checking.returned import contract_error
+from kvpolicy.stages.checking.returned import check_tensor, contract_error
 from kvpolicy.stages.checking.untouched import untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import calibration_sample, expect_close
@@ -52,4 +52,19 @@ def checks_its_calibration(plugin: Plugin, _promises: Promises) -> None:
                 raise contract_error(plugin, f"accepts a calibration whose {name!r} is NaN")
 
 
-CHECKS = (measures_every_layer_alike, checks_its_calibration)
+def makes_probes_of_the_text(plugin: Plugin, _promises: Promises) -> None:
+    """Of texts of any length, as many tokens, and none that the text does not have."""
+    if not plugin.calibrated:
+        return
+    for rows, length in ((1, 2), (3, 5), (4, 64)):
+        text = (torch.arange(rows * length) * 7).reshape(rows, length)
+        with untouched(plugin, {"tokens": text}):
+            probes = plugin.probes(text)
+        check_tensor(plugin, probes, {"rows": rows, "tokens": length}, torch.int64, text.device)
+        if not torch.equal(plugin.probes(text), probes):
+            raise contract_error(plugin, "makes other probes of a text the second time")
+        if not torch.isin(probes, text).all():
+            raise contract_error(plugin, "makes probes with tokens that are not in the text")
+
+
+CHECKS = (makes_probes_of_the_text, measures_every_layer_alike, checks_its_calibration)

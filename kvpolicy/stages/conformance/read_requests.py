@@ -12,6 +12,7 @@ from kvpolicy.stages.formats import AsIs, Format, Sample, Site
 from kvpolicy.stages.geometry import Geometry
 from kvpolicy.stages.registry.plugins import registry
 from kvpolicy.stages.rotary import Rotary
+from kvpolicy.stages.slots import take
 
 GEOMETRY = Geometry(managed=tuple(range(8)), query_heads=4, kv_heads=2, head_dim=64)
 MIDDLE = 4  # a layer in the middle: readers may read the first and the last layers in full
@@ -45,6 +46,7 @@ def _request(reader: Reader, junk: float, dtype: torch.dtype, layer: int) -> Rea
         packed_lengths=packed_lengths if longest else None,
         packed=key_format.encode(keys[:, :, :longest], positions[:, :, :longest]) if longest else {},
         pages={} if pages is None else complete_groups(pages, keys, positions),
+        newest_page={} if pages is None else newest_group(pages, keys, lengths),
     )
 
 
@@ -82,6 +84,13 @@ def complete_groups(page_format: Format, keys: Tensor, positions: Tensor) -> dic
     return page_format.encode(keys[:, :, :length], positions[:, :, :length])
 
 
+def newest_group(page_format: Format, keys: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """The columns of the group of each head's newest entry, which stands in all of its free places."""
+    size, newest = page_format.group_size, lengths[..., None] - 1
+    slots = (newest // size * size + torch.arange(size)).minimum(newest).clamp(min=0)
+    return page_format.encode(take(keys, slots), slots)
+
+
 def _normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
@@ -100,4 +109,5 @@ def row_alone(request: ReadRequest, row: int) -> ReadRequest:
         packed_lengths=None if request.packed_lengths is None else request.packed_lengths[[row]],
         packed={name: column[[row], :, :groups] for name, column in request.packed.items()},
         pages={name: column[[row]] for name, column in request.pages.items()},
+        newest_page={name: column[[row]] for name, column in request.newest_page.items()},
     )

@@ -12,7 +12,14 @@ from kvpolicy.stages.contracts import STAGES, Plugin, Scorer
 from kvpolicy.stages.parameters import Nested, Plugged, Rule
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,59}", re.ASCII)
-_FLAGS = ("ragged", "best", "moves_only", "votes", "reads_window")  # attributes or properties of a plugin class
+_FLAGS = (
+    "ragged",
+    "best",
+    "moves_only",
+    "votes",
+    "reads_window",
+    "summarises_newest",
+)  # attributes or properties of a plugin class
 _RESERVED = {"use"}  # a key of the same mapping as the parameters in a policy file
 _RESERVED_IN_SCORERS = _RESERVED | {"weight", "normalise"}  # and the keys of a term of the score
 

@@ -17,30 +17,11 @@ from kvpolicy_plugins.mergers.shared.merge_groups import (
     nearest,
     nearest_by,
     sum_by_target,
-    to_float,
 )
+from kvpolicy_plugins.mergers.shared.window_logits import WindowLogits, window_of
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL
 
 _SLACK = 1e-4  # tolerance, so that rounding does not separate equal attention
-
-
-@attrs.frozen(eq=False)
-class WindowLogits:
-    """Queries and logits of the observation window."""
-
-    queries: Tensor  # [B, K, G, W, D], scaled; zeros for queries that a row has not had
-    logits: Tensor  # [B, K, G, W, T], votes included, -inf where a query does not see an entry
-    query_positions: Tensor  # int [B, W]; -1 = the row has not had this query
-
-    def probabilities(self) -> Tensor:
-        """[B, K, G, W, T]; zeros for a query that sees no entry."""
-        return (self.logits - self.log_total).exp_()
-
-    @property
-    def log_total(self) -> Tensor:
-        """Log-sum-exp [B, K, G, W, 1] over the entries; 0 for a query that sees no entry."""
-        total = self.logits.logsumexp(-1, keepdim=True)
-        return total.masked_fill(total == -torch.inf, 0.0)
 
 
 @attrs.frozen(eq=False)
@@ -50,16 +31,6 @@ class Fitted:
     keys: Tensor  # [B, K, N, D]
     values: Tensor  # [B, K, N, Dv]
     log_votes: Tensor  # [B, K, N]
-
-
-def window_of(view: View, count: int = 0) -> WindowLogits:
-    """The last `count` queries of a view, or all of them for 0."""
-    precise, query_positions = to_float(view.keys).dtype, view.window_positions[:, -count:]
-    query_exists = (query_positions >= 0)[:, None, None, :, None]
-    visible = query_exists & (view.positions[:, :, None, None] <= query_positions[:, None, None, :, None])
-    queries = view.window[:, :, -count:].to(precise).unflatten(1, (view.keys.shape[1], -1)) * view.scaling
-    logits = view.logits[..., -count:, :].to(precise).masked_fill(~visible, -torch.inf)
-    return WindowLogits(queries.masked_fill(~query_exists, 0.0), logits, query_positions)
 
 
 def fit(

@@ -1,6 +1,5 @@
 """Reader `pages`: attends to the pages with the highest bounds on q·k."""
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import attrs
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Column, Format, Integer, Reader, ReadRequest, Site, parameter
+from kvpolicy.stages import Format, Integer, Reader, ReadRequest, Site, parameter
+from kvpolicy_plugins.readers.shared.page_bounds import Bounds
 from kvpolicy_plugins.readers.shared.top_slots import top_slots
 from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
 
@@ -69,25 +69,3 @@ class Pages(Reader):
         slots = slots.masked_fill(pages[..., None] < 0, unused).flatten(2)
         slots = slots.masked_fill(slots >= lengths, unused).sort(-1).values[..., : self.budget]
         return slots.masked_fill(slots == unused, -1)
-
-
-@attrs.frozen(eq=False)
-class Bounds(Format):
-    """Minimum and maximum of each channel of a page's keys."""
-
-    dim: int  # D
-    dtype: torch.dtype  # of the model's own keys
-    group_size: int
-    step: int
-    columns: Mapping[str, Column] = attrs.field(init=False)
-
-    @columns.default
-    def _columns(self) -> dict[str, Column]:
-        return {name: Column((self.dim,), self.dtype) for name in ("minimum", "maximum")}
-
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 bounds have no position
-        keys = vectors.unflatten(2, (-1, self.group_size))
-        return {"minimum": keys.amin(3), "maximum": keys.amax(3)}
-
-    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        raise NotImplementedError("the keys of a page cannot be decoded from its bounds")

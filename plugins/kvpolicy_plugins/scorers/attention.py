@@ -24,6 +24,8 @@ from kvpolicy_plugins.shared.gqa_group import GROUP, reduce_group
 from kvpolicy_plugins.shared.limits import QUERIES
 from kvpolicy_plugins.shared.window_attention import WindowAttention
 
+_GROUP = Choice((*GROUP.words, "rms"))
+
 
 @attrs.frozen
 class Attention(Scorer):
@@ -32,8 +34,8 @@ class Attention(Scorer):
     1. probabilities = softmax(scaling · q·k) of the last W queries, [B, K, G, W, T];
     2. with `by_length`, those of each query times the number of held entries before it, which undoes that more entries
        share the attention of a later query (FINCH);
-    3. over the queries: mean (or sum), plus `deviation` times their standard deviation (G-KV), or their variance where
-       `spread` says so (CAKE, eq. 8);
+    3. over the queries: mean (or sum, largest, root mean square), plus `deviation` times their standard deviation
+       (G-KV), or their variance where `spread` says so (CAKE, eq. 8);
     4. pooling over neighbouring candidates; 5. reduction of the G query heads to one value per KV head.
 
     `group_at` selects what step 5 reduces: the pooled scores (as written), the scores before pooling (Ada-KV),
@@ -47,11 +49,11 @@ class Attention(Scorer):
     softmax: str = parameter(
         Choice(("all", "candidates")), "all", help="which entries the probabilities are normalised over"
     )
-    group: str = parameter(GROUP, "mean", help="how the query heads of a KV head are reduced to one")
+    group: str = parameter(_GROUP, "mean", help="how the query heads of a KV head are reduced to one")
     group_at: str = parameter(
         Choice(("logits", "probabilities", "scores", "pooled")), "scores", help="what `group` reduces"
     )
-    reduce: str = parameter(Choice(("mean", "sum")), "mean", help="how the queries are reduced to one")
+    reduce: str = parameter(Choice(("mean", "sum", "max", "rms")), "mean", help="how the queries are reduced to one")
     pool: Pool = parameter(Nested(Pool), Pool(), help="smoothing over neighbouring candidates")
     deviation: float = parameter(
         Number(minimum=0, maximum=1e6), 0.0, help="weight of the standard deviation over the queries"
@@ -77,6 +79,8 @@ class Attention(Scorer):
         from kvpolicy_kernels.score.tiles.attention import NOWHERE, PROBABILITIES, SCORES, attention_votes
         from kvpolicy_kernels.score.tiles.grouping import HOW
 
+        if "rms" in (self.group, self.reduce) or self.reduce == "max":
+            return "takes the largest, or the root mean square, over queries"
         commutes = self.pool.kind in ("none", "max" if self.group == "max" else "average")
         if self.group_at == "pooled" and not commutes:
             return "pools each query head separately"
@@ -123,9 +127,17 @@ class Attention(Scorer):
 
     def _over_queries(self, window: WindowAttention, probabilities: Tensor, heads: slice) -> Tensor:
         """[1, S, G, W, T] to [1, S, G, T]; queries that a row has not had do not count."""
-        total = probabilities.sum(-2)
-        scores = total / window.count[:, heads] if self.reduce == "mean" else total
+        scores = self._reduced(probabilities, window.count[:, heads])
         if not self.deviation:
             return scores
         variance = window.variance(probabilities, heads)
         return scores + self.deviation * (variance if self.spread == "variance" else variance.sqrt())
+
+    def _reduced(self, probabilities: Tensor, count: Tensor) -> Tensor:
+        """[..., W, T] to [..., T]; queries that a row has not had are zeros, and `count` [..., 1] are those it had."""
+        if self.reduce == "max":
+            return probabilities.amax(-2)
+        if self.reduce == "rms":
+            return (probabilities.square().sum(-2) / count).sqrt()
+        total = probabilities.sum(-2)
+        return total / count if self.reduce == "mean" else total

@@ -46,7 +46,15 @@ def test_list_groups_policies_by_what_they_save_and_says_what_they_need(kv):
     lines = table.stdout.splitlines()
     titles = [next(number for number, line in enumerate(lines) if title in line) for title in SAVES.values()]
     assert titles == sorted(titles)
-    for name, kind in (("full", 0), ("snapkv", 1), ("d2o", 2), ("kivi4", 3), ("rkv_int4", 4), ("quest", 5)):
+    for name, kind in (
+        ("full", 0),
+        ("snapkv", 1),
+        ("d2o", 2),
+        ("kivi4", 3),
+        ("rkv_int4", 4),
+        ("rocketkv", 5),
+        ("quest", 6),
+    ):
         row = next(number for number, line in enumerate(lines) if line.startswith(f"│ {name} "))
         assert titles[kind] < row < [*titles, len(lines)][kind + 1]
     assert "evicts only from the prompt" in table.stdout
@@ -99,7 +107,7 @@ def test_unknown_names_are_one_line_with_the_close_one(kv):
 def test_a_wrong_budget_is_told_with_its_rule(fails):
     """A budget that is none of the three forms."""
     tokens, size = "a number of tokens from 1 to 1000000000", 'a size such as "2GiB", up to 2^60 bytes'
-    rule = f'must be {tokens}, a share such as "10%", or {size}'
+    rule = f'must be {tokens}, a share such as "10%" or "25% of generated", or {size}'
     fails(f"override budget: {rule}: '12 miles'", "show", "rkv", "--budget", "12 miles")
 
 

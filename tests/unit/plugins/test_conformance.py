@@ -8,10 +8,15 @@ from kvpolicy.errors import PluginContractError
 from kvpolicy.stages.conformance import Promises, check_plugin, conformance_cases
 from kvpolicy_plugins import PLUGINS
 from kvpolicy_plugins.allocators.adaptive import Adaptive
+from kvpolicy_plugins.allocators.duo import Duo
+from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
+from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
+from kvpolicy_plugins.mergers.attention_matching import AttentionMatching
 from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
+from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.history import History
@@ -39,10 +44,19 @@ VARIANTS = (
     Cur(rank=6, window=0),
     Adaptive(0, "mass"),
     Pyramid(0.3),
+    Duo(needle=3, group="max", streaming=0.9),
+    HeadKV(needle=1, beta=2, exponent=0.5),
+    SurfaceLogic(top=1, beta=1e6),
     *(KeepKV(-1, key=key) for key in ("scale", "bias", "mean")),
     KeepKV(0.5, alpha=0, fallback="bias"),
     KeepKV(-1, estimate="window", window=3, key="additive", gqa="lstsq"),
+    AttentionMatching(ridge=0, bound=20, iterations=0),
+    AttentionMatching(queries=2),
+    Attention(5, softmax="candidates", reduce="rms", group="rms"),
+    Attention(5, reduce="max", group="max"),
     WindowFit("ward"),
+    ChunkTopK(1, 1.0, 7),
+    ChunkTopK(5, 0.1, 699, dense_first=1),
     WindowFit(threshold=0.1, attended=0, queries=3),
 )
 # Of the codecs with their default parameters; random vectors have no latent of a lower rank.
@@ -67,7 +81,9 @@ def test_built_in(check):
     check()
 
 
-@pytest.mark.parametrize("plugin", [Pyramid(rounding="floor_step"), Adaptive(rounding="official")])
+@pytest.mark.parametrize(
+    "plugin", [Pyramid(rounding="floor_step"), Adaptive(rounding="official"), HeadKV(rounding="official")]
+)
 def test_the_published_roundings_overspend_or_underspend(plugin):
     with pytest.raises(PluginContractError, match=r"plugin '\w+' \(kvpolicy .*\): .* expected"):
         check_plugin(plugin)

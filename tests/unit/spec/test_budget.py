@@ -15,6 +15,7 @@ from kvpolicy.spec.policy import BudgetRule
         ("10%", Budget(share=Fraction(1, 10)), "10%"),
         ("100 %", Budget(share=Fraction(1)), "100%"),
         ("0.125%", Budget(share=Fraction(1, 800)), "0.125%"),
+        ("25% of generated", Budget(generated=Fraction(1, 4)), "25% of generated"),
         ("2GiB", Budget(size=2**31), "2GiB"),
         ("1.5 KiB", Budget(size=1536), "1536B"),
         ("1KB", Budget(size=1000), "1000B"),
@@ -31,7 +32,27 @@ def test_form_is_read_and_written(value, budget, dumped):
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, True, 1.0, None, "", "10", "0%", "101%", "1e2%", "-1%", "0B", "0.1B", "GiB", 10**18]
+    "value",
+    [
+        0,
+        -1,
+        True,
+        1.0,
+        None,
+        "",
+        "10",
+        "0%",
+        "101%",
+        "1e2%",
+        "-1%",
+        "0B",
+        "0.1B",
+        "100% of generated",
+        "0% of generated",
+        "25 of generated",
+        "GiB",
+        10**18,
+    ],
 )
 def test_everything_else_is_no_budget(value):
     assert Budget.parse(value) is None

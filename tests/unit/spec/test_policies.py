@@ -9,16 +9,19 @@ NAMES = ("adakv", "blend", "full", "gkv", "h2o", "pyramidkv", "rkv", "snapkv", "
 BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
     "ams": (1024, 512, 4, "3.125%"),
+    "attention_matching": (1024, "never", 0, "6.25%"),
     "chunkkv": (1024, 128, 0, 32),
     "criticaladakv": (1024, 128, 0, 32),
     "criticalkv": (1024, 128, 0, 32),
     "curkv": (1024, 128, 4, 0),
     "d2o": (1024, 1, 4, "25%"),
+    "duoattention": (1024, 128, "6.25%", "25%"),
     "fair": (1024, 128, 0, 32),
     "finch": (1024, "never", 0, 32),
     "full": ("100%", 128, 0, 0),
     "gkv": (2048, 128, 0, 16),
     "h2o": (1024, 1, 0, "50%"),
+    "headkv": (1024, 128, 0, 8),
     "keepkv": (1024, 1, 4, "50%"),
     "keydiff": (1024, 128, 0, 0),
     "kvcrush": (1024, 32, "3.125%", "12.5%"),
@@ -27,7 +30,10 @@ BUDGETS = {  # budget, every, sinks, recent
     "pyramidkv": (1024, 128, 0, 8),
     "random": (2048, 64, 0, "3.125%"),
     "rkv": (1024, 128, 0, 8),
+    "rocketkv": (1232, "never", 0, 32),
+    "rpc": ("25% of generated", 768, 0, 32),
     "snapkv": (1024, 128, 0, 32),
+    "surfacelogickv": (1024, 128, 0, 32),
     "streaming_llm": (512, 1, 4, "100%"),
     "tova": (512, 1, 0, 0),
     "vase_dkv": (1024, 64, 4, "6.25%"),
@@ -56,9 +62,10 @@ def test_policy_says_what_it_is(name):
 def test_policy_has_the_sizes_of_its_paper(name):
     spec = read_policy(name)[0]
 
-    recent = spec.protect.recent if isinstance(spec.protect.recent, int) else spec.protect.recent.dump()
-    sinks = spec.protect.sinks if isinstance(spec.protect.sinks, int) else spec.protect.sinks.dump()
-    assert (spec.budget.dump(), spec.compress.every, sinks, recent) == BUDGETS[name]
+    protected = (
+        count if isinstance(count, int) else count.dump() for count in (spec.protect.sinks, spec.protect.recent)
+    )
+    assert (spec.budget.dump(), spec.compress.every, *protected) == BUDGETS[name]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +80,8 @@ def test_policy_has_the_sizes_of_its_paper(name):
         ("ams", (4, 32)),
         ("kvcrush", (32, 128)),
         ("vase_dkv", (4, 64)),
+        ("duoattention", (64, 256)),
+        ("attention_matching", (0, 64)),
     ],
 )
 def test_shares_come_to_the_sizes_of_the_published_code(name, protected):

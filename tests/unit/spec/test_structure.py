@@ -46,7 +46,8 @@ def spelt_out():
     signs["<attention>"] = ", ".join(field.name for field in attrs.fields(registry().find("score", "attention")))
     signs["<top>"] = "kvpolicy, " + ", ".join(field.name for field in attrs.fields(PolicySpec))
     signs["<budget>"] = (
-        'a number of tokens from 1 to 1000000000, a share such as "10%", or a size such as "2GiB", up to 2^60 bytes'
+        'a number of tokens from 1 to 1000000000, a share such as "10%" or "25% of generated", or a size such as '
+        '"2GiB", up to 2^60 bytes'
     )
 
     def spell_out(messages):

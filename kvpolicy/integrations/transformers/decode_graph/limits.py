@@ -44,7 +44,7 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     spec = plan.spec
     if spec.compress.every == NEVER:
         yield Problem("compress.every", "graph: must be a number: otherwise the cache grows with every token")
-    if spec.budget.share is not None:
+    if spec.budget.grows:
         yield Problem("budget", f"graph: must not grow with the tokens: {spec.budget}")
     if spec.protect.by_place:
         yield Problem("protect", "graph: only first and last tokens can be protected, no prompt and no regions")

@@ -50,6 +50,22 @@ def test_one_query_has_no_deviation(view):
     assert_close(Attention(1, deviation=5).score(view), Attention(1).score(view))
 
 
+@pytest.mark.parametrize("softmax", ["all", "candidates"])
+def test_all_queries_of_a_kv_head_are_reduced_alike(view, softmax):
+    """The largest and the root mean square, over queries and query heads; a row with two queries has these alone."""
+    places = torch.tensor([[6, 7, 8, 9, 10, 11], [-1, -1, -1, -1, 10, 11]])
+    padded = attrs.evolve(view, query_positions=places)
+    logits = padded.logits.masked_fill(view.positions[:, :, None, None] > places[:, None, None, :, None], -torch.inf)
+    if softmax == "candidates":
+        logits = logits.masked_fill(~view.candidates[:, :, None, None], -torch.inf)
+    for row, first in ((0, 0), (1, 4)):
+        probabilities = logits[row, :, :, first:].softmax(-1)
+        largest, rms = (Attention(6, softmax, how, reduce=how).score(padded)[row] for how in ("max", "rms"))
+        inside = view.candidates[row]
+        assert_close(largest[inside], probabilities.amax((1, 2))[inside])
+        assert_close(rms[inside], probabilities.square().mean((1, 2)).sqrt()[inside])
+
+
 def test_pooling_sees_candidates_only():
     scores = torch.tensor([[9.0, 1, 2, 3, 9]])
     inside = torch.tensor([[False, True, True, True, False]])

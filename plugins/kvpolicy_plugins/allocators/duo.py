@@ -1,0 +1,42 @@
+"""Allocator `duo`: retrieval heads share the budget, streaming heads keep what is protected."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+
+from kvpolicy.stages import AllocationRequest, Number, parameter
+from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
+from kvpolicy_plugins.allocators.shared.measured_heads import MeasuredHeads, counts_of, heads_of
+from kvpolicy_plugins.allocators.shared.needle import retrieval_score
+
+
+@attrs.frozen
+class Duo(MeasuredHeads):
+    """The least important KV heads keep sinks and recent entries alone; the others share the rest (DuoAttention).
+
+    1. streaming heads = the `streaming` share of the KV heads of all layers with the lowest importance; ties: lower
+       layer, then lower head;
+    2. retrieval heads get equal shares of the budget; only what they have no room for goes to streaming heads.
+
+    The paper trains a gate for each KV head by what streaming changes in outputs for passkeys in long texts; here
+    importance is measured as in `headkv`. Its retrieval heads keep everything: here they do where the budget allows it.
+    """
+
+    name: ClassVar[str] = "duo"
+    reference: ClassVar[str] = "arXiv:2410.10819"
+
+    streaming: float = parameter(Number(minimum=0, maximum=1), 0.5, help="share of KV heads that are streaming heads")
+
+    def importance(self, attention: Tensor, inside: Tensor, length: int) -> Tensor:
+        return retrieval_score(attention, inside, length)
+
+    def allocate(self, request: AllocationRequest) -> Tensor:
+        room, importance = heads_of(request)
+        heads = room.shape[1]
+        ranks = importance.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
+        retrieval = ranks >= round(heads * self.streaming)
+        open_room = room.where(retrieval, 0)
+        first = request.total.minimum(open_room.sum(1))
+        rest = water_fill(room - open_room, request.total - first)
+        return counts_of(apportion(water_fill(open_room, first) + rest, request.total), request)

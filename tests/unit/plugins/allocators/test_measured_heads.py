@@ -1,0 +1,74 @@
+"""Heads that are measured while they copy: needles, budgets at the edges, and calibrations that are none."""
+
+import pytest
+import torch
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.stages import AllocationRequest, Geometry, Site
+from kvpolicy_plugins.allocators.duo import Duo
+from kvpolicy_plugins.allocators.headkv import HeadKV
+from kvpolicy_plugins.allocators.shared.needle import Needles
+from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
+
+DIVIDERS = (HeadKV, SurfaceLogic)
+
+
+def divided(allocator, importance, total, room=20):
+    """Counts [L, K] of one row."""
+    statistics = torch.tensor(importance)[:, None]
+    rooms = torch.full(statistics.shape, room) if isinstance(room, int) else torch.tensor(room)[:, None]
+    given = rooms, torch.tensor([total]), torch.zeros_like(rooms), torch.tensor([20])
+    return allocator.allocate(AllocationRequest(*given, statistics=statistics))[:, 0].tolist()
+
+
+def test_each_row_ends_with_a_span_of_itself():
+    text = torch.arange(60).reshape(3, 20)
+    probes = HeadKV(needle=4).probes(text)
+
+    assert probes[:, :16].tolist() == text[:, :16].tolist()
+    assert (probes[:, 16:] - text[:, :1]).tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13]]
+    assert Needles.of(3, 20, 32, text.device).length == 5
+
+
+@pytest.mark.parametrize("kind", DIVIDERS)
+def test_heads_are_equal_where_importance_says_nothing(kind):
+    for importance in ([[0.0, 0.0], [0.0, 0.0]], [[3.0, 3.0], [3.0, 3.0]]):
+        assert divided(kind(), importance, 40) == [[10, 10], [10, 10]]
+    unlike = [[0.1, 0.2], [0.3, 0.9]]
+    assert divided(kind(beta=1e9), unlike, 40) == [[10, 10], [10, 10]]
+    assert divided(kind(exponent=0), unlike, 40) == [[10, 10], [10, 10]]
+
+
+@pytest.mark.parametrize("kind", DIVIDERS)
+def test_more_important_heads_keep_more_up_to_what_they_hold(kind):
+    counts = divided(kind(beta=1.5), [[0.1, 0.2], [0.3, 9.0]], 40)
+
+    assert counts[0][0] < counts[0][1] < counts[1][0] < counts[1][1] == 20
+    assert sum(map(sum, counts)) == 40
+
+
+def test_floors_that_a_short_head_cannot_use_go_to_the_others():
+    assert divided(HeadKV(beta=10), [[1.0, 1.0], [1.0, 1.0]], 40, [[1, 20], [20, 20]]) == [[1, 13], [13, 13]]
+
+
+def test_streaming_heads_get_what_retrieval_heads_have_no_room_for():
+    importance = [[0.5, 0.5], [0.1, 0.9]]
+    assert divided(Duo(), importance, 20) == [[0, 10], [0, 10]]
+    assert divided(Duo(), importance, 50) == [[5, 20], [5, 20]]
+    assert divided(Duo(streaming=0), importance, 20) == [[5, 5], [5, 5]]
+    assert divided(Duo(streaming=1), importance, 20) == [[5, 5], [5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (torch.ones(3), r"must be \{'importance': \(4,\)\}: \{'importance': \(3,\)\}"),
+        (torch.tensor([1.0, 1.0, -1.0, 1.0]), "the importance of a head must not be negative"),
+        (torch.tensor([1.0, torch.inf, 1.0, 1.0]), "'importance' must be finite"),
+        (torch.ones(4, dtype=torch.int64), "'importance' must be floating point"),
+    ],
+)
+def test_an_importance_is_one(importance, message):
+    geometry = Geometry((0,), 4, 2, 8)
+    with pytest.raises(ParameterError, match=message):
+        Duo().check_calibration(Site(geometry, torch.float32, calibration={"importance": importance}))
