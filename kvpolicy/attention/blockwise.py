@@ -36,15 +36,16 @@ def attend_blockwise(
 
     `full` says that no slot is empty, and that the newest q are those of the queries.
     """
-    if not observers and not dropout:
-        return _attend(part, batch, full=full)
+    blocks = list(query_blocks(part, batch))
+    if len(blocks) > 1 and not observers and not dropout:
+        return _attend_in_one_pass(part, batch, full=full)
     if batch.padded and any(observer.count < batch.queries.shape[2] for observer in observers):
         observe_queries(part, batch, observers)  # the newest queries of a row are not the last columns
         observers = ()
     outputs = []
-    for block, after in query_blocks(part, batch):
+    for block, after in blocks:
         seen = part.seen_before(after)
-        query_logits = QueryLogits(entry_logits(seen, block), seen.log_votes)
+        query_logits = QueryLogits(entry_logits(seen, block, full=full), seen.log_votes, sighted=full)
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
         out = _weighted_sum(seen, weights.flatten(2, 3), _slot_blocks(seen, _grouped(seen, block)))
@@ -52,8 +53,11 @@ def attend_blockwise(
     return torch.cat(outputs, 2).to(batch.queries.dtype)
 
 
-def _attend(part: AttendedSlots, batch: QueryBatch, *, full: bool) -> Tensor:
-    """With a running maximum and a running sum of exponentials, as FlashAttention (arXiv:2205.14135, algorithm 1)."""
+def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -> Tensor:
+    """For many queries, so that each entry is read once.
+
+    With a running maximum and a running sum of exponentials, as FlashAttention (arXiv:2205.14135, algorithm 1).
+    """
     queries, votes, count = part.to_basis(_grouped(part, batch)), part.log_votes, batch.queries.shape[2]
     positions = part.positions
     best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
@@ -128,15 +132,22 @@ def query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[Query
         yield batch.first(stop).newest(stop - start), count - stop
 
 
-def entry_logits(part: AttendedSlots, batch: QueryBatch) -> Tensor:
-    """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot."""
+def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) -> Tensor:
+    """[b, k, G, q, T] in at least float32, scaled and without votes, -inf where a query does not see a slot.
+
+    `full` says that no slot is empty, and that the newest q are those of the queries.
+    """
     queries = part.to_basis(_grouped(part, batch))
     keys = (part.keys_in_basis(block, queries.dtype).transpose(-1, -2) for block in _slot_blocks(part, queries))
     parts = [queries @ block for block in keys]
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-    hidden = ~visible(part.positions, batch.positions)[:, :, None]
-    grouped: Tensor = logits.unflatten(2, (-1, batch.queries.shape[2]))
-    return grouped.masked_fill_(hidden, -torch.inf)  # nobody else has it
+    count = batch.queries.shape[2]
+    grouped: Tensor = logits.unflatten(2, (-1, count))  # nobody else has it
+    if not full:
+        grouped.masked_fill_(~visible(part.positions, batch.positions)[:, :, None], -torch.inf)
+    elif count > 1:
+        _hide_later(grouped, count)
+    return grouped
 
 
 def _weighted_sum(part: AttendedSlots, weights: Tensor, blocks: Iterator[slice]) -> Tensor:

@@ -18,6 +18,7 @@ class QueryLogits:
     logits: Tensor  # [B, K, G, w, T] float32, scaled q·k without votes, oldest query first
     log_votes: Tensor | None = None  # [B, K, T] float32
     own: Tensor | None = None  # [B, K, G, w] float32, of a pass: log of the sum of exp(logit) over its own entries
+    sighted: bool = False  # whether every query is known to see an entry
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -27,6 +28,7 @@ class QueryLogits:
         """
         logits = self.logits if self.log_votes is None else self.logits + self.log_votes[:, :, None, None]
         if self.own is None:
-            return logits.softmax(-1).masked_fill_(self.logits == -torch.inf, 0.0)
+            weights = logits.softmax(-1)
+            return weights if self.sighted else weights.masked_fill_(self.logits == -torch.inf, 0.0)
         total = torch.logaddexp(logits.logsumexp(-1), self.own)
         return (logits - total[..., None]).exp().masked_fill_(self.logits == -torch.inf, 0.0)
