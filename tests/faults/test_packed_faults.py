@@ -21,9 +21,9 @@ from tests.support.models import build, difference, generate, prompt
 
 PLACES = {
     "packing values": (PerToken, "encode"),
-    "unpacking values": (PerToken, "decode"),
+    "unpacking values": (PerToken, "decode_in_basis"),
     "packing keys": (PerChannel, "encode"),
-    "unpacking keys": (PerChannel, "decode"),
+    "unpacking keys": (PerChannel, "decode_in_basis"),
     "merging": (KeepKV, "merge"),
     "following": (MovingAverage, "updated"),
     "choosing": (Pages, "choose"),
