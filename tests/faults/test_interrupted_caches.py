@@ -17,7 +17,7 @@ POLICIES = {
     "full": lambda: kvpolicy.load("full"),
     "snapkv": lambda: small("snapkv"),
     "adakv": lambda: small("adakv"),
-    "kivi": lambda: kvpolicy.load("kivi4", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}),
+    "kivi": lambda: kvpolicy.load("kivi4", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4}),
 }
 TOKENS = prompt(40)[0]
 NEXT = TOKENS[:, :1]

@@ -37,7 +37,7 @@ def packed_policy():
         budget=16,
         compress={"every": 4},
         protect={"sinks": 2, "recent": 4},
-        store={"use": "kivi", "bits": 4, "group": 4, "residual": 4},
+        store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4},
         merge={"use": "keepkv", "window": 4, "threshold": -1},
         read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0},
     )

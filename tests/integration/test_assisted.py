@@ -49,7 +49,7 @@ EVICTING = {
     "ragged": lambda: small("adakv", every=3),
     "merging": lambda: small("h2o", merge={"use": "d2o"}),
     "votes": lambda: small("snapkv", merge={"use": "keepkv", "threshold": -1, "window": 4}),
-    "packing": lambda: small("snapkv", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}),
+    "packing": lambda: small("snapkv", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4}),
     "pages": lambda: small("snapkv", read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0}),
 }
 

@@ -74,7 +74,9 @@ def test_a_row_of_a_padded_batch_equals_its_own_run():
     assert decisions.repeated >= 5 + 5 + 4
 
 
-@pytest.mark.parametrize("rest", [{"store": "rotation"}, {"merge": "window_fit"}, {"merge": "keepkv"}], ids=str)
+@pytest.mark.parametrize(
+    "rest", [{"store": {"use": "rotation", "batch": 2}}, {"merge": "window_fit"}, {"merge": "keepkv"}], ids=str
+)
 def test_merging_and_packing_come_after_the_layers_have_competed(rest):
     """A prompt is packed once, of what is left: no entry is packed, unpacked and packed again on the way."""
     policy = competing(**rest)
@@ -91,7 +93,7 @@ def test_packing_waits_for_the_compression(monkeypatch):
         return inner(half, vectors, *others)
 
     monkeypatch.setattr(KVTensor, "_packed", noted)
-    with competing(store="rotation").attach(model()) as attachment, torch.no_grad():
+    with competing(store={"use": "rotation", "batch": 2}).attach(model()) as attachment, torch.no_grad():
         attachment.model(prompt(40)[0], past_key_values=attachment.cache())
     assert max(packed) < 40 - 4
 

@@ -15,7 +15,7 @@ from tests.support.models import build, generate, prompt
 from tests.support.policies import small
 
 LAYERS, STEPS = 2, 4
-KIVI = {"use": "kivi", "bits": 4, "group": 8, "residual": 8}
+KIVI = {"use": "kivi", "bits": 4, "group": 8, "residual": 8, "batch": 4}
 POLICIES = {
     "rkv": small("rkv", 20, 4, protect={"recent": 8}),
     "adakv": small("adakv", 20, 4, protect={"recent": 8}),
@@ -23,7 +23,7 @@ POLICIES = {
     "h2o": small("h2o", 16, 2, protect={"recent": 6}),
     "kivi4": kvpolicy.load("kivi4", store=KIVI),
     "rkv_int4": small("rkv", 24, 4, protect={"recent": 8}, store=KIVI),
-    "fp8": kvpolicy.load("kivi4", store={"use": "fp8", "residual": 3}),
+    "fp8": kvpolicy.load("kivi4", store={"use": "fp8", "residual": 3, "batch": 2}),
     "tada": kvpolicy.load("tada", store={"use": "tada", "bits": 4, "residual": 8, "batch": 4}),
     "quest": kvpolicy.load("quest", read={"use": "pages", "page": 4, "budget": 12, "dense_first": 1}),
 }

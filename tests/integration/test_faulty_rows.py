@@ -22,7 +22,7 @@ POLICIES = {
     "adakv and keepkv": lambda: small("adakv", merge=KEEPKV),
     **{f"{name} packed": lambda name=name: small("snapkv", store=STORES[name], merge=KEEPKV) for name in STORES},
     "ragged and packed": lambda: small("adakv", store=STORES["kivi"]),
-    "kivi2": lambda: kvpolicy.load("kivi2", store={"use": "kivi", "bits": 2, "group": 4, "residual": 8}),
+    "kivi2": lambda: kvpolicy.load("kivi2", store={"use": "kivi", "bits": 2, "group": 4, "residual": 8, "batch": 4}),
     "quest": lambda: kvpolicy.load("quest", read=READERS["pages"]),
     "sals": lambda: kvpolicy.load("full", store=STORES["latent"], read=READERS["latent_topk"]),
 }
@@ -74,7 +74,7 @@ def test_the_other_rows_give_what_they_give(name):
     for fault in FAULTS[list(POLICIES).index(name) % 2 :: 2]:
         found, cache = run(policy, fault)
         for one, plain in zip(found.logits, usual.logits, strict=True):
-            if name == "sals":  # more is read of the faulty row, and all rows are as wide as the widest
+            if policy.spec.store.name != "plain":  # more is read of the faulty row, and products of other shapes round
                 torch.testing.assert_close(one[[0, 2]], plain[[0, 2]], rtol=1e-4, atol=1e-4)
             else:
                 assert torch.equal(one[[0, 2]], plain[[0, 2]])

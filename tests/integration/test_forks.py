@@ -23,8 +23,10 @@ POLICIES = {
     "keepkv": lambda: small("snapkv", merge={"use": "keepkv", "window": 4}),
     "kivi": lambda: small("snapkv", budget=20, store=KIVI),
     "tada": lambda: small("snapkv", store={"use": "tada", "bits": 4, "residual": 4, "batch": 4}),
-    "rotation": lambda: small("rkv", store={"use": "rotation", "bits": 4}),
-    "latent": lambda: small("snapkv", store={"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8}),
+    "rotation": lambda: small("rkv", store={"use": "rotation", "bits": 4, "batch": 1}),
+    "latent": lambda: small(
+        "snapkv", store={"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8, "batch": 2}
+    ),
     "pages": lambda: small("snapkv", budget=24, read=PAGES),
     "global": lambda: small("snapkv", allocate={"joint": "global"}),
     "everything": everything,

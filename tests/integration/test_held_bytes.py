@@ -45,7 +45,7 @@ POLICIES = {
     "keepkv": small("keepkv"),
     "d2o": small("d2o"),
     "tova": small("tova", protect={}),
-    "kivi": small("snapkv", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}),
+    "kivi": small("snapkv", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4}),
     "tada": small("h2o", store={"use": "tada", "residual": 4, "batch": 4}),
     "quest": kvpolicy.load("quest", read={"use": "pages", "page": 4, "budget": 16, "dense_first": 0}),
     "full": kvpolicy.load("full"),

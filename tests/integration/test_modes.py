@@ -13,8 +13,8 @@ from tests.support.models import build, difference, generate, prompt
 from tests.support.policies import NAMES, small
 
 STORES = {
-    "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 4},
-    "fp8": {"use": "fp8", "residual": 4},
+    "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4},
+    "fp8": {"use": "fp8", "residual": 4, "batch": 2},
     "plain": "plain",
 }
 

@@ -15,7 +15,7 @@ POLICIES = {
     "full": lambda: kvpolicy.load("full"),
     "snapkv": lambda: small("snapkv"),
     "adakv": lambda: small("adakv"),  # heads differ, so that segments are met one by one
-    "kivi": lambda: kvpolicy.load("kivi4", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}),
+    "kivi": lambda: kvpolicy.load("kivi4", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4}),
 }
 TOKENS = prompt(30, 30, 30, 30)[0]
 MORE = prompt(6, 6, 6, 6, seed=1)[0]

@@ -28,7 +28,9 @@ def stages(**overrides):
         "ragged": lambda: rereading(allocate={"heads": {"use": "adaptive", "floor": 0.1}}, **overrides),
         "joint": lambda: rereading(allocate={"joint": {"use": "global"}}, **overrides),
         "merging": lambda: rereading(merge={"use": "d2o"}, **overrides),
-        "packing": lambda: rereading(store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}, **overrides),
+        "packing": lambda: rereading(
+            store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4}, **overrides
+        ),
         "pages": lambda: rereading(read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0}, **overrides),
     }
 

@@ -58,7 +58,7 @@ def test_the_budget_counts_protected_regions():
         assert {len(slots) for slots in slots_of(cache)} == {14}
 
 
-@pytest.mark.parametrize("rest", [{}, JOINT, {"store": "rotation"}, {"merge": "keepkv"}], ids=str)
+@pytest.mark.parametrize("rest", [{}, JOINT, {"store": {"use": "rotation", "batch": 2}}, {"merge": "keepkv"}], ids=str)
 @pytest.mark.parametrize("chunks", [None, 9])
 def test_the_first_prompt_stays_and_what_comes_after_it_is_evicted(chunks, rest):
     policy = protecting(budget=30, prompt=True, **rest)

@@ -38,7 +38,7 @@ def test_a_plan_goes_with_its_attachment(name, graph):
 @pytest.mark.parametrize("budget", ["100%", 16])
 def test_a_latent_basis_goes_with_its_attachment(budget):
     one = build()
-    store = {"use": "latent", "rank": 0.25, "value_group": 8}
+    store = {"use": "latent", "rank": 0.25, "value_group": 8, "batch": 2}
     policy = kvpolicy.load("sals25", store=store, read="all", budget=budget)
     calibration = policy.calibrate(one, prompt(64, 64)[0])
     left = _used(one, policy, calibration)

@@ -98,7 +98,7 @@ def test_a_cache_of_another_model_is_refused(good, one, what):
 
 def test_a_cache_of_another_calibration_is_refused(tmp_path):
     """Entries are packed in its basis: with another one they would be read wrongly, and nobody would notice."""
-    policy = small("snapkv", store={"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8})
+    policy = small("snapkv", store={"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8, "batch": 2})
     one = build()
     first, second = (policy.calibrate(one, prompt(64, 64, seed=seed)[0]) for seed in (0, 1))
     with policy.attach(one, calibration=first) as attachment:
@@ -191,7 +191,7 @@ def test_files_that_are_cut_off_or_none_are_refused(good, attachment, tmp_path):
 
 
 def test_calibrations_are_no_caches_and_caches_no_calibrations(good, tmp_path):
-    policy = small("snapkv", store={"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8})
+    policy = small("snapkv", store={"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8, "batch": 2})
     one = build()
     measured = policy.calibrate(one, prompt(64, 64)[0])
     measured.save(tmp_path / "m")

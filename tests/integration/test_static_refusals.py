@@ -38,7 +38,7 @@ REFUSED = {
     "compress.every": small("snapkv", every="never"),
     "budget": small("snapkv", budget="10%"),
     "merge": small("d2o"),
-    "store": small("snapkv", store={"use": "fp8"}),
+    "store": small("snapkv", store={"use": "fp8", "batch": 2}),
     "read": small("snapkv", read={"use": "pages", "page": 4, "budget": 8}),
 }
 

@@ -10,12 +10,12 @@ from tests.support.models import ARCHITECTURES, build, difference, generate, mod
 from tests.support.policies import small
 
 STORES = {
-    "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8},
+    "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "batch": 4},
     "tada": {"use": "tada", "bits": 4, "residual": 4, "batch": 4},
-    "rotation": {"use": "rotation", "bits": 4},
-    "turboquant": {"use": "turboquant", "key_bits": 3},
-    "fp8": "fp8",
-    "latent": {"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8},
+    "rotation": {"use": "rotation", "bits": 4, "batch": 1},
+    "turboquant": {"use": "turboquant", "key_bits": 3, "batch": 3},
+    "fp8": {"use": "fp8", "batch": 2},
+    "latent": {"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8, "batch": 2},
 }
 READERS = {
     "pages": {"use": "pages", "page": 4, "budget": 12, "dense_first": 0},
@@ -52,7 +52,7 @@ def test_every_store_composes_with_eviction_and_merging(store, architecture, mer
 
 def test_native_layers_stand_beside_packed_ones():
     one, ends = build(num_hidden_layers=4), {"native_first": 2, "native_last": 1}
-    policy = small("snapkv", store={"use": "turboquant", **ends}, merge={"use": "keepkv", "window": 4})
+    policy = small("snapkv", store={"use": "turboquant", **ends, "batch": 3}, merge={"use": "keepkv", "window": 4})
     assert_independent(one, policy)
     with policy.attach(one) as attachment:
         assert [bool(forms.keys.columns) for forms in attachment.plan.formats] == [False, True, True, False]
@@ -160,7 +160,10 @@ def test_calibrating_leaves_the_model_as_it_was():
     ("store", "message"),
     [
         ({"use": "kivi", "group": 16, "residual": 16}, "store: group: must divide the head dimension 8 of .*: 16"),
-        ({"use": "latent", "value_group": 3}, "value_group: must divide the head dimension 8 of this model: 3"),
+        (
+            {"use": "latent", "value_group": 3, "batch": 2},
+            "value_group: must divide the head dimension 8 of this model: 3",
+        ),
     ],
 )
 def test_group_sizes_that_do_not_divide_are_refused_before_anything_changes(store, message):

@@ -42,8 +42,8 @@ class Verdict:
 
 def _policies() -> dict[str, kvpolicy.Policy]:
     small = {"budget": 10, "compress": {"every": 3}, "protect": {"sinks": 2, "recent": 4}}
-    kivi = {"use": "kivi", "bits": 2, "group": 4, "residual": 4}
-    rotation = {"use": "rotation", "bits": 3}
+    kivi = {"use": "kivi", "bits": 2, "group": 4, "residual": 4, "batch": 4}
+    rotation = {"use": "rotation", "bits": 3, "batch": 1}
     return {
         "streaming_llm": kvpolicy.load("streaming_llm", budget=10, protect={"sinks": 2, "recent": 8}),
         "snapkv": kvpolicy.load("snapkv", **small),

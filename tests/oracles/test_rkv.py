@@ -38,5 +38,7 @@ def test_sinks_count_as_look_alikes_and_are_never_evicted():
 
 def test_packed_keys_are_compared_as_they_are_held():
     given = 12, 4, 0, 4
-    policy = shipped("rkv_int4", *given, queries=4, store={"use": "kivi", "bits": 4, "group": 4, "residual": 4})
+    policy = shipped(
+        "rkv_int4", *given, queries=4, store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4}
+    )
     assert_holds_what_the_oracle_holds(policy, Redundant, *given, 4, changes=True)

@@ -13,7 +13,7 @@ from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 
-KIVI = {"use": "kivi", "bits": 4, "group": 4, "residual": 8}
+KIVI = {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "batch": 4}
 PAGES = {"use": "pages", "page": 4, "budget": 12, "dense_first": 0}
 NOT_STATE = {  # what a copy has from the attachment, what is counted anew, and what follows from the rest
     PolicyCache: {"plan", "_config", "owner", "integrity", "_scheduler", "stock_bytes"},

@@ -106,9 +106,9 @@ def default(request):
 
 ROUTES = {
     **{name: {} for name in (*NAMES, "d2o", "keepkv", "blend3")},
-    "kivi": {"store": {"use": "kivi", "bits": 4, "group": 4, "residual": 8}},
+    "kivi": {"store": {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "batch": 4}},
     "tada": {"store": {"use": "tada", "bits": 4, "residual": 4, "batch": 4}},
-    "fp8": {"store": "fp8"},
+    "fp8": {"store": {"use": "fp8", "batch": 2}},
     "pages": {"read": {"use": "pages", "page": 4, "budget": 8, "dense_first": 0}},
 }
 

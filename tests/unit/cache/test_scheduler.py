@@ -59,7 +59,7 @@ def test_layers_that_wait_together_are_compressed_with_those_of_their_own_scalin
         (small("snapkv"), False, [16]),
         (small("adakv"), True, [2] * 8),  # copies, of which kernels take two layers in a launch
         (small("adakv"), False, [1] * 16),
-        (small("snapkv", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4}), True, [1] * 16),
+        (small("snapkv", store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4}), True, [1] * 16),
     ],
 )
 def test_no_more_than_an_eighth_of_the_layers_is_shown_as_copies_at_once(policy, kernels, sizes):

@@ -20,7 +20,7 @@ def made(tiny):
 
 @pytest.fixture(scope="module")
 def sals():
-    return kvpolicy.load("sals25", store={"use": "latent", "rank": 0.25, "value_group": 8})
+    return kvpolicy.load("sals25", store={"use": "latent", "rank": 0.25, "value_group": 8, "batch": 2})
 
 
 def test_each_store_is_calibrated_once(made, sals):
@@ -38,7 +38,7 @@ def test_each_store_is_calibrated_once(made, sals):
 def test_another_store_has_a_calibration_of_its_own(made, sals):
     """Both fit the policies that they were made for, and on the same tokens."""
     calibrations, calls = made
-    half = kvpolicy.load("sals25", store={"use": "latent", "rank": 0.5, "value_group": 8})
+    half = kvpolicy.load("sals25", store={"use": "latent", "rank": 0.5, "value_group": 8, "batch": 2})
     first, second = calibrations.of(sals), calibrations.of(half)
 
     assert calls == [1]

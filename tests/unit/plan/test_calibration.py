@@ -295,7 +295,8 @@ GEOMETRY = Geometry((0, 1), 4, 2, 8)
 
 def compiled(policy, layers):
     spec = kvpolicy.load(
-        policy, **({"store": {"use": "latent", "rank": 0.25, "value_group": 8}} if policy == "sals25" else {})
+        policy,
+        **({"store": {"use": "latent", "rank": 0.25, "value_group": 8, "batch": 2}} if policy == "sals25" else {}),
     ).spec
     rotary = Rotary(100.0 ** -(torch.arange(0, 8, 2) / 8))
     named = tuple({f"store.{name}": tensor for name, tensor in layer.items()} for layer in layers)

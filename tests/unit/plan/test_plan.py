@@ -41,7 +41,7 @@ def test_holes_are_filled_where_nobody_minds_the_order(name):
 
 
 def test_holes_are_not_filled_while_packing_nor_in_prompts_nor_by_kernels_that_select():
-    assert not plan_of("snapkv", store={"use": "fp8"}).fills_holes
+    assert not plan_of("snapkv", store={"use": "fp8", "batch": 2}).fills_holes
     assert not plan_of("snapkv", compress={"every": "never"}).fills_holes
     spec = small("snapkv").spec
     assert not compile_policy(spec, GEOMETRY, "cpu", torch.bfloat16, kernels=True).fills_holes
