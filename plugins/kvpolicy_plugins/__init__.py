@@ -36,6 +36,7 @@ from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.expected_attention import ExpectedAttention
+from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.keydiff import KeyDiff
@@ -54,6 +55,7 @@ from kvpolicy_plugins.selectors.fair import Fair
 from kvpolicy_plugins.selectors.kvcrush import KVCrush
 from kvpolicy_plugins.selectors.mass_segments import MassSegments
 from kvpolicy_plugins.selectors.sample import Sample
+from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 from kvpolicy_plugins.selectors.topk import TopK
 from kvpolicy_plugins.selectors.whitelist import Whitelist
 
@@ -62,6 +64,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Attention,
     Cur,
     ExpectedAttention,
+    FrameValueNorm,
     History,
     KeyDiff,
     KeyNorm,
@@ -89,6 +92,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     KVCrush,
     MassSegments,
     Sample,
+    TemporalRedundancy,
     TopK,
     Whitelist,
     AttentionMatching,

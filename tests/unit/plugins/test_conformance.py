@@ -19,6 +19,7 @@ from kvpolicy_plugins.mergers.window_fit import WindowFit
 from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.cur import Cur
+from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.lagkv import LagKV
 from kvpolicy_plugins.scorers.q_filters import QFilters
@@ -26,6 +27,7 @@ from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
+from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 
 VARIANTS = (
     *(kind() for kind in PLUGINS if kind is not History),
@@ -42,6 +44,11 @@ VARIANTS = (
     LagKV(0, 3, cross=True),
     Cur("average", window=5),
     Cur(rank=6, window=0),
+    *(FrameValueNorm(rows, 2, pool=pool) for rows, pool in ((1, "1d"), (2, "2d"), (2, "3d"))),
+    *(FrameValueNorm(3, 3, pool=pool) for pool in ("2d", "depth")),
+    TemporalRedundancy(2, 0.5),
+    TemporalRedundancy(3, 1, 0.1),
+    TemporalRedundancy(1, 0, 1),
     Adaptive(0, "mass"),
     Pyramid(0.3),
     Duo(needle=3, group="max", streaming=0.9),
