@@ -8,6 +8,7 @@ from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
 from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
+from kvpolicy_plugins.allocators.threshold import Threshold
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.codecs.fp8 import Fp8
@@ -80,6 +81,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Pyramid,
     UniformLayers,
     Adaptive,
+    Threshold,
     UniformHeads,
     Cake,
     Duo,

@@ -12,6 +12,7 @@ from kvpolicy_plugins.allocators.duo import Duo
 from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
+from kvpolicy_plugins.allocators.threshold import Threshold
 from kvpolicy_plugins.mergers.attention_matching import AttentionMatching
 from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV
@@ -30,7 +31,7 @@ from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 
 VARIANTS = (
-    *(kind() for kind in PLUGINS if kind is not History),
+    *(kind() for kind in PLUGINS if kind not in (History, Threshold)),
     History(Attention(4)),
     History(QFilters()),
     History(Reconstruction()),
@@ -50,6 +51,7 @@ VARIANTS = (
     TemporalRedundancy(3, 1, 0.1),
     TemporalRedundancy(1, 0, 1),
     Adaptive(0, "mass"),
+    *(Threshold(value) for value in (-1e9, 4.0, 1e9)),
     Pyramid(0.3),
     Duo(needle=3, group="max", streaming=0.9),
     HeadKV(needle=1, beta=2, exponent=0.5),
