@@ -42,6 +42,7 @@ from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.keydiff import KeyDiff
 from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.learned_gate import LearnedGate
 from kvpolicy_plugins.scorers.leverage import Leverage
 from kvpolicy_plugins.scorers.q_filters import QFilters
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
@@ -70,6 +71,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     KeyDiff,
     KeyNorm,
     LagKV,
+    LearnedGate,
     Leverage,
     QFilters,
     RandomDraw,

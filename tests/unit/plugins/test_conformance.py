@@ -23,6 +23,7 @@ from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.learned_gate import LearnedGate
 from kvpolicy_plugins.scorers.q_filters import QFilters
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.reconstruction import Reconstruction
@@ -41,6 +42,7 @@ VARIANTS = (
     Attention(5, softmax="candidates", deviation=2, pool=Pool("average", 3), causal=False),
     Attention(1, shared=True),
     Redundancy(0.1, forgive=2, forgive_end="first", empty_row="none"),
+    LearnedGate("rotated", 3, 0),
     LagKV(1, 4),
     LagKV(0, 3, cross=True),
     Cur("average", window=5),
