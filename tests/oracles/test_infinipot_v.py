@@ -72,10 +72,20 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
     return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
 
 
+def policy_of(kind, given):
+    side = kind.side
+    select = {"use": "temporal_redundancy", "tokens_per_frame": side**2, "recent_frames": RECENT, "share": SHARE}
+    return shipped("infinipot_v", *given, select=select, rows=side, columns=side, pool=kind.pool)
+
+
+def test_frames_that_keep_coming_are_under_a_cap():
+    """Whole frames, three at a time, behind one token; six stay, and then there is a question and an answer."""
+    given, sizes = (25, 12, 1, 0), (37, *[12] * 5, 5, *[1] * 14)
+    assert_holds_what_the_oracle_holds(policy_of(Video, given), Video, *given, sizes=sizes)
+
+
 @pytest.mark.parametrize(("kind", "budget"), [(Video, 15), (Pooled, 30)])
 @pytest.mark.parametrize("every", [1, 4])
 def test_recent_frames_and_what_differs_from_them_stay(kind, budget, every):
-    given, side = (budget, every, 1, 0), kind.side
-    select = {"use": "temporal_redundancy", "tokens_per_frame": side**2, "recent_frames": RECENT, "share": SHARE}
-    policy = shipped("infinipot_v", *given, select=select, rows=side, columns=side, pool=kind.pool)
-    assert_holds_what_the_oracle_holds(policy, kind, *given, sizes=(2 * budget, *SIZES[1:]))
+    given = budget, every, 1, 0
+    assert_holds_what_the_oracle_holds(policy_of(kind, given), kind, *given, sizes=(2 * budget, *SIZES[1:]))

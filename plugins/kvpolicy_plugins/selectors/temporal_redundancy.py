@@ -51,11 +51,11 @@ class TemporalRedundancy(Selector):
         patches = self.tokens_per_frame
         if view.positions.shape[-1] < patches:  # no whole frame
             return torch.zeros(view.positions.shape, dtype=torch.float32, device=view.keys.device)
-        keys, places = view.keys.float(), candidate_places(view)
-        directions = keys / (vector_norm(keys, dim=-1, keepdim=True) + 1e-9)
-        grid = gather_blocks(directions, view.candidates, places, patches)  # [B, K, F, p, D]
+        places = candidate_places(view)
+        grid = gather_blocks(view.keys, view.candidates, places, patches).float()  # [B, K, F, p, D]
+        grid = grid / (vector_norm(grid, dim=-1, keepdim=True) + 1e-9)
         whole, recent = (count[..., None] for count in self._frames(view.candidates))
-        frames = torch.arange(grid.shape[2], device=keys.device)
+        frames = torch.arange(grid.shape[2], device=grid.device)
         shown = (frames >= whole - recent) & (frames < whole)
         mean = grid.masked_fill(~shown[..., None, None], 0.0).sum(2) / recent[..., None].clamp(min=1)
         repeated = (grid * mean[:, :, None]).sum(-1)
