@@ -58,8 +58,9 @@ class TemporalRedundancy(Selector):
         frames = torch.arange(grid.shape[2], device=grid.device)
         shown = (frames >= whole - recent) & (frames < whole)
         mean = grid.masked_fill(~shown[..., None, None], 0.0).sum(2) / recent[..., None].clamp(min=1)
-        repeated = (grid * mean[:, :, None]).sum(-1)
-        return -repeated.flatten(2).gather(-1, places)
+        repeated: Tensor = (grid * mean[:, :, None]).sum(-1)
+        by_slot: Tensor = repeated.flatten(2).gather(-1, places)
+        return -by_slot
 
     def select(self, request: SelectionRequest) -> Tensor:
         redundancy, candidates = request.second_scores, request.candidates
