@@ -192,7 +192,7 @@ def _check_declared(spec: PolicySpec) -> None:
     for weighted in spec.score:
         flag_of(weighted.scorer, "calibrated")
     for plugin, names in (
-        (spec.allocate.divider, ("ragged", "reads_scores", "reads_window", "calibrated")),
+        (spec.allocate.divider, ("ragged", "exact", "reads_scores", "reads_window", "calibrated")),
         (spec.allocate.layers, ("follows_length",)),
         (spec.select, ("best",)),
         (spec.merge, ("moves_only", "votes", "reads_window")),

@@ -187,6 +187,8 @@ class Allocator(ViewPlugin):
     """Divides a budget. What it divides it over is its stage: layers, the heads of a layer, or both."""
 
     ragged: ClassVar[bool] = True  # whether heads of a layer can end up with different lengths
+    # Whether all that may be kept is kept. Only one that is ragged, and divides by scores, may keep less.
+    exact: ClassVar[bool] = True
     reads_window: ClassVar[bool] = False  # whether `statistics` reads queries: some plugin must then observe them
 
     def statistics(self, view: View) -> Tensor | None:  # noqa: ARG002 the default needs nothing else
@@ -206,7 +208,8 @@ class Allocator(ViewPlugin):
     def allocate(self, request: AllocationRequest) -> Tensor:
         """Candidates to keep in each head, int64 [L, B, K]: sums of exactly `request.total`, none above its room.
 
-        Rows never influence each other.
+        Sums are at most the total where the allocator is not `exact`; all candidates stay where the total is all of
+        them. Rows never influence each other.
         """
 
 

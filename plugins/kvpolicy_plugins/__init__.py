@@ -8,6 +8,7 @@ from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
 from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
+from kvpolicy_plugins.allocators.threshold import Threshold
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.codecs.fp8 import Fp8
@@ -36,10 +37,12 @@ from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.expected_attention import ExpectedAttention
+from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.keydiff import KeyDiff
 from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.learned_gate import LearnedGate
 from kvpolicy_plugins.scorers.leverage import Leverage
 from kvpolicy_plugins.scorers.q_filters import QFilters
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
@@ -54,6 +57,7 @@ from kvpolicy_plugins.selectors.fair import Fair
 from kvpolicy_plugins.selectors.kvcrush import KVCrush
 from kvpolicy_plugins.selectors.mass_segments import MassSegments
 from kvpolicy_plugins.selectors.sample import Sample
+from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 from kvpolicy_plugins.selectors.topk import TopK
 from kvpolicy_plugins.selectors.whitelist import Whitelist
 
@@ -62,10 +66,12 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Attention,
     Cur,
     ExpectedAttention,
+    FrameValueNorm,
     History,
     KeyDiff,
     KeyNorm,
     LagKV,
+    LearnedGate,
     Leverage,
     QFilters,
     RandomDraw,
@@ -77,6 +83,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Pyramid,
     UniformLayers,
     Adaptive,
+    Threshold,
     UniformHeads,
     Cake,
     Duo,
@@ -89,6 +96,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     KVCrush,
     MassSegments,
     Sample,
+    TemporalRedundancy,
     TopK,
     Whitelist,
     AttentionMatching,

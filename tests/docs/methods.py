@@ -34,6 +34,7 @@ GOLDEN = {
     "gkv": ("gkv", "gkv_similarity"),
     "headkv": ("headkv_budgets", "head_budgets"),
     "h2o": ("h2o_decode", "h2o_prefill"),
+    "infinipot_v": ("infinipotv", "infinipotv_stream"),
     "keepkv": ("keepkv", "keepkv_released_code", "vote_bias_attention"),
     "keydiff": ("keydiff",),
     "kivi2": ("kivi", "kivi_decode"),

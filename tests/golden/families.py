@@ -32,6 +32,7 @@ TESTED = {
     "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
     "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction", "ams", "kvcrush_anchors"),
     "test_rpc": ("rpc",),
+    "test_video": ("infinipotv_stream", "infinipotv"),
     "test_reading": ("rocketkv_budgets", "rocketkv"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
     "test_turboquant": ("turboquant_vllm",),
@@ -39,7 +40,7 @@ TESTED = {
 NOT_YET = (
     "attention_matching_omp",
     "kvzip_end_to_end_plus",
-    *("infinipotv_stream", "infinipotv", "effivlm_metrics"),
+    "effivlm_metrics",
 )
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous
 

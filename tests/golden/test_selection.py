@@ -17,10 +17,11 @@ from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.fair import Fair
-from kvpolicy_plugins.selectors.kvcrush import KVCrush, in_blocks, spread
+from kvpolicy_plugins.selectors.kvcrush import KVCrush, spread
 from kvpolicy_plugins.selectors.mass_segments import MassSegments
 from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.topk import TopK
+from kvpolicy_plugins.shared.blocks import in_blocks
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.selecting import selected_by
 from tests.support.views import view_of

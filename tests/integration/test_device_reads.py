@@ -16,6 +16,12 @@ POLICIES = {
     **{name: small(name, 12, EVERY) for name in ("snapkv", "rkv", "adakv", "h2o", "keepkv", "d2o")},
     "cam": small("snapkv", 12, EVERY, merge="cam"),
     **{name: small(name, 12, EVERY) for name in ("ams", "chunkkv", "criticalkv", "fair", "kvcrush", "vase")},
+    "infinipot_v": small(
+        *("infinipot_v", 20, EVERY),
+        score=[{"use": "frame_value_norm", "rows": 2, "columns": 2, "pool": "1d"}],
+        select={"use": "temporal_redundancy", "tokens_per_frame": 4, "recent_frames": 0.3},
+    ),
+    "threshold": small("adakv", 12, EVERY, allocate={"heads": {"use": "threshold", "value": 0.02}}),
     "whitelist": small("snapkv", 12, EVERY, select={"use": "whitelist"}),
     "regions": small("snapkv", 12, EVERY, protect={"sinks": 1, "recent": 3, "regions": ["system"]}),
     "global": small("snapkv", 12, EVERY, allocate={"joint": "global"}),

@@ -10,6 +10,7 @@ from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
+from kvpolicy_plugins.allocators.threshold import Threshold
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from tests.property.layers import scored
@@ -112,6 +113,19 @@ def test_rows_are_allocated_apart(drawn, allocator, budget):
     for row in range(len(budgets)):
         part = slice(row, row + 1)
         assert torch.equal(counts_of(allocator, scores[part], candidates[part], budgets[part]), together[part])
+
+
+@given(scored(), st.integers(0, 400), st.one_of(st.sampled_from((-1e9, 0.0, 1e9)), st.floats(-3, 3, width=32)))
+def test_a_threshold_keeps_the_best_of_the_budget_that_reach_it(drawn, budget, value):
+    scores, candidates = drawn
+    budgets = torch.full(scores.shape[:1], budget)
+    found = counts_of(Threshold(value), scores, candidates, budgets)
+    best = joint_counts(GlobalRanking(), [scores], [candidates], budgets)[0]
+    for row, head in torch.cartesian_prod(*map(torch.arange, found.shape)).reshape(-1, 2).tolist():
+        inside = candidates[row, head]
+        reached = sum(score >= value for score in scores[row, head][inside].tolist())
+        fits = int(candidates[row].sum()) <= budget
+        assert found[row, head] == (inside.sum() if fits else min(int(best[row, head]), reached))
 
 
 @given(scored(), st.integers(0, 400))

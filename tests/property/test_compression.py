@@ -10,6 +10,7 @@ from kvpolicy.spec.policy import Allocate, Weighted
 from kvpolicy.stages import Scorer
 from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy_plugins.allocators.adaptive import Adaptive
+from kvpolicy_plugins.allocators.threshold import Threshold
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from tests.support.compressing import compress_one
 from tests.support.driving import FirstHeads
@@ -17,7 +18,7 @@ from tests.support.policies import small
 from tests.support.views import view_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvpolicy.errors.NonFiniteScoreWarning")
-HEAD_ALLOCATORS = (UniformHeads(), Adaptive(), FirstHeads())
+HEAD_ALLOCATORS = (UniformHeads(), Adaptive(), FirstHeads(), Threshold(0.0))
 VALUES = (0.0, -0.0, 1.0, 2.5, -3.0, 1e-42, torch.inf, -torch.inf, torch.nan)
 
 
@@ -77,11 +78,14 @@ def test_the_same_entries_stay_in_whichever_slots_they_stand(problem):
 
 @given(problems())
 def test_a_row_keeps_exactly_its_budget(problem):
+    """At most that where the allocator says so, and everything that fits."""
     spec, view, budget = problem
     kept = (compress_one(spec, view, budget).kept >= 0).sum((1, 2))
     heads = view.positions.shape[1]
     for row, length in enumerate(view.lengths[:, 0].tolist()):
-        assert kept[row] == min(length, budget[row]) * heads
+        most = min(length, budget[row]) * heads
+        required = spec.allocate.divider.exact or length <= budget[row]
+        assert kept[row] == most if required else kept[row] <= most
 
 
 @given(problems(allocators=HEAD_ALLOCATORS[:1]))

@@ -42,6 +42,7 @@ class Explanation:
     layers: tuple[LayerShare, ...]
     protected: tuple[int, int]  # sinks and recent entries of each head
     competing: bool  # whether layers compete: each then gets more or less than its budget, which is an average
+    at_most: bool  # whether a compression may leave less than the budget, by what entries score
     whole_prompt: bool  # whether all layers hold all of a prompt before any of them is compressed
     raised: str  # why more is held than a share of the tokens says; empty when it is not
     assumed: str  # what of the sequence the budget depends on, beside its length; empty when on nothing
@@ -89,7 +90,7 @@ class Explanation:
         return Group(
             Text("\n".join(filter(None, (head, self.assumed, self.raised)))),
             memory_table(sizes, self.full_bytes, self.columns, evicts=self.evicts, whole_prompt=self.whole_prompt),
-            budgets_table(layers, *self.protected, competing=self.competing),
+            budgets_table(layers, *self.protected, competing=self.competing, at_most=self.at_most),
             steps_table(self.steps, self.moved_bytes, self.unfused, self.rates),
         )
 
@@ -123,6 +124,7 @@ def explain(plan: Plan, length: int = LENGTH, rates: Device | None = None) -> Ex
         raised=budgets.raised(length),
         assumed="" if plan.spec.budget.generated is None else _ALL_GENERATED,
         competing=plan.compresses_jointly,
+        at_most=not plan.spec.allocate.divider.exact,
         whole_prompt=plan.spec.compress.prefill and (plan.compresses_jointly or bool(plan.passes)),
         columns=footprint.per_entry(),
         unfused=plan.fusion.off,

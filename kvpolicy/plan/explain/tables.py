@@ -25,7 +25,9 @@ def memory_table(
     return table
 
 
-def budgets_table(layers: Sequence[tuple[int, int, int]], sinks: int, recent: int, *, competing: bool) -> Table:
+def budgets_table(
+    layers: Sequence[tuple[int, int, int]], sinks: int, recent: int, *, competing: bool, at_most: bool
+) -> Table:
     """Index, budget and capacity of each layer; neighbours that have the same are one line."""
     table = Table("layers", "budget", "capacity", title="Entries per KV head")
     runs: list[list[tuple[int, int, int]]] = []
@@ -40,6 +42,8 @@ def budgets_table(layers: Sequence[tuple[int, int, int]], sinks: int, recent: in
     table.caption = f"protected: {sinks} sinks\nand the newest {recent}"
     if competing:
         table.caption += "\nlayers compete: averages"
+    if at_most:
+        table.caption += "\nat most: scores may leave less"
     return table
 
 

@@ -1,4 +1,4 @@
-"""Checks for allocators: budgets are spent exactly, and no head gets more candidates than it has."""
+"""Checks for allocators: budgets are spent as declared, and no head gets more candidates than it has."""
 
 import itertools
 import math
@@ -19,9 +19,17 @@ from kvpolicy.stages.view import View
 def spends_the_whole_budget(allocator: Allocator, _promises: Promises) -> None:
     for request in _requests(allocator):
         counts = _checked(allocator, request)
-        spent = counts.sum((0, 2)) if request.total.ndim == 1 else counts.sum(-1)
-        if not torch.equal(spent, request.total):
-            raise contract_error(allocator, f"gave {spent.tolist()} candidates, expected {request.total.tolist()}")
+        spent, room = (of.sum((0, 2)) if request.total.ndim == 1 else of.sum(-1) for of in (counts, request.room))
+        required = allocator.exact | (request.total == room)  # what fits stays, whoever divides
+        if (spent > request.total).any() or (required & (spent != request.total)).any():
+            expected = f"{'' if allocator.exact else 'at most '}{request.total.tolist()}"
+            raise contract_error(allocator, f"gave {spent.tolist()} candidates of {room.tolist()}, expected {expected}")
+
+
+def keeps_less_only_where_lengths_are_read(allocator: Allocator, _promises: Promises) -> None:
+    """The runtime reads back how long heads are only where they may differ; layers get what follows from lengths."""
+    if not allocator.exact and (isinstance(allocator, LayerAllocator) or not allocator.ragged):
+        raise contract_error(allocator, "is not exact, expected that of layer allocators and where heads stay even")
 
 
 def gives_no_more_than_there_is(allocator: Allocator, _promises: Promises) -> None:
@@ -254,6 +262,7 @@ def _selected(
 CHECKS = (
     gives_statistics_of_every_head,
     spends_the_whole_budget,
+    keeps_less_only_where_lengths_are_read,
     divides_by_length_only_if_it_says_so,
     gives_no_more_than_there_is,
     keeps_heads_even,

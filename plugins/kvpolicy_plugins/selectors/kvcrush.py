@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvpolicy.stages import Choice, Integer, SelectionRequest, Selector, parameter
 from kvpolicy.stages.ordering import best_first, highest
+from kvpolicy_plugins.shared.blocks import in_blocks
 from kvpolicy_plugins.shared.limits import SEED
 from kvpolicy_plugins.shared.seeded_draws import hashed
 
@@ -78,18 +79,6 @@ class KVCrush(Selector):
             return hashed(self.seed, request.layer, newest, places, device=places.device) % 2 == 1
         patterns = {"zeros": places < 0, "ones": places >= 0, "alternating": places % 2 == 1}
         return patterns[self.anchor]
-
-
-def in_blocks(values: Tensor, inside: Tensor, places: Tensor, size: int) -> Tensor:
-    """Values of the slots that are `inside`, [B, K, T], by block: [B, K, M, size]; zeros (False) where there is none.
-
-    `places` int64 are those of the slots among the ones inside.
-    """
-    blocks = -(-values.shape[-1] // size)
-    spread_out = values.new_zeros((*values.shape[:2], blocks * size + 1))  # the last is for all others
-    spread_out.scatter_(-1, places.where(inside, blocks * size), values)
-    in_order: Tensor = spread_out[..., :-1].unflatten(-1, (blocks, size))
-    return in_order
 
 
 def spread(distances: Tensor, evicted: Tensor, counts: Tensor) -> Tensor:

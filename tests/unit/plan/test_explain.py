@@ -207,6 +207,13 @@ def test_fused_steps_count_what_is_protected():
     assert step(found[1], "select").read < step(found[1], "compact").read
 
 
+def test_a_plan_says_whether_scores_may_leave_less_than_the_budget():
+    heads = {"heads": {"use": "threshold", "value": 0.5}}
+    assert "at most: scores may leave less" in str(explained("snapkv", 1000, budget=64, allocate=heads))
+    assert not explained("adakv", 1000, budget=64).at_most
+    assert "scores may leave" not in str(explained("adakv", 1000, budget=64))
+
+
 def test_a_plan_says_whether_all_layers_hold_a_whole_prompt():
     """Where they compete, and where a scorer reads prompts again."""
     ours = compile_policy(rereading().spec, Geometry((0, 1), QUERY_HEADS, HEADS, DIM), "cpu", torch.float32)

@@ -30,12 +30,12 @@ def test_only_what_a_scorer_asks_for_is_observed_and_held(name):
     assert len(states) == (name == "gkv")
 
 
-@pytest.mark.parametrize("name", [*NAMES, "curkv", "lagkv", "vase_dkv", "keepkv", "quest"])
+@pytest.mark.parametrize("name", [*NAMES, "curkv", "lagkv", "vase_dkv", "keepkv", "quest", "infinipot_v"])
 def test_holes_are_filled_where_nobody_minds_the_order(name):
     """A scorer minds in rkv, blend and lagkv; heads of other lengths, changed entries and pages are laid out anew."""
     filling = {
         *("snapkv", "pyramidkv", "h2o", "tova", "streaming_llm", "keydiff", "curkv", "vase_dkv", "chunkkv", "vase"),
-        *("criticalkv", "kvcrush"),
+        *("criticalkv", "kvcrush", "infinipot_v"),
     }
     assert plan_of(name).fills_holes == (name in filling)
 

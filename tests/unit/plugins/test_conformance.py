@@ -12,6 +12,7 @@ from kvpolicy_plugins.allocators.duo import Duo
 from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
+from kvpolicy_plugins.allocators.threshold import Threshold
 from kvpolicy_plugins.mergers.attention_matching import AttentionMatching
 from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV
@@ -19,16 +20,19 @@ from kvpolicy_plugins.mergers.window_fit import WindowFit
 from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
 from kvpolicy_plugins.scorers.attention import Attention
 from kvpolicy_plugins.scorers.cur import Cur
+from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.learned_gate import LearnedGate
 from kvpolicy_plugins.scorers.q_filters import QFilters
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
 from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
+from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 
 VARIANTS = (
-    *(kind() for kind in PLUGINS if kind is not History),
+    *(kind() for kind in PLUGINS if kind not in (History, Threshold)),
     History(Attention(4)),
     History(QFilters()),
     History(Reconstruction()),
@@ -38,11 +42,18 @@ VARIANTS = (
     Attention(5, softmax="candidates", deviation=2, pool=Pool("average", 3), causal=False),
     Attention(1, shared=True),
     Redundancy(0.1, forgive=2, forgive_end="first", empty_row="none"),
+    LearnedGate("rotated", 3, 0),
     LagKV(1, 4),
     LagKV(0, 3, cross=True),
     Cur("average", window=5),
     Cur(rank=6, window=0),
+    *(FrameValueNorm(rows, 2, pool=pool) for rows, pool in ((1, "1d"), (2, "2d"), (2, "3d"))),
+    *(FrameValueNorm(3, 3, pool=pool) for pool in ("2d", "depth")),
+    TemporalRedundancy(2, 0.5),
+    TemporalRedundancy(3, 1, 0.1),
+    TemporalRedundancy(1, 0, 1),
     Adaptive(0, "mass"),
+    *(Threshold(value) for value in (-1e9, 4.0, 1e9)),
     Pyramid(0.3),
     Duo(needle=3, group="max", streaming=0.9),
     HeadKV(needle=1, beta=2, exponent=0.5),

@@ -140,7 +140,7 @@ class Doubling(Merger):
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (Spendthrift(), "layer allocator 'spendthrift' gave [65] candidates, expected [8]"),
+        (Spendthrift(), "layer allocator 'spendthrift' gave [65] candidates of [65], expected [8]"),
         (Newest(), "left a candidate that scores higher than one it chose"),
         (Newest(), "chose later entries among equal scores"),
         (Oldest(), "chose a candidate whose score is NaN, and left one whose score is a number"),
@@ -188,6 +188,35 @@ class Mixing(HeadAllocator):
 
 
 @attrs.frozen
+class Sparing(HeadAllocator):
+    """Keeps nothing, also where all would fit."""
+
+    name = "sparing"
+    exact = False
+
+    def allocate(self, request):
+        return torch.zeros_like(request.room)
+
+
+@attrs.frozen
+class Lavish(Sparing):
+    """Keeps everything."""
+
+    name = "lavish"
+
+    def allocate(self, request):
+        return request.room
+
+
+@attrs.frozen
+class Even(UniformHeads):
+    """Says that it may keep less, and that heads are equally long."""
+
+    name = "even"
+    exact = False
+
+
+@attrs.frozen
 class Topmost(JointAllocator):
     """Gives everything to the first head, whatever it can hold."""
 
@@ -205,6 +234,9 @@ class Topmost(JointAllocator):
         (Whole(), "keeps rows apart", "for a row alone"),
         (Mixing(), "keeps layers apart", "for a layer alone"),
         (Topmost(), "gives no more than there is", "expected from 0 to"),
+        (Sparing(), "spends the whole budget", r"of \[\[.*expected at most"),
+        (Lavish(), "spends the whole budget", r"expected at most"),
+        (Even(), "keeps less only where lengths are read", "is not exact"),
     ],
 )
 def test_other_allocators(plugin, check, message):

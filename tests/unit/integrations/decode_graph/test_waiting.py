@@ -52,6 +52,13 @@ def test_partitions_are_compared_without_waiting(cross):
     assert step(small("lagkv", score=[{"use": "lagkv", "sinks": 2, "lag": 4, "cross": cross}])).shape == (3, 1, 4, 8)
 
 
+@pytest.mark.parametrize("pool", ["1d", "2d", "3d"])
+def test_frames_are_compared_without_waiting(pool):
+    score = [{"use": "frame_value_norm", "rows": 3, "columns": 1 if pool == "1d" else 3, "pool": pool}]
+    select = {"use": "temporal_redundancy", "tokens_per_frame": 3, "recent_frames": 0.5}
+    assert step(small("infinipot_v", score=score, select=select)).shape == (3, 1, 4, 8)
+
+
 def test_waiting_is_noticed():
     with pytest.raises(RuntimeError, match="meta tensors"):
         step(small("snapkv"), lambda out: bool(out.any()))
