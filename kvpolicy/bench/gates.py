@@ -24,6 +24,7 @@ from kvpolicy.errors import InputError
 from kvpolicy.policy import load
 
 _CPU = torch.device("cpu")
+_PACKED = ("kivi4", "rotation4", "rotation3")
 _EVERY_128 = {"compress": {"prefill": True, "every": 128}}
 
 
@@ -42,6 +43,8 @@ class Scale:
     budget: int = 1024
     short: int = 1024  # tokens of context for attaching without evicting
     old: int = 51_200
+    real: ModelShape = model_shape("135m")  # that of SmolLM2-135M
+    packed: tuple[int, ...] = (2048, 8192)  # tokens, all of which are held
     rounds: int = 7
 
 
@@ -57,6 +60,8 @@ QUICK = Scale(
     budget=64,
     short=64,
     old=512,
+    real=ModelShape(2, 4, 2, 32, 64, 128, 128),
+    packed=(192, 256),
     rounds=3,
 )
 Judged = tuple[list[Verdict], list[Case]]
@@ -130,6 +135,20 @@ def _age(scale: Scale, clock: Clock) -> Judged:
     return [Verdict("age", claim, 1 / case.ratio("young"), 1 + between, at_most=True, noise=between)], [case]
 
 
+def _packed(scale: Scale, clock: Clock) -> Judged:
+    policies = tuple(load(f"kvpolicy:{name}", budget="100%") for name in _PACKED)
+    protocol = Repetitions(scale.rounds, warm_up=2)
+    setup = DecodeSetup(policies, scale.real, scale.packed, _CPU, torch.float32, full=(DYNAMIC,), protocol=protocol)
+    model, verdicts, cases = _model(scale.real, max(scale.packed)), [], []
+    for length in scale.packed:
+        for case in measure_decode(setup, model, length, clock, Deadline(), _fail):
+            claim = f"{case.what} over {length} tokens, all held: decode time as a multiple of {DYNAMIC}'s"
+            value = 1 / case.ratio(DYNAMIC)
+            verdicts.append(Verdict(f"packed-{case.what}-{length}", claim, value, None, at_most=True, noise=case.noise))
+            cases.append(case)
+    return verdicts, cases
+
+
 GATES: dict[str, Gate] = {
     "snapkv-bfloat16": partial(_snapkv, torch.bfloat16, 3.0),
     "snapkv-float32": partial(_snapkv, torch.float32, 2.5),
@@ -138,6 +157,7 @@ GATES: dict[str, Gate] = {
     "decode": _decode,
     "attach": _attach,
     "age": _age,
+    "packed": _packed,
 }
 
 

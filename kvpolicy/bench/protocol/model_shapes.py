@@ -41,6 +41,7 @@ class ModelShape:
 MODELS = {
     "tiny": ModelShape(2, 4, 2, 16, 64, 128, 128),
     "small": ModelShape(4, 8, 2, 64, 512, 1024, 2048),
+    "135m": ModelShape(30, 9, 3, 64, 576, 1536, 49_152),
     "267m": ModelShape(16, 16, 8, 64, 1024, 4096, 8192),
     "8b": ModelShape(32, 32, 8, 128, 4096, 14336, 128_256),
 }

@@ -85,7 +85,8 @@ def test_all_gates_run_at_tiny_sizes(scripted):
     found = {one.gate: one for ours, _ in results.values() for one in ours}
 
     beside = {"rkv-memory", "decode-preallocated", "decode-static", "compression-share", "compaction-prompt"}
-    assert set(found) == {*GATES, *beside}
+    packed = {f"packed-{store}-{length}" for store in ("kivi4", "rotation4", "rotation3") for length in QUICK.packed}
+    assert set(found) == {*GATES, *beside, *packed} - {"packed"}
     ratios = {name: one.value for name, one in found.items() if name not in {"rkv-memory", "compression-share"}}
     assert set(ratios.values()) == {1.0}
     assert 0 < found["rkv-memory"].value < 1
