@@ -25,7 +25,7 @@ POLICIES = {
     "whitelist": small("snapkv", 12, EVERY, select={"use": "whitelist"}),
     "regions": small("snapkv", 12, EVERY, protect={"sinks": 1, "recent": 3, "regions": ["system"]}),
     "global": small("snapkv", 12, EVERY, allocate={"joint": "global"}),
-    "kivi": small("snapkv", 20, EVERY, store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 4}),
+    "kivi": small("snapkv", 20, EVERY, store={"use": "kivi", "bits": 4, "group": 4, "residual": 4, "batch": 1}),
     "pages": small("snapkv", 12, EVERY, read={"use": "pages", "page": 4, "budget": 8, "dense_first": 0}),
 }
 KINDS = ("token", "compression", "packing")
