@@ -1,6 +1,6 @@
 """The attention of a decode step in one kernel: all rows and heads at once, whatever each of them holds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,10 @@ def attend_in_kernel(
 
     layout = storage.slots.layout
     count, group = layout.rows * layout.heads, batch.queries.shape[1] // layout.heads
+    held = _held(storage, pads=pads)
     queries = batch.queries.reshape(count, group, batch.queries.shape[3]).contiguous()
+    if _in_basis(held.keys):
+        queries = _turned(queries, storage.keys.form.to_basis)
     others = [observer for observer in observers if ATTENTION not in observer.columns.values()]
     _require_shown(storage, slots, others)
     longest = storage.slots.longest if slots is None else slots.shape[2]
@@ -45,7 +48,7 @@ def attend_in_kernel(
     mass = _column(storage.slots, ATTENTION) if len(others) < len(observers) else None
     out = decode(
         queries,
-        _held(storage, pads=pads),
+        held,
         batch.scaling,
         query_positions=batch.positions[:, 0].contiguous() if pads else None,
         slots=None if slots is None else slots.flatten(0, 1).contiguous(),
@@ -53,6 +56,8 @@ def attend_in_kernel(
     )
     if logits is not None:
         _show(storage, slots, logits, others)
+    if _in_basis(held.values):
+        out = _turned(out, storage.values.form.from_basis)
     return out.view(layout.rows, layout.heads * group, 1, -1)
 
 
@@ -71,14 +76,33 @@ def _held(storage: SegmentedStorage, *, pads: bool) -> kv_input.KVInput:
 
 
 def _half(half: KVTensor) -> kv_input.KVTensorInput:
-    packed = None
-    if not half.is_plain:
-        how = half.form.unpacking()
-        if isinstance(how, str):
-            raise UnsupportedInputError(f"{type(half.form).__name__} {how}")
-        columns = tuple(_column(half.packed, name) for name in half.form.columns)
-        packed = kv_input.PackedInput(how, half.packed.starts, half.packed.lengths_on_device, columns)
-    return kv_input.KVTensorInput(_column(half.residual, half.name), half.residual.starts, packed)
+    if half.is_plain:
+        return kv_input.KVTensorInput(_column(half.residual, half.name), half.residual.starts)
+    how = half.form.unpacking()
+    if isinstance(how, str):
+        raise UnsupportedInputError(f"{type(half.form).__name__} {how}")
+    columns = tuple(_column(half.packed, name) for name in half.form.columns)
+    packed = kv_input.PackedInput(how, half.packed.starts, half.packed.lengths_on_device, columns)
+    residual = _column_in_basis(half) if how.in_basis else _column(half.residual, half.name)
+    return kv_input.KVTensorInput(residual, half.residual.starts, packed)
+
+
+def _column_in_basis(half: KVTensor) -> Column:
+    """The residual, which is short, in the basis of what is packed."""
+    vectors = _turned(half.residual.tensors[half.name], half.form.to_basis)
+    # New memory each time: a table that the host copies is not in the cache, and none is copied in a CUDA graph.
+    addresses = torch.full((1,), vectors.data_ptr(), dtype=torch.int64, device=vectors.device)
+    return Column(addresses, vectors.dtype, vectors.shape[1], (vectors,))
+
+
+def _in_basis(half: kv_input.KVTensorInput) -> bool:
+    return half.packed is not None and half.packed.unpacking.in_basis
+
+
+def _turned(vectors: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Vectors in another basis, in the same dtype; a number beyond its range becomes the largest one."""
+    limit = torch.finfo(vectors.dtype).max
+    return turn(vectors.to(torch.promote_types(vectors.dtype, torch.float32))).clamp(-limit, limit).to(vectors.dtype)
 
 
 def _column(store: SlotStore, name: str) -> Column:

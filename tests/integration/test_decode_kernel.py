@@ -24,12 +24,14 @@ POLICIES = {
     "kivi4": kvpolicy.load("kivi4", store=KIVI),
     "rkv_int4": small("rkv", 24, 4, protect={"recent": 8}, store=KIVI),
     "fp8": kvpolicy.load("kivi4", store={"use": "fp8", "residual": 3, "batch": 2}),
+    "rotation": kvpolicy.load("kivi4", store={"use": "rotation", "bits": 3, "residual": 3, "batch": 4}),
+    "turboquant": small("adakv", 20, 4, protect={"recent": 8}, store={"use": "turboquant", "residual": 3, "batch": 2}),
     "tada": kvpolicy.load("tada", store={"use": "tada", "bits": 4, "residual": 8, "batch": 4}),
     "quest": kvpolicy.load("quest", read={"use": "pages", "page": 4, "budget": 12, "dense_first": 1}),
 }
 
 
-BATCHED = ("adakv", "kivi4")
+BATCHED = ("adakv", "kivi4", "turboquant")
 
 
 @pytest.mark.parametrize(

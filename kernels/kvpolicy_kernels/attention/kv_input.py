@@ -32,7 +32,7 @@ class Unpacking:
                  D: tl.constexpr,     # head dim
                  DP: tl.constexpr,    # D rounded up to a power of two
                  RUN: tl.constexpr,   # whether the slots are consecutive and cover whole groups
-                 OPTIONS: tl.constexpr)  # tuple of ints: `options`
+                 OPTIONS: tl.constexpr)  # tuple of numbers: `options`
 
     It returns float32 [BLOCK, DP]: zeros beyond the head dim, anything finite in slots that are masked out. Of a
     `shared` column it reads each row once if `RUN`, and once for every entry otherwise. A group of a `joint` format
@@ -42,8 +42,9 @@ class Unpacking:
     function: Any
     columns: tuple[PackedColumn, ...]
     group_size: int = 1  # entries per quantisation group
-    options: tuple[int, ...] = ()
+    options: tuple[float, ...] = ()
     joint: bool = False
+    in_basis: bool = False  # whether vectors are in a basis of the format's own: queries and residual must be, too
 
 
 @attrs.frozen(eq=False)

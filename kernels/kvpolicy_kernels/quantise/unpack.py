@@ -26,19 +26,43 @@ def round_to(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def load_codes(CODES, slots, mask, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Load codes [BLOCK, DP] as float32 from rows of ceil(D · BITS / 8) bytes, lowest bits first; BITS 2, 4 or 8."""
+    """Load codes [BLOCK, DP] from rows of ceil(D · BITS / 8) bytes, lowest bits first; BITS 1, 2, 3, 4 or 8."""
     WIDTH: tl.constexpr = (D * BITS + 7) // 8
-    byte = tl.arange(0, DP * BITS // 8)
-    byte_mask = mask[:, None] & (byte < WIDTH)[None, :]
-    packed = tl.load(CODES + slots[:, None] * WIDTH + byte[None, :], mask=byte_mask, other=0)
-    if BITS == 8:
-        codes = packed
-    elif BITS == 4:
-        codes = tl.interleave(packed & 15, packed >> 4)
+    if BITS == 1 or BITS == 3:  # noqa: PLR1714 Triton knows no sets
+        word = _load_words(CODES, slots, mask, WIDTH, DP, BITS)
+        even = tl.interleave(_every_fourth(word, 0, BITS), _every_fourth(word, 2, BITS))
+        codes = tl.interleave(even, tl.interleave(_every_fourth(word, 1, BITS), _every_fourth(word, 3, BITS)))
     else:
-        even = tl.interleave(packed & 3, (packed >> 4) & 3)
-        codes = tl.interleave(even, tl.interleave((packed >> 2) & 3, packed >> 6))
-    return codes.to(tl.float32)
+        byte = tl.arange(0, DP * BITS // 8)
+        byte_mask = mask[:, None] & (byte < WIDTH)[None, :]
+        packed = tl.load(CODES + slots[:, None] * WIDTH + byte[None, :], mask=byte_mask, other=0)
+        if BITS == 8:
+            codes = packed
+        elif BITS == 4:
+            codes = tl.interleave(packed & 15, packed >> 4)
+        else:
+            even = tl.interleave(packed & 3, (packed >> 4) & 3)
+            codes = tl.interleave(even, tl.interleave((packed >> 2) & 3, packed >> 6))
+    return codes
+
+
+@triton.jit
+def _load_words(CODES, slots, mask, WIDTH: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """The BITS bytes of every eight codes as one int32, [BLOCK, DP / 8]."""
+    first = tl.arange(0, DP // 8) * BITS
+    word = tl.zeros((slots.shape[0], DP // 8), tl.int32)
+    for i in tl.static_range(BITS):
+        byte_mask = mask[:, None] & (first + i < WIDTH)[None, :]
+        packed = tl.load(CODES + slots[:, None] * WIDTH + (first + i)[None, :], mask=byte_mask, other=0)
+        word = word | (packed.to(tl.int32) << (8 * i))
+    return word
+
+
+@triton.jit
+def _every_fourth(word, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """Codes FIRST and FIRST + 4 of every word of eight, [BLOCK, DP / 4]."""
+    low, high = word >> (FIRST * BITS), word >> ((FIRST + 4) * BITS)
+    return tl.interleave(low & (2**BITS - 1), high & (2**BITS - 1))
 
 
 @triton.jit
@@ -57,7 +81,7 @@ def per_channel(
     Columns: codes, scale, minimum. Options: bits, group size.
     """
     GROUP_SIZE: tl.constexpr = OPTIONS[1]
-    codes = load_codes(COLUMNS[0], slots, mask, D, DP, OPTIONS[0])
+    codes = load_codes(COLUMNS[0], slots, mask, D, DP, OPTIONS[0]).to(tl.float32)
     d = tl.arange(0, DP)
     if RUN:
         COUNT: tl.constexpr = slots.shape[0] // GROUP_SIZE
@@ -83,7 +107,7 @@ def _in_groups(CODES, SCALE, MINIMUM, rows, mask, D: tl.constexpr, DP: tl.conste
     """Code · scale + minimum [BLOCK, DP], with a scale and a minimum per GROUP channels of a row."""
     GROUPS: tl.constexpr = DP // GROUP
     COUNT: tl.constexpr = rows.shape[0]
-    codes = tl.reshape(load_codes(CODES, rows, mask, D, DP, BITS), (COUNT, GROUPS, GROUP))
+    codes = tl.reshape(load_codes(CODES, rows, mask, D, DP, BITS).to(tl.float32), (COUNT, GROUPS, GROUP))
     group = tl.arange(0, GROUPS)
     offsets = rows[:, None] * (D // GROUP) + group[None, :]
     element_mask = mask[:, None] & (group < D // GROUP)[None, :]
@@ -115,14 +139,57 @@ def centred(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: 
 
 
 @triton.jit
+def per_vector(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+    """Code · scale + minimum, with a scale and a minimum per vector. Columns: codes, scale, minimum. Options: bits."""
+    codes = load_codes(COLUMNS[0], slots, mask, D, DP, OPTIONS[0]).to(tl.float32)
+    scale = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
+    minimum = tl.load(COLUMNS[2] + slots, mask=mask, other=0.0).to(tl.float32)
+    vectors = codes * scale[:, None] + minimum[:, None]
+    return tl.where((tl.arange(0, DP) < D)[None, :], vectors, 0.0)
+
+
+@triton.jit
+def codebook(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+    """Level of each code · norm of the vector / √D, in the basis that was quantised; see `Unpacking.in_basis`.
+
+    Columns: codes, norm. Options: bits, 1 to divide by the norm of the levels instead of √D, then the 2^bits levels.
+    """
+    BITS: tl.constexpr = OPTIONS[0]
+    codes = load_codes(COLUMNS[0], slots, mask, D, DP, BITS)
+    levels = OPTIONS[2:]
+    for bit in tl.static_range(BITS):  # halves the candidates: those with this bit of the code, or those without
+        is_set = ((codes >> bit) & 1) != 0
+        left = ()
+        for i in tl.static_range(len(levels) // 2):
+            left = left + (tl.where(is_set, levels[2 * i + 1], levels[2 * i]),)  # type: ignore[assignment]
+        levels = left
+    vectors = tl.where((tl.arange(0, DP) < D)[None, :], levels[0], 0.0)
+    norm = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
+    factor = norm / tl.sqrt(tl.sum(vectors * vectors, 1)) if OPTIONS[1] else norm * (D**-0.5)
+    return vectors * factor[:, None]
+
+
+@triton.jit
 def scaled_fp8(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
-    """Float8 (e4m3) · largest magnitude of the vector / 448. Columns: codes as bytes, largest magnitude.
+    """Float8 (e4m3) · largest magnitude of the vector / 448. Columns: codes as bytes, largest magnitude."""
+    magnitude = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
+    return _fp8_over_256(COLUMNS[0], slots, mask, D, DP) * (magnitude * (256 / 448))[:, None]
+
+
+@triton.jit
+def fp8(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
+    """Float8 (e4m3) without a scale. Columns: codes as bytes."""
+    return _fp8_over_256(COLUMNS[0], slots, mask, D, DP) * 256.0
+
+
+@triton.jit
+def _fp8_over_256(CODES, slots, mask, D: tl.constexpr, DP: tl.constexpr):
+    """Float8 (e4m3) numbers / 256 in float32, exactly.
 
     With exponent and mantissa shifted to where a float16 has them, the bits of an e4m3 number are the number / 256.
     """
     d = tl.arange(0, DP)
     element_mask = mask[:, None] & (d < D)[None, :]
-    codes = tl.load(COLUMNS[0] + slots[:, None] * D + d[None, :], mask=element_mask, other=0).to(tl.uint16)
+    codes = tl.load(CODES + slots[:, None] * D + d[None, :], mask=element_mask, other=0).to(tl.uint16)
     over_256 = (((codes & 0x80) << 8) | ((codes & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    magnitude = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
-    return over_256.to(tl.float32) * (magnitude * (256 / 448))[:, None]
+    return over_256.to(tl.float32)

@@ -7,43 +7,32 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import AsIs, Choice, Codec, Column, Flag, Format, Formats, Integer, Site, parameter
+from kvpolicy.stages import (
+    AsIs,
+    Choice,
+    Codec,
+    Column,
+    Flag,
+    Format,
+    Formats,
+    Integer,
+    PackedColumn,
+    Site,
+    Unpacking,
+    parameter,
+)
 from kvpolicy_plugins.codecs.shared.affine import (
     SCALES,
-    cast_clamped,
-    compute_dtype,
     dequantise_tokens,
     quantise_half_up,
     scale_dtype,
 )
-from kvpolicy_plugins.codecs.shared.float8 import bytes_over_256, to_bytes
+from kvpolicy_plugins.codecs.shared.float8 import Float8
 from kvpolicy_plugins.codecs.shared.packing import packed_size
 from kvpolicy_plugins.codecs.shared.rotated import Rotated, random_signs
 from kvpolicy_plugins.shared.limits import SEED
 
 _FLOAT8 = 8  # bits of a key that is not rotated
-
-
-@attrs.frozen(eq=False)
-class Float8(Format):
-    """Each number in float8_e4m3fn, without a scale."""
-
-    dim: int  # D
-    dtype: torch.dtype  # of the model's own vectors
-    residual_length: int = 0
-    step: int = 1
-    columns: Mapping[str, Column] = attrs.field(init=False)
-
-    @columns.default
-    def _columns(self) -> dict[str, Column]:
-        return {"codes": Column((self.dim,), torch.uint8)}
-
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
-        return {"codes": to_bytes(vectors)}
-
-    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        exact = bytes_over_256(columns["codes"]).to(compute_dtype(self.dtype))
-        return cast_clamped(exact.mul_(256), self.dtype)
 
 
 @attrs.frozen(eq=False)
@@ -70,6 +59,12 @@ class HalfUp(Format):
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
         codes, scale, minimum = (columns[name] for name in ("codes", "scale", "minimum"))
         return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, self.dtype)
+
+    def unpacking(self) -> Unpacking | str:
+        from kvpolicy_kernels.quantise.unpack import per_vector
+
+        codes, each = PackedColumn(packed_size(self.dim, self.bits), torch.uint8), PackedColumn(1, self.stored)
+        return Unpacking(per_vector, (codes, each, each), options=(self.bits,))
 
 
 @attrs.frozen

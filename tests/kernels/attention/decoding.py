@@ -15,7 +15,7 @@ from kvpolicy_kernels.attention.kv_input import (
     Unpacking,
 )
 from kvpolicy_kernels.attention.split_plan import SplitPlan
-from kvpolicy_kernels.quantise.unpack import centred, per_channel, per_token, scaled_fp8
+from kvpolicy_kernels.quantise.unpack import centred, codebook, fp8, per_channel, per_token, per_vector, scaled_fp8
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.outputs import Guarded
 from tests.kernels.references import decode as reference
@@ -107,7 +107,11 @@ def unpacked(how: Unpacking, own: list[Tensor], head: int, dim: int, dtype: torc
         return reference.per_token(own, *how.options, dim, dtype)
     if how.function is centred:
         return reference.centred(own, *how.options, head, dim, dtype)
-    return reference.fp8([own[0], own[1][:, 0]], dtype)
+    if how.function is per_vector:
+        return reference.per_token(own, *how.options, dim, dim, dtype)
+    if how.function is codebook:
+        return reference.codebook(own, *how.options, dim=dim, dtype=dtype)
+    return reference.fp8(own, dtype) if how.function is fp8 else reference.scaled_fp8(own, dtype)
 
 
 def channels(bits: int, dim: int, unit: int = 16, stored: torch.dtype = torch.float16) -> Unpacking:
@@ -127,8 +131,21 @@ def means(bits: int, dim: int, group: int = 16, stored: torch.dtype = torch.floa
     return Unpacking(centred, columns, options=(bits, group, heads), joint=True)
 
 
-def fp8(dim: int) -> Unpacking:
-    return Unpacking(scaled_fp8, (PackedColumn(dim, torch.uint8), PackedColumn(1, torch.float16)))
+def float8(dim: int, *, scaled: bool = True) -> Unpacking:
+    codes = PackedColumn(dim, torch.uint8)
+    return Unpacking(scaled_fp8, (codes, PackedColumn(1, torch.float16))) if scaled else Unpacking(fp8, (codes,))
+
+
+def vectors_of(bits: int, dim: int, stored: torch.dtype = torch.float16) -> Unpacking:
+    each = PackedColumn(1, stored)
+    return Unpacking(per_vector, (PackedColumn(-(-dim * bits // 8), torch.uint8), each, each), options=(bits,))
+
+
+def levels(bits: int, dim: int, stored: torch.dtype = torch.float16, *, corrected: bool = False) -> Unpacking:
+    """A codebook whose levels are neither symmetric nor equally far apart."""
+    numbers = [((place + 1) ** 1.5 - 2 ** (1.5 * (bits - 1)) + 0.3) / 4 for place in range(2**bits)]
+    columns = PackedColumn(-(-dim * bits // 8), torch.uint8), PackedColumn(1, stored)
+    return Unpacking(codebook, columns, options=(bits, int(corrected), *numbers), in_basis=True)
 
 
 def chosen(lengths: list[int], count: int, random: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy_kernels.attention.split_plan import SplitPlan
-from tests.kernels.attention.decoding import LAYERS, MIXED, SMALL, assert_right, call, channels, fp8, run, tokens
+from tests.kernels.attention.decoding import LAYERS, MIXED, SMALL, assert_right, call, channels, float8, run, tokens
 from tests.kernels.scenes import DEVICE, DTYPES
 from tests.support.examples import examples
 
@@ -60,8 +60,8 @@ def test_any_call(dtype, data):
         votes=draw(st.booleans()),
         positions=draw(st.booleans()),
         listed=draw(st.sampled_from([0, 0, 1, 17])),
-        keys={"plain": None, "fp8": fp8(dim), "quantised": channels(bits, dim, draw(st.integers(1, 20)))}[keys],
-        values={"plain": None, "fp8": fp8(dim), "quantised": tokens(bits, dim, 4)}[values],
+        keys={"plain": None, "fp8": float8(dim), "quantised": channels(bits, dim, draw(st.integers(1, 20)))}[keys],
+        values={"plain": None, "fp8": float8(dim), "quantised": tokens(bits, dim, 4)}[values],
         seed=draw(st.integers(0, 2**20)),
     )
     block = draw(st.sampled_from([16, 32]))

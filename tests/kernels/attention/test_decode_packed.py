@@ -6,7 +6,20 @@ import torch
 
 from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_kernels.attention.split_plan import SplitPlan
-from tests.kernels.attention.decoding import ALIKE, MIXED, SMALL, assert_right, call, channels, fp8, means, run, tokens
+from tests.kernels.attention.decoding import (
+    ALIKE,
+    MIXED,
+    SMALL,
+    assert_right,
+    call,
+    channels,
+    float8,
+    levels,
+    means,
+    run,
+    tokens,
+    vectors_of,
+)
 from tests.kernels.scenes import DTYPES
 
 
@@ -32,8 +45,38 @@ def test_units_that_do_not_fit_into_a_block(unit, dim, dtype):
 @pytest.mark.parametrize("listed", [0, 20], ids=["", "listed"])
 @pytest.mark.parametrize(("dim", "dtype"), list(zip([59, 64, 128], DTYPES, strict=True)))
 def test_float8_entries(dim, listed, dtype):
-    one = call(MIXED, dim, dtype, keys=fp8(dim), values=fp8(dim), listed=listed, seed=dim, votes=True)
+    one = call(MIXED, dim, dtype, keys=float8(dim), values=float8(dim), listed=listed, seed=dim, votes=True)
     assert_right(one, logits=True, mass=True)
+
+
+@pytest.mark.parametrize("listed", [0, 20], ids=["", "listed"])
+@pytest.mark.parametrize(("dim", "dtype"), list(zip([59, 64, 128], DTYPES, strict=True)))
+def test_float8_entries_without_a_scale(dim, listed, dtype):
+    how = float8(dim, scaled=False)
+    one = call(MIXED, dim, dtype, values=how, listed=listed, seed=dim, votes=True)
+    assert_right(one, logits=True, mass=True)
+    small = attrs.evolve(call(MIXED, dim, dtype, keys=how, listed=listed, seed=dim), scaling=1e-3)  # keys up to 448
+    assert_right(small, SMALL, logits=True, mass=True)
+
+
+@pytest.mark.parametrize("corrected", [False, True], ids=["", "corrected"])
+@pytest.mark.parametrize("dim", [4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_entries_of_a_codebook(bits, dim, corrected):
+    dtype = DTYPES[(bits + dim.bit_length()) % len(DTYPES)]
+    how = levels(bits, dim, torch.float16 if bits % 2 else dtype, corrected=corrected)
+    listed = 20 if corrected == (dim > 32) else 0
+    one = call(MIXED, dim, dtype, keys=how, values=how, listed=listed, seed=bits + dim, votes=True, positions=True)
+    assert_right(one, SplitPlan(16, 48, 2), logits=True, mass=True)
+
+
+@pytest.mark.parametrize("listed", [0, 20], ids=["", "listed"])
+@pytest.mark.parametrize(("dim", "dtype"), list(zip([59, 64, 80], DTYPES, strict=True)))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_vectors_with_one_scale(bits, dim, listed, dtype):
+    how = vectors_of(bits, dim, dtype if bits == 3 else torch.float16)
+    one = call(MIXED, dim, dtype, keys=how if bits == 2 else None, values=how, listed=listed, seed=bits + dim)
+    assert_right(one, SplitPlan(32, 64, 2))
 
 
 @pytest.mark.parametrize("listed", [0, 20], ids=["", "listed"])
@@ -58,7 +101,7 @@ def test_units_of_other_segments_are_refused():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("how", [fp8(64), channels(4, 64)], ids=["fp8", "quantised"])
+@pytest.mark.parametrize("how", [float8(64), channels(4, 64), levels(3, 64)], ids=["fp8", "quantised", "codebook"])
 def test_packed_keys_are_rounded_to_the_dtype_of_the_model(how, dtype):
     one = call(MIXED, 64, dtype, keys=how, seed=11)
     _, logits, _ = run(one, SMALL, logits=True)

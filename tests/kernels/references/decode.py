@@ -31,7 +31,8 @@ def in_own_dtype(queries, keys, values, scaling, votes, visible) -> tuple[Tensor
 def codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Bytes [n, m] to codes [n, count], lowest bits first."""
     first = torch.arange(count, device=packed.device) * bits
-    return (packed[:, first // 8].long() >> first % 8 & 2**bits - 1).float()
+    ahead = torch.nn.functional.pad(packed, (0, 1)).long()  # a code may begin in one byte and end in the next
+    return ((ahead[:, first // 8] + 256 * ahead[:, first // 8 + 1]) >> first % 8 & 2**bits - 1).float()
 
 
 def per_channel(columns: list[Tensor], bits: int, unit: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +58,18 @@ def centred(columns, bits: int, group: int, heads: int, head: int, dim: int, dty
     return (mean.float() - per_token(own, bits, group, dim, torch.float32)).to(dtype)
 
 
+def scaled_fp8(columns: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Codes [n, D] as bytes and peaks [n, 1] to vectors [n, D]; in this order of operations, for there are ties."""
+    return (fp8(columns[:1], torch.float32) / 256 * (columns[1].float() * (256 / 448))).to(dtype)
+
+
 def fp8(columns: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Codes [n, D] as bytes and peaks [n] to vectors [n, D]; in this order of operations, for there are ties."""
-    numbers = columns[0].cpu().view(torch.float8_e4m3fn).float().to(columns[0].device)
-    return (numbers / 256 * (columns[1].float() * (256 / 448))[:, None]).to(dtype)
+    """Codes [n, D] as bytes to vectors [n, D]."""
+    return columns[0].cpu().view(torch.float8_e4m3fn).float().to(columns[0].device).to(dtype)
+
+
+def codebook(columns: list[Tensor], bits: int, corrected: int, *levels: float, dim: int, dtype: torch.dtype) -> Tensor:
+    """Codes [n, bytes] and norms [n, 1] to rotated vectors [n, D]."""
+    vectors = torch.tensor(levels, dtype=torch.float64, device=columns[0].device)[codes(columns[0], bits, dim).long()]
+    lengths = vectors.norm(dim=1, keepdim=True) if corrected else dim**0.5
+    return (vectors * columns[1].double() / lengths).to(dtype)

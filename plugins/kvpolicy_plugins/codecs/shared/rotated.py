@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Column, Format
+from kvpolicy.stages import Column, Format, PackedColumn, Unpacking
 from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
 from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
 
-_BLOCK = 32  # up to this size a matrix product is faster than further halving
+_BLOCK = 32  # up to this size a matrix product is faster than further halving on a CPU; elsewhere launches cost more
 
 
 @attrs.frozen(eq=False)
@@ -73,6 +73,12 @@ class Rotated(Format):
         norm = columns["norm"].to(dtype)[..., None]
         return levels.mul_(norm / levels.norm(dim=-1, keepdim=True) if self.norm_correction else norm * dim**-0.5)
 
+    def unpacking(self) -> Unpacking | str:
+        from kvpolicy_kernels.quantise.unpack import codebook as tile
+
+        columns = PackedColumn(packed_size(len(self.signs), self.bits), torch.uint8), PackedColumn(1, self.stored)
+        return Unpacking(tile, columns, options=(self.bits, int(self.norm_correction), *self.levels), in_basis=True)
+
 
 def random_signs(name: str, dim: int, seed: int) -> tuple[int, ...]:
     """[D], each 1 or -1.
@@ -89,7 +95,7 @@ def random_signs(name: str, dim: int, seed: int) -> tuple[int, ...]:
 def hadamard(vectors: Tensor) -> Tensor:
     """Vectors [..., D] times Sylvester's matrix of 1 and -1; D a power of two. Twice gives D times the vectors."""
     dim = vectors.shape[-1]
-    width = min(dim, _BLOCK)
+    width = min(dim, _BLOCK) if vectors.device.type == "cpu" else dim
     matrix = _sylvester(width, vectors.dtype, vectors.device)
     product: Tensor = (vectors.unflatten(-1, (dim // width, width)) @ matrix).flatten(-2)
     while width < dim:
