@@ -153,14 +153,14 @@ def test_rows_are_scored_apart(sample, random):
     assert_close(reader.scores(only_rows(question, rows)), reader.scores(question)[rows], **EXACT)
 
 
-@given(samples(), ranks, st.integers(0, 60), st.sampled_from((2, 4, 8)), st.integers(0, 9))
-def test_bytes_are_what_the_closed_form_says(sample, rank, slots, bits, residual):
+@given(samples(), ranks, st.integers(0, 60), st.sampled_from((2, 4, 8)), st.integers(0, 9), st.integers(1, 20))
+def test_bytes_are_what_the_closed_form_says(sample, rank, slots, bits, residual, batch):
     """Per entry 2r + K·D·bits/8 + 4·K·D/group, in half precision; more for what stays exact."""
-    codec = Latent(rank, value_bits=bits, value_group=4, residual=residual)
+    codec = Latent(rank, value_bits=bits, value_group=4, residual=residual, batch=batch)
     geometry, (calibration,) = sample.geometry, codec.calibrate([sample])
     formats = codec.formats(Site(geometry, torch.bfloat16, 0, sample.rotary, calibration))
-    width, packed = geometry.kv_heads * geometry.head_dim, max(0, slots - residual)
-    tail = min(slots, residual + 1)
+    width, packed = geometry.kv_heads * geometry.head_dim, max(0, slots - residual) // batch * batch
+    tail = min(slots, residual + batch)
     parts = {
         formats.keys: 2 * formats.keys.rank * packed + 2 * width * tail,
         formats.values: (width * bits // 8 + 4 * width // 4) * packed + 2 * width * tail,

@@ -38,7 +38,7 @@ def samples(draw):
 
 def formats_of(sample, rank=0.5, *, dtype=torch.float64, layer=0, **parameters):
     """How a layer calibrated on `sample` holds its entries."""
-    codec = Latent(rank, value_group=4, scales="full", **parameters)
+    codec = Latent(rank, value_group=4, scales="full", **{"batch": 1, **parameters})
     (calibration,) = codec.calibrate([sample])
     return codec.formats(Site(sample.geometry, dtype, layer, sample.rotary, calibration))
 

@@ -59,11 +59,11 @@ class Rotated(Format):
 
     def to_basis(self, vectors: Tensor) -> Tensor:
         signs = _tensor(self.signs, vectors.dtype, vectors.device)
-        return hadamard(vectors * signs).mul_(len(self.signs) ** -0.5)
+        return hadamard(vectors * (signs * len(self.signs) ** -0.5))
 
     def from_basis(self, vectors: Tensor) -> Tensor:
         signs = _tensor(self.signs, vectors.dtype, vectors.device)
-        return hadamard(vectors).mul_(signs).mul_(len(self.signs) ** -0.5)
+        return hadamard(vectors * len(self.signs) ** -0.5).mul_(signs)  # sums of what is not divided might overflow
 
     def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         dim, device = len(self.signs), columns["codes"].device
