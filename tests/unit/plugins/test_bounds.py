@@ -19,7 +19,15 @@ ATTENTION = {"use": "attention", "queries": 4}
 LATENT = {"use": "latent", "value_group": 8}
 HEAD = {"budget": 16, "protect": {"sinks": 2, "recent": 4}, "compress": {"every": 4}, "score": [ATTENTION]}
 BASE = {"history": {"of": ATTENTION}, "kivi": {"group": 8}, "latent": LATENT, "pages": {"page": 4}}
-FURTHER = {("kivi", "group"), ("latent", "value_group"), ("tada", "group"), ("pages", "page")}  # bounded by others too
+FURTHER = {  # bounded by others too
+    *(
+        ("kivi", "group"),
+        ("latent", "value_group"),
+        ("tada", "group"),
+        ("pages", "page"),
+        ("mass_segments", "shortest"),
+    ),
+}
 
 
 def rules_of(kind, path=()):
