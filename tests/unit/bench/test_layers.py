@@ -122,5 +122,5 @@ def test_heads_that_cannot_share_are_refused(heads):
 
 
 def test_unknown_model_is_refused():
-    with pytest.raises(InputError, match="--model must be one of tiny, small, 267m, 8b: 'huge'"):
+    with pytest.raises(InputError, match="--model must be one of tiny, small, 135m, 267m, 8b: 'huge'"):
         model_shape("huge")

@@ -139,7 +139,7 @@ def test_without_matplotlib_the_numbers_are_still_written(kv, tmp_path, monkeypa
         ((*COMPRESS, "--dtype", "int8"), "--dtype must be one of"),
         ((*COMPRESS, "--device", "tpu"), "--device must be cpu, cuda or cuda:N"),
         ((*COMPRESS, "--out", "file/below"), "--out file/below: cannot be made"),
-        ((*DECODE, "--model", "huge"), "--model must be one of tiny, small, 267m, 8b: 'huge'"),
+        ((*DECODE, "--model", "huge"), "--model must be one of tiny, small, 135m, 267m, 8b: 'huge'"),
         ((*GENERATE, "--memory", "lots"), "--memory must be bytes, 2GiB: 'lots'"),
         ((*GENERATE, "--new", "1"), "at least 2 new tokens"),
         (("bench", "gates", "--gate", "fats"), "--gate 'fats' is unknown"),
