@@ -63,10 +63,10 @@ class AttendedSlots:
         if self.storage.is_plain:
             yield slice(0, self.length)
             return
-        halves = self.storage.keys, self.storage.values
-        group = lcm(*(half.form.group_size for half in halves))
+        both = self.storage.keys, self.storage.values
+        group = lcm(*(states.form.group_size for states in both))
         size = max(1, most // group) * group
-        packed = min(min(map(min, self.at.counts(half.packed_lengths))) for half in halves)
+        packed = min(min(map(min, self.at.counts(states.packed_lengths))) for states in both)
         end = packed if self.slots is None and packed % group == 0 else 0
         for first, last in ((0, end), (end, self.length)):
             for start in range(first, last, size):

@@ -17,11 +17,11 @@ from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.stages import QueryLogits
 
-# Numbers of keys, and logits, that exist at one time: on a CPU few enough to stay in its cache.
+# Numbers of keys of a block of slots, and logits of these, that exist at one time: few enough for a CPU's cache.
 _NUMBERS = {"cpu": 2**19}
 _ELSEWHERE = 2**26
-_LEAST = 64  # slots
-_LOGITS = 2**20  # of all slots, where somebody looks at them
+_LEAST = 64  # slots of a block
+_LOGITS = 2**20  # of all slots, that exist at one time where they are looked at together, per row
 
 
 def attend_blockwise(
@@ -48,7 +48,7 @@ def attend_blockwise(
         query_logits = QueryLogits(entry_logits(seen, block, full=full), seen.log_votes, sighted=full)
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
-        out = _weighted_sum(seen, weights.flatten(2, 3), _slot_blocks(seen, _grouped(seen, block)))
+        out = _weighted_sum(seen, weights.flatten(2, 3), _slot_blocks(seen, block))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
     return torch.cat(outputs, 2).to(batch.queries.dtype)
 
@@ -62,7 +62,7 @@ def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -
     positions = part.positions
     best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
     total, out = torch.zeros_like(best), torch.zeros_like(queries)
-    for block in _slot_blocks(part, queries):
+    for block in _slot_blocks(part, batch):
         logits = queries @ part.keys_in_basis(block, queries.dtype).transpose(-1, -2)
         if votes is not None:
             logits += votes[:, :, None, block]
@@ -89,11 +89,11 @@ def _hide_later(logits: Tensor, new: int) -> None:
         logits[..., size - len(tokens) :].masked_fill_(later, -torch.inf)
 
 
-def _slot_blocks(part: AttendedSlots, queries: Tensor) -> Iterator[slice]:
-    """Slots to be read at one time for queries [b, k, n, D]: few numbers of keys and of logits, but not too few."""
-    rows, heads, count, dim = queries.shape
-    numbers = _NUMBERS.get(queries.device.type, _ELSEWHERE)
-    return part.blocks(max(_LEAST, numbers // (rows * heads * max(count, dim))))
+def _slot_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[slice]:
+    """Slots to be read at one time for some queries: few numbers of keys and of logits, but not too few slots."""
+    rows, heads, count, dim = batch.queries.shape
+    numbers = _NUMBERS.get(batch.queries.device.type, _ELSEWHERE)
+    return part.blocks(max(_LEAST, numbers // (rows * max(heads * count, part.positions.shape[1] * dim))))
 
 
 def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -138,7 +138,7 @@ def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) 
     `full` says that no slot is empty, and that the newest q are those of the queries.
     """
     queries = part.to_basis(_grouped(part, batch))
-    keys = (part.keys_in_basis(block, queries.dtype).transpose(-1, -2) for block in _slot_blocks(part, queries))
+    keys = (part.keys_in_basis(block, queries.dtype).transpose(-1, -2) for block in _slot_blocks(part, batch))
     parts = [queries @ block for block in keys]
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
     count = batch.queries.shape[2]

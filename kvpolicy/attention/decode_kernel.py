@@ -67,36 +67,36 @@ def _held(storage: SegmentedStorage, *, pads: bool) -> kv_input.KVInput:
     segments = Segments(starts, lengths, 1, slots.layout.rows, slots.layout.heads, slots.longest)
     return kv_input.KVInput(
         segments,
-        _half(storage.keys),
-        _half(storage.values),
+        _input(storage.keys),
+        _input(storage.values),
         positions=_column(slots, POSITIONS) if pads else None,
         votes=_column(slots, LOG_VOTES) if LOG_VOTES in slots.columns else None,
         entries=round(slots.average * segments.count),
     )
 
 
-def _half(half: KVTensor) -> kv_input.KVTensorInput:
-    if half.is_plain:
-        return kv_input.KVTensorInput(_column(half.residual, half.name), half.residual.starts)
-    how = half.form.unpacking()
+def _input(states: KVTensor) -> kv_input.KVTensorInput:
+    if states.is_plain:
+        return kv_input.KVTensorInput(_column(states.residual, states.name), states.residual.starts)
+    how = states.form.unpacking()
     if isinstance(how, str):
-        raise UnsupportedInputError(f"{type(half.form).__name__} {how}")
-    columns = tuple(_column(half.packed, name) for name in half.form.columns)
-    packed = kv_input.PackedInput(how, half.packed.starts, half.packed.lengths_on_device, columns)
-    residual = _column_in_basis(half) if how.in_basis else _column(half.residual, half.name)
-    return kv_input.KVTensorInput(residual, half.residual.starts, packed)
+        raise UnsupportedInputError(f"{type(states.form).__name__} {how}")
+    columns = tuple(_column(states.packed, name) for name in states.form.columns)
+    packed = kv_input.PackedInput(how, states.packed.starts, states.packed.lengths_on_device, columns)
+    residual = _column_in_basis(states) if how.in_basis else _column(states.residual, states.name)
+    return kv_input.KVTensorInput(residual, states.residual.starts, packed)
 
 
-def _column_in_basis(half: KVTensor) -> Column:
+def _column_in_basis(states: KVTensor) -> Column:
     """The residual, which is short, in the basis of what is packed."""
-    vectors = _turned(half.residual.tensors[half.name], half.form.to_basis)
+    vectors = _turned(states.residual.tensors[states.name], states.form.to_basis)
     # New memory each time: a table that the host copies is not in the cache, and none is copied in a CUDA graph.
     addresses = torch.full((1,), vectors.data_ptr(), dtype=torch.int64, device=vectors.device)
     return Column(addresses, vectors.dtype, vectors.shape[1], (vectors,))
 
 
-def _in_basis(half: kv_input.KVTensorInput) -> bool:
-    return half.packed is not None and half.packed.unpacking.in_basis
+def _in_basis(states: kv_input.KVTensorInput) -> bool:
+    return states.packed is not None and states.packed.unpacking.in_basis
 
 
 def _turned(vectors: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -18,30 +18,20 @@ def exact(device_type: str) -> contextlib.AbstractContextManager[None]:
     Tensors made in inference mode cannot be written to outside it, and autocast would compute scores in 16 bits.
     """
     leaves, casts = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device_type)
-    return _Exact(device_type if casts else None, leaves=leaves) if leaves or casts else _AS_IT_IS
+    return _exact(device_type, leaves=leaves, casts=casts) if leaves or casts else _AS_IT_IS
 
 
 _AS_IT_IS = contextlib.nullcontext()
 
 
-class _Exact(contextlib.AbstractContextManager[None]):
-    """Entered several times a layer and token: no generator, no stack of contexts."""
-
-    def __init__(self, cast: str | None, *, leaves: bool) -> None:
-        modes: list[contextlib.AbstractContextManager[Any]] = []
-        if leaves:
-            modes += [torch.inference_mode(mode=False), torch.no_grad()]
-        if cast is not None:
-            modes.append(torch.autocast(cast, enabled=False))
-        self._modes = modes
-
-    def __enter__(self) -> None:
-        for mode in self._modes:
-            mode.__enter__()
-
-    def __exit__(self, *raised: object) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*raised)
+@contextlib.contextmanager
+def _exact(device_type: str, *, leaves: bool, casts: bool) -> Iterator[None]:
+    with (
+        torch.inference_mode(mode=False) if leaves else _AS_IT_IS,
+        torch.no_grad() if leaves else _AS_IT_IS,
+        torch.autocast(device_type, enabled=False) if casts else _AS_IT_IS,
+    ):
+        yield
 
 
 def exactly(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[Any, _P], _T]:
