@@ -67,9 +67,11 @@ def test_a_record_read_again_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("file", sorted(IMAGES.glob("gates-*.json")), ids=lambda file: file.stem)
 def test_results_of_the_documentation_can_be_read(file):
+    """Of a cache that evicts, which is faster than the plain one, or of one that only packs, which is not on a CPU."""
     found = read_result(file)
+    evicts = "decode" in found.parts
 
-    assert found.parts["decode"][0].ratio(DYNAMIC) > 1
+    assert (found.parts["decode" if evicts else "packed"][0].ratio(DYNAMIC) > 1) == evicts
     assert all(Verdict.from_dict(gate).value > 0 for gate in found.facts["gates"])
 
 
