@@ -82,9 +82,11 @@ class AttendedSlots:
 
     # In the bases in which codes are read. What a reader chose is read in that of the model.
 
-    def to_basis(self, queries: Tensor) -> Tensor:
+    def queries_to_basis(self, queries: Tensor) -> Tensor:
         """Queries [b, k, n, D] in the basis of `keys_in_basis`."""
-        return self.storage.keys.form.to_basis(queries) if self.slots is None else queries
+        if self.slots is not None:
+            return queries
+        return self.at.format_of(self.storage.keys.form).queries_to_basis(queries)
 
     def keys_in_basis(self, block: slice, dtype: torch.dtype) -> Tensor:
         """[b, k, n, D] in `dtype`, at least float32."""
@@ -96,7 +98,9 @@ class AttendedSlots:
 
     def from_basis(self, outputs: Tensor) -> Tensor:
         """Sums [b, k, n, Dv] of `values_in_basis` in the basis of the model."""
-        return self.storage.values.form.from_basis(outputs) if self.slots is None else outputs
+        if self.slots is not None:
+            return outputs
+        return self.at.format_of(self.storage.values.form).from_basis(outputs)
 
     def _read(self, states: KVReader, block: slice, dtype: torch.dtype | None) -> Tensor:
         """In the basis of the model, or with a `dtype` in that of the format."""

@@ -58,7 +58,7 @@ def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -
 
     With a running maximum and a running sum of exponentials, as FlashAttention (arXiv:2205.14135, algorithm 1).
     """
-    queries, votes, count = part.to_basis(_grouped(part, batch)), part.log_votes, batch.queries.shape[2]
+    queries, votes, count = part.queries_to_basis(_grouped(part, batch)), part.log_votes, batch.queries.shape[2]
     positions = part.positions
     best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
     total, out = torch.zeros_like(best), torch.zeros_like(queries)
@@ -137,7 +137,7 @@ def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) 
 
     `full` says that no slot is empty, and that the newest q are those of the queries.
     """
-    queries = part.to_basis(_grouped(part, batch))
+    queries = part.queries_to_basis(_grouped(part, batch))
     keys = (part.keys_in_basis(block, queries.dtype).transpose(-1, -2) for block in _slot_blocks(part, batch))
     parts = [queries @ block for block in keys]
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]

@@ -40,7 +40,7 @@ def attend_in_kernel(
     held = _held(storage, pads=pads)
     queries = batch.queries.reshape(count, group, batch.queries.shape[3]).contiguous()
     if _in_basis(held.keys):
-        queries = _turned(queries, storage.keys.form.to_basis)
+        queries = _turned(queries, storage.keys.form.queries_to_basis)
     others = [observer for observer in observers if ATTENTION not in observer.columns.values()]
     _require_shown(storage, slots, others)
     longest = storage.slots.longest if slots is None else slots.shape[2]

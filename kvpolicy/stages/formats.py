@@ -82,12 +82,24 @@ class Format(abc.ABC):
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         """Unpack columns to vectors [B, K, n, D] in the model's dtype; `positions` [B, K, n] are those of the slots."""
 
+    def of_head(self, head: int) -> "Format":  # noqa: ARG002 heads are alike
+        """The format of one KV head, for a segment that is read by itself; the same, unless heads differ."""
+        return self
+
     # Attention is computed in a basis of the format's choice: queries and unpacked entries are taken to it, packed ones
-    # are never taken back from it, only the output is. By default it is the basis of the model.
+    # are never taken back from it, only the output is. By default it is the basis of the model. Where heads have bases
+    # of their own, vectors are [B, K, n, D].
 
     def to_basis(self, vectors: Tensor) -> Tensor:
-        """Vectors [..., D], in at least float32, in the format's orthonormal basis."""
+        """Vectors [..., D] of entries, in at least float32, in the format's basis."""
         return vectors
+
+    def queries_to_basis(self, queries: Tensor) -> Tensor:
+        """Queries [..., D] in the basis in which their products with keys are those of the model.
+
+        That of the keys itself, where that basis is orthonormal; its dual otherwise.
+        """
+        return self.to_basis(queries)
 
     def from_basis(self, vectors: Tensor) -> Tensor:
         """The inverse of `to_basis`."""

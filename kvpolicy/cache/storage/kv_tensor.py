@@ -76,13 +76,15 @@ class KVTensor(KVReader):
 
         What is not packed is a view.
         """
-        return self._read(at, start, stop, positions, self.form.decode, _unchanged)
+        return self._read(at, start, stop, positions, at.format_of(self.form).decode, _unchanged)
 
     def read_in_basis(self, at: SegmentIndex, start: int, stop: int, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        def decoded(columns: Mapping[str, Tensor], places: Tensor) -> Tensor:
-            return self.form.decode_in_basis(columns, places, dtype)
+        form = at.format_of(self.form)
 
-        return self._read(at, start, stop, positions, decoded, lambda vectors: self.form.to_basis(vectors.to(dtype)))
+        def decoded(columns: Mapping[str, Tensor], places: Tensor) -> Tensor:
+            return form.decode_in_basis(columns, places, dtype)
+
+        return self._read(at, start, stop, positions, decoded, lambda vectors: form.to_basis(vectors.to(dtype)))
 
     def _read(
         self, at: SegmentIndex, start: int, stop: int, positions: Tensor, decode: _Decode, as_decoded: _As
@@ -132,7 +134,7 @@ class KVTensor(KVReader):
         columns = {name: take(self.packed.block(name, at), groups) for name in self.form.columns}
         inside = (groups[..., None] * group_size + torch.arange(group_size, device=slots.device)).flatten(2)
         inside = inside.clamp(max=positions.shape[2] - 1).expand(-1, positions.shape[1], -1)
-        decoded = self.form.decode(columns, take(positions, inside))
+        decoded = at.format_of(self.form).decode(columns, take(positions, inside))
         index = index * group_size + wanted % group_size
         return take(decoded, index.reshape(slots.shape))
 

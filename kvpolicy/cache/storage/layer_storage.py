@@ -54,7 +54,7 @@ class KVReader(abc.ABC):
 
     def read_in_basis(self, at: SegmentIndex, start: int, stop: int, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """What `read` gives in the basis of the format (`Format.to_basis`), in `dtype`, at least float32."""
-        return self.form.to_basis(self.read(at, start, stop, positions).to(dtype))
+        return at.format_of(self.form).to_basis(self.read(at, start, stop, positions).to(dtype))
 
     @abc.abstractmethod
     def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:

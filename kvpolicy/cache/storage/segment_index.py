@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import attrs
 
 from kvpolicy.cache.storage.layout import PerSegment
+from kvpolicy.stages import Format
 
 
 @attrs.frozen
@@ -17,6 +18,10 @@ class RowSegments:
         """The numbers of these segments."""
         return tuple(numbers[row] for row in self.rows)
 
+    def format_of(self, form: Format) -> Format:
+        """The format of these segments, where `form` is that of all heads."""
+        return form
+
 
 @attrs.frozen
 class SingleSegment:
@@ -28,6 +33,10 @@ class SingleSegment:
     def counts(self, numbers: PerSegment) -> PerSegment:
         """The number of this segment."""
         return ((numbers[self.row][self.head],),)
+
+    def format_of(self, form: Format) -> Format:
+        """The format of this segment, where `form` is that of all heads."""
+        return form.of_head(self.head)
 
 
 SegmentIndex = RowSegments | SingleSegment

@@ -86,8 +86,8 @@ def decodes_what_it_encoded(codec: Codec, promises: Promises) -> None:
             )
 
 
-def reads_in_an_orthonormal_basis(codec: Codec, _promises: Promises) -> None:
-    """`from_basis` undoes `to_basis`, products stay as they are, and entries can be decoded in the format's basis."""
+def reads_in_its_basis(codec: Codec, _promises: Promises) -> None:
+    """`from_basis` undoes `to_basis`, products with queries stay as they are, and entries can be decoded there."""
     for kv_format, vectors, positions in _samples(codec):
         columns = kv_format.encode(vectors, positions)
         exact = torch.promote_types(vectors.dtype, torch.float32)
@@ -97,12 +97,33 @@ def reads_in_an_orthonormal_basis(codec: Codec, _promises: Promises) -> None:
         for what, actual, expected in (
             ("took back what it took to its basis", kv_format.from_basis(there), given),
             ("decoded in its basis", kv_format.from_basis(rotated), decoded),
-            ("gave products", there @ there.transpose(-1, -2), given @ given.transpose(-1, -2)),
+            ("gave products", kv_format.queries_to_basis(given) @ there.mT, given @ given.mT),
         ):
             if actual.dtype != exact or actual.shape != expected.shape:
                 raise contract_error(codec, f"{what} of {actual.dtype} {list(actual.shape)}, expected {exact}")
             if not (actual.double() - expected.double()).abs().amax() <= rounding * expected.abs().amax():
                 raise contract_error(codec, f"{what} to something else than before")
+
+
+def has_a_format_for_each_head(codec: Codec, _promises: Promises) -> None:
+    """`of_head` packs and reads one head as the format does that head beside the others."""
+    for kv_format, vectors, positions in _samples(codec):
+        if kv_format.joint:
+            continue
+        exact = torch.promote_types(vectors.dtype, torch.float32)
+        encoded, given = kv_format.encode(vectors, positions), vectors.to(exact)
+        for head in range(HEADS):
+            own, one = kv_format.of_head(head), slice(head, head + 1)
+            columns, at = {name: column[:, one] for name, column in encoded.items()}, positions[:, one]
+            _expect_same(codec, own.encode(vectors[:, one], at), columns, f"for head {head} by itself")
+            for what, actual, expected in (
+                ("decoded", own.decode(columns, at), kv_format.decode(encoded, positions)),
+                ("read", own.decode_in_basis(columns, at, exact), kv_format.decode_in_basis(encoded, positions, exact)),
+                ("taken to its basis", own.to_basis(given[:, one]), kv_format.to_basis(given)),
+                ("asked", own.queries_to_basis(given[:, one]), kv_format.queries_to_basis(given)),
+                ("taken back", own.from_basis(given[:, one]), kv_format.from_basis(given)),
+            ):
+                expect_close(codec, actual, expected[:, one], f"when head {head} is {what} by itself")
 
 
 def decodes_to_finite_numbers(codec: Codec, _promises: Promises) -> None:
@@ -282,7 +303,8 @@ CHECKS = (
     packs_whole_steps,
     encodes_to_its_columns,
     decodes_what_it_encoded,
-    reads_in_an_orthonormal_basis,
+    reads_in_its_basis,
+    has_a_format_for_each_head,
     decodes_to_finite_numbers,
     packs_groups_independently,
     keeps_rows_apart,
