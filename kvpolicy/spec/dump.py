@@ -58,8 +58,13 @@ def digest(spec: PolicySpec) -> str:
 
 
 def calibrated_digest(spec: PolicySpec) -> str:
-    """16 hex digits of the plugins of a policy that must be calibrated, with their keys and parameters."""
-    return _hash({key: _full(plugin) for key, plugin in spec.calibrated.items()})
+    """16 hex digits of the plugins of a policy that must be calibrated: their keys, and what calibrations depend on."""
+    return _hash({key: _measured_by(plugin) for key, plugin in spec.calibrated.items()})
+
+
+def _measured_by(plugin: Plugin) -> dict[str, Any]:
+    names, data = plugin.calibrated_by, _full(plugin)
+    return {name: value for name, value in data.items() if names is None or name in (*names, "use")}
 
 
 def _hash(data: Any) -> str:

@@ -24,6 +24,8 @@ class Plugin(abc.ABC):
     stage: ClassVar[str]
     name: ClassVar[str]
     reference: ClassVar[str] = ""
+    calibrated_by: ClassVar[tuple[str, ...] | None] = None
+    """Parameters on which `calibrate` and `probes` depend, None = all; while these stay a calibration holds."""
 
     @property
     def calibrated(self) -> bool:

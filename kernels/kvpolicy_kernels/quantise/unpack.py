@@ -152,11 +152,11 @@ def per_vector(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RU
 def codebook(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr):
     """Level of each code · norm of the vector / √D, in the basis that was quantised; see `Unpacking.in_basis`.
 
-    Columns: codes, norm. Options: bits, 1 to divide by the norm of the levels instead of √D, then the 2^bits levels.
+    Columns: codes, norm. Options: bits, then the 2^bits levels.
     """
     BITS: tl.constexpr = OPTIONS[0]
     codes = load_codes(COLUMNS[0], slots, mask, D, DP, BITS)
-    levels = OPTIONS[2:]
+    levels = OPTIONS[1:]
     for bit in tl.static_range(BITS):  # halves the candidates: those with this bit of the code, or those without
         is_set = ((codes >> bit) & 1) != 0
         left = ()
@@ -165,8 +165,7 @@ def codebook(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN:
         levels = left
     vectors = tl.where((tl.arange(0, DP) < D)[None, :], levels[0], 0.0)
     norm = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
-    factor = norm / tl.sqrt(tl.sum(vectors * vectors, 1)) if OPTIONS[1] else norm * (D**-0.5)
-    return vectors * factor[:, None]
+    return vectors * (norm * (D**-0.5))[:, None]
 
 
 @triton.jit

@@ -40,4 +40,10 @@ def equals_its_copies(plugin: Plugin, _promises: Promises) -> None:
             raise contract_error(plugin, f"does not equal its {description} {duplicate!r}, or has another hash")
 
 
-CHECKS = (can_be_named_in_a_policy, is_frozen, equals_its_copies)
+def names_what_it_is_calibrated_by(plugin: Plugin, _promises: Promises) -> None:
+    parameters = [field.name for field in attrs.fields(type(plugin))]  # type: ignore[arg-type]
+    if unknown := sorted(set(plugin.calibrated_by or ()).difference(parameters)):
+        raise contract_error(plugin, f"is calibrated by {unknown}, which are not among its parameters {parameters}")
+
+
+CHECKS = (can_be_named_in_a_policy, is_frozen, equals_its_copies, names_what_it_is_calibrated_by)

@@ -36,6 +36,7 @@ class SurfaceLogic(MeasuredHeads):
 
     name: ClassVar[str] = "surfacelogic"
     reference: ClassVar[str] = "arXiv:2508.15806"
+    calibrated_by: ClassVar[tuple[str, ...]] = ("needle", "top")
 
     top: int = parameter(Integer(minimum=1, maximum=4096), 10, help="highest entries of a query that are looked at")
     beta: float = parameter(Number(minimum=1, maximum=1e9), 1.351, help="the floor is 1 - 1 / beta of the mean")

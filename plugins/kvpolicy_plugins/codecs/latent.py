@@ -31,6 +31,7 @@ class Latent(Codec):
 
     name: ClassVar[str] = "latent"
     reference: ClassVar[str] = "arXiv:2510.24273"
+    calibrated_by: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: float = parameter(Number(above=0, maximum=1), 0.25, help="size of a latent, as a share of all heads' keys")
     value_bits: int = parameter(BITS, 4, help="bits per number of a value")

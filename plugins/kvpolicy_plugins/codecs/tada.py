@@ -105,6 +105,7 @@ class Tada(Codec):
 
     name: ClassVar[str] = "tada"
     reference: ClassVar[str] = "arXiv:2506.04642"
+    calibrated_by: ClassVar[tuple[str, ...]] = ("bits", "group", "scales", "mean_bits")
 
     bits: int | str = parameter(Choice((*_WIDTHS, "auto")), 4, help="bits per number; auto = calibrated for each layer")
     group: int = parameter(Integer(minimum=0, maximum=MOST_CHANNELS), 0, help="channels of a group; 0 = all of a head")

@@ -78,6 +78,7 @@ class TurboQuant(Codec):
     The paper rotates by a random orthogonal matrix, quantises values as keys, and adds one bit for unbiased inner
     products, or more bits for some channels. The engine (vLLM, `turboquant_4bit_nc` and others) does none of that, and
     neither does this. It differs from the engine in:
+    - norms: the engine stores them, and divides by those of the levels whenever it reads; here the quotient is stored.
     - signs: later versions of the engine have none, and lose keys whose mean is a Walsh pattern, such as a constant: at
       4 bits the relative squared error is 0.18 rather than 0.009. `signs: none` is for parity. Earlier versions draw
       them for each layer, here all layers share them.

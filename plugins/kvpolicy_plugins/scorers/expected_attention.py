@@ -31,6 +31,7 @@ class ExpectedAttention(Scorer):
 
     name: ClassVar[str] = "expected_attention"
     reference: ClassVar[str] = "arXiv:2510.00636"
+    calibrated_by: ClassVar[tuple[str, ...]] = ("statistics",)
 
     queries: int = parameter(QUERIES, 256, help="how many of the last queries statistics are of")
     statistics: str = parameter(

@@ -33,6 +33,7 @@ class TriAttention(Scorer):
 
     name: ClassVar[str] = "triattention"
     reference: ClassVar[str] = "arXiv:2604.04921"
+    calibrated_by: ClassVar[tuple[str, ...]] = ()
 
     furthest: int = parameter(Integer(minimum=1, maximum=2**20), 2**16, help="the largest distance that is looked at")
     over: str = parameter(Choice(("mean", "max")), "mean", help="how distances are reduced to one")

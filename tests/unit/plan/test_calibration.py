@@ -118,6 +118,21 @@ def test_the_budget_does_not_enter_the_digest_of_what_is_calibrated():
     assert calibrated_digest(small) == calibrated_digest(large)
 
 
+@pytest.mark.parametrize(
+    ("store", "change", "holds"),
+    [
+        ({"use": "rotation", "centre": "calibrated"}, {"bits": 3, "residual": 16, "norm_correction": True}, True),
+        ({"use": "rotation", "centre": "calibrated"}, {"sinks": 8}, False),
+        ({"use": "latent"}, {"value_bits": 2}, True),
+        ({"use": "latent"}, {"rank": 0.5}, False),
+    ],
+)
+def test_what_nothing_is_measured_by_may_change(store, change, holds):
+    """`fit` tries a store with many residual lengths, and should not measure the model each time."""
+    first, second = (calibrated_digest(kvpolicy.load("full", store=one).spec) for one in (store, {**store, **change}))
+    assert (first == second) is holds
+
+
 # -- contents -------------------------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,12 @@
 
 import math
 
+import attrs
 import pytest
 import torch
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Geometry, Site
+from kvpolicy.stages import Geometry, Sample, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.shared import rotated
@@ -18,9 +19,12 @@ CASES = [
     pytest.param(check, id=f"{codec.bits} bits: {name}")
     for codec, error in (
         (Rotation(1), 1.0),
-        (Rotation(2, 7), 0.6),
+        (Rotation(2, seed=7), 0.6),
         (Rotation(3, residual=5), 0.4),
         (Rotation(scales="full"), 0.25),
+        (Rotation(3, 2, norm_correction=True), 0.6),
+        (Rotation(centre="calibrated", norm_correction=True), 0.25),
+        (Rotation(3, centre="calibrated", sinks=0), 0.4),
     )
     for name, check in conformance_cases(codec, Promises(error=error))
 ]
@@ -93,6 +97,95 @@ def test_a_norm_beyond_all_numbers_is_bounded():
     columns = half.encode(vectors, torch.zeros(1, 1, 1))
     assert columns["norm"].isfinite()
     assert half.decode(columns, torch.zeros(1, 1, 1)).isfinite().all()
+
+
+MEAN = torch.tensor([[3.0, -2.0, 1.0, 5.0] * 16, [0.5] * 64])
+
+
+def centred(bits=3, dtype=torch.float32, **parameters):
+    codec = Rotation(bits, centre="calibrated", **parameters)
+    site = Site(Geometry((0,), 2, 2, 64), dtype, calibration={"centre": MEAN})
+    return codec.formats(site).keys
+
+
+def keys_around_their_mean(count=40):
+    keys = MEAN[:, None] + torch.randn(1, 2, count, 64, generator=torch.Generator().manual_seed(3))
+    return keys, torch.arange(count).expand(1, 2, count)
+
+
+def through(kv_format, vectors, positions):
+    return kv_format.decode(kv_format.encode(vectors, positions), positions)
+
+
+def test_what_is_rotated_of_a_key_is_its_difference_from_the_centre():
+    keys, positions = keys_around_their_mean()
+    plain = form(64, bits=3)
+    expected = through(plain, keys - MEAN[:, None], positions) + MEAN[:, None]
+    expected[:, :, :4] = through(plain, keys, positions)[:, :, :4]  # sinks, by default
+    torch.testing.assert_close(through(centred(), keys, positions), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - keys).square().mean() < (through(plain, keys, positions) - keys).square().mean() / 4
+
+
+@pytest.mark.parametrize("norm_correction", [False, True])
+def test_whether_an_entry_is_centred_is_stored_with_it(norm_correction):
+    """Also of the centre and of zero, whose norms are zero; positions matter no more once an entry is packed."""
+    keys, positions = keys_around_their_mean(8)
+    keys[:, :, 1], keys[:, :, 6] = 0, MEAN
+    kv_format = centred(sinks=3, norm_correction=norm_correction)
+    columns = kv_format.encode(keys, positions)
+    assert columns["norm"].signbit().tolist() == [[[True] * 3 + [False] * 5] * 2]
+    decoded = kv_format.decode(columns, positions + 100)
+    assert not decoded[:, :, 1].any()
+    torch.testing.assert_close(decoded[0, :, 6], MEAN)
+
+
+def test_values_have_no_centre_and_bits_of_their_own():
+    site = Site(Geometry((0,), 2, 2, 64), torch.float32, calibration={"centre": MEAN})
+    formats = Rotation(4, 3, centre="calibrated").formats(site)
+    assert (formats.keys.bits, formats.values.bits) == (4, 3)
+    assert formats.values.centre is None
+    assert form(64, bits=2).bits == 2
+
+
+@pytest.mark.parametrize("bits", LLOYD_MAX)
+def test_corrected_vectors_have_their_norm_and_the_same_direction(bits):
+    vectors = torch.randn(1, 1, 300, 64, generator=torch.Generator().manual_seed(1))
+    at = torch.arange(300).expand(1, 1, 300)
+    corrected, plain = (
+        through(form(64, bits=bits, norm_correction=how, scales="full"), vectors, at) for how in (True, False)
+    )
+    torch.testing.assert_close(corrected.norm(dim=-1), vectors.norm(dim=-1))
+    directions = (torch.nn.functional.normalize(decoded, dim=-1) for decoded in (corrected, plain))
+    torch.testing.assert_close(*directions)
+    assert (
+        plain.norm(dim=-1).mean().item() < vectors.norm(dim=-1).mean().item()
+    )  # a level is a mean, so it is nearer to 0
+
+
+def test_a_calibration_is_the_mean_key_of_a_head_behind_the_sinks():
+    queries, keys, values = (torch.randn(3, heads, 20, 64) for heads in (4, 2, 2))
+    sample = Sample(Geometry((0,), 4, 2, 64), 0.125, None, queries, keys, values)
+    (found,) = Rotation(centre="calibrated", sinks=5).calibrate([sample])
+    expected = sum(keys[s, :, t].double() for s in range(3) for t in range(5, 20)) / 45
+    torch.testing.assert_close(found["centre"], expected.float())
+    assert Rotation().calibrate([sample]) == [{}]
+    short = attrs.evolve(sample, keys=keys[:, :, :2])
+    (found,) = Rotation(centre="calibrated").calibrate([short])
+    torch.testing.assert_close(found["centre"], keys[:, :, 1].double().mean(0).float())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "centre: needs a calibration: 'calibrated'"),
+        ({"centre": MEAN[:1]}, r"centre: must be float32 \[2, 64\]: torch.float32 \[1, 64\]"),
+        ({"centre": MEAN.double()}, r"centre: must be float32 \[2, 64\]: torch.float64 \[2, 64\]"),
+    ],
+)
+def test_a_calibration_that_is_not_of_this_model_is_refused(tensors, said):
+    site = Site(Geometry((0,), 2, 2, 64), torch.float32, calibration=tensors)
+    with pytest.raises(ParameterError, match=f"^{said}$"):
+        Rotation(centre="calibrated").formats(site)
 
 
 def test_the_seed_decides_the_signs():

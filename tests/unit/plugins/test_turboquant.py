@@ -72,7 +72,7 @@ def test_the_codes_of_values_follow_from_scales_before_they_are_rounded():
 
 
 def test_a_key_on_an_edge_has_the_upper_code():
-    keys, _ = forms(4, key_bits=2, signs="none")
+    keys, _ = forms(4, key_bits=2, signs="none", norm_correction=False)
     columns = keys.encode(torch.full((1, 1, 1, 4), 3.0), None)
     assert unpack(columns["codes"], 2, 4).flatten().tolist() == [3, 2, 2, 2]  # rotated: 2, 0, 0, 0
     assert columns["norm"].item() == 6
@@ -90,7 +90,7 @@ def test_norms_are_corrected_or_not():
 
 def test_without_norm_correction_keys_are_those_of_the_rotation():
     keys = torch.randn(40, 64, generator=torch.Generator().manual_seed(6))
-    rotation = Rotation(3, 7).formats(Site(Geometry((0,), 1, 1, 64), torch.float32)).keys
+    rotation = Rotation(3, seed=7).formats(Site(Geometry((0,), 1, 1, 64), torch.float32)).keys
     found, _ = forms(64, key_bits=3, norm_correction=False, seed=7)
     assert torch.equal(through(found, keys), through(rotation, keys))
 

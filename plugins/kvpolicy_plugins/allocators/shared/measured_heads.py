@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -18,6 +19,8 @@ _LEAST = 1e-10  # of the importance of all heads: what a head has that has none,
 @attrs.frozen
 class MeasuredHeads(JointAllocator):
     """Measures the importance of query heads while they copy needles, and shows it of KV heads."""
+
+    calibrated_by: ClassVar[tuple[str, ...]] = ("needle",)
 
     needle: int = parameter(Integer(minimum=1, maximum=4096), 32, help="tokens to copy; at most a quarter of a row")
     group: str = parameter(Choice(("max", "mean")), "mean", help="how the query heads of a KV head are reduced to one")

@@ -20,7 +20,11 @@ _BLOCK = 32  # up to this size a matrix product is faster than further halving o
 class Rotated(Format):
     """The norm of each vector, and for each coordinate of the rotated unit vector the nearest code.
 
-    With signs s and the Hadamard matrix H, the coordinates are those of √D · H (s · x) / ‖x‖.
+    With signs s and the Hadamard matrix H, the coordinates are those of √D · H (s · x) / ‖x‖. With `norm_correction`
+    the number that is stored is √D ‖x‖ / ‖levels‖ instead, with which the decoded vector has the norm of x.
+
+    With a `centre` x is the difference from it, but not at the first positions: attention sinks lie far from where
+    other keys lie. The sign bit of the norm says that a vector is not centred.
     """
 
     signs: tuple[int, ...]  # [D], each 1 or -1
@@ -30,9 +34,12 @@ class Rotated(Format):
     residual_length: int = 0
     step: int = 1
     levels: tuple[float, ...] = attrs.field()  # [2^bits], ascending, for standard normal numbers
-    norm_correction: bool = False  # whether decoded vectors have the norm that is stored
+    norm_correction: bool = False
     upper_on_edge: bool = False  # which code a coordinate halfway between two levels has
+    centre: Tensor | None = None  # [K, D] float32
+    first_centred: int = 0  # the lowest position whose vectors are centred
     columns: Mapping[str, Column] = attrs.field(init=False)
+    _copies: dict[tuple[torch.device, torch.dtype], Tensor] = attrs.field(init=False, factory=dict, repr=False)
 
     @levels.default
     def _levels(self) -> tuple[float, ...]:
@@ -43,15 +50,25 @@ class Rotated(Format):
         codes = Column((packed_size(len(self.signs), self.bits),), torch.uint8)
         return {"codes": codes, "norm": Column((), self.stored)}
 
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
+    def of_head(self, head: int) -> "Rotated":
+        return self if self.centre is None else attrs.evolve(self, centre=self.centre[head : head + 1])
+
+    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
         exact = vectors.to(compute_dtype(vectors.dtype))
+        if self.centre is not None:
+            centred = (positions >= self.first_centred)[..., None]
+            exact = exact - self.centre.to(exact)[:, None].where(centred, 0)
         norm = exact.norm(dim=-1).clamp(max=torch.finfo(exact.dtype).max / 4)  # leaves room to decode
         directions = exact / norm.masked_fill(norm == 0, 1)[..., None]
         rotated = hadamard(directions * _tensor(self.signs, exact.dtype, exact.device))
         codes = torch.zeros(rotated.shape, dtype=torch.uint8, device=rotated.device)
         for edge in edges_between(self.levels):  # many times faster than a binary search
             codes += rotated >= edge if self.upper_on_edge else rotated > edge
-        return {"codes": pack(codes, self.bits), "norm": cast_clamped(norm, self.stored)}
+        if self.norm_correction:
+            levels = _tensor(self.levels, exact.dtype, exact.device)[codes.int()]
+            norm = norm * (len(self.signs) ** 0.5 / levels.norm(dim=-1))
+        stored = cast_clamped(norm, self.stored)
+        return {"codes": pack(codes, self.bits), "norm": stored if self.centre is None else _signed(stored, centred)}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         exact = compute_dtype(self.dtype)
@@ -71,13 +88,31 @@ class Rotated(Format):
         complex_levels = _pairs(self.levels, dtype, device).index_select(0, pairs.flatten().int())
         levels = torch.view_as_real(complex_levels).view(*pairs.shape, 2).flatten(-2)[..., :dim]
         norm = columns["norm"].to(dtype)[..., None]
-        return levels.mul_(norm / levels.norm(dim=-1, keepdim=True) if self.norm_correction else norm * dim**-0.5)
+        if self.centre is None:
+            return levels.mul_(norm * dim**-0.5)
+        uncentred, centre = norm.signbit(), self._in_basis(self.centre, device, dtype)
+        if device.type != "cpu" or uncentred.any():  # the host only looks at what it need not wait for
+            centre = centre.where(~uncentred, 0)
+        return torch.addcmul(centre, levels, norm.abs() * dim**-0.5)
+
+    def _in_basis(self, centre: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[K, 1, D]."""
+        if (device, dtype) not in self._copies:
+            self._copies[device, dtype] = self.to_basis(centre.to(device, dtype)[:, None])
+        return self._copies[device, dtype]
 
     def unpacking(self) -> Unpacking | str:
+        if self.centre is not None:
+            return "adds a calibrated centre"
         from kvpolicy_kernels.quantise.unpack import codebook as tile
 
         columns = PackedColumn(packed_size(len(self.signs), self.bits), torch.uint8), PackedColumn(1, self.stored)
-        return Unpacking(tile, columns, options=(self.bits, int(self.norm_correction), *self.levels), in_basis=True)
+        return Unpacking(tile, columns, options=(self.bits, *self.levels), in_basis=True)
+
+
+def _signed(norm: Tensor, centred: Tensor) -> Tensor:
+    """Norms [...] with the sign bit where `centred` [..., 1] is false: of zero, too."""
+    return norm.copysign(torch.where(centred[..., 0], 1.0, -1.0).to(norm.dtype))
 
 
 def random_signs(name: str, dim: int, seed: int) -> tuple[int, ...]:
