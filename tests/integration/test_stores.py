@@ -13,6 +13,7 @@ STORES = {
     "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "batch": 4},
     "tada": {"use": "tada", "bits": 4, "residual": 4, "batch": 4},
     "rotation": {"use": "rotation", "bits": 4, "batch": 1},
+    "centred": {"use": "rotation", "bits": 3, "norm_correction": True, "centre": "calibrated", "batch": 2},
     "turboquant": {"use": "turboquant", "key_bits": 3, "batch": 3},
     "fp8": {"use": "fp8", "batch": 2},
     "latent": {"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8, "batch": 2},

@@ -38,7 +38,15 @@ codecs = st.one_of(
         Kivi, BITS, BITS, group=st.just(GROUP), residual=st.just(GROUP), scales=st.sampled_from(("half", "full"))
     ),
     st.builds(Tada, BITS, group=st.sampled_from((0, GROUP)), scales=st.sampled_from(("half", "full"))),
-    st.builds(Rotation, st.integers(1, 4), st.integers(0, 3), scales=st.sampled_from(("half", "full"))),
+    st.builds(
+        Rotation,
+        st.integers(1, 4),
+        st.integers(0, 3),
+        st.booleans(),
+        st.sampled_from(("none", "calibrated")),
+        st.integers(0, 9),
+        scales=st.sampled_from(("half", "full")),
+    ),
     st.builds(
         TurboQuant, st.sampled_from((1, 2, 3, 4, 8)), st.integers(2, 4), scales=st.sampled_from(("half", "full"))
     ),
@@ -51,7 +59,9 @@ def kv_formats(draw, kinds=codecs, contents=tuple(CONTENTS), dtypes=FLOATS, leas
     """A format of keys or values, and vectors [B, K, n, D] with their positions: B 1-3, K 1-4, D 8-64."""
     batch, heads, dim = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from((8, 16, 64)))
     dtype = draw(st.sampled_from(dtypes))
-    formats = draw(kinds).formats(Site(Geometry((0,), heads, heads, dim), dtype))
+    centre = torch.randn(heads, dim, generator=draw(generators), dtype=torch.float32)
+    site = Site(Geometry((0,), heads, heads, dim), dtype, calibration={"centre": centre})
+    formats = draw(kinds).formats(site)
     kv_format = draw(st.sampled_from((formats.keys, formats.values)))
     shape = batch, heads, kv_format.group_size * draw(st.integers(least, 5)), dim
     vectors = ({**CONTENTS, **EXTREME}[draw(st.sampled_from(contents))])(draw(generators), *shape)

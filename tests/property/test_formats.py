@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -61,6 +61,7 @@ def test_what_is_decoded_is_finite(given_format):
 @given(kv_formats(contents=("zero",)))
 def test_zero_stays_zero(given_format):
     kv_format, vectors, at = given_format
+    assume(getattr(kv_format, "centre", None) is None)  # zero is not on the grid around a centre
     assert not through(kv_format, vectors, at).any()
 
 

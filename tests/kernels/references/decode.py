@@ -68,8 +68,16 @@ def fp8(columns: list[Tensor], dtype: torch.dtype) -> Tensor:
     return columns[0].cpu().view(torch.float8_e4m3fn).float().to(columns[0].device).to(dtype)
 
 
-def codebook(columns: list[Tensor], bits: int, corrected: int, *levels: float, dim: int, dtype: torch.dtype) -> Tensor:
+def codebook(columns: list[Tensor], bits: int, *levels: float, dim: int, dtype: torch.dtype) -> Tensor:
     """Codes [n, bytes] and norms [n, 1] to rotated vectors [n, D]."""
     vectors = torch.tensor(levels, dtype=torch.float64, device=columns[0].device)[codes(columns[0], bits, dim).long()]
-    lengths = vectors.norm(dim=1, keepdim=True) if corrected else dim**0.5
-    return (vectors * columns[1].double() / lengths).to(dtype)
+    return (vectors * columns[1].double() / dim**0.5).to(dtype)
+
+
+def codebook_around(
+    columns: list[Tensor], bits: int, *levels: float, head: int, dim: int, dtype: torch.dtype
+) -> Tensor:
+    """The same with centres [K, D], which are added unless the norm has a sign."""
+    packed, norms, centres = columns
+    vectors = codebook([packed, norms.abs()], bits, *levels, dim=dim, dtype=torch.float64)
+    return (vectors + centres[head].double() * ~norms.signbit()).to(dtype)

@@ -26,6 +26,7 @@ CODECS = {
     "turboquant, not corrected": TurboQuant(3, 3, norm_correction=False, signs="none", residual=1, batch=3),
     "rotation, full scales": Rotation(2, scales="full", batch=1),
     "fp8": Fp8(residual=2, batch=2),
+    "rotation around a centre": Rotation(3, 4, norm_correction=True, centre="calibrated", sinks=2, batch=2),
 }
 
 
@@ -36,7 +37,8 @@ def held_by(codec, lengths, dim=16, dtype=torch.float32, *, votes=False, pads=0)
     plan = worth_plan(ragged=len({*lengths[0], *lengths[1]}) > 1)
     geometry = Geometry((0,), HEADS * GROUP, HEADS, dim)
     columns = {**plan.columns, LOG_VOTES: Column((), torch.float32)} if votes else plan.columns
-    formats = codec.formats(Site(geometry, dtype))
+    centre = {"centre": 3 * torch.randn(HEADS, dim, generator=random)} if codec.calibrated else {}
+    formats = codec.formats(Site(geometry, dtype, calibration=centre))
     plan = attrs.evolve(plan, columns=columns, dtype=dtype, geometry=geometry, formats=(formats,))
     keys, values = (torch.randn(rows, HEADS, longest + 1, dim, generator=random).to(dtype) for _ in range(2))
     queries = 2 * torch.randn(rows, HEADS * GROUP, 1, dim, generator=random).to(dtype)
@@ -68,6 +70,14 @@ def test_it_is_attention_over_decoded_entries(codec, lengths, dtype):
     held, asked = held_by(codec, lengths, 16, dtype, votes=dtype != torch.float32)
     found = attend_in_kernel(held, asked, None, (), pads=False)
     assert_close(found, reference(held, asked)[0], dtype)
+
+
+@pytest.mark.parametrize("lengths", [EVEN, RAGGED], ids=["even", "ragged"])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_torch_gives_attention_over_decoded_entries_too(codec, lengths):
+    """A segment that is read by itself has the format of its head."""
+    held, asked = held_by(codec, lengths)
+    assert_close(attend(held, asked, pads=False), reference(held, asked)[0], torch.float32)
 
 
 @pytest.mark.parametrize("dim", [8, 32, 64, 128, 256])

@@ -16,6 +16,7 @@ from kvpolicy.evaluate.harness.calibrations import Calibrations
 from kvpolicy.evaluate.harness.traced_prompts import trace_prompts
 from kvpolicy.spec.policy import NEVER
 from kvpolicy.stages.registry.plugins import registry
+from kvpolicy_plugins.codecs.tada import Tada
 from tests.support.models import build, prompt
 
 LENGTH = 1024
@@ -85,7 +86,7 @@ def test_bytes_stay_within_the_share_and_use_it_up(name, share, dtype):
     assert max(total(plan.footprint, entries) for entries in range(1, LENGTH + 1)) <= limit
     store = fitted.spec.store
     more = attrs.evolve(store, residual=store.residual + (getattr(store, "group", 0) or 1))
-    other = attrs.evolve(fitted, spec=attrs.evolve(fitted.spec, store=more)).compile(model)
+    other = attrs.evolve(fitted, spec=attrs.evolve(fitted.spec, store=more)).compile(model, calibration=calibration)
     assert store.residual == LENGTH or total(other.footprint, LENGTH) > limit
 
 
@@ -289,8 +290,8 @@ def test_dense_layers_are_an_eighth_at_most():
     assert reading(reader, 3, 4).budget == 16
 
 
-def test_a_store_that_is_resized_is_calibrated_anew(tiny):
-    """By a function of the policy; the calibration of the policy as it is shipped goes with another store."""
+def test_a_calibration_holds_for_a_store_that_is_resized(tiny, monkeypatch):
+    """Also one that is given as a function of the policy. A codec that names no parameters needs another each time."""
     model, policy = tiny[0], kvpolicy.load("tada", budget=512, store={"use": "tada", "bits": "auto"})
     tokens = torch.randint(5, 100, (2, 64), generator=torch.Generator().manual_seed(0))
     asked = []
@@ -303,5 +304,7 @@ def test_a_store_that_is_resized_is_calibrated_anew(tiny):
 
     assert fitted.spec.store.residual < policy.spec.store.residual
     assert fitted.compile(model, calibration=calibrated(fitted)).footprint.entries(10**6)
+    assert kvpolicy.fit(policy, model, share="25%", length=1024, calibration=policy.calibrate(model, tokens)) == fitted
+    monkeypatch.setattr(Tada, "calibrated_by", None)
     with pytest.raises(CalibrationError):
         kvpolicy.fit(policy, model, share="25%", length=1024, calibration=policy.calibrate(model, tokens))

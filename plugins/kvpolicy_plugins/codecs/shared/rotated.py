@@ -90,10 +90,13 @@ class Rotated(Format):
         norm = columns["norm"].to(dtype)[..., None]
         if self.centre is None:
             return levels.mul_(norm * dim**-0.5)
-        uncentred, centre = norm.signbit(), self._in_basis(self.centre, device, dtype)
-        if device.type != "cpu" or uncentred.any():  # the host only looks at what it need not wait for
-            centre = centre.where(~uncentred, 0)
-        return torch.addcmul(centre, levels, norm.abs() * dim**-0.5)
+        uncentred, factor = norm.signbit(), norm.abs() * dim**-0.5
+        centre = self._in_basis(self.centre, device, dtype)
+        if device.type != "cpu":  # where the host would wait to be told which are not centred
+            return torch.addcmul(centre.where(~uncentred, 0), levels, factor)
+        vectors, few = torch.addcmul(centre, levels, factor), uncentred[..., 0].nonzero(as_tuple=True)
+        vectors[few] = levels[few] * factor[few]
+        return vectors
 
     def _in_basis(self, centre: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[K, 1, D]."""
@@ -102,12 +105,16 @@ class Rotated(Format):
         return self._copies[device, dtype]
 
     def unpacking(self) -> Unpacking | str:
-        if self.centre is not None:
-            return "adds a calibrated centre"
-        from kvpolicy_kernels.quantise.unpack import codebook as tile
+        from kvpolicy_kernels.quantise.unpack import codebook, codebook_around
 
         columns = PackedColumn(packed_size(len(self.signs), self.bits), torch.uint8), PackedColumn(1, self.stored)
-        return Unpacking(tile, columns, options=(self.bits, *self.levels), in_basis=True)
+        options = self.bits, *self.levels
+        if self.centre is None:
+            return Unpacking(codebook, columns, options=options, in_basis=True)
+        return Unpacking(codebook_around, (*columns, PackedColumn(0, torch.float32)), options=options, in_basis=True)
+
+    def constants(self, device: torch.device) -> tuple[Tensor, ...]:
+        return () if self.centre is None else (self._in_basis(self.centre, device, torch.float32),)
 
 
 def _signed(norm: Tensor, centred: Tensor) -> Tensor:
