@@ -207,6 +207,17 @@ def test_bytes_of_a_vector(bits):
     assert sum(column.bytes_per_slot for column in half.columns.values()) == 128 * bits / 8 + 2
 
 
+def test_a_centre_that_was_first_read_in_inference_mode_can_be_differentiated_by():
+    keys, positions = keys_around_their_mean()
+    kv_format = centred()
+    columns = kv_format.encode(keys, positions)
+    with torch.inference_mode():
+        kv_format.decode_in_basis(columns, positions, torch.float32)
+    queries = torch.ones(1, 2, 3, 64, requires_grad=True)
+    (queries * kv_format.constants(torch.device("cpu"))[0]).sum().backward()
+    torch.testing.assert_close(queries.grad, kv_format.to_basis(MEAN)[None, :, None].expand(1, 2, 3, 64))
+
+
 def test_what_was_first_used_in_inference_mode_can_be_differentiated():
     rotated._sylvester.cache_clear()
     vectors = torch.ones(3, 16)

@@ -98,8 +98,9 @@ class Rotated(Format):
         vectors[few] = levels[few] * factor[few]
         return vectors
 
+    @torch.inference_mode(mode=False)
     def _in_basis(self, centre: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[K, 1, D]."""
+        """[K, 1, D]; made once, and not in inference mode, so that it can be used outside of it."""
         if (device, dtype) not in self._copies:
             self._copies[device, dtype] = self.to_basis(centre.to(device, dtype)[:, None])
         return self._copies[device, dtype]
