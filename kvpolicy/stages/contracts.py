@@ -64,7 +64,12 @@ class Needs:
     forward_queries: int = 0  # how many of the newest queries of every forward `observe_forward` is shown
     passes: bool = False  # whether a scorer reads prompts again: `Scorer.passes`
     rotary: bool = False  # whether keys are read as before rotation: models whose rotation is not known are refused
-    output_projection: bool = False  # whether what follows attention is read: models where it is not known are refused
+    # Whether what follows attention is read: models where it is not known are refused. `View.projection` has it, and a
+    # scorer that reads prompts again is shown values behind it in each pass (`QueryLogits.output_norms`).
+    output_projection: bool = False
+    # Whether such a scorer is shown how long the hidden states are that attention modules are given for the tokens of a
+    # pass (`QueryLogits.hidden_norms`); models whose modules are given none are refused.
+    hidden_norms: bool = False
 
 
 @attrs.frozen

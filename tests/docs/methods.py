@@ -41,6 +41,7 @@ GOLDEN = {
     "kivi4": ("kivi", "kivi_decode"),
     "kvcrush": ("kvcrush_anchors",),
     "kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
+    "kvzip_plus": ("kvzip_end_to_end_plus",),
     "lagkv": ("lagkv",),
     "leverage": ("compactor",),
     "pyramidkv": ("pyramidkv_budgets", "pyramidkv_kept", "spec_pyramidkv"),

@@ -29,7 +29,7 @@ TESTED = {
     "test_layer_budgets": ("cake_layers", "cake_adjust"),
     "test_head_budgets": ("headkv_budgets", "head_budgets"),
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
-    "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
+    "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end_plus", "kvzip_end_to_end"),
     "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction", "ams", "kvcrush_anchors"),
     "test_rpc": ("rpc",),
     "test_video": ("infinipotv_stream", "infinipotv"),
@@ -39,7 +39,6 @@ TESTED = {
 }
 NOT_YET = (
     "attention_matching_omp",
-    "kvzip_end_to_end_plus",
     "effivlm_metrics",
 )
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous
