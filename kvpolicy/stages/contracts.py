@@ -251,9 +251,10 @@ class Selector(ViewPlugin):
     best: ClassVar[bool] = False  # whether it keeps each head's highest scores, nothing else: the plan can fuse that
 
     def second_scores(self, view: View) -> Tensor | None:  # noqa: ARG002 the default needs nothing else
-        """What the selector must know of every entry beside its score, float32 [B, K, T]; None = nothing.
+        """What the selector must know of every entry beside its score; None = nothing.
 
-        Asked before it selects, while keys and values can still be looked at.
+        Float32 [B, K, T], or [B, K, n, T] where that is n numbers. Asked before it selects, while keys and values can
+        still be looked at; held until then, for all layers that are compressed together.
         """
         return None
 

@@ -25,6 +25,7 @@ GOLDEN = {
     "adakv": ("adakv", "spec_adakv"),
     "ams": ("ams",),
     "attention_matching": ("attention_matching_hak",),
+    "attention_matching_omp": ("attention_matching_omp",),
     "cake": ("cake_layers", "cake_adjust"),
     "criticaladakv": ("criticalkv",),
     "criticalkv": ("criticalkv",),

@@ -21,7 +21,7 @@ TESTED = {
         *("streamingllm", "finch", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
     "test_geometric": ("keydiff", "lagkv", "cur", "compactor", "vase_dkv"),
-    "test_fits": ("attention_matching_hak",),
+    "test_fits": ("attention_matching_hak", "attention_matching_omp"),
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
     "test_output_projection": ("criticalkv",),
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
@@ -37,10 +37,7 @@ TESTED = {
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
     "test_turboquant": ("turboquant_vllm",),
 }
-NOT_YET = (
-    "attention_matching_omp",
-    "effivlm_metrics",
-)
+NOT_YET = ("effivlm_metrics",)
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous
 
 
