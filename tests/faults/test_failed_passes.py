@@ -257,11 +257,12 @@ def trials(lines, most=60):
     return sorted({round(place * (lines - 1) / (most - 1)) for place in range(most)})
 
 
-@pytest.mark.parametrize("form", ["even", "ragged", "turn"])
+@pytest.mark.parametrize("form", ["even", "ragged", "turn", "weighed"])
 def test_after_an_interrupt_at_any_line_a_retry_is_exact_or_refused(form):
     one, refused = build(), 0
     overrides = {"allocate": {"heads": {"use": "adaptive", "floor": 0.1}}} if form == "ragged" else {}
-    with rereading(scorer=Reread(20), **overrides).attach(one) as attachment:
+    scorer = attrs.evolve(WEIGHED, chunk=20) if form == "weighed" else Reread(20)
+    with rereading(scorer=scorer, **overrides).attach(one) as attachment:
         start = attachment.cache()
         if form == "turn":
             read(one, start, TOKENS)
