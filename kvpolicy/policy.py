@@ -12,13 +12,13 @@ from kvpolicy.integrations.transformers.attachment import Attachment, attached
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.integrations.transformers.calibrate import calibrate
 from kvpolicy.integrations.transformers.decode_graph.runners import mode_of
-from kvpolicy.integrations.transformers.models.output_projection import check_output_projections
+from kvpolicy.integrations.transformers.models.attention_modules import check_layers, reads_attention_modules
 from kvpolicy.integrations.transformers.models.rotary import rotary_of, rotary_of_config
 from kvpolicy.integrations.transformers.models.structure import check_structure, without_weights
 from kvpolicy.integrations.transformers.models.support import check_model, device_of, geometry_of
 from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 from kvpolicy.plan.calibration import Calibration
-from kvpolicy.plan.plan import Plan, compile_policy, needs_rotary, readers_of_output_projection
+from kvpolicy.plan.plan import Plan, compile_policy, needs_rotary
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
 from kvpolicy.spec.policy import PolicySpec
@@ -63,13 +63,13 @@ class Policy:
         if isinstance(model, PretrainedConfig):
             geometry, measured = geometry_of(model), self._calibration(calibration, None)
             model_dtype = dtype or torch.float32
-            if readers_of_output_projection(self.spec):
-                check_output_projections(self.spec, without_weights(model), geometry, live=False)
+            if reads_attention_modules(self.spec):
+                check_layers(self.spec, without_weights(model), geometry, live=False)
             rotary = rotary_of_config(model) if self.spec.calibrated or needs_rotary(self.spec) else None
             return compile_policy(self.spec, geometry, device or "cpu", model_dtype, rotary, measured)
         check_model(model)
         geometry, measured = geometry_of(model.config), self._calibration(calibration, model)
-        check_output_projections(self.spec, model, geometry)
+        check_layers(self.spec, model, geometry)
         model_device, model_dtype = device or device_of(model), dtype or model.dtype
         return compile_policy(self.spec, geometry, model_device, model_dtype, rotary_of(model), measured)
 

@@ -48,7 +48,7 @@ def attend_blockwise(
         query_logits = QueryLogits(entry_logits(seen, block, full=full), seen.log_votes, sighted=full)
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
-        out = _weighted_sum(seen, weights.flatten(2, 3), _slot_blocks(seen, block))
+        out = _weighted_sum(seen, weights.flatten(2, 3), slot_blocks(seen, block))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
     return torch.cat(outputs, 2).to(batch.queries.dtype)
 
@@ -62,7 +62,7 @@ def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -
     positions = part.positions
     best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
     total, out = torch.zeros_like(best), torch.zeros_like(queries)
-    for block in _slot_blocks(part, batch):
+    for block in slot_blocks(part, batch):
         logits = queries @ part.keys_in_basis(block, queries.dtype).transpose(-1, -2)
         if votes is not None:
             logits += votes[:, :, None, block]
@@ -89,7 +89,7 @@ def _hide_later(logits: Tensor, new: int) -> None:
         logits[..., size - len(tokens) :].masked_fill_(later, -torch.inf)
 
 
-def _slot_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[slice]:
+def slot_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[slice]:
     """Slots to be read at one time for some queries: few numbers of keys and of logits, but not too few slots."""
     rows, heads, count, dim = batch.queries.shape
     numbers = _NUMBERS.get(batch.queries.device.type, _ELSEWHERE)
@@ -138,7 +138,7 @@ def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) 
     `full` says that no slot is empty, and that the newest q are those of the queries.
     """
     queries = part.queries_to_basis(_grouped(part, batch))
-    keys = (part.keys_in_basis(block, queries.dtype).transpose(-1, -2) for block in _slot_blocks(part, batch))
+    keys = (part.keys_in_basis(block, queries.dtype).transpose(-1, -2) for block in slot_blocks(part, batch))
     parts = [queries @ block for block in keys]
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
     count = batch.queries.shape[2]

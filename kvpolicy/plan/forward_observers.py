@@ -91,12 +91,19 @@ def _sound_mass(query_logits: QueryLogits) -> Tensor:
 
 
 def hide_faulty(query_logits: QueryLogits) -> QueryLogits:
-    """The same logits; a query does not see an entry to which its logit is NaN or +inf."""
-    own = query_logits.own
+    """The same logits; a query does not see an entry to which its logit is NaN or +inf. Norms like that are 0."""
+    own, outputs, hidden = query_logits.own, _finite(query_logits.output_norms), _finite(query_logits.hidden_norms)
     if own is not None:
         own = own.masked_fill(~(own < torch.inf), -torch.inf)
     wrong = ~(query_logits.logits < torch.inf)
     # Only a host can look without making a device wait.
     if wrong.device.type == "cpu" and not bool(wrong.any()):
-        return query_logits if own is None else attrs.evolve(query_logits, own=own)
-    return QueryLogits(query_logits.logits.masked_fill(wrong, -torch.inf), query_logits.log_votes, own)
+        if own is None:
+            return query_logits
+        return attrs.evolve(query_logits, own=own, output_norms=outputs, hidden_norms=hidden)
+    logits = query_logits.logits.masked_fill(wrong, -torch.inf)
+    return QueryLogits(logits, query_logits.log_votes, own, output_norms=outputs, hidden_norms=hidden)
+
+
+def _finite(norms: Tensor | None) -> Tensor | None:
+    return None if norms is None else norms.where(norms < torch.inf, 0.0)

@@ -8,8 +8,8 @@ from torch import Tensor
 from kvpolicy.errors import PolicyError, Problem
 from kvpolicy.plan.forward_observers import hide_faulty, state_name
 from kvpolicy.spec.policy import PolicySpec
-from kvpolicy.stages import Pass, Prompt, QueryLogits, Scorer
-from kvpolicy.stages.checking.declared import passes_of, reads_prompts, slot_state_of
+from kvpolicy.stages import Needs, Pass, Prompt, QueryLogits, Scorer
+from kvpolicy.stages.checking.declared import needs_of, passes_of, reads_prompts, slot_state_of
 from kvpolicy.stages.checking.returned import check_state
 from kvpolicy.stages.checking.untouched import tensors_of_prompt, tensors_of_query_logits, watching
 
@@ -20,6 +20,7 @@ class PassObserver:
 
     scorer: Scorer
     columns: Mapping[str, str]  # its own name of a state, and the column that holds it
+    needs: Needs
 
     def passes(self, prompt: Prompt) -> tuple[Pass, ...]:
         """What it wants to read behind a row's prompt. Raises PluginContractError for what is no token sequence."""
@@ -52,4 +53,5 @@ def _observers(spec: PolicySpec) -> Iterator[PassObserver]:
     for term, weighted in enumerate(spec.score):
         if reads_prompts(weighted.scorer):
             states = slot_state_of(weighted.scorer)
-            yield PassObserver(weighted.scorer, {state.name: state_name(term, state.name) for state in states})
+            columns = {state.name: state_name(term, state.name) for state in states}
+            yield PassObserver(weighted.scorer, columns, needs_of(weighted.scorer))

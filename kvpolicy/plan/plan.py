@@ -205,12 +205,12 @@ def _check_declared(spec: PolicySpec) -> None:
 
 def needs_rotary(spec: PolicySpec) -> bool:
     """Whether the rotary embedding of the model must be known, apart from what the store needs."""
-    return any(needs_of(plugin).rotary for plugin in spec.shown_views.values())
+    return bool(readers_of(spec, "rotary"))
 
 
-def readers_of_output_projection(spec: PolicySpec) -> dict[str, ViewPlugin]:
-    """The plugins that read the weight that follows attention, by their keys in the file."""
-    return {key: plugin for key, plugin in spec.shown_views.items() if needs_of(plugin).output_projection}
+def readers_of(spec: PolicySpec, need: str) -> dict[str, ViewPlugin]:
+    """The plugins that have a need that is true or false, such as `output_projection`, by their keys in the file."""
+    return {key: plugin for key, plugin in spec.shown_views.items() if getattr(needs_of(plugin), need)}
 
 
 def _check_rotary(spec: PolicySpec, rotary: Rotary | None) -> None:
@@ -218,8 +218,7 @@ def _check_rotary(spec: PolicySpec, rotary: Rotary | None) -> None:
         return
     problems = [
         Problem(place, f"{plugin.name} needs the rotary embedding of the model, to undo it: it is not known")
-        for place, plugin in spec.shown_views.items()
-        if needs_of(plugin).rotary
+        for place, plugin in readers_of(spec, "rotary").items()
     ]
     if problems:
         raise PolicyError(problems)

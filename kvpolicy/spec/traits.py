@@ -50,6 +50,7 @@ def needs(spec: PolicySpec) -> Sequence[str]:
         "recent queries": evicts and any(need.queries for need in observed),
         "rotary embedding": evicts and any(need.rotary for need in observed),
         "output projection": evicts and any(need.output_projection for need in observed),
+        "hidden states": evicts and any(need.hidden_norms for need in observed),
         "regions of the request": bool(spec.protect.regions),
     }
     return tuple(name for name, needed in told.items() if needed)

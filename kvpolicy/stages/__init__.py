@@ -33,6 +33,7 @@ from kvpolicy.stages.parameters import (
     Text,
     parameter,
 )
+from kvpolicy.stages.projected_values import output_norms
 from kvpolicy.stages.prompt_passes import Pass, Prompt
 from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.registry.hooks import hookimpl
@@ -93,5 +94,6 @@ __all__ = [
     "gather",
     "hookimpl",
     "indices_of",
+    "output_norms",
     "parameter",
 ]

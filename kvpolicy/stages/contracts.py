@@ -66,7 +66,12 @@ class Needs:
     forward_queries: int = 0  # how many of the newest queries of every forward `observe_forward` is shown
     passes: bool = False  # whether a scorer reads prompts again: `Scorer.passes`
     rotary: bool = False  # whether keys are read as before rotation: models whose rotation is not known are refused
-    output_projection: bool = False  # whether what follows attention is read: models where it is not known are refused
+    # Whether what follows attention is read: models where it is not known are refused. `View.projection` has it, and a
+    # scorer that reads prompts again is shown values behind it in each pass (`QueryLogits.output_norms`).
+    output_projection: bool = False
+    # Whether such a scorer is shown how long the hidden states are that attention modules are given for the tokens of a
+    # pass (`QueryLogits.hidden_norms`); models whose modules are given none are refused.
+    hidden_norms: bool = False
 
 
 @attrs.frozen
@@ -248,9 +253,10 @@ class Selector(ViewPlugin):
     best: ClassVar[bool] = False  # whether it keeps each head's highest scores, nothing else: the plan can fuse that
 
     def second_scores(self, view: View) -> Tensor | None:  # noqa: ARG002 the default needs nothing else
-        """What the selector must know of every entry beside its score, float32 [B, K, T]; None = nothing.
+        """What the selector must know of every entry beside its score; None = nothing.
 
-        Asked before it selects, while keys and values can still be looked at.
+        Float32 [B, K, T], or [B, K, n, T] where that is n numbers. Asked before it selects, while keys and values can
+        still be looked at; held until then, for all layers that are compressed together.
         """
         return None
 

@@ -19,6 +19,9 @@ class QueryLogits:
     log_votes: Tensor | None = None  # [B, K, T] float32
     own: Tensor | None = None  # [B, K, G, w] float32, of a pass: log of the sum of exp(logit) over its own entries
     sighted: bool = False  # whether every query is known to see an entry
+    # Of a pass, where the scorer's `needs` ask for them; 0 where they are not finite.
+    output_norms: Tensor | None = None  # [B, K, G, T] float32, ‖v W‖₂ of an entry's value behind a query head's slice W
+    hidden_norms: Tensor | None = None  # [B, w] float32, ‖h‖₂ of what attention was given for a query's token
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -32,3 +35,12 @@ class QueryLogits:
             return weights if self.sighted else weights.masked_fill_(self.logits == -torch.inf, 0.0)
         total = torch.logaddexp(logits.logsumexp(-1), self.own)
         return (logits - total[..., None]).exp().masked_fill_(self.logits == -torch.inf, 0.0)
+
+    @property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """`output_norms` and `hidden_norms`, for a scorer whose `needs` ask for both."""
+        if self.output_norms is None or self.hidden_norms is None:
+            raise ValueError(
+                "these are logits without norms: declare `output_projection` and `hidden_norms` in `needs`"
+            )
+        return self.output_norms, self.hidden_norms

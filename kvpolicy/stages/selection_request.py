@@ -19,7 +19,7 @@ class SelectionRequest:
     positions: Tensor  # [B, K, T] int
     regions: Tensor | None = None  # [B, K, T] int8, numbers of the request's regions, 0 = in none
     layer: int = 0  # ordinal among the managed layers
-    second_scores: Tensor | None = None  # [B, K, T] float32, what `Selector.second_scores` gave
+    second_scores: Tensor | None = None  # [B, K, T] or [B, K, n, T] float32, what `Selector.second_scores` gave
 
     @classmethod
     def of(cls, view: View, scores: Tensor, counts: Tensor, second_scores: Tensor | None = None) -> "SelectionRequest":

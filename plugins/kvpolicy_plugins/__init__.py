@@ -56,6 +56,7 @@ from kvpolicy_plugins.selectors.critical import Critical
 from kvpolicy_plugins.selectors.fair import Fair
 from kvpolicy_plugins.selectors.kvcrush import KVCrush
 from kvpolicy_plugins.selectors.mass_segments import MassSegments
+from kvpolicy_plugins.selectors.omp import OMP
 from kvpolicy_plugins.selectors.sample import Sample
 from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 from kvpolicy_plugins.selectors.topk import TopK
@@ -95,6 +96,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Fair,
     KVCrush,
     MassSegments,
+    OMP,
     Sample,
     TemporalRedundancy,
     TopK,

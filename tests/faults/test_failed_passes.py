@@ -9,12 +9,14 @@ import torch
 
 from kvpolicy.errors import CacheError, PluginContractError
 from kvpolicy.stages import Pass
+from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from tests.support import fingerprint
 from tests.support.interrupts import Interrupts
 from tests.support.models import build, prompt
 from tests.support.rereading import Reread, read, rereading
 
 TOKENS, _ = prompt(40)
+WEIGHED = Reconstruction(5, 0, "output_norm")
 
 
 @contextlib.contextmanager
@@ -187,20 +189,29 @@ def test_a_prompt_that_a_scorer_is_shown_stays_as_it_is(monkeypatch):
         read(attachment.model, attachment.cache(), TOKENS)
 
 
-def test_a_row_with_faulty_logits_is_that_rows_fault():
+FAULTY = {
+    "queries": (Reread(5), "self_attn.q_proj", torch.nan),
+    "queries, weighed": (WEIGHED, "self_attn.q_proj", torch.nan),
+    "hidden states": (WEIGHED, "input_layernorm", torch.inf),
+    "keys and values of the pass": (WEIGHED, "self_attn.v_proj", torch.nan),
+}
+
+
+@pytest.mark.parametrize(("scorer", "part", "wrong"), FAULTY.values(), ids=FAULTY)
+def test_a_row_with_faulty_logits_is_that_rows_fault(scorer, part, wrong):
     """NaN in a pass is shown as an entry that is not seen: no state becomes NaN, and the other row is not touched."""
     one = build()
     tokens = TOKENS[:, :30].repeat(2, 1)
-    with rereading().attach(one) as attachment:
+    with rereading(scorer=scorer).attach(one) as attachment:
         caches = [attachment.cache(), attachment.cache()]
         read(one, caches[0], tokens)
 
         def spoil(module, args, output):
             if output.shape[1] == 5:
-                output[1, 2] = torch.nan
+                output[1, 2] = wrong
             return output
 
-        handle = one.model.layers[1].self_attn.q_proj.register_forward_hook(spoil)
+        handle = one.model.layers[1].get_submodule(part).register_forward_hook(spoil)
         read(one, caches[1], tokens)
         handle.remove()
         for clean, spoilt in zip(*(cache.managed for cache in caches), strict=True):
@@ -211,16 +222,47 @@ def test_a_row_with_faulty_logits_is_that_rows_fault():
                 assert spoilt.storage.slots.segment(name, 1, head).isfinite().all()
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_an_entry_whose_value_is_not_finite_is_worth_nothing(wrong):
+    """To a scorer that weighs by values; what it remembers of all others stays what it is."""
+    one = build()
+    with rereading(budget=29, scorer=WEIGHED).attach(one) as attachment:
+        caches = [attachment.cache(), attachment.cache()]
+        read(one, caches[0], TOKENS[:, :30])
+
+        def spoil(module, args, output):
+            if output.shape[1] == 30:
+                output[:, 7, :8] = wrong  # of the first KV head
+            return output
+
+        handle = one.model.layers[2].self_attn.v_proj.register_forward_hook(spoil)
+        read(one, caches[1], TOKENS[:, :30])
+        handle.remove()
+        clean, spoilt = (cache.managed[2].view([0]) for cache in caches)
+    assert 7 not in spoilt.positions[0, 0].tolist()
+    for head in range(2):
+        told, expected = (worth_by_position(view, head) for view in (spoilt, clean))
+        assert len(told) == 29
+        assert all(worth > 0 and worth == expected.get(position, worth) for position, worth in told.items())
+
+
+def worth_by_position(view, head):
+    """What a scorer remembers of each entry of a head."""
+    positions, worth = view.positions[0, head].tolist(), view.slot_state["score[0].most"][0, head].tolist()
+    return dict(zip(positions, worth, strict=True))
+
+
 def trials(lines, most=60):
     """Lines spread over all that are run, the first and the last among them."""
     return sorted({round(place * (lines - 1) / (most - 1)) for place in range(most)})
 
 
-@pytest.mark.parametrize("form", ["even", "ragged", "turn"])
+@pytest.mark.parametrize("form", ["even", "ragged", "turn", "weighed"])
 def test_after_an_interrupt_at_any_line_a_retry_is_exact_or_refused(form):
     one, refused = build(), 0
     overrides = {"allocate": {"heads": {"use": "adaptive", "floor": 0.1}}} if form == "ragged" else {}
-    with rereading(scorer=Reread(20), **overrides).attach(one) as attachment:
+    scorer = attrs.evolve(WEIGHED, chunk=20) if form == "weighed" else Reread(20)
+    with rereading(scorer=scorer, **overrides).attach(one) as attachment:
         start = attachment.cache()
         if form == "turn":
             read(one, start, TOKENS)

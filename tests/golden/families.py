@@ -21,7 +21,7 @@ TESTED = {
         *("streamingllm", "finch", "adakv", "spec_adakv", "gkv_similarity", "gkv"),
     ),
     "test_geometric": ("keydiff", "lagkv", "cur", "compactor", "vase_dkv"),
-    "test_fits": ("attention_matching_hak",),
+    "test_fits": ("attention_matching_hak", "attention_matching_omp"),
     "test_votes": ("keepkv_released_code", "keepkv", "vote_bias_attention"),
     "test_output_projection": ("criticalkv",),
     "test_mergers": ("merge_kv", "mergers_reference", "tome_merging"),
@@ -29,7 +29,7 @@ TESTED = {
     "test_layer_budgets": ("cake_layers", "cake_adjust"),
     "test_head_budgets": ("headkv_budgets", "head_budgets"),
     "test_calibrated": ("qfilters", "triattention", "expected_attention"),
-    "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end"),
+    "test_kvzip": ("kvzip_scoring", "kvzip_end_to_end_plus", "kvzip_end_to_end"),
     "test_selection": ("random_pp", "random_randkv", "vase_attnv", "fair_eviction", "ams", "kvcrush_anchors"),
     "test_rpc": ("rpc",),
     "test_video": ("infinipotv_stream", "infinipotv"),
@@ -37,11 +37,7 @@ TESTED = {
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
     "test_turboquant": ("turboquant_vllm",),
 }
-NOT_YET = (
-    "attention_matching_omp",
-    "kvzip_end_to_end_plus",
-    "effivlm_metrics",
-)
+NOT_YET = ("effivlm_metrics",)
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous
 
 

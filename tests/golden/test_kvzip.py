@@ -103,15 +103,17 @@ def model_of(v):
 
 
 def check_end_to_end(v):
-    assert not bool(v["plus"])
     model, tokens, sinks = model_of(v), v["input_ids"], int(v["n_sink"])
     assert int(v["prefix_length"]) == sinks, "what is behind the sinks would be scored by a rule of its own"
     masks = [v[f"kept_mask_l{layer}"] for layer in range(model.config.num_hidden_layers)]
     total, pairs = sum(int(mask.sum()) for mask in masks), sum(len(mask) for mask in masks)
     assert total == pytest.approx(pairs * tokens.shape[1] * (1 - float(v["compression_ratio"])), abs=1)
     assert total % pairs == 0, "budgets are whole entries per head"
-    policy = kvpolicy.load("kvzip", budget=total // pairs, protect={"sinks": sinks})
-    scorer = Recorded(int(v["chunk_size"]), tokens=tuple(v[name][0] for name in v.like("repeat_ids_*")))
+    policy = kvpolicy.load(
+        "kvzip_plus" if bool(v["plus"]) else "kvzip", budget=total // pairs, protect={"sinks": sinks}
+    )
+    passes = tuple(v[name][0] for name in v.like("repeat_ids_*"))
+    scorer = Recorded(int(v["chunk_size"]), weigh=policy.spec.score[0].scorer.weigh, tokens=passes)
     term = attrs.evolve(policy.spec.score[0], scorer=scorer)
     policy = attrs.evolve(policy, spec=attrs.evolve(policy.spec, score=(term,)))
     with policy.attach(model) as attachment, torch.no_grad():
@@ -128,4 +130,8 @@ def check_end_to_end(v):
             close(scores[0, head, sinks:length], v["score"][layer, 0, head, positions[sinks:]], rtol=1e-3)
 
 
-CHECKS = {"kvzip_scoring": check_scoring, "kvzip_end_to_end": check_end_to_end}
+CHECKS = {
+    "kvzip_scoring": check_scoring,
+    "kvzip_end_to_end": check_end_to_end,
+    "kvzip_end_to_end_plus": check_end_to_end,
+}

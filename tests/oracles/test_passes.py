@@ -2,7 +2,9 @@
 
 The oracle runs the plain model on [prompt, chunk] for every chunk of the prompt, without a cache, and takes the weights
 that the chunk's queries give from the model's own eager attention. What an entry of a KV head is worth is the largest
-weight that any query head of its group gives it in any chunk; the protected and the best ones are held.
+weight that any query head of its group gives it in any chunk; the protected and the best ones are held. Of KVzip+ each
+weight is first multiplied with the length of the value behind the output projection, and divided by that of the hidden
+state that the query is made of, both computed by the modules of the plain model from its own hidden states.
 """
 
 import numpy as np
@@ -30,10 +32,32 @@ def weights(one, tokens, chunk):
     return [layer[0, :, tokens.shape[1] :].double().unflatten(0, (heads, -1)).numpy() for layer in found]
 
 
-def largest_weights(one, tokens, size, *, nearby=False, first=0, overlap=0):
+def shares(one, tokens, chunk):
+    """Of each layer, ‖v W‖ / ‖h‖ for values of the tokens and queries of the chunk: [K, G, m, n]."""
+    with torch.no_grad():
+        states = one(torch.cat([tokens, chunk], 1), output_hidden_states=True, use_cache=False).hidden_states
+        layers = one.get_decoder().layers
+        given = zip(layers, states[: len(layers)], strict=True)  # the last ones are behind the last layer
+        return [_shares(one.config, layer, state, tokens.shape[1]) for layer, state in given]
+
+
+def _shares(config, layer, given, count):
+    attention, states = layer.self_attn, layer.input_layernorm(given)[0]
+    group = config.num_attention_heads // config.num_key_value_heads
+    values = attention.v_proj(states[:count]).double().unflatten(-1, (config.num_key_value_heads, -1))
+    weight = attention.o_proj.weight.double()
+    lengths = np.zeros((config.num_key_value_heads, group, 1, count))
+    dim = values.shape[-1]
+    for head in range(config.num_attention_heads):
+        added = values[:, head // group] @ weight[:, head * dim : (head + 1) * dim].T
+        lengths[head // group, head % group, 0] = added.square().sum(-1).sqrt().numpy()
+    return lengths / states[count:].double().square().sum(-1).sqrt().numpy()[:, None]
+
+
+def largest_weights(one, tokens, size, *, nearby=False, first=0, overlap=0, weighed=False):
     """By layer, the largest weight of every entry [K, n]; of those that a pass is shown, and of its own entries.
 
-    Chunks are cut from the token `first` on, and begin with `overlap` tokens of the one before.
+    Chunks are cut from the token `first` on, and begin with `overlap` tokens of the one before. `weighed`: KVzip+.
     """
     count = tokens.shape[1]
     layers = one.config.num_hidden_layers
@@ -42,10 +66,12 @@ def largest_weights(one, tokens, size, *, nearby=False, first=0, overlap=0):
         chunk = tokens[:, max(first, start - overlap) : start + size]
         shown = [*range(SINKS), *range(start, start + size)] if nearby else list(range(count))
         shown = sorted(set(shown) & set(range(count)))
+        factors = shares(one, tokens, chunk) if weighed else None
         for layer, found in enumerate(weights(one, tokens, chunk)):
             given = found[..., shown]
             own = found[..., count:].sum(-1, keepdims=True)
             given = given / (given.sum(-1, keepdims=True) + own)
+            given = given * factors[layer][..., shown] if weighed else given
             worth[layer][:, shown] = np.maximum(worth[layer][:, shown], given.max((1, 2)))
     return worth
 
@@ -109,6 +135,16 @@ def test_repeated_prompts(architecture, lengths, size, overlap):
     """KVzip: chunks of what follows the sinks, which all chunks see, each behind the end of the one before."""
     policy = rereading(scorer=Reconstruction(size, overlap))
     assert_held(policy, architecture, lengths, size, nearby=True, first=SINKS, overlap=overlap)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lengths", "size", "overlap"),
+    [("llama", (30,), 7, 3), ("llama", (30, 19), 11, 20), ("qwen3", (30,), 7, 3), ("gemma3", (37, 29), 12, 8)],
+)
+def test_repeated_prompts_weighed_by_what_entries_add_to_the_hidden_state(architecture, lengths, size, overlap):
+    """KVzip+."""
+    policy = rereading(scorer=Reconstruction(size, overlap, "output_norm"))
+    assert_held(policy, architecture, lengths, size, nearby=True, first=SINKS, overlap=overlap, weighed=True)
 
 
 def test_a_history_of_what_is_seen_while_reading_again():

@@ -57,7 +57,7 @@ def build_view(
         slot_state=columns,
         row_state={name: values[list(rows)] for name, values in row_state.items()},
         rotary=plan.rotary,
-        output_projection=_projection(output_projection) if plan.needs.output_projection else None,
+        output_projection=projection_of(output_projection) if plan.needs.output_projection else None,
         calibration=plan.calibrations[layer],
         in_order=in_order,
         pinned=spans.pinned(positions, rows),
@@ -65,7 +65,8 @@ def build_view(
     )
 
 
-def _projection(read: Callable[[], Tensor] | None) -> Tensor:
+def projection_of(read: Callable[[], Tensor] | None) -> Tensor:
+    """The output projection that a layer's call gives. Raises CacheError for None: the cache has no attachment yet."""
     if read is None:
         raise CacheError(
             "the cache belongs to no attachment yet, so the output projection is not known: use it there first"

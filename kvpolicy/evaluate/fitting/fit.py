@@ -123,6 +123,7 @@ def _observing_and_packing(spec: PolicySpec, nominal: int) -> PolicySpec:
         spec,
         compress=attrs.evolve(spec.compress, every=_every(spec.compress, nominal)),
         score=tuple(attrs.evolve(term, scorer=observing_less(term.scorer, nominal)) for term in spec.score),
+        select=observing_less(spec.select, nominal),
         merge=observing_less(spec.merge, nominal),
         store=packing_sooner(spec.store, nominal),
         # Whatever the policy protects has to fit the budget, which is not known yet.

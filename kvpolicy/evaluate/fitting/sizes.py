@@ -4,16 +4,15 @@ from typing import Any, TypeVar
 
 import attrs
 
-from kvpolicy.stages import Codec, Reader
-from kvpolicy.stages.contracts import Observer
+from kvpolicy.stages import Codec, Reader, ViewPlugin
 
 FEWEST_QUERIES = 4
 
-_T = TypeVar("_T", bound=Observer)
+_T = TypeVar("_T", bound=ViewPlugin)
 
 
 def observing_less(plugin: _T, tokens: int) -> _T:
-    """A scorer or merger, and those it is built on, with at most a twelfth of `tokens` in observed queries.
+    """A scorer, selector or merger, and those it is built on, with at most a twelfth of `tokens` in observed queries.
 
     Never fewer than 4, nor more than its own; 0, which stands for all that are observed anyway, stays.
     """
@@ -21,7 +20,7 @@ def observing_less(plugin: _T, tokens: int) -> _T:
     changes: dict[str, Any] = {}
     for field in attrs.fields(type(shrunk)):
         value = getattr(shrunk, field.name)
-        if isinstance(value, Observer):
+        if isinstance(value, ViewPlugin):
             changes[field.name] = observing_less(value, tokens)
         elif field.name in ("queries", "window") and isinstance(value, int):
             changes[field.name] = min(value, max(FEWEST_QUERIES, tokens // 12))

@@ -28,8 +28,8 @@ from kvpolicy.integrations.transformers.calls.uncompressed_forwards import Uncom
 from kvpolicy.integrations.transformers.decode_graph.decode_forward import FORWARD, DecodeForward
 from kvpolicy.integrations.transformers.decode_graph.limits import require_static
 from kvpolicy.integrations.transformers.decode_graph.runners import Mode
+from kvpolicy.integrations.transformers.models.attention_modules import check_attention_modules
 from kvpolicy.integrations.transformers.models.guard import Restoring, inspect_model
-from kvpolicy.integrations.transformers.models.output_projection import check_attention_modules
 from kvpolicy.integrations.transformers.models.support import check_model, require_interface
 from kvpolicy.integrations.transformers.report import Report
 from kvpolicy.integrations.transformers.saving import cache_file

@@ -48,6 +48,11 @@ class CacheOwner:
                 layer.output_projection = OutputProjection(attention, cache.plan.geometry)
         self._caches.add(cache)
 
+    def attention_modules(self) -> list[nn.Module]:
+        """The modules that call the attention of the managed layers, in their order; none where they were not seen."""
+        modules = [module() for module in self._attention]
+        return [module for module in modules if module is not None]
+
     def require(self, cache: "PolicyCache") -> None:
         """Raise CacheError unless this is the owner of the cache. A cache without an owner is adopted."""
         if cache.owner is None:

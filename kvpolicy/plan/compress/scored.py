@@ -12,7 +12,7 @@ from kvpolicy.plan.compress.finite import faults_of, is_finite
 from kvpolicy.plan.compress.score import calibration_of, weighted_sum
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Allocator, SelectionRequest, View
-from kvpolicy.stages.checking.returned import check_scores, check_tensor, seen_shape
+from kvpolicy.stages.checking.returned import check_second_scores, check_tensor, seen_shape
 from kvpolicy.stages.checking.untouched import tensors_of, watching
 from kvpolicy.stages.ordering import highest
 from kvpolicy.stages.slots import indices_of
@@ -143,11 +143,11 @@ def _statistics(allocator: Allocator, views: Sequence[View]) -> Tensor | None:
 
 
 def second_scores(spec: PolicySpec, view: View) -> Tensor | None:
-    """What the selector must know beside the scores, float32 [B, K, T]; None where it needs nothing."""
+    """What the selector must know beside the scores, float32 [B, K, T] or [B, K, n, T]; None where it is nothing."""
     with watching(spec.select, lambda: tensors_of(view)):
         scores = spec.select.second_scores(view)
     if scores is not None:
-        check_scores(spec.select, scores, view)
+        check_second_scores(spec.select, scores, view)
     return scores
 
 

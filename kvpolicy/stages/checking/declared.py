@@ -47,12 +47,14 @@ def needs_of(plugin: ViewPlugin) -> Needs:
         count = getattr(needs, name)
         if type(count) is not int or not 0 <= count <= MOST_OBSERVED:
             raise contract_error(plugin, f"needs {name}={shown(count)}, expected 0 to {MOST_OBSERVED}")
-    for name in ("attention", "passes", "rotary", "output_projection"):
+    for name in ("attention", "passes", "rotary", "output_projection", "hidden_norms"):
         wanted = getattr(needs, name)
         if type(wanted) is not bool:
             raise contract_error(plugin, f"needs {name}={shown(wanted)}, expected true or false")
     if needs.passes and not isinstance(plugin, Scorer):
         raise contract_error(plugin, "needs passes=true, which only a scorer can have")
+    if needs.hidden_norms and not needs.passes:
+        raise contract_error(plugin, "needs hidden_norms=true without passes=true: only passes show them")
     if needs.forward_queries and not isinstance(plugin, Observer):
         raise contract_error(plugin, "needs forward_queries, which only a scorer or a merger can have")
     return needs

@@ -31,6 +31,18 @@ def check_scores(plugin: Plugin, scores: object, view: View) -> None:
     check_tensor(plugin, scores, seen_shape(view), torch.float32, view.keys.device)
 
 
+def check_second_scores(plugin: Plugin, scores: object, view: View) -> None:
+    """Refuses second scores that are neither float32 [B, K, T] nor [B, K, n, T] on the device of the keys.
+
+    Raises:
+        PluginContractError: naming the plugin, what it returned and what was expected.
+    """
+    shape = seen_shape(view)
+    if isinstance(scores, Tensor) and scores.ndim == len(shape) + 1:
+        shape = {"batch": shape["batch"], "kv_heads": shape["kv_heads"], "n": scores.shape[2], "seq": shape["seq"]}
+    check_tensor(plugin, scores, shape, torch.float32, view.keys.device)
+
+
 def seen_shape(view: View) -> dict[str, int]:
     """[B, K, T] of a view, with the names that messages use."""
     return dict(zip(("batch", "kv_heads", "seq"), view.positions.shape, strict=True))

@@ -69,6 +69,8 @@ def tensors_of_query_logits(query_logits: QueryLogits, state: Mapping[str, Tenso
         "log_votes": query_logits.log_votes,
         "own": query_logits.own,
         "probabilities": query_logits.probabilities,
+        "output norms": query_logits.output_norms,
+        "hidden norms": query_logits.hidden_norms,
     }
     return {name: tensor for name, tensor in (tensors | dict(state)).items() if tensor is not None}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from kvpolicy.stages.checking.returned import check_state, contract_error
 from kvpolicy.stages.checking.untouched import tensors_of_prompt, tensors_of_query_logits, untouched
 from kvpolicy.stages.conformance.observers import expect_declared
 from kvpolicy.stages.conformance.promises import Promises
-from kvpolicy.stages.conformance.samples import expect_close, pass_logits_of, queries_of, sample_view
+from kvpolicy.stages.conformance.samples import expect_close, pass_logits_of, queries_of, row_of, sample_view
 from kvpolicy.stages.contracts import Scorer
 from kvpolicy.stages.prompt_passes import Pass, Prompt
 from kvpolicy.stages.query_logits import QueryLogits
@@ -35,7 +36,7 @@ def observes_passes_as_declared(scorer: Scorer, _promises: Promises) -> None:
     if not needs_of(scorer).passes:
         return
     view = sample_view(scorer)
-    seen = pass_logits_of(view)
+    seen = pass_logits_of(scorer, view)
     with untouched(scorer, tensors_of_query_logits(seen, view.slot_state)):
         fresh = scorer.observe_pass(seen, view.slot_state)
     expect_declared(scorer, "observed a pass and returned", fresh, scorer.slot_state())
@@ -49,7 +50,7 @@ def observes_the_same_in_parts_of_a_pass(scorer: Scorer, _promises: Promises) ->
     if not needs_of(scorer).passes:
         return
     view = sample_view(scorer)
-    seen = pass_logits_of(view)
+    seen = pass_logits_of(scorer, view)
     whole, parts = _observed(scorer, seen, view.slot_state), view.slot_state
     for queries in (slice(0, 2), slice(2, 3), slice(3, None)):
         parts = _observed(scorer, queries_of(seen, queries), parts)
@@ -60,10 +61,13 @@ def ignores_pads_of_a_pass(scorer: Scorer, _promises: Promises) -> None:
     if not needs_of(scorer).passes:
         return
     view = sample_view(scorer)
-    seen = pass_logits_of(view)
+    seen = pass_logits_of(scorer, view)
     hidden = torch.full_like(seen.logits[..., :2, :], -torch.inf)
     own = None if seen.own is None else torch.cat([seen.own, hidden[..., 0]], -1)
-    padded = QueryLogits(torch.cat([seen.logits, hidden], -2), seen.log_votes, own)
+    norms = seen.hidden_norms
+    if norms is not None:
+        norms = torch.cat([norms, norms.new_tensor([[0.0, 1e-3]]).expand(norms.shape[0], -1)], 1)
+    padded = attrs.evolve(seen, logits=torch.cat([seen.logits, hidden], -2), own=own, hidden_norms=norms)
     after_padded, expected = (_observed(scorer, one, view.slot_state) for one in (padded, seen))
     _expect_same(scorer, after_padded, expected, view.valid, "with pads behind a pass")
 
@@ -72,13 +76,12 @@ def keeps_rows_of_a_pass_apart(scorer: Scorer, _promises: Promises) -> None:
     if not needs_of(scorer).passes:
         return
     view = sample_view(scorer)
-    seen = pass_logits_of(view)
+    seen = pass_logits_of(scorer, view)
     together = _observed(scorer, seen, view.slot_state)
     for row in range(view.positions.shape[0]):
         at = slice(row, row + 1)
-        votes, own = (None if one is None else one[at] for one in (seen.log_votes, seen.own))
         state = {name: values[at] for name, values in view.slot_state.items()}
-        alone = _observed(scorer, QueryLogits(seen.logits[at], votes, own), state)
+        alone = _observed(scorer, row_of(seen, row), state)
         expected = {name: values[at] for name, values in together.items()}
         _expect_same(scorer, alone, expected, view.valid[at], "for one row of a pass")
 

@@ -12,6 +12,7 @@ from kvpolicy.stages.checking.returned import contract_error
 from kvpolicy.stages.contracts import Allocator, Merger, Observer, Plugin, Scorer, ViewPlugin
 from kvpolicy.stages.formats import Sample
 from kvpolicy.stages.geometry import Geometry
+from kvpolicy.stages.projected_values import output_norms
 from kvpolicy.stages.query_logits import QueryLogits
 from kvpolicy.stages.rotary import Rotary
 from kvpolicy.stages.slots import take
@@ -96,19 +97,34 @@ def query_logits_of(observer: Observer, view: View) -> QueryLogits:
     return QueryLogits(logits.masked_fill(~seen[:, :, None], -torch.inf), view.log_votes)
 
 
-def pass_logits_of(view: View, count: int = 5) -> QueryLogits:
-    """What `count` queries of a pass see: all entries, and of the pass itself one more each."""
+def pass_logits_of(scorer: Scorer, view: View, count: int = 5) -> QueryLogits:
+    """What `count` queries of a pass see: all entries, and of the pass itself one more each; norms that are needed."""
     logits = _random_logits(view, count).masked_fill(~view.valid[:, :, None, None], -torch.inf)
     own = torch.arange(1, count + 1, dtype=torch.float32).log().expand(logits.shape[:-1])
-    return QueryLogits(logits, view.log_votes, own.clone())
+    needs, outputs, hidden = needs_of(scorer), None, None
+    if needs.output_projection:
+        outputs = output_norms(view.values, view.projection)
+    if needs.hidden_norms:
+        hidden = torch.arange(1, count + 1, dtype=torch.float32).expand(logits.shape[0], -1).clone()
+    return QueryLogits(logits, view.log_votes, own.clone(), output_norms=outputs, hidden_norms=hidden)
 
 
 def queries_of(query_logits: QueryLogits, queries: slice) -> QueryLogits:
     """Some of the queries."""
-    own = query_logits.own
-    return QueryLogits(
-        query_logits.logits[..., queries, :], query_logits.log_votes, None if own is None else own[..., queries]
+    own, hidden = query_logits.own, query_logits.hidden_norms
+    return attrs.evolve(
+        query_logits,
+        logits=query_logits.logits[..., queries, :],
+        own=None if own is None else own[..., queries],
+        hidden_norms=None if hidden is None else hidden[:, queries],
     )
+
+
+def row_of(query_logits: QueryLogits, row: int) -> QueryLogits:
+    """One of the rows."""
+    tensors = ("logits", "log_votes", "own", "output_norms", "hidden_norms")
+    shown = {name: tensor for name in tensors if (tensor := getattr(query_logits, name)) is not None}
+    return attrs.evolve(query_logits, **{name: tensor[row : row + 1] for name, tensor in shown.items()})
 
 
 def _random_logits(view: View, count: int) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import attrs
 import torch
 
-from kvpolicy.stages.checking.returned import check_scores, check_tensor, contract_error
+from kvpolicy.stages.checking.returned import check_second_scores, check_tensor, contract_error
 from kvpolicy.stages.checking.untouched import tensors_of, untouched
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import sample_view
@@ -82,7 +82,7 @@ def gives_second_scores_for_every_slot(selector: Selector, _promises: Promises) 
     view = sample_view(selector)
     scores = selector.second_scores(view)
     if scores is not None:
-        check_scores(selector, scores, view)
+        check_second_scores(selector, scores, view)
 
 
 def _row(request: SelectionRequest, row: int) -> SelectionRequest:

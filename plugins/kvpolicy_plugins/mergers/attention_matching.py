@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvpolicy.stages import Entries, Integer, Merger, Needs, Number, View, parameter
 from kvpolicy.stages.slots import gather, take
-from kvpolicy_plugins.mergers.shared.least_squares import ridge_towards, square_norm, within_bounds
 from kvpolicy_plugins.mergers.shared.window_logits import window_of
+from kvpolicy_plugins.shared.least_squares import ridge_towards, square_norm, within_bounds
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL
 
 
@@ -30,7 +30,8 @@ class AttentionMatching(Merger):
 
     The authors use no ridge, or one towards 0, and thousands of queries from reading the context again, 4 and more for
     each entry that stays; with the few of the window they would be interpolated. Their code forgets the log-votes that
-    kept entries have had, which are kept here. Selection by the highest attention: `attention` with `reduce: rms`.
+    kept entries have had, which are kept here. Selection by the highest attention: `attention` with `reduce: rms`; by
+    orthogonal matching pursuit: the selector `omp`, with `bound: 7` and `iterations: 0` here.
     """
 
     name: ClassVar[str] = "attention_matching"

@@ -6,7 +6,7 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvpolicy.stages import Integer, Needs, Pass, Prompt, QueryLogits, Scorer, State, View, parameter
+from kvpolicy.stages import Choice, Integer, Needs, Pass, Prompt, QueryLogits, Scorer, State, View, parameter
 
 
 @attrs.frozen
@@ -20,6 +20,11 @@ class Reconstruction(Scorer):
     1. probabilities = softmax(scaling · q·k) of the queries of that forward over the sinks, the entries of the chunk,
        and those of the forward itself up to the query;
     2. score = the largest one that any of these queries gives, in any query head of the KV head's group.
+
+    With `weigh: output_norm` (KVzip+), the probability that a query of query head g gives an entry is multiplied with
+    ‖v W_g‖₂ / ‖h‖₂ before the maximum: how much the entry adds to the hidden state, by its value v behind the slice W_g
+    of the output projection, relative to the hidden state h that the layer's attention is given for the query's token,
+    normalised as it is. That h is what kvpress divides by. A query whose h is 0 gives nothing.
 
     No question takes part, so what is kept serves every question about the prompt.
 
@@ -35,8 +40,13 @@ class Reconstruction(Scorer):
         Integer(minimum=0, maximum=2**16), 8, help="tokens of the chunk before, with which a pass begins"
     )
 
+    weigh: str = parameter(
+        Choice(("none", "output_norm")), "none", help="what attention is multiplied with: output_norm = KVzip+"
+    )
+
     def needs(self) -> Needs:
-        return Needs(passes=True)
+        plus = self.weigh == "output_norm"
+        return Needs(passes=True, output_projection=plus, hidden_norms=plus)
 
     def slot_state(self) -> tuple[State, ...]:
         return (State("most"),)
@@ -60,7 +70,13 @@ class Reconstruction(Scorer):
         return passes
 
     def observe_pass(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {"most": state["most"].maximum(query_logits.probabilities.amax((2, 3)))}
+        worth = query_logits.probabilities  # [B, K, G, w, T]
+        if self.weigh == "output_norm":
+            outputs, hidden = query_logits.norms
+            shares = (1 / hidden).masked_fill(hidden == 0, 0.0)
+            weighed = worth * shares[:, None, None, :, None]
+            worth = weighed.amax(3, keepdim=True) * outputs[:, :, :, None]
+        return {"most": state["most"].maximum(worth.amax((2, 3)))}
 
     def score(self, view: View) -> Tensor:
         return view.slot_state["most"]

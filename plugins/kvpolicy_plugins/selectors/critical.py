@@ -6,10 +6,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.stages import Needs, Number, SelectionRequest, Selector, View, parameter
+from kvpolicy.stages import Needs, Number, SelectionRequest, Selector, View, output_norms, parameter
 from kvpolicy.stages.ordering import highest
-
-_PRODUCTS = 2**24  # numbers of projected values that exist at one time: 64 MiB
 
 
 @attrs.frozen
@@ -44,15 +42,8 @@ class Critical(Selector):
         return Needs(output_projection=True)
 
     def second_scores(self, view: View) -> Tensor:
-        """n_i, float32 [B, K, T], NaN where it is not finite; some slots are projected at one time, not all."""
-        rows, kv_heads = view.values.shape[:2]
-        weight = view.projection.float().unflatten(0, (kv_heads, -1))  # [K, G, Dv, C]
-        width = max(1, _PRODUCTS // max(1, rows * weight[:, :, 0].numel()))
-        blocks = [
-            torch.einsum("bktd,kgdc->bkgtc", values.float(), weight).abs().sum(-1).mean(2)
-            for values in view.values.split(width, 2)
-        ]
-        norms = torch.cat(blocks, 2)
+        """n_i, float32 [B, K, T], NaN where it is not finite."""
+        norms = output_norms(view.values, view.projection, order=1).mean(2)
         return norms.masked_fill(~norms.isfinite(), torch.nan)
 
     def select(self, request: SelectionRequest) -> Tensor:

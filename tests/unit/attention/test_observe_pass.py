@@ -14,8 +14,9 @@ from kvpolicy.plan.passes import pass_observers_of
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Pass
+from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from tests.support import storage as stored
-from tests.support.driving import DIM, GROUP, HEADS, drive, new_layer, plan_of
+from tests.support.driving import DIM, GROUP, HEADS, drive, new_layer, output_projection, plan_of
 from tests.support.policies import small
 from tests.support.rereading import Reread
 
@@ -57,14 +58,16 @@ PASSES = {
 }
 
 
+@pytest.mark.parametrize("weigh", ["none", "output_norm"])
 @pytest.mark.parametrize("blocks", [1, 2**20])
 @pytest.mark.parametrize("given", PASSES.values(), ids=PASSES)
 @pytest.mark.parametrize("form", ["even", "ragged", "packed", "votes"])
-def test_the_largest_probability_is_that_of_a_loop(form, given, blocks, monkeypatch):
+def test_the_largest_probability_is_that_of_a_loop(form, given, blocks, weigh, monkeypatch):
+    """With `output_norm` times the length of the value behind the projection, by that of the query's hidden state."""
     monkeypatch.setattr(blockwise, "_LOGITS", blocks)
     layer = layer_of(form)
     held = layer.storage
-    spec = attrs.evolve(layer.plan.spec, score=(layer.plan.spec.score[0], Weighted(Reread())))
+    spec = attrs.evolve(layer.plan.spec, score=(layer.plan.spec.score[0], Weighted(Reconstruction(weigh=weigh))))
     (observer,) = pass_observers_of(spec)
     observer = attrs.evolve(observer, columns={"most": "score[1].most"})
     batch = PassBatch.of(given, layer.num_tokens, torch.device("cpu"))
@@ -76,19 +79,23 @@ def test_the_largest_probability_is_that_of_a_loop(form, given, blocks, monkeypa
             held.slots.segment("score[1].most", row, head).fill_(0.01)
     before = {name: tensor.clone() for name, tensor in held.slots.tensors.items()}
 
-    observe_pass(held, QueryBatch(queries, batch.positions, padded=batch.padded, scaling=SCALING), own, batch, observer)
+    hidden = torch.rand(2, batch.count, generator=random) if weigh == "output_norm" else None
+    factors = None if hidden is None else (output_projection(), hidden)
+    called = QueryBatch(queries, batch.positions, padded=batch.padded, scaling=SCALING, hidden_norms=hidden)
+    observe_pass(held, called, own, batch, observer, None if factors is None else factors[0])
 
     for name, tensor in held.slots.tensors.items():
         assert name == "score[1].most" or torch.equal(tensor, before[name])
     for row in range(2):
         for head in range(HEADS):
             found = held.slots.segment("score[1].most", row, head)
-            expected = loop(layer, given.get(row), row, head, queries, own)
+            expected = loop(layer, given.get(row), row, head, queries, own, factors)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def loop(layer, one, row, head, queries, own):
+def loop(layer, one, row, head, queries, own, factors):
     """The largest probability that each entry of a head gets, at least 0.01."""
+    values = stored.segment(layer.storage, "values", row, head)
     positions = layer.storage.slots.segment(POSITIONS, row, head).tolist()
     keys = stored.segment(layer.storage, "keys", row, head)
     columns = layer.storage.slots.columns
@@ -104,5 +111,11 @@ def loop(layer, one, row, head, queries, own):
             weights = {slot: math.exp(query @ keys[slot] + votes[slot]) for slot in shown}
             total = sum(weights.values()) + sum(math.exp(query @ key) for key in own[row, head, : number + 1])
             for slot, weight in weights.items():
-                worth[slot] = max(worth[slot], weight / total)
+                length = 1.0
+                if factors is not None:
+                    added = values[slot] @ factors[0][head * GROUP + each]
+                    length = math.sqrt(sum(number * number for number in added.tolist())) / float(
+                        factors[1][row, number]
+                    )
+                worth[slot] = max(worth[slot], weight / total * length)
     return torch.tensor(worth)

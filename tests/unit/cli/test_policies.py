@@ -37,6 +37,8 @@ def test_list_groups_policies_by_what_they_save_and_says_what_they_need(kv):
     assert told("full") == ("nothing", [], [])
     assert told("snapkv") == ("entries", both, ["recent queries"])
     assert told("kvzip") == ("entries", ["prompt"], ["passes over the prompt"])
+    more = ["passes over the prompt", "output projection", "hidden states"]
+    assert told("kvzip_plus") == ("entries", ["prompt"], more)
     assert told("triattention") == ("entries", ["decoding"], ["calibration", "rotary embedding"])
     assert told("h2o") == ("entries", both, ["attention of all queries"])
     assert told("d2o")[0] == "merged entries"

@@ -243,7 +243,7 @@ def test_stores_leave_an_eighth_unpacked(tiny, calibrations, store, share, resid
     assert spec.store.residual == residual
 
 
-def test_windows_of_mergers_are_scaled_like_those_of_scorers(tiny, calibrations):
+def test_windows_of_mergers_and_selectors_are_scaled_like_those_of_scorers(tiny, calibrations):
     """A twelfth of what a full cache of those bytes would hold; 0 stands for all that is observed."""
     score = "score: [{use: attention, queries: 32}]\n"
     spec = fitted(tiny, calibrations, f"budget: 512\n{score}merge: {{use: keepkv, window: 32}}\n", share=Fraction(1, 8))
@@ -251,6 +251,8 @@ def test_windows_of_mergers_are_scaled_like_those_of_scorers(tiny, calibrations)
 
     assert spec.merge.window == spec.score[0].scorer.queries == 128 // 12
     assert other.merge.queries == 0
+    omp = fitted(tiny, calibrations, f"budget: 512\n{score}select: {{use: omp, queries: 64}}\n", share=Fraction(1, 8))
+    assert omp.select.queries == 128 // 12
 
 
 def test_a_policy_that_keeps_everything_still_does(tiny, calibrations):

@@ -160,22 +160,35 @@ def test_allocators_and_selectors_see_scores_in_the_order_of_positions():
 
 @attrs.frozen
 class LargeValues(Selector):
-    """The candidates with the largest values, whatever their scores."""
+    """The candidates with the largest values, whatever their scores; told one number of each entry, or its channels."""
 
     name = "large_values"
+    channels: bool = False
 
     def second_scores(self, view):
-        return view.values.float().norm(dim=-1)
+        return view.values.float().mT if self.channels else view.values.float().norm(dim=-1)
 
     def select(self, request):
-        return highest(request.second_scores, request.candidates, request.counts)
+        told = request.second_scores
+        sizes = told.norm(dim=2) if self.channels else told
+        return highest(sizes, request.candidates, request.counts)
 
 
+@pytest.mark.parametrize("channels", [False, True])
+def test_what_selectors_know_of_entries_stands_in_ascending_order(channels):
+    spec = attrs.evolve(small("snapkv").spec, score=(Weighted(KeyNorm()),), select=LargeValues(channels))
+    straight = view_of(torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(1)), sinks=1, recent=2)
+    other, _ = shuffled(straight)
+    expected, found = (compress_one(spec, one, [6, 6]).kept for one in (straight, other))
+    assert torch.equal(other.positions.gather(-1, found).sort().values, straight.positions.gather(-1, expected))
+
+
+@pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("kernels", [False, True], ids=["references", "kernels"])
-def test_selectors_know_of_entries_that_are_gone_when_they_select(kernels):
+def test_selectors_know_of_entries_that_are_gone_when_they_select(kernels, channels):
     """Keys and values of a group of layers are let go of before the next one is scored."""
     generator = torch.Generator().manual_seed(1)
-    spec = attrs.evolve(small("snapkv").spec, score=(Weighted(KeyNorm()),), select=LargeValues())
+    spec = attrs.evolve(small("snapkv").spec, score=(Weighted(KeyNorm()),), select=LargeValues(channels))
     views = [view_of(torch.randn(1, 2, 12, 8, generator=generator), sinks=1, recent=2) for _ in range(2)]
     budgets, tokens = torch.full((2, 1), 6), torch.tensor([12])
     fusion = fusion_of(spec, "") if kernels else None
@@ -231,6 +244,8 @@ def replaced(stage, **functions):
         ("heads", {"allocate": lambda _, request: request.total}, "returned shape"),
         ("heads", {"allocate": lambda _, request: request.room.float()}, "torch.float32"),
         ("select", {"second_scores": lambda _, view: view.keys[..., 0].double()}, "returned torch.float64"),
+        ("select", {"second_scores": lambda _, view: view.values}, r"returned shape .* expected .*n=30, seq=30"),
+        ("select", {"second_scores": lambda _, view: view.values[..., None]}, "returned shape"),
         ("select", {"select": lambda _, request: request.candidates.long()}, "torch.int64"),
         ("select", {"select": lambda _, request: request.candidates[:, :1]}, "returned shape"),
         (

@@ -8,7 +8,7 @@ import torch
 
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.mergers.attention_matching import AttentionMatching
-from kvpolicy_plugins.mergers.shared.least_squares import ridge_towards, square_norm
+from kvpolicy_plugins.shared.least_squares import ridge_towards, square_norm
 from tests.support.views import view_of
 
 DIM, GROUP, RECENT = 8, 2, 2

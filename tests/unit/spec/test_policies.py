@@ -10,6 +10,7 @@ BUDGETS = {  # budget, every, sinks, recent
     "adakv": (1024, 128, 0, 32),
     "ams": (1024, 512, 4, "3.125%"),
     "attention_matching": (1024, "never", 0, "6.25%"),
+    "attention_matching_omp": (1024, "never", 0, "6.25%"),
     "chunkkv": (1024, 128, 0, 32),
     "criticaladakv": (1024, 128, 0, 32),
     "criticalkv": (1024, 128, 0, 32),

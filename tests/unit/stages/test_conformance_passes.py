@@ -7,6 +7,8 @@ import torch
 from kvpolicy.errors import PluginContractError
 from kvpolicy.stages import Needs, Pass, Scorer, State
 from kvpolicy.stages.conformance import check_plugin, conformance_cases
+from kvpolicy_plugins.scorers.history import History
+from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from tests.support.rereading import Reread
 
 
@@ -19,9 +21,10 @@ class Given(Scorer):
     wants: object = None
     sees: object = None
     declared: bool = True
+    norms: bool = False
 
     def needs(self):
-        return Needs(passes=self.declared)
+        return Needs(passes=self.declared, output_projection=self.norms, hidden_norms=self.norms)
 
     def slot_state(self):
         return (State("most", -1.0),)
@@ -60,6 +63,22 @@ def mixing(query_logits, state):
     return {"most": state["most"].maximum(most * most.mean())}
 
 
+def ignoring_zeros(query_logits, state):
+    outputs, hidden = query_logits.norms
+    weighed = query_logits.probabilities / hidden[:, None, None, :, None] * outputs[:, :, :, None]
+    return {"most": state["most"].maximum(weighed.amax((2, 3)))}
+
+
+def unlike(query_logits, state):
+    outputs, hidden = query_logits.norms
+    return {"most": state["most"].maximum(outputs.amax(2) / hidden.mean())}
+
+
+def scaling_norms(query_logits, state):
+    query_logits.norms[1].mul_(2)
+    return {}
+
+
 def writing(query_logits, state):
     state["most"].add_(0)
     return {}
@@ -79,6 +98,10 @@ WRONG = {
     "gives a different result with pads behind a pass": {"sees": counting},
     "gives a different result for one row of a pass": {"sees": mixing},
     "changed its input 'most'": {"sees": writing},
+    "changed its input 'hidden norms'": {"sees": scaling_norms, "norms": True},
+    "ValueError: these are logits without norms": {"sees": ignoring_zeros},
+    "different result with pads behind a pass: Tensor-likes": {"sees": ignoring_zeros, "norms": True},
+    "different result for a pass in parts: Tensor-likes": {"sees": unlike, "norms": True},
 }
 
 
@@ -90,7 +113,15 @@ def test_a_broken_scorer_is_found_out(message, given):
     assert "scorer 'given'" in str(caught.value)
 
 
-@pytest.mark.parametrize("scorer", [Reread(), Reread(7, nearby=True)], ids=["all", "nearby"])
+SOUND = {
+    "all": Reread(),
+    "nearby": Reread(7, nearby=True),
+    "weighed": Reconstruction(7, 2, "output_norm"),
+    "history": History(Reconstruction(7, 2, "output_norm")),
+}
+
+
+@pytest.mark.parametrize("scorer", SOUND.values(), ids=SOUND)
 def test_a_sound_one_passes(scorer):
     names = {name for name, _ in conformance_cases(scorer)}
     assert {"gives passes as declared", "observes passes as declared", "ignores pads of a pass"} <= names

@@ -76,6 +76,8 @@ NEEDS = {
     "rotation of no kind": (giving(Needs(rotary=1)), "needs rotary=1, expected true or false"),
     "mass of no kind": (giving(Needs(attention="yes")), "needs attention='yes', expected true or false"),
     "projection of no kind": (giving(Needs(output_projection=2)), "needs output_projection=2, expected true or false"),
+    "norms of no kind": (giving(Needs(hidden_norms="all")), "needs hidden_norms='all', expected true or false"),
+    "norms without passes": (giving(Needs(hidden_norms=True)), "needs hidden_norms=true without passes=true"),
     "passes of no kind": (giving(Needs(passes=3)), "needs passes=3, expected true or false"),
     "raises": (raising(KeyError("x")), "raised in `needs`: KeyError: 'x'"),
     "raises without words": (

@@ -252,7 +252,7 @@ def test_unknown_name_gets_the_close_one_and_the_list():
 
     assert (
         str(caught.value) == "unknown name 'topk2'; did you mean 'topk'? installed: "
-        "chunks, critical, fair, kvcrush, mass_segments, sample, temporal_redundancy, topk, whitelist"
+        "chunks, critical, fair, kvcrush, mass_segments, omp, sample, temporal_redundancy, topk, whitelist"
     )
 
 

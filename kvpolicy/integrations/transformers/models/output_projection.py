@@ -1,17 +1,13 @@
 """The linear layer that follows attention: found on attention modules, its weight read from the live model."""
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kvpolicy.errors import CacheError, PolicyError, Problem, UnsupportedModelError
-from kvpolicy.plan.plan import readers_of_output_projection
-from kvpolicy.spec.policy import PolicySpec
+from kvpolicy.errors import CacheError, UnsupportedModelError
 from kvpolicy.stages import Geometry
 
 _NAMES = ("o_proj", "out_proj", "c_proj", "dense", "Wo", "wo")  # under which attention modules hold it
@@ -81,47 +77,3 @@ def _unwrapped(layer: nn.Module) -> Any:
 
 def _inputs_of(layer: Any) -> object:
     return getattr(layer, "nx" if isinstance(layer, Conv1D) else "in_features", None)
-
-
-def check_output_projections(
-    spec: PolicySpec, model: PreTrainedModel | None, geometry: Geometry, *, live: bool = True
-) -> None:
-    """Raise PolicyError, by the keys of the plugins that read it, where a managed layer has no known output projection.
-
-    Its attention may be any module with the layer's index. `model` None = it could not be built.
-    """
-    if not readers_of_output_projection(spec):
-        return
-    if model is None:
-        raise _unknown(spec, "the model of this configuration cannot be built")
-    for index in geometry.managed:
-        modules = [module for module in model.modules() if getattr(module, "layer_idx", None) == index]
-        problems = [problem for module in modules if (problem := _problem(module, geometry, live=live))]
-        if len(problems) == len(modules):
-            raise _unknown(spec, f"layer {index}: {problems[0] if problems else 'no module has its index'}")
-
-
-def check_attention_modules(spec: PolicySpec, attention: Iterable[nn.Module] | None, geometry: Geometry) -> None:
-    """Raise PolicyError likewise, for the very modules that call attention; None = they could not be seen."""
-    if not readers_of_output_projection(spec):
-        return
-    if attention is None:
-        raise _unknown(spec, "the model could not be run before a policy was attached")
-    for index, module in zip(geometry.managed, attention, strict=False):
-        problem = _problem(module, geometry)
-        if problem:
-            raise _unknown(spec, f"layer {index}: {problem}")
-
-
-def _problem(attention: nn.Module, geometry: Geometry, *, live: bool = True) -> str:
-    try:
-        weight_of(attention, geometry, live=live)
-    except UnsupportedModelError as error:
-        return str(error)
-    return ""
-
-
-def _unknown(spec: PolicySpec, why: str) -> PolicyError:
-    message = "needs the output projection of the model's attention, which is not known"
-    readers = readers_of_output_projection(spec).items()
-    return PolicyError([Problem(key, f"{plugin.name} {message}: {why}") for key, plugin in readers])

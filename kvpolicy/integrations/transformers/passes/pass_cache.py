@@ -4,11 +4,13 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy.attention.attend import attend
 from kvpolicy.attention.observe_pass import observe_pass
+from kvpolicy.cache.compaction.write_back import projection_of
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.cache.request.pass_batch import PassBatch
 from kvpolicy.errors import CacheError
@@ -33,6 +35,7 @@ class PassLayer(LogicalLayer):
         self.seq_len, self.num_tokens = layer.seq_len, layer.num_tokens
         self.is_initialized = True
         self.is_finished = False  # whether the pass has gone through it
+        self.hidden_norms: Tensor | None = None  # [B, m] float32, of what its attention is given; see `hidden_norms`
         self._own: Tensor | None = None  # keys of the pass, [B, K, m, D], while they are held
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
@@ -73,8 +76,19 @@ class PassLayer(LogicalLayer):
         if own is None:
             raise self._fault()
         self.layer.storage.truncate(own.shape[2])
-        observe_pass(self.layer.storage, batch, own, self.passes, self.observer)
+        needs, projection = self.observer.needs, None
+        if needs.hidden_norms:
+            batch = attrs.evolve(batch, hidden_norms=self._hidden_norms())
+        if needs.output_projection:
+            projection = projection_of(self.layer.output_projection)
+        observe_pass(self.layer.storage, batch, own, self.passes, self.observer, projection)
         self.is_finished = True
+
+    def _hidden_norms(self) -> Tensor:
+        norms, self.hidden_norms = self.hidden_norms, None
+        if norms is None or norms.shape != self.passes.positions.shape:
+            raise CacheError(f"layer {self.layer.stats.layer}: the hidden states of a pass could not be seen")
+        return norms
 
     def _fault(self) -> CacheError:
         return CacheError(f"layer {self.layer.stats.layer}: attention must be called once for each update of the cache")
@@ -91,8 +105,13 @@ class PassCache(DynamicCache):
             for layer in cache.layers
         ]
 
+    @property
+    def managed(self) -> list[PassLayer]:
+        """The layers that stand for managed ones."""
+        return [layer for layer in self.layers if isinstance(layer, PassLayer)]
+
     def require_finished(self) -> None:
         """Raise CacheError when a managed layer took no part in the forward, or is still in it."""
-        for layer in self.layers:
-            if isinstance(layer, PassLayer) and not layer.is_finished:
+        for layer in self.managed:
+            if not layer.is_finished:
                 raise CacheError(f"layer {layer.layer.stats.layer}: a pass did not reach kvpolicy's attention in it")

@@ -17,6 +17,7 @@ from kvpolicy.errors import UnsupportedCallError
 from kvpolicy.integrations.transformers.models.guard import Restoring
 from kvpolicy.integrations.transformers.models.model_snapshot import Snapshot
 from kvpolicy.integrations.transformers.passes.forward_tokens import places_behind
+from kvpolicy.integrations.transformers.passes.hidden_norms import HiddenNorms
 from kvpolicy.integrations.transformers.passes.pass_cache import PassCache
 from kvpolicy.integrations.transformers.torch_modes import exact
 from kvpolicy.plan.passes import PassObserver
@@ -79,17 +80,24 @@ class _Passes:
         self.cache, self.model, self.arrived, self.seen = cache, model, arrived, seen
         self.num_tokens = cache.managed[0].num_tokens
         self.device = (arrived.ids if arrived.ids is not None else cache.managed[0].storage).device
+        self.hidden_norms: HiddenNorms | None = None
         self.accepted = inspect.signature(type(model).forward).parameters
 
     def run(self, tokens: Mapping[int, Tensor]) -> None:
         """All passes of all scorers over the prompts of some rows, token ids [n] by row."""
         prompts = {row: self._prompt(row, ids) for row, ids in tokens.items()}
         with _as_it_is(self.model):
+            self._watch_hidden_states()
             for observer in self.cache.plan.passes:
                 wanted = {row: observer.passes(prompt) for row, prompt in prompts.items()}
                 self._check(observer, wanted)
                 for number in range(max(map(len, wanted.values()))):
                     self._forward(observer, {row: own[number] for row, own in wanted.items() if number < len(own)})
+
+    def _watch_hidden_states(self) -> None:
+        """If a scorer asks for them; the hooks go when the model is put back as it was."""
+        if self.cache.owner is not None and any(observer.needs.hidden_norms for observer in self.cache.plan.passes):
+            self.hidden_norms = HiddenNorms(self.cache.owner.attention_modules())
 
     def _prompt(self, row: int, ids: Tensor) -> Prompt:
         tokens = self.num_tokens[row]
@@ -113,6 +121,8 @@ class _Passes:
             "position_ids": self._places(batch.count),
             "logits_to_keep": 1 if "logits_to_keep" in self.accepted else None,  # nobody looks at them
         }
+        if self.hidden_norms is not None:
+            self.hidden_norms.expect(layers)
         self.model(**call, **{name: value for name, value in optional.items() if value is not None})
         layers.require_finished()
 

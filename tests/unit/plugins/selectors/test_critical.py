@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvpolicy.stages import SelectionRequest
-from kvpolicy_plugins.selectors import critical
+from kvpolicy.stages import SelectionRequest, projected_values
 from kvpolicy_plugins.selectors.critical import Critical
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.support.views import view_of
@@ -53,7 +52,7 @@ def test_blocks_give_what_one_product_gives(monkeypatch, most):
         return found
 
     monkeypatch.setattr(torch, "einsum", counted)
-    monkeypatch.setattr(critical, "_PRODUCTS", most)
+    monkeypatch.setattr(projected_values, "_PRODUCTS", most)
     assert_close(Critical().second_scores(shown()), expected)
     assert max(sizes) <= max(most, ROWS * HEADS * GROUP * CHANNELS)
     assert sum(sizes) == ROWS * HEADS * GROUP * CHANNELS * SLOTS
