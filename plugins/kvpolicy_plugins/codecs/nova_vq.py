@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import Choice, Codec, Flag, Formats, Integer, Number, Sample, Site, parameter
+from kvpolicy.stages import Choice, Codec, Flag, Formats, Geometry, Integer, Number, Sample, Site, parameter
 from kvpolicy_plugins.codecs.shared.affine import SCALES, compute_dtype, scale_dtype
 from kvpolicy_plugins.codecs.shared.basis import Basis, Constant, check_invertible, check_orthonormal
 from kvpolicy_plugins.codecs.shared.clipped_values import ClippedValues
@@ -104,6 +104,7 @@ class NovaVQ(Codec):
         return Formats(keys, ClippedValues(dim, *dtypes, self.value_bits, clip, rotation, *places))
 
     def _fitted(self, sample: Sample) -> dict[str, Tensor]:
+        self._expected(sample.geometry)  # refuses what has no rotation
         moments, means = query_moments(sample), key_means(sample, self.sinks)
         dtype = torch.promote_types(sample.keys.dtype, torch.float32)
         forward, coordinates = fitted_basis(moments, centred_keys(sample, means), self.group, normalise=self.normalise)
@@ -113,18 +114,18 @@ class NovaVQ(Codec):
             fitted["rotation"] = value_rotation(sample, moments)
         return {name: tensor.to(dtype).contiguous() for name, tensor in fitted.items()}
 
-    def _expected(self, site: Site) -> Mapping[str, tuple[int, ...]]:
+    def _expected(self, geometry: Geometry) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the calibrated tensors."""
-        heads, dim = site.geometry.kv_heads, site.geometry.head_dim
+        heads, dim = geometry.kv_heads, geometry.head_dim
+        if self.value_rotation and dim.bit_count() != 1:
+            raise ParameterError(f"value_rotation: must be false for a head dimension that is no power of two: {dim}")
         codebooks = heads, -(-dim // self.group), 2 ** (self.bits * self.group), self.group
         expected = {"forward": (heads, dim, dim), "means": (heads, self.sinks + 1, dim), "centroids": codebooks}
         return expected | ({"rotation": (dim, dim)} if self.value_rotation else {})
 
     def _checked(self, site: Site) -> Mapping[str, Tensor]:
         """The calibrated tensors by name."""
-        expected, dim = self._expected(site), site.geometry.head_dim
-        if self.value_rotation and dim.bit_count() != 1:
-            raise ParameterError(f"value_rotation: must be false for a head dimension that is no power of two: {dim}")
+        expected = self._expected(site.geometry)
         for name, shape in expected.items():
             tensor = site.calibration.get(name)
             if tensor is None:
