@@ -126,10 +126,11 @@ def test_the_mean_is_decoded_exactly(sample):
         assert torch.equal(through(form, means), means)
 
 
-def test_the_published_code_divides_by_the_scale_that_is_stored(sample):
-    """A scale in float16 is off by up to 2^-11, and a key is decoded by it: its codes follow from it."""
+def test_codes_follow_from_the_scale_that_is_stored(sample):
+    """A key is decoded by it, and near the least float16 it is off by some percent."""
+    quiet = attrs.evolve(sample, queries=sample.queries * 2**-21)
     halves = NovaVQ(centroids="full")
-    site = site_of(halves, sample)
+    site = site_of(halves, quiet)
     form, keys = halves.formats(site).keys, sample.keys
     columns = form.encode(keys, places_of(keys))
     assert columns["scale"].dtype == torch.float16
@@ -138,6 +139,15 @@ def test_the_published_code_divides_by_the_scale_that_is_stored(sample):
     books = site.calibration["centroids"]
     distances = (relative.unflatten(-1, (2, 4))[:, :, :, :, None] - books[:, None]).square().sum(-1)
     assert torch.equal(unpack(columns["codes"], 8, 2).long(), distances.argmin(-1))
+
+
+@pytest.mark.parametrize("scales", ["half", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_largest_keys_and_values_are_decoded_to_finite_numbers(dtype, scales, sample):
+    formats = (codec := NovaVQ(scales=scales)).formats(site_of(codec, sample, dtype=dtype))
+    signs = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(4)).sign().to(dtype)
+    for form in (formats.keys, formats.values):
+        assert through(form, signs * torch.finfo(dtype).max).isfinite().all()
 
 
 def test_products_with_queries_hold_beside_entries_that_are_not_packed(sample):
