@@ -33,7 +33,7 @@ class NovaVQ(Codec):
     1. Keys: with Sq, the sum of E[q q'] over the query heads of a KV head, and U the eigenvectors of
        Sq^(1/2) Ck Sq^(1/2), r = (k - mu) Sq^(1/2) U. A squared error of r is the expected squared error of logits.
     2. r is divided by its root mean square, and of every `group` coordinates, which are spread over the eigenvalues,
-       the number of the nearest centroid is stored: codebooks of each head and group, by k-means (25 iterations).
+       the number of the nearest centroid is stored: a codebook of each head and group, by k-means (25 iterations).
     3. Values: rotated by R H, with R the eigenvectors of E[w v v'], w = k' Sq k, and the Hadamard matrix H. Magnitudes
        are limited to that of rank `value_clip` of the token, then they are coded between minimum and maximum.
 
@@ -44,7 +44,7 @@ class NovaVQ(Codec):
       positions: those of an attention sink are far from all others, and much alike in all texts.
     - eigenvalues of Sq count as a millionth of the largest at least; theirs, as 1e-30.
     - codebooks are fitted to at most 4096 tokens rather than to every fourth.
-    - scales are float16, rather than bfloat16; the code of a key follows from its scale as it is stored.
+    - the code of a key follows from its scale as it is stored, in float16.
     - they permute the coordinates of values after R H, which changes nothing where a value has one scale.
     """
 
