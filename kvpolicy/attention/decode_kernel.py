@@ -81,10 +81,7 @@ def _input(states: KVTensor) -> kv_input.KVTensorInput:
     how = states.form.unpacking()
     if isinstance(how, str):
         raise UnsupportedInputError(f"{type(states.form).__name__} {how}")
-    columns = tuple(_column(states.packed, name) for name in states.form.columns) + tuple(
-        Column(addresses_of([constant]), constant.dtype, 0, (constant,))
-        for constant in states.form.constants(states.residual.tensors[states.name].device)
-    )
+    columns = tuple(_column(states.packed, name) for name in states.form.columns)
     packed = kv_input.PackedInput(how, states.packed.starts, states.packed.lengths_on_device, columns)
     residual = _column_in_basis(states) if how.in_basis else _column(states.residual, states.name)
     return kv_input.KVTensorInput(residual, states.residual.starts, packed)

@@ -113,10 +113,6 @@ class Format(abc.ABC):
         """The tile function with which attention kernels unpack entries; or a short reason why there is none."""
         return "has no tile function"
 
-    def constants(self, device: torch.device) -> tuple[Tensor, ...]:  # noqa: ARG002 there are none
-        """Tensors on a device that a tile function reads for all entries: its columns of width 0, behind the others."""
-        return ()
-
     def packed_length(self, length: int) -> int:
         """How many of the oldest of `length` entries are packed."""
         return max(0, length - self.residual_length) // self.step * self.step

@@ -14,6 +14,7 @@ from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from kvpolicy_plugins.codecs.fp8 import Fp8
 from kvpolicy_plugins.codecs.kivi import Kivi
 from kvpolicy_plugins.codecs.latent import Latent
+from kvpolicy_plugins.codecs.nova_vq import NovaVQ
 from kvpolicy_plugins.codecs.plain import Plain
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.tada import Tada
@@ -115,6 +116,7 @@ PLUGINS: tuple[type[Plugin], ...] = (
     Fp8,
     Kivi,
     Latent,
+    NovaVQ,
     Plain,
     Rotation,
     Tada,

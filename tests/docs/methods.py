@@ -53,6 +53,7 @@ GOLDEN = {
     "rocketkv": ("rocketkv", "rocketkv_budgets"),
     "rotation3": ("rotation_codebook",),
     "rotation4": ("rotation_codebook",),
+    "nova_vq": ("nova_vq",),
     "sals12": ("sals",),
     "sals25": ("sals",),
     "snapkv": ("snapkv", "snapkv_ties", "decode_snapkv"),

@@ -36,6 +36,7 @@ TESTED = {
     "test_reading": ("rocketkv_budgets", "rocketkv"),
     "test_stores": ("kivi_decode", "kivi", "tada", "rotation_codebook"),
     "test_turboquant": ("turboquant_vllm",),
+    "test_vector_quantisation": ("nova_vq",),
 }
 NOT_YET = ("effivlm_metrics",)
 INFORMATIONAL = ("seed", "*gap", "gap_*")  # how far a result is from being ambiguous

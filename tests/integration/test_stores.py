@@ -1,13 +1,17 @@
 """Policies that pack their entries or choose what to read, on whole models."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy.errors import CalibrationError, PolicyError, UnsupportedCallError
 from tests.support.alone import assert_rows_alone
 from tests.support.models import ARCHITECTURES, build, difference, generate, model, prompt
 from tests.support.policies import small
+from tests.support.storage import segment
 
 STORES = {
     "kivi": {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "batch": 4},
@@ -17,6 +21,7 @@ STORES = {
     "turboquant": {"use": "turboquant", "key_bits": 3, "batch": 3},
     "fp8": {"use": "fp8", "batch": 2},
     "latent": {"use": "latent", "rank": 0.5, "value_bits": 8, "value_group": 8, "batch": 2},
+    "nova_vq": {"use": "nova_vq", "residual": 2, "batch": 3},
 }
 READERS = {
     "pages": {"use": "pages", "page": 4, "budget": 12, "dense_first": 0},
@@ -93,6 +98,56 @@ def test_the_full_rank_of_latents_and_8_bits_are_nearly_exact():
     policy = keeping_all({"use": "latent", "rank": 1, "value_bits": 8, "value_group": 1, "scales": "full"})
     with attached(one, policy):
         assert difference(generate(one, tokens, mask), expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["full", "adakv"])
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+def test_a_step_is_that_of_the_plain_model_over_decoded_entries(store, name):
+    """Of each head those that it holds: the others are masked out."""
+    if name == "adakv" and store["use"] in ("tada", "latent"):
+        name = "snapkv"  # their heads hold the same entries
+    one, (tokens, _) = build(dtype=torch.float64), prompt(41)
+    policy = keeping_all(store) if name == "full" else small(name, store=store)
+    with attached(one, policy) as attachment, torch.no_grad():
+        cache, decoded = attachment.cache(), DynamicCache(config=one.config)
+        one(tokens[:, :40], past_key_values=cache)
+        hidden = [in_place(layer.storage, decoded, number) for number, layer in enumerate(cache.managed)]
+        lengths = {count for layer in cache.managed for count in layer.storage.lengths[0]}
+        assert len(lengths) > 1 if name == "adakv" else len(lengths) == 1
+        found = one(tokens[:, 40:], past_key_values=cache).logits
+    with torch.no_grad(), masking(one, hidden):
+        expected = one(tokens[:, 40:], past_key_values=decoded).logits
+    assert (found - expected).abs().max() < 1e-9
+
+
+def in_place(storage, decoded, number):
+    """Puts entries as they are decoded where they were; gives which of the places [K, 41] nothing is in."""
+    shape = 1, storage.heads, 40, 8
+    keys, values, hidden = torch.zeros(shape).double(), torch.zeros(shape).double(), torch.ones(shape[1], 41).bool()
+    hidden[:, 40] = False
+    for head in range(storage.heads):
+        at = segment(storage, "positions", 0, head).long()
+        hidden[head, at] = False
+        keys[0, head, at], values[0, head, at] = (segment(storage, one, 0, head) for one in ("keys", "values"))
+    decoded.update(keys, values, number)
+    return hidden
+
+
+@contextmanager
+def masking(one, hidden):
+    """Each layer sees what is not hidden [K, 41] from its heads."""
+
+    def mask(module, args, kwargs):
+        group = one.config.num_attention_heads // one.config.num_key_value_heads
+        away = hidden[module.layer_idx].repeat_interleave(group, 0)[None, :, None]
+        return args, {**kwargs, "attention_mask": torch.zeros(away.shape).double().masked_fill(away, -torch.inf)}
+
+    hooks = [layer.self_attn.register_forward_pre_hook(mask, with_kwargs=True) for layer in one.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("store", STORES.values(), ids=STORES)

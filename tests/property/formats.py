@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.fp8 import Fp8
 from kvpolicy_plugins.codecs.kivi import Kivi
+from kvpolicy_plugins.codecs.nova_vq import NovaVQ
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.tada import Tada
 from kvpolicy_plugins.codecs.turboquant import TurboQuant
 from tests.property.layers import generators
+from tests.support.latents import rotary_of, sample_of
 
 BITS = st.sampled_from((2, 4, 8))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -53,15 +55,26 @@ codecs = st.one_of(
     st.just(Fp8()),
 )
 
+fitted = st.builds(
+    NovaVQ,
+    st.integers(1, 2),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from(("float8", "full")),
+    st.sampled_from((0, 1, 4)),
+    st.sampled_from((2, 3, 4, 8)),
+    scales=st.sampled_from(("half", "full")),
+)
+
 
 @st.composite
 def kv_formats(draw, kinds=codecs, contents=tuple(CONTENTS), dtypes=FLOATS, least=0):
     """A format of keys or values, and vectors [B, K, n, D] with their positions: B 1-3, K 1-4, D 8-64."""
     batch, heads, dim = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from((8, 16, 64)))
     dtype = draw(st.sampled_from(dtypes))
-    centre = torch.randn(heads, dim, generator=draw(generators), dtype=torch.float32)
-    site = Site(Geometry((0,), heads, heads, dim), dtype, calibration={"centre": centre})
-    formats = draw(kinds).formats(site)
+    codec, geometry = draw(kinds), Geometry((0,), heads, heads, dim)
+    sample = sample_of(draw(generators), geometry, rotary_of(dim), 1, 20)
+    formats = codec.formats(Site(geometry, dtype, rotary=rotary_of(dim), calibration=codec.calibrate([sample])[0]))
     kv_format = draw(st.sampled_from((formats.keys, formats.values)))
     shape = batch, heads, kv_format.group_size * draw(st.integers(least, 5)), dim
     vectors = ({**CONTENTS, **EXTREME}[draw(st.sampled_from(contents))])(draw(generators), *shape)

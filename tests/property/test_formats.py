@@ -12,7 +12,7 @@ from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.kivi import Kivi
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.tada import Tada
-from tests.property.formats import EXTREME, GROUP, kv_formats, through
+from tests.property.formats import EXTREME, GROUP, codecs, fitted, kv_formats, through
 from tests.property.layers import generators
 
 
@@ -47,7 +47,7 @@ def test_rows_and_heads_may_come_in_any_order(given_format, shuffle):
         assert_close(through(kv_format, vectors[:, heads], at), decoded[:, heads], rtol=0, atol=atol)
 
 
-@given(kv_formats(contents=tuple(EXTREME), least=1))
+@given(kv_formats(st.one_of(codecs, fitted), contents=tuple(EXTREME), least=1))
 def test_what_is_decoded_is_finite(given_format):
     kv_format, vectors, at = given_format
     before = vectors.clone()
@@ -61,11 +61,11 @@ def test_what_is_decoded_is_finite(given_format):
 @given(kv_formats(contents=("zero",)))
 def test_zero_stays_zero(given_format):
     kv_format, vectors, at = given_format
-    assume(getattr(kv_format, "centre", None) is None)  # zero is not on the grid around a centre
+    assume(getattr(kv_format, "means", None) is None)  # zero is not on the grid around a mean
     assert not through(kv_format, vectors, at).any()
 
 
-@given(kv_formats(least=1), st.integers(0, 300))
+@given(kv_formats(st.one_of(codecs, fitted), least=1), st.integers(0, 300))
 def test_bytes_are_those_of_the_tensors(given_format, capacity):
     kv_format, vectors, at = given_format
     geometry = Geometry((0,), vectors.shape[1], vectors.shape[1], vectors.shape[-1])

@@ -33,6 +33,7 @@ STORES = {
     "turboquant": {"use": "turboquant", "residual": 2, "batch": 3},
     "fp8": {"use": "fp8", "residual": 1, "batch": 1},
     "latent": {"use": "latent", "rank": 0.75, "value_bits": 8, "value_group": 8, "residual": 2, "batch": 1},
+    "nova_vq": {"use": "nova_vq", "residual": 3, "batch": 2},
 }
 
 

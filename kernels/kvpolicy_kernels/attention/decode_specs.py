@@ -11,16 +11,7 @@ from kvpolicy_kernels.attention.decode import format_constants
 from kvpolicy_kernels.attention.decode_split import decode_split
 from kvpolicy_kernels.attention.kv_input import PackedColumn, Unpacking
 from kvpolicy_kernels.common.compile_spec import CompileSpec
-from kvpolicy_kernels.quantise.unpack import (
-    centred,
-    codebook,
-    codebook_around,
-    fp8,
-    per_channel,
-    per_token,
-    per_vector,
-    scaled_fp8,
-)
+from kvpolicy_kernels.quantise.unpack import centred, codebook, fp8, per_channel, per_token, per_vector, scaled_fp8
 
 _HEADS = 8
 _GROUP = 32  # of tokens or channels that are quantised together
@@ -72,10 +63,8 @@ def compile_specs() -> Iterator[CompileSpec]:
         rotated = _codebook(bits, 128)
         yield _split_spec(f"decode D=128 rotation{bits}", 128, *_SPLIT, keys=rotated, values=rotated)
     for bits in (3, 4):
-        keys = _codebook(bits, 128, centred=True)
-        yield _split_spec(f"decode D=128 centred rotation{bits}", 128, *_SPLIT, keys=keys, values=_codebook(bits, 128))
-        keys = _codebook(bits, 128)
-        yield _split_spec(f"decode D=128 turboquant{bits}", 128, *_SPLIT, keys=keys, values=_vectors(bits, 128))
+        rotated = _codebook(bits, 128)
+        yield _split_spec(f"decode D=128 turboquant{bits}", 128, *_SPLIT, keys=rotated, values=_vectors(bits, 128))
     float8 = Unpacking(fp8, (PackedColumn(128, torch.uint8),))
     yield _split_spec("decode D=128 turboquant8", 128, *_SPLIT, keys=float8, values=_vectors(4, 128))
 
@@ -152,12 +141,10 @@ def _centred(bits: int, dim: int) -> Unpacking:
     return Unpacking(centred, columns, options=(bits, dim, _HEADS), joint=True)
 
 
-def _codebook(bits: int, dim: int, *, centred: bool = False) -> Unpacking:
+def _codebook(bits: int, dim: int) -> Unpacking:
     levels = [index + 0.5 - 2 ** (bits - 1) for index in range(2**bits)]
-    columns = [PackedColumn(dim * bits // 8, torch.uint8), PackedColumn(1, torch.float16)]
-    if centred:
-        columns.append(PackedColumn(0, torch.float32))
-    return Unpacking(codebook_around if centred else codebook, tuple(columns), options=(bits, *levels), in_basis=True)
+    columns = PackedColumn(dim * bits // 8, torch.uint8), PackedColumn(1, torch.float16)
+    return Unpacking(codebook, columns, options=(bits, *levels), in_basis=True)
 
 
 def _vectors(bits: int, dim: int) -> Unpacking:

@@ -14,7 +14,7 @@ from kvpolicy_kernels.common.support import interpreting, require, unavailable_r
 class PackedColumn:
     """One tensor of a packed format, as a tile function sees it."""
 
-    width: int  # elements per group; 0 = one tensor for all entries, such as a constant of the format
+    width: int  # elements per group
     dtype: torch.dtype
     shared: bool = False  # one row for all entries of a group, such as a scale per channel; else one row per entry
 

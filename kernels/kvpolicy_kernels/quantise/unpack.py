@@ -154,31 +154,8 @@ def codebook(COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN:
 
     Columns: codes, norm. Options: bits, then the 2^bits levels.
     """
-    norm = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
-    return _levels(COLUMNS[0], slots, mask, D, DP, OPTIONS) * (norm * (D**-0.5))[:, None]
-
-
-@triton.jit
-def codebook_around(
-    COLUMNS, slots, mask, head, D: tl.constexpr, DP: tl.constexpr, RUN: tl.constexpr, OPTIONS: tl.constexpr
-):
-    """As `codebook`, plus the centre of the KV head, but not where the norm has its sign bit set.
-
-    Columns: codes, norm, and for all entries the centres [heads, D] in the basis. Options: bits, then the levels.
-    """
-    norm = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
-    d = tl.arange(0, DP)
-    centre = tl.load(COLUMNS[2] + head * D + d, mask=d < D, other=0.0).to(tl.float32)
-    is_centred = norm.to(tl.int32, bitcast=True) >= 0  # -0.0 is not
-    vectors = _levels(COLUMNS[0], slots, mask, D, DP, OPTIONS) * (tl.abs(norm) * (D**-0.5))[:, None]
-    return vectors + tl.where(is_centred[:, None], centre[None, :], 0.0)
-
-
-@triton.jit
-def _levels(CODES, slots, mask, D: tl.constexpr, DP: tl.constexpr, OPTIONS: tl.constexpr):
-    """The level of each code, [BLOCK, DP], zeros beyond the head dim. Options: bits, then the 2^bits levels."""
     BITS: tl.constexpr = OPTIONS[0]
-    codes = load_codes(CODES, slots, mask, D, DP, BITS)
+    codes = load_codes(COLUMNS[0], slots, mask, D, DP, BITS)
     levels = OPTIONS[1:]
     for bit in tl.static_range(BITS):  # halves the candidates: those with this bit of the code, or those without
         is_set = ((codes >> bit) & 1) != 0
@@ -186,7 +163,9 @@ def _levels(CODES, slots, mask, D: tl.constexpr, DP: tl.constexpr, OPTIONS: tl.c
         for i in tl.static_range(len(levels) // 2):
             left = left + (tl.where(is_set, levels[2 * i + 1], levels[2 * i]),)  # type: ignore[assignment]
         levels = left
-    return tl.where((tl.arange(0, DP) < D)[None, :], levels[0], 0.0)
+    vectors = tl.where((tl.arange(0, DP) < D)[None, :], levels[0], 0.0)
+    norm = tl.load(COLUMNS[1] + slots, mask=mask, other=0.0).to(tl.float32)
+    return vectors * (norm * (D**-0.5))[:, None]
 
 
 @triton.jit

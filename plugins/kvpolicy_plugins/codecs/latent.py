@@ -11,10 +11,8 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Number, Rotary, Sample, Site, parameter
 from kvpolicy_plugins.codecs.kivi import PerToken
 from kvpolicy_plugins.codecs.shared.affine import BITS, SCALES, cast_clamped, check_divides, scale_dtype
+from kvpolicy_plugins.codecs.shared.basis import Constant, check_orthonormal
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
-
-_SIGNS = 8
-_TOLERANCE = 1e-3  # rounding errors of a basis in float32, over about a thousand terms
 
 
 @attrs.frozen
@@ -57,7 +55,7 @@ class Latent(Codec):
     def check_calibration(self, site: Site) -> None:
         super().check_calibration(site)
         if (basis := site.calibration.get("basis")) is not None:  # `formats` reports a missing basis
-            _check_orthonormal(self._checked(basis, site))
+            check_orthonormal("basis", self._checked(basis, site))
 
     def formats(self, site: Site) -> Formats:
         rotary, heads = _require_rotary(site.rotary), site.geometry.kv_heads
@@ -97,19 +95,6 @@ class Latent(Codec):
         return basis[:, :rank]
 
 
-def _check_orthonormal(basis: Tensor) -> None:
-    """Raise ParameterError unless UᵀU is the identity, tested with eight vectors of random signs.
-
-    A changed column changes all of these products, whose cost is that of eight tokens.
-    """
-    random = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (basis.shape[1], _SIGNS), generator=random).mul(2).sub(1).double().to(basis.device)
-    exact = basis.double()
-    worst = float((exact.T @ (exact @ signs) - signs).abs().max())
-    if not worst <= _TOLERANCE:
-        raise ParameterError(f"basis must have orthonormal columns: they are off by {worst:.2g}")
-
-
 def joint_spectrum(sample: Sample) -> tuple[Tensor, Tensor]:
     """Eigenvalues [K·D], descending, and eigenvectors (columns) of KᵀK in float64, K [S·T, K·D] before rotation.
 
@@ -144,11 +129,15 @@ class LatentKeys(Format):
     step: int = 1
     joint: bool = True
     columns: Mapping[str, Column] = attrs.field(init=False)
-    _copies: dict[torch.device, Tensor] = attrs.field(init=False, factory=dict, repr=False)
+    _basis: Constant = attrs.field(init=False, repr=False)
 
     @columns.default
     def _columns(self) -> dict[str, Column]:
         return {"latent": Column((self.rank,), self.dtype)}
+
+    @_basis.default
+    def _constant(self) -> Constant:
+        return Constant(self.basis)
 
     @property
     def rank(self) -> int:
@@ -160,7 +149,7 @@ class LatentKeys(Format):
         return {"latent": cast_clamped(self.project(plain.transpose(1, 2).flatten(2))[:, None], self.dtype)}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        plain = columns["latent"][:, 0].to(self.basis.dtype) @ self._basis_on(positions.device).T
+        plain = columns["latent"][:, 0].to(self.basis.dtype) @ self._basis.on(positions.device).T
         per_head = plain.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return cast_clamped(self.rotary.rotate(per_head, _common(positions)), self.dtype)
 
@@ -170,13 +159,7 @@ class LatentKeys(Format):
 
     def project(self, vectors: Tensor) -> Tensor:
         """Latents [..., r] of concatenated vectors of all KV heads before rotation, [..., K·D]."""
-        return vectors @ self._basis_on(vectors.device)
-
-    def _basis_on(self, device: torch.device) -> Tensor:
-        """The basis on a device: the calibration may be on another one than the model."""
-        if device not in self._copies:
-            self._copies[device] = self.basis.to(device)
-        return self._copies[device]
+        return vectors @ self._basis.on(vectors.device)
 
 
 def _common(positions: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
-from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice, Codec, Flag, Formats, Integer, Sample, Site, parameter
 from kvpolicy_plugins.codecs.shared.affine import SCALES, scale_dtype
+from kvpolicy_plugins.codecs.shared.mean_keys import checked, measured
 from kvpolicy_plugins.codecs.shared.rotated import Rotated, random_signs
 from kvpolicy_plugins.shared.limits import SEED
 
@@ -25,9 +24,9 @@ class Rotation(Codec):
     Two options are not of the paper:
     - `norm_correction`: decoded vectors have the norm that they had, which rounding to levels makes smaller;
     - `centre: calibrated`: what is rotated of a key is its difference from the mean key of its head. Keys lie around a
-      mean that is as long as they differ from it, so their differences are shorter, and so are the errors. A
-      calibration takes that mean, [K, D], of post-RoPE keys on a text: the first positions left out, as sinks lie
-      elsewhere, and it should be as long as what will be read. Errors of values are not made shorter by that.
+      mean that is longer than they differ from it, so their differences are shorter, and so are the errors. Means are
+      taken on a text: at each of the first `sinks` positions, since sinks lie elsewhere, and of all other keys before
+      their rotary embedding, which is then applied to the mean (`MeanKeys`). Values have no such mean.
     """
 
     name: ClassVar[str] = "rotation"
@@ -40,7 +39,7 @@ class Rotation(Codec):
     centre: str = parameter(
         Choice(("none", "calibrated")), "none", help="what keys are held as differences from: zero, or their mean"
     )
-    sinks: int = parameter(Integer(minimum=0), 4, help="with a centre: how many first positions are not centred")
+    sinks: int = parameter(Integer(minimum=0), 4, help="with a centre: how many first positions have one of their own")
     seed: int = parameter(SEED, 0, help="seed of the random signs")
     residual: int = parameter(Integer(minimum=0), 0, help="how many of the newest entries are not packed")
     scales: str = parameter(SCALES, "half", help="norms in float16, or in the model's own precision")
@@ -52,30 +51,17 @@ class Rotation(Codec):
 
     def formats(self, site: Site) -> Formats:
         keys = self._format(site, self.bits)
-        keys = attrs.evolve(keys, centre=self._centre(site), first_centred=self.sinks)
-        return Formats(keys, self._format(site, self.value_bits or self.bits))
+        means = checked(site, keys.to_basis) if self.calibrated else None
+        return Formats(attrs.evolve(keys, means=means), self._format(site, self.value_bits or self.bits))
 
     def _format(self, site: Site, bits: int) -> Rotated:
         signs, stored = random_signs(self.name, site.geometry.head_dim, self.seed), scale_dtype(self.scales, site.dtype)
         return Rotated(signs, site.dtype, stored, bits, self.residual, self.batch, norm_correction=self.norm_correction)
 
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
-        """Per layer `centre` [K, D] float32; empty without a centre."""
-        if not self.calibrated:
-            return [{} for _ in samples]
-        first = min(self.sinks, samples[0].keys.shape[2] - 1)
-        return [{"centre": sample.keys[:, :, first:].double().mean((0, 2)).float()} for sample in samples]
+        """Per layer the means `first` [K, sinks, D] and `others` [K, D], float32; nothing without a centre."""
+        return measured(samples, self.sinks) if self.calibrated else [{} for _ in samples]
 
     def check_calibration(self, site: Site) -> None:
         super().check_calibration(site)
-        self._centre(site)
-
-    def _centre(self, site: Site) -> Tensor | None:
-        if not self.calibrated:
-            return None
-        expected, centre = (site.geometry.kv_heads, site.geometry.head_dim), site.calibration.get("centre")
-        if centre is None:
-            raise ParameterError("centre: needs a calibration: 'calibrated'")
-        if tuple(centre.shape) != expected or centre.dtype != torch.float32:
-            raise ParameterError(f"centre: must be float32 {list(expected)}: {centre.dtype} {list(centre.shape)}")
-        return centre
+        checked(site, self._format(site, self.bits).to_basis)

@@ -15,16 +15,7 @@ from kvpolicy_kernels.attention.kv_input import (
     Unpacking,
 )
 from kvpolicy_kernels.attention.split_plan import SplitPlan
-from kvpolicy_kernels.quantise.unpack import (
-    centred,
-    codebook,
-    codebook_around,
-    fp8,
-    per_channel,
-    per_token,
-    per_vector,
-    scaled_fp8,
-)
+from kvpolicy_kernels.quantise.unpack import centred, codebook, fp8, per_channel, per_token, per_vector, scaled_fp8
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.kernels.outputs import Guarded
 from tests.kernels.references import decode as reference
@@ -84,20 +75,13 @@ def packed(found: Scene, name: str, how: Unpacking, random: torch.Generator):
     units = [length // size - (place % 3 == 2 and length >= 2 * size) for place, length in own_lengths]
     per_layer = [units[layer * owners :][:owners] for layer in range(layers)]
     starts = torch.cat([torch.tensor(one).cumsum(0) - torch.tensor(one) for one in per_layer]).to(DEVICE)
-    heads, dim = found.segments.heads, found.lists(name)[0].shape[1]
-    stores = [
-        [numbers(column, sum(one) + 2, random) if column.width else constant(heads, dim, random) for one in per_layer]
-        for column in how.columns
-    ]
+    stores = [[numbers(column, sum(one) + 2, random) for one in per_layer] for column in how.columns]
     columns = tuple(column_of(one, how.columns[place].width) for place, one in enumerate(stores))
     vectors = []
     for place, tail in enumerate(found.lists(name)):
         owner = place // share
-        own = [
-            store[owner // owners][starts[owner] :][: units[owner]] if column.width else store[owner // owners]
-            for store, column in zip(stores, how.columns, strict=True)
-        ]
-        oldest = unpacked(how, own, place % heads, dim, tail.dtype)
+        own = [store[owner // owners][starts[owner] :][: units[owner]] for store in stores]
+        oldest = unpacked(how, own, place % share, tail.shape[1], tail.dtype)
         vectors.append(torch.cat([oldest, tail[: lengths[place] - len(oldest)]]))
     counts = torch.tensor(units, dtype=torch.int32, device=DEVICE)
     tensor_input = KVTensorInput(found.columns[name], found.segments.starts, PackedInput(how, starts, counts, columns))
@@ -111,29 +95,23 @@ def numbers(column: PackedColumn, count: int, random: torch.Generator) -> Tensor
     return (torch.randn(count, column.width, generator=random) / 8).to(column.dtype).to(DEVICE)
 
 
-def constant(heads: int, dim: int, random: torch.Generator) -> Tensor:
-    """What a tile function reads for all entries."""
-    return torch.randn(heads, dim, generator=random).to(DEVICE)
-
-
 def column_of(tensors: list[Tensor], width: int) -> Column:
     addresses = torch.tensor([one.data_ptr() for one in tensors], device=DEVICE)
     return Column(addresses, tensors[0].dtype, width, tuple(tensors))
 
 
 def unpacked(how: Unpacking, own: list[Tensor], head: int, dim: int, dtype: torch.dtype) -> Tensor:
-    options = how.options
-    vectors = {
-        per_channel: lambda: reference.per_channel(own, *options, dim, dtype),
-        per_token: lambda: reference.per_token(own, *options, dim, dtype),
-        centred: lambda: reference.centred(own, *options, head, dim, dtype),
-        per_vector: lambda: reference.per_token(own, *options, dim, dim, dtype),
-        codebook: lambda: reference.codebook(own, *options, dim=dim, dtype=dtype),
-        codebook_around: lambda: reference.codebook_around(own, *options, head=head, dim=dim, dtype=dtype),
-        fp8: lambda: reference.fp8(own, dtype),
-        scaled_fp8: lambda: reference.scaled_fp8(own, dtype),
-    }
-    return vectors[how.function]()
+    if how.function is per_channel:
+        return reference.per_channel(own, *how.options, dim, dtype)
+    if how.function is per_token:
+        return reference.per_token(own, *how.options, dim, dtype)
+    if how.function is centred:
+        return reference.centred(own, *how.options, head, dim, dtype)
+    if how.function is per_vector:
+        return reference.per_token(own, *how.options, dim, dim, dtype)
+    if how.function is codebook:
+        return reference.codebook(own, *how.options, dim=dim, dtype=dtype)
+    return reference.fp8(own, dtype) if how.function is fp8 else reference.scaled_fp8(own, dtype)
 
 
 def channels(bits: int, dim: int, unit: int = 16, stored: torch.dtype = torch.float16) -> Unpacking:
@@ -163,13 +141,11 @@ def vectors_of(bits: int, dim: int, stored: torch.dtype = torch.float16) -> Unpa
     return Unpacking(per_vector, (PackedColumn(-(-dim * bits // 8), torch.uint8), each, each), options=(bits,))
 
 
-def levels(bits: int, dim: int, stored: torch.dtype = torch.float16, *, centred: bool = False) -> Unpacking:
+def levels(bits: int, dim: int, stored: torch.dtype = torch.float16) -> Unpacking:
     """A codebook whose levels are neither symmetric nor equally far apart."""
     numbers = [((place + 1) ** 1.5 - 2 ** (1.5 * (bits - 1)) + 0.3) / 4 for place in range(2**bits)]
     columns = PackedColumn(-(-dim * bits // 8), torch.uint8), PackedColumn(1, stored)
-    if centred:
-        columns = *columns, PackedColumn(0, torch.float32)
-    return Unpacking(codebook_around if centred else codebook, columns, options=(bits, *numbers), in_basis=True)
+    return Unpacking(codebook, columns, options=(bits, *numbers), in_basis=True)
 
 
 def chosen(lengths: list[int], count: int, random: torch.Generator) -> Tensor:

@@ -59,13 +59,12 @@ def test_float8_entries_without_a_scale(dim, listed, dtype):
     assert_right(small, SMALL, logits=True, mass=True)
 
 
-@pytest.mark.parametrize("centred", [False, True], ids=["", "centred"])
+@pytest.mark.parametrize("listed", [0, 20], ids=["", "listed"])
 @pytest.mark.parametrize("dim", [4, 8, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_entries_of_a_codebook(bits, dim, centred):
+def test_entries_of_a_codebook(bits, dim, listed):
     dtype = DTYPES[(bits + dim.bit_length()) % len(DTYPES)]
-    how = levels(bits, dim, torch.float16 if bits % 2 else dtype, centred=centred)
-    listed = 20 if centred == (dim > 32) else 0
+    how = levels(bits, dim, torch.float16 if bits % 2 else dtype)
     one = call(MIXED, dim, dtype, keys=how, values=how, listed=listed, seed=bits + dim, votes=True, positions=True)
     assert_right(one, SplitPlan(16, 48, 2), logits=True, mass=True)
 

@@ -72,12 +72,3 @@ def codebook(columns: list[Tensor], bits: int, *levels: float, dim: int, dtype: 
     """Codes [n, bytes] and norms [n, 1] to rotated vectors [n, D]."""
     vectors = torch.tensor(levels, dtype=torch.float64, device=columns[0].device)[codes(columns[0], bits, dim).long()]
     return (vectors * columns[1].double() / dim**0.5).to(dtype)
-
-
-def codebook_around(
-    columns: list[Tensor], bits: int, *levels: float, head: int, dim: int, dtype: torch.dtype
-) -> Tensor:
-    """The same with centres [K, D], which are added unless the norm has a sign."""
-    packed, norms, centres = columns
-    vectors = codebook([packed, norms.abs()], bits, *levels, dim=dim, dtype=torch.float64)
-    return (vectors + centres[head].double() * ~norms.signbit()).to(dtype)

@@ -12,11 +12,13 @@ from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.forward_observers import ATTENTION, ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages import Column, Entries, Geometry, Site
+from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_plugins.codecs.fp8 import Fp8
 from kvpolicy_plugins.codecs.rotation import Rotation
 from kvpolicy_plugins.codecs.turboquant import TurboQuant
 from tests.kernels.scenes import LOUD
 from tests.support.driving import GROUP, HEADS, worth_plan
+from tests.support.latents import rotary_of
 from tests.unit.attention.test_attend import PAST, reference
 
 EVEN, RAGGED = ((7, 7), (7, 7)), ((9, 2), (1, 5))
@@ -26,8 +28,8 @@ CODECS = {
     "turboquant, not corrected": TurboQuant(3, 3, norm_correction=False, signs="none", residual=1, batch=3),
     "rotation, full scales": Rotation(2, scales="full", batch=1),
     "fp8": Fp8(residual=2, batch=2),
-    "rotation around a centre": Rotation(3, 4, norm_correction=True, centre="calibrated", sinks=2, batch=2),
 }
+CENTRED = Rotation(3, 4, norm_correction=True, centre="calibrated", sinks=2, batch=2)
 
 
 def held_by(codec, lengths, dim=16, dtype=torch.float32, *, votes=False, pads=0):
@@ -37,8 +39,9 @@ def held_by(codec, lengths, dim=16, dtype=torch.float32, *, votes=False, pads=0)
     plan = worth_plan(ragged=len({*lengths[0], *lengths[1]}) > 1)
     geometry = Geometry((0,), HEADS * GROUP, HEADS, dim)
     columns = {**plan.columns, LOG_VOTES: Column((), torch.float32)} if votes else plan.columns
-    centre = {"centre": 3 * torch.randn(HEADS, dim, generator=random)} if codec.calibrated else {}
-    formats = codec.formats(Site(geometry, dtype, calibration=centre))
+    sizes = {"first": (HEADS, 2, dim), "others": (HEADS, dim)} if codec.calibrated else {}
+    means = {name: 3 * torch.randn(size, generator=random) for name, size in sizes.items()}
+    formats = codec.formats(Site(geometry, dtype, rotary=rotary_of(dim), calibration=means))
     plan = attrs.evolve(plan, columns=columns, dtype=dtype, geometry=geometry, formats=(formats,))
     keys, values = (torch.randn(rows, HEADS, longest + 1, dim, generator=random).to(dtype) for _ in range(2))
     queries = 2 * torch.randn(rows, HEADS * GROUP, 1, dim, generator=random).to(dtype)
@@ -73,11 +76,17 @@ def test_it_is_attention_over_decoded_entries(codec, lengths, dtype):
 
 
 @pytest.mark.parametrize("lengths", [EVEN, RAGGED], ids=["even", "ragged"])
-@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("codec", [*CODECS.values(), CENTRED], ids=[*CODECS, "centred"])
 def test_torch_gives_attention_over_decoded_entries_too(codec, lengths):
     """A segment that is read by itself has the format of its head."""
     held, asked = held_by(codec, lengths)
     assert_close(attend(held, asked, pads=False), reference(held, asked)[0], torch.float32)
+
+
+def test_means_by_position_are_left_to_torch():
+    held, asked = held_by(CENTRED, EVEN)
+    with pytest.raises(UnsupportedInputError, match=r"^Rotated adds a mean that depends on the position$"):
+        attend_in_kernel(held, asked, None, (), pads=False)
 
 
 @pytest.mark.parametrize("dim", [8, 32, 64, 128, 256])

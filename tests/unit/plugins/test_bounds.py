@@ -26,6 +26,8 @@ FURTHER = {  # bounded by others too
         ("tada", "group"),
         ("pages", "page"),
         ("mass_segments", "shortest"),
+        ("nova_vq", "bits"),
+        ("nova_vq", "group"),
     ),
 }
 

@@ -2,7 +2,6 @@
 
 import math
 
-import attrs
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from kvpolicy_plugins.codecs.shared import rotated
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
 from kvpolicy_plugins.codecs.shared.packing import unpack
 from kvpolicy_plugins.codecs.shared.rotated import hadamard
+from tests.support.latents import rotary_of
 
 CASES = [
     pytest.param(check, id=f"{codec.bits} bits: {name}")
@@ -99,51 +99,76 @@ def test_a_norm_beyond_all_numbers_is_bounded():
     assert half.decode(columns, torch.zeros(1, 1, 1)).isfinite().all()
 
 
-MEAN = torch.tensor([[3.0, -2.0, 1.0, 5.0] * 16, [0.5] * 64])
+DIM, SINKS = 64, 3
+ROTARY = rotary_of(DIM)
 
 
-def centred(bits=3, dtype=torch.float32, **parameters):
-    codec = Rotation(bits, centre="calibrated", **parameters)
-    site = Site(Geometry((0,), 2, 2, 64), dtype, calibration={"centre": MEAN})
-    return codec.formats(site).keys
+def calibration(sinks=SINKS):
+    random = torch.Generator().manual_seed(5)
+    first, others = torch.randn(2, sinks, DIM, generator=random), 3 * torch.randn(2, DIM, generator=random)
+    return {"first": first, "others": others}
 
 
-def keys_around_their_mean(count=40):
-    keys = MEAN[:, None] + torch.randn(1, 2, count, 64, generator=torch.Generator().manual_seed(3))
-    return keys, torch.arange(count).expand(1, 2, count)
+def site_of(tensors, rotary=ROTARY):
+    return Site(Geometry((0,), 2, 2, DIM), torch.float32, rotary=rotary, calibration=tensors)
+
+
+def centred(bits=3, sinks=SINKS, **parameters):
+    return Rotation(bits, centre="calibrated", sinks=sinks, **parameters).formats(site_of(calibration(sinks))).keys
+
+
+def mean_at(tensors, head, position):
+    """[D] float64: that of the position, or the mean over its 128 neighbours of the mean rotated to each of them."""
+    first, others = (tensors[name][head].double() for name in ("first", "others"))
+    if position < len(first):
+        return first[position]
+    span = min(position // 128, 511)
+    return sum(turned(others, at) for at in range(128 * span, 128 * span + 128)) / 128
+
+
+def turned(vector, position):
+    """The definition, pair by pair."""
+    pairs, out = DIM // 2, vector.clone()
+    for i, frequency in enumerate(ROTARY.frequencies.tolist()):
+        cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+        out[i] = vector[i] * cos - vector[i + pairs] * sin
+        out[i + pairs] = vector[i + pairs] * cos + vector[i] * sin
+    return out
 
 
 def through(kv_format, vectors, positions):
     return kv_format.decode(kv_format.encode(vectors, positions), positions)
 
 
-def test_what_is_rotated_of_a_key_is_its_difference_from_the_centre():
-    keys, positions = keys_around_their_mean()
-    plain = form(64, bits=3)
-    expected = through(plain, keys - MEAN[:, None], positions) + MEAN[:, None]
-    expected[:, :, :4] = through(plain, keys, positions)[:, :, :4]  # sinks, by default
-    torch.testing.assert_close(through(centred(), keys, positions), expected, rtol=1e-5, atol=1e-5)
-    assert (expected - keys).square().mean() < (through(plain, keys, positions) - keys).square().mean() / 4
-
-
 @pytest.mark.parametrize("norm_correction", [False, True])
-def test_whether_an_entry_is_centred_is_stored_with_it(norm_correction):
-    """Also of the centre and of zero, whose norms are zero; positions matter no more once an entry is packed."""
-    keys, positions = keys_around_their_mean(8)
-    keys[:, :, 1], keys[:, :, 6] = 0, MEAN
-    kv_format = centred(sinks=3, norm_correction=norm_correction)
-    columns = kv_format.encode(keys, positions)
-    assert columns["norm"].signbit().tolist() == [[[True] * 3 + [False] * 5] * 2]
-    decoded = kv_format.decode(columns, positions + 100)
-    assert not decoded[:, :, 1].any()
-    torch.testing.assert_close(decoded[0, :, 6], MEAN)
+def test_what_is_rotated_of_a_key_is_its_difference_from_the_mean_there(norm_correction):
+    positions = torch.tensor([[0, 2, 3, 100, 130, 700, 70_000], [1, 2, 127, 128, 500, 501, 502]])[None]
+    tensors = calibration()
+    means = torch.stack([torch.stack([mean_at(tensors, h, p) for p in positions[0, h].tolist()]) for h in range(2)])
+    keys = (means + torch.randn(1, 2, 7, DIM, generator=torch.Generator().manual_seed(3))).float()
+    plain = form(DIM, bits=3, norm_correction=norm_correction)
+    expected = through(plain, keys - means.float(), positions) + means
+    found = through(centred(norm_correction=norm_correction), keys, positions)
+    assert (found - expected).abs().mean() < 2e-3  # a coordinate may be at an edge between two codes
+    assert (found - keys).square().mean() < (through(plain, keys, positions) - keys).square().mean() / 2
+
+
+def test_means_do_not_depend_on_which_positions_are_read_with_them():
+    """The table grows with the positions that were asked for."""
+    one, other = centred(), centred()
+    positions = torch.arange(600).expand(1, 2, 600)
+    keys = torch.randn(1, 2, 600, DIM, generator=torch.Generator().manual_seed(3))
+    at_once = one.encode(keys, positions)
+    parts = [other.encode(keys[:, :, at : at + 100], positions[:, :, at : at + 100]) for at in range(0, 600, 100)]
+    for name, column in at_once.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts], 2), column)
 
 
 def test_values_have_no_centre_and_bits_of_their_own():
-    site = Site(Geometry((0,), 2, 2, 64), torch.float32, calibration={"centre": MEAN})
-    formats = Rotation(4, 3, centre="calibrated").formats(site)
+    formats = Rotation(4, 3, centre="calibrated").formats(site_of(calibration()))
     assert (formats.keys.bits, formats.values.bits) == (4, 3)
-    assert formats.values.centre is None
+    assert formats.values.means is None
+    assert formats.keys.unpacking() == "adds a mean that depends on the position"
     assert form(64, bits=2).bits == 2
 
 
@@ -162,29 +187,33 @@ def test_corrected_vectors_have_their_norm_and_the_same_direction(bits):
     )  # a level is a mean, so it is nearer to 0
 
 
-def test_a_calibration_is_the_mean_key_of_a_head_behind_the_sinks():
-    queries, keys, values = (torch.randn(3, heads, 20, 64) for heads in (4, 2, 2))
-    sample = Sample(Geometry((0,), 4, 2, 64), 0.125, None, queries, keys, values)
+def test_a_calibration_is_the_mean_key_of_each_sink_and_of_the_others_before_rotation():
+    random = torch.Generator().manual_seed(1)
+    queries, keys, values = (torch.randn(3, heads, 20, DIM, generator=random) for heads in (4, 2, 2))
+    sample = Sample(Geometry((0,), 4, 2, DIM), 0.125, ROTARY, queries, keys, values)
     (found,) = Rotation(centre="calibrated", sinks=5).calibrate([sample])
-    expected = sum(keys[s, :, t].double() for s in range(3) for t in range(5, 20)) / 45
-    torch.testing.assert_close(found["centre"], expected.float())
+    torch.testing.assert_close(found["first"], keys[:, :, :5].mean(0))
+    others = sum(turned(keys[s, :, t].double().T, -t).T for s in range(3) for t in range(5, 20)) / 45
+    torch.testing.assert_close(found["others"], others.float())
     assert Rotation().calibrate([sample]) == [{}]
-    short = attrs.evolve(sample, keys=keys[:, :, :2])
-    (found,) = Rotation(centre="calibrated").calibrate([short])
-    torch.testing.assert_close(found["centre"], keys[:, :, 1].double().mean(0).float())
+    (short,) = Rotation(centre="calibrated", sinks=30).calibrate([sample])
+    assert short["first"].shape == (2, 20, DIM)
+    assert not short["others"].any()
 
 
 @pytest.mark.parametrize(
-    ("tensors", "said"),
+    ("tensors", "rotary", "said"),
     [
-        ({}, "centre: needs a calibration: 'calibrated'"),
-        ({"centre": MEAN[:1]}, r"centre: must be float32 \[2, 64\]: torch.float32 \[1, 64\]"),
-        ({"centre": MEAN.double()}, r"centre: must be float32 \[2, 64\]: torch.float64 \[2, 64\]"),
+        ({}, ROTARY, "needs a calibration: 'calibrated'"),
+        ({"others": torch.zeros(1, 64)}, ROTARY, r"others must be float32 \[2, 64\]: torch.float32 \[1, 64\]"),
+        ({"first": torch.zeros(2, 3)}, ROTARY, r"first must be float32 \[2, 3, 64\]: torch.float32 \[2, 3\]"),
+        ({"first": torch.zeros(2, 3, 64).double()}, ROTARY, r"first must be float32 .*: torch.float64 \[2, 3, 64\]"),
+        ({"others": torch.zeros(2, 64)}, None, "needs the rotary embedding of the model, to undo it: it is not known"),
     ],
 )
-def test_a_calibration_that_is_not_of_this_model_is_refused(tensors, said):
-    site = Site(Geometry((0,), 2, 2, 64), torch.float32, calibration=tensors)
-    with pytest.raises(ParameterError, match=f"^{said}$"):
+def test_a_calibration_that_is_not_of_this_model_is_refused(tensors, rotary, said):
+    site = site_of({**calibration(), **tensors} if tensors else {}, rotary)
+    with pytest.raises(ParameterError, match=f"^centre: {said}$"):
         Rotation(centre="calibrated").formats(site)
 
 
@@ -207,15 +236,15 @@ def test_bytes_of_a_vector(bits):
     assert sum(column.bytes_per_slot for column in half.columns.values()) == 128 * bits / 8 + 2
 
 
-def test_a_centre_that_was_first_read_in_inference_mode_can_be_differentiated_by():
-    keys, positions = keys_around_their_mean()
+def test_means_that_were_first_read_in_inference_mode_can_be_differentiated_by():
+    keys, positions = torch.ones(1, 2, 4, DIM), torch.arange(4).expand(1, 2, 4)
     kv_format = centred()
-    columns = kv_format.encode(keys, positions)
     with torch.inference_mode():
-        kv_format.decode_in_basis(columns, positions, torch.float32)
-    queries = torch.ones(1, 2, 3, 64, requires_grad=True)
-    (queries * kv_format.constants(torch.device("cpu"))[0]).sum().backward()
-    torch.testing.assert_close(queries.grad, kv_format.to_basis(MEAN)[None, :, None].expand(1, 2, 3, 64))
+        means = kv_format.means.at(positions, torch.float32)
+    queries = torch.ones(1, 2, 4, DIM, requires_grad=True)
+    (queries * kv_format.decode_in_basis(kv_format.encode(keys, positions), positions, torch.float32)).sum().backward()
+    assert queries.grad.isfinite().all()
+    assert means.is_inference()
 
 
 def test_what_was_first_used_in_inference_mode_can_be_differentiated():

@@ -11,6 +11,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Column, Format, PackedColumn, Unpacking
 from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
+from kvpolicy_plugins.codecs.shared.mean_keys import MeanKeys
 from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
 
 _BLOCK = 32  # up to this size a matrix product is faster than further halving on a CPU; elsewhere launches cost more
@@ -23,8 +24,7 @@ class Rotated(Format):
     With signs s and the Hadamard matrix H, the coordinates are those of √D · H (s · x) / ‖x‖. With `norm_correction`
     the number that is stored is √D ‖x‖ / ‖levels‖ instead, with which the decoded vector has the norm of x.
 
-    With a `centre` x is the difference from it, but not at the first positions: attention sinks lie far from where
-    other keys lie. The sign bit of the norm says that a vector is not centred.
+    With `means` x is the difference from the mean at its position.
     """
 
     signs: tuple[int, ...]  # [D], each 1 or -1
@@ -36,10 +36,9 @@ class Rotated(Format):
     levels: tuple[float, ...] = attrs.field()  # [2^bits], ascending, for standard normal numbers
     norm_correction: bool = False
     upper_on_edge: bool = False  # which code a coordinate halfway between two levels has
-    centre: Tensor | None = None  # [K, D] float32
-    first_centred: int = 0  # the lowest position whose vectors are centred
+    means: MeanKeys | None = None
     columns: Mapping[str, Column] = attrs.field(init=False)
-    _copies: dict[tuple[torch.device, torch.dtype], Tensor] = attrs.field(init=False, factory=dict, repr=False)
+    _heads: dict[int, "Rotated"] = attrs.field(init=False, factory=dict, repr=False)
 
     @levels.default
     def _levels(self) -> tuple[float, ...]:
@@ -51,13 +50,16 @@ class Rotated(Format):
         return {"codes": codes, "norm": Column((), self.stored)}
 
     def of_head(self, head: int) -> "Rotated":
-        return self if self.centre is None else attrs.evolve(self, centre=self.centre[head : head + 1])
+        if self.means is None:
+            return self
+        if head not in self._heads:
+            self._heads[head] = attrs.evolve(self, means=self.means.of_head(head))
+        return self._heads[head]
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
         exact = vectors.to(compute_dtype(vectors.dtype))
-        if self.centre is not None:
-            centred = (positions >= self.first_centred)[..., None]
-            exact = exact - self.centre.to(exact)[:, None].where(centred, 0)
+        if self.means is not None:
+            exact = exact - self.from_basis(self.means.at(positions, exact.dtype))
         norm = exact.norm(dim=-1).clamp(max=torch.finfo(exact.dtype).max / 4)  # leaves room to decode
         directions = exact / norm.masked_fill(norm == 0, 1)[..., None]
         rotated = hadamard(directions * _tensor(self.signs, exact.dtype, exact.device))
@@ -67,8 +69,7 @@ class Rotated(Format):
         if self.norm_correction:
             levels = _tensor(self.levels, exact.dtype, exact.device)[codes.int()]
             norm = norm * (len(self.signs) ** 0.5 / levels.norm(dim=-1))
-        stored = cast_clamped(norm, self.stored)
-        return {"codes": pack(codes, self.bits), "norm": stored if self.centre is None else _signed(stored, centred)}
+        return {"codes": pack(codes, self.bits), "norm": cast_clamped(norm, self.stored)}
 
     def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         exact = compute_dtype(self.dtype)
@@ -82,45 +83,23 @@ class Rotated(Format):
         signs = _tensor(self.signs, vectors.dtype, vectors.device)
         return hadamard(vectors * len(self.signs) ** -0.5).mul_(signs)  # sums of what is not divided might overflow
 
-    def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+    def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:
         dim, device = len(self.signs), columns["codes"].device
         pairs = unpack(columns["codes"], 2 * self.bits, -(-dim // 2))
         complex_levels = _pairs(self.levels, dtype, device).index_select(0, pairs.flatten().int())
         levels = torch.view_as_real(complex_levels).view(*pairs.shape, 2).flatten(-2)[..., :dim]
-        norm = columns["norm"].to(dtype)[..., None]
-        if self.centre is None:
-            return levels.mul_(norm * dim**-0.5)
-        uncentred, factor = norm.signbit(), norm.abs() * dim**-0.5
-        centre = self._in_basis(self.centre, device, dtype)
-        if device.type != "cpu":  # where the host would wait to be told which are not centred
-            return torch.addcmul(centre.where(~uncentred, 0), levels, factor)
-        vectors, few = torch.addcmul(centre, levels, factor), uncentred[..., 0].nonzero(as_tuple=True)
-        vectors[few] = levels[few] * factor[few]
-        return vectors
-
-    @torch.inference_mode(mode=False)
-    def _in_basis(self, centre: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[K, 1, D]; made once, and not in inference mode, so that it can be used outside of it."""
-        if (device, dtype) not in self._copies:
-            self._copies[device, dtype] = self.to_basis(centre.to(device, dtype)[:, None])
-        return self._copies[device, dtype]
+        scale = columns["norm"].to(dtype)[..., None] * dim**-0.5
+        if self.means is None:
+            return levels.mul_(scale)
+        return torch.addcmul(self.means.at(positions, dtype), levels, scale)
 
     def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.quantise.unpack import codebook, codebook_around
+        if self.means is not None:
+            return "adds a mean that depends on the position"
+        from kvpolicy_kernels.quantise.unpack import codebook as tile
 
         columns = PackedColumn(packed_size(len(self.signs), self.bits), torch.uint8), PackedColumn(1, self.stored)
-        options = self.bits, *self.levels
-        if self.centre is None:
-            return Unpacking(codebook, columns, options=options, in_basis=True)
-        return Unpacking(codebook_around, (*columns, PackedColumn(0, torch.float32)), options=options, in_basis=True)
-
-    def constants(self, device: torch.device) -> tuple[Tensor, ...]:
-        return () if self.centre is None else (self._in_basis(self.centre, device, torch.float32),)
-
-
-def _signed(norm: Tensor, centred: Tensor) -> Tensor:
-    """Norms [...] with the sign bit where `centred` [..., 1] is false: of zero, too."""
-    return norm.copysign(torch.where(centred[..., 0], 1.0, -1.0).to(norm.dtype))
+        return Unpacking(tile, columns, options=(self.bits, *self.levels), in_basis=True)
 
 
 def random_signs(name: str, dim: int, seed: int) -> tuple[int, ...]:
