@@ -16,7 +16,7 @@ _MOST_SPANS = 512  # what comes later has the mean of the last one
 
 @attrs.frozen(eq=False)
 class MeanKeys:
-    """A mean at each of the first positions, where attention sinks are, and one for all others, turned to where they are.
+    """A mean at each of the first positions, where attention sinks are, and one for all others, turned to theirs.
 
     Keys lie around a mean before rotation, so the mean is taken there, and rotated: to the positions of a span, of
     which it is the mean again. It then holds for texts of any length.
