@@ -42,16 +42,34 @@ def attend(
             return attend_in_kernel(storage, batch, slots, observers, pads=pads)
         except kernel_errors() as error:
             note_once(f"attention over held entries runs without a kernel: {error}")
+    if batch.queries.shape[2] == 1 and storage.is_plain and slots is None and not observers and not pads:
+        if storage.is_block and storage.is_even:
+            return _at_a_step(storage, batch, dropout)
+        if not storage.is_block:
+            return _one_by_one(storage, batch, dropout)
     if storage.is_block:
         part = AttendedSlots(storage, storage.everything, slots, clears=kernels and not storage.is_even)
         return _attend(part, batch, observers, full=storage.is_even and not pads and slots is None, dropout=dropout)
-    if batch.queries.shape[2] == 1 and storage.is_plain and slots is None and not observers and not pads:
-        return _one_by_one(storage, batch, dropout)
     heads = [
         _attend(part, own, observers, full=not pads, dropout=dropout) for part, own in _segments(storage, batch, slots)
     ]
     starts = range(0, len(heads), storage.heads)
     return torch.cat([torch.cat(heads[start : start + storage.heads], 1) for start in starts])
+
+
+def _at_a_step(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
+    """One query a row, over heads of the same length that hold no pads: one call, and nothing around it."""
+    queries, heads = batch.queries, storage.heads
+    keys, values = storage.all_states()
+    votes = storage.column(LOG_VOTES, storage.everything) if LOG_VOTES in storage.columns else None
+    return scaled_dot_product_attention(  # the group's queries stand in for query tokens of one head
+        queries.reshape(queries.shape[0], heads, queries.shape[1] // heads, -1),
+        keys,
+        values,
+        attn_mask=None if votes is None else votes[:, :, None].to(queries.dtype),
+        dropout_p=dropout,
+        scale=batch.scaling,
+    ).reshape(queries.shape[0], queries.shape[1], 1, -1)
 
 
 def _one_by_one(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:

@@ -94,9 +94,13 @@ class Budgets:
 
         `min_entries` are those that are protected where that depends on the request, 0 where it does not.
         """
+        return max(self.by_layer(num_tokens, min_entries)[ordinal], min_entries)
+
+    def by_layer(self, num_tokens: int, min_entries: int = 0) -> _PerLayer:
+        """The same for all managed layers, of which each holds `min_entries` anyway."""
         if self.spec.budget.generated is not None:
-            return self._on_top_of(num_tokens, min_entries)[ordinal]
-        return max(self.per_layer(num_tokens)[ordinal], min_entries)
+            return self._on_top_of(num_tokens, min_entries)
+        return self.per_layer(num_tokens)
 
     def per_layer(self, num_tokens: int) -> _PerLayer:
         """Entries per KV head of each managed layer, for a sequence of `num_tokens` tokens, without a request."""

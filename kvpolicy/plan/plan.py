@@ -70,7 +70,7 @@ class Plan:
         forms = self.formats[ordinal]
         return self.selective or bool(forms.keys.columns or forms.values.columns)
 
-    @property
+    @cached_property
     def kernels(self) -> bool:
         """Whether Triton kernels run where they can; else torch does."""
         return not self.fusion.absent
@@ -132,11 +132,16 @@ class Plan:
 
         `min_entries` are those that spans of the request protect.
         """
+        return self.capacities(seen, min_entries)[ordinal]
+
+    def capacities(self, seen: int, min_entries: int = 0) -> Sequence[int]:
+        """The same for all managed layers."""
         if not self.compresses_while_decoding:
-            return sys.maxsize
-        ahead = self.budgets.ahead(seen, min_entries)
-        entries = sum(ahead) if self.compresses_jointly else ahead[ordinal]  # one layer may get the share of others
-        return max(entries, min_entries) + self.budgets.slack
+            return (sys.maxsize,) * self.geometry.layers
+        ahead, slack = self.budgets.ahead(seen, min_entries), self.budgets.slack
+        if self.compresses_jointly:  # one layer may get the share of others
+            ahead = (sum(ahead),) * len(ahead)
+        return [max(entries, min_entries) + slack for entries in ahead]
 
 
 def compile_policy(

@@ -138,9 +138,12 @@ class KVTensor(KVReader):
 
     # -- how it changes ----------------------------------------------------------------------------------------
 
-    def append(self, vectors: Tensor, limit: int) -> None:
-        """Add [B, K, q, D] behind all segments; their storage need not grow beyond `limit` slots."""
-        self.residual.append({self.name: vectors}, limit if self._stuck else self.form.residual_capacity(limit))
+    def append(self, vectors: Tensor, limit: int) -> bool:
+        """Add [B, K, q, D] behind all segments; their storage need not grow beyond `limit` slots.
+
+        Says whether it has grown.
+        """
+        return self.residual.append({self.name: vectors}, limit if self._stuck else self.form.residual_capacity(limit))
 
     def due_packing(self, slots: SlotStore, positions: str) -> DuePacking | None:
         """What is to be packed, now that the segments are as long as those of `slots`; None when nothing is."""

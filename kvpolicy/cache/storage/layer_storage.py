@@ -6,6 +6,7 @@ tensor for every (row, KV head); a serving engine has pages of a pool that all r
 
 import abc
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -70,6 +71,7 @@ class LayerStorage(abc.ABC):
 
     device: torch.device
     columns: Mapping[str, Column]
+    is_fixed: ClassVar[bool] = False  # whether steps of fixed shapes write to it, whose device knows the lengths
     keys: KVReader
     values: KVReader
 
@@ -104,6 +106,11 @@ class LayerStorage(abc.ABC):
     @abc.abstractmethod
     def average(self) -> float:
         """The mean of the lengths."""
+
+    @property
+    def fullest(self) -> int:
+        """Entries of all heads of the row that has the most."""
+        return max(map(sum, self.lengths), default=0)
 
     @property
     @abc.abstractmethod
@@ -170,10 +177,10 @@ class LayerStorage(abc.ABC):
     # -- effects on all rows -----------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> None:
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> bool:
         """Add [B, K, q, D] and positions [B, K, q] behind all segments; the other columns get their fill.
 
-        Storage need not grow beyond `limit` slots a head, unless the entries need it.
+        Storage need not grow beyond `limit` slots a head, unless the entries need it. Says whether it has grown.
         """
 
     @abc.abstractmethod

@@ -19,7 +19,7 @@ from kvpolicy.stages import Entries
 from kvpolicy.stages.slots import by_position, gather, indices_of, take
 
 _PARTS = ("slots", "keys", "values", "page_summaries")
-_SHARED = ("device", "columns", "_slack", "_ragged")  # what follows from the plan alone
+_SHARED = ("device", "columns", "_slack", "_ragged", "_never_packs")  # what follows from the plan alone
 _ROOM = 1024  # slots that a compaction may leave room for, however few entries stay
 
 
@@ -37,6 +37,7 @@ class SegmentedStorage(LayerStorage):
         self.values = KVTensor("values", forms.values, geometry, plan.dtype, rows, device)
         self.page_summaries = PageSummaries(plan.page_formats[ordinal], rows, geometry.kv_heads, device)
         self._slack, self._ragged = plan.budgets.slack, plan.ragged
+        self._never_packs = not (forms.keys.columns or forms.values.columns)
 
     @property
     def rows(self) -> int:
@@ -61,6 +62,14 @@ class SegmentedStorage(LayerStorage):
     @property
     def average(self) -> float:
         return self.slots.average
+
+    @property
+    def fullest(self) -> int:
+        return self.slots.fullest
+
+    @property
+    def is_plain(self) -> bool:
+        return self._never_packs or (self.keys.is_plain and self.values.is_plain)
 
     @property
     def is_even(self) -> bool:
@@ -117,10 +126,9 @@ class SegmentedStorage(LayerStorage):
 
     # -- effects on all rows -----------------------------------------------------------------------------------
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> None:
-        self.keys.append(keys, limit)
-        self.values.append(values, limit)
-        self.slots.append({POSITIONS: positions}, limit)
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> bool:
+        grown = self.keys.append(keys, limit), self.values.append(values, limit)
+        return self.slots.append({POSITIONS: positions}, limit) or any(grown)
 
     def replace_newest_positions(self, positions: Tensor) -> None:
         self.slots.overwrite_newest(POSITIONS, positions)

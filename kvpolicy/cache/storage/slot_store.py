@@ -28,6 +28,7 @@ class SlotStore:
 
     def __init__(self, columns: Mapping[str, Column], rows: int, heads: int, device: torch.device) -> None:
         self.columns = dict(columns)
+        self._names = _positions_last(self.columns)
         self.device = device
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
@@ -67,13 +68,18 @@ class SlotStore:
         return self._average_base + self._added
 
     @property
+    def fullest(self) -> int:
+        """Slots in use of the row that has the most."""
+        return self._fullest_base + self._added * self._block[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all storages, as allocated."""
         return self._nbytes
 
     def dense(self, name: str) -> Tensor:
         """[B, K, T, ...] without a copy, T the longest length; needs a common capacity."""
-        return self._capacity_view(name)[:, :, : self.longest]
+        return self._slice(name, 0, self._longest_base + self._added)
 
     def segment(self, name: str, row: int, head: int) -> Tensor:
         """[length, ...] without a copy."""
@@ -152,17 +158,22 @@ class SlotStore:
 
     # -- how it changes ----------------------------------------------------------------------------------------
 
-    def append(self, entries: Mapping[str, Tensor], limit: int) -> None:
+    def append(self, entries: Mapping[str, Tensor], limit: int) -> bool:
         """Add [B, K, q, ...] at the end of every segment; columns that are not given get their fill.
 
         Capacity grows by at least a quarter when it has to, but not beyond `limit` slots (on average, where segments
-        differ) unless the entries need it; the first entries get what they need.
+        differ) unless the entries need it; the first entries get what they need. Says whether it has grown.
         """
         count = next(iter(entries.values())).shape[2]
-        self._reserve(count, limit)
-        for name in _positions_last(self.columns):
-            self._write_newest(name, self._added, count, entries.get(name, self.columns[name].fill))
+        grows = self._added + count > self._room
+        if grows:
+            self._reserve(count, limit)
+        newest = None if self.even else self._newest(self._added, count)
+        for name in self._names:
+            given = entries.get(name)
+            self._write_newest(name, self._added, count, newest, self.columns[name].fill if given is None else given)
         self._added += count
+        return grows
 
     def extend(self, entries: Mapping[str, Tensor], counts: PerSegment, limit: int) -> None:
         """Add the first `counts` of [B, K, q, ...] to each segment, all columns given; capacity as in `append`."""
@@ -194,7 +205,8 @@ class SlotStore:
     def overwrite_newest(self, name: str, entries: Tensor) -> None:
         """Replace one column of the newest q slots, [B, K, q, ...]."""
         count = entries.shape[2]
-        self._write_newest(name, self._added - count, count, entries)
+        added = self._added - count
+        self._write_newest(name, added, count, None if self.even else self._newest(added, count), entries)
 
     def write(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         """Overwrite columns of all entries of some rows, [rows, K, T, ...], T the longest length among them."""
@@ -264,9 +276,11 @@ class SlotStore:
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment."""
         if count:
+            added = self._added - count
+            newest = None if self.even else self._newest(added, count)
             for name in self.columns:
-                self._write_newest(name, self._added - count, count, -1 if name == POSITIONS else 0)
-            self._added -= count
+                self._write_newest(name, added, count, newest, -1 if name == POSITIONS else 0)
+            self._added = added
 
     def selected(self, rows: Sequence[int]) -> Self:
         """A store of the rows named, in that order, that shares no storage; a row may be named more than once."""
@@ -335,16 +349,24 @@ class SlotStore:
         for name in self.columns:
             write(target[name], layout, rows, self.padded(name, rows), lengths)
 
-    def _write_newest(self, name: str, added: int, count: int, entries: Tensor | float) -> None:
-        """Write `count` slots of every segment, from `added` behind its base length on."""
-        if self.even:
-            first = self._longest_base + added
-            self._capacity_view(name)[:, :, first : first + count] = entries
-            return
+    def _write_newest(self, name: str, added: int, count: int, newest: Tensor | None, entries: Tensor | float) -> None:
+        """Write `count` slots of every segment, from `added` behind its base length on: `newest`, or None if even."""
+        if newest is None:
+            slots = self._slice(name, self._longest_base + added, count)
+            slots.copy_(entries) if isinstance(entries, Tensor) else slots.fill_(entries)
+        elif isinstance(entries, Tensor):
+            self.tensors[name].index_copy_(0, newest, entries.flatten(0, 2).to(self.columns[name].dtype))
+        else:
+            self.tensors[name].index_fill_(0, newest, entries)
+
+    def _newest(self, added: int, count: int) -> Tensor:
+        """`count` slots of every segment, from `added` behind its base length on: int64 [B·K·count]."""
         if self._starts is None:
-            self._starts = self.layout.offsets_on(self.device) + self.layout.on(self._base, self.device)
-        newest = self._starts[..., None] + added + torch.arange(count, device=self.device)
-        self.tensors[name][newest] = torch.as_tensor(entries, dtype=self.columns[name].dtype, device=self.device)
+            self._starts = (self.layout.offsets_on(self.device) + self.layout.on(self._base, self.device)).flatten()
+        first = self._starts + added if added else self._starts
+        if count == 1:
+            return first
+        return (first[:, None] + torch.arange(count, device=self.device)).flatten()
 
     def _write_segments(self, name: str, entries: Tensor, starts: PerSegment, counts: PerSegment) -> None:
         for row, sizes in enumerate(counts):
@@ -358,6 +380,18 @@ class SlotStore:
         tensor = self.tensors[name]
         return tensor.view(*self._block, *tensor.shape[1:])
 
+    def _slice(self, name: str, first: int, count: int) -> Tensor:
+        """Slots of all segments, [B, K, count, ...] without a copy; needs a common capacity."""
+        if self.layout.uniform is None:
+            raise CacheError("heads with different budgets have no common capacity")
+        tensor = self.tensors[name]
+        shape = self._shapes.get(name)
+        if shape is None:  # asked for many times a token
+            shape = self._shapes[name] = _block_shape(self._block, tensor)
+        sizes, strides = shape
+        at = tensor.storage_offset() + first * strides[2]
+        return tensor.as_strided((*sizes[:2], count, *sizes[2:]), strides, at)
+
     def _on_device(self) -> tuple[Tensor, Tensor]:
         """Starts and base lengths, [B·K]; nothing is copied to the device while tokens only arrive."""
         if self._tabled != (self.layout, self._base):
@@ -370,7 +404,8 @@ class SlotStore:
         """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
         known = self.layout is not layout and self.layout == layout
         self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
-        self._block = (layout.rows, layout.heads, layout.uniform or 0)  # asked for many times a token
+        self._block = (layout.rows, layout.heads, layout.uniform or 0)
+        self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
         self._base, self._added = base, added
         self._measure()
@@ -380,7 +415,18 @@ class SlotStore:
         self.even = self.layout.uniform is not None and len(lengths) == 1
         self._longest_base = max(lengths, default=0)
         self._average_base = sum(map(sum, self._base)) / max(1, self.layout.rows * self.layout.heads)
+        pairs = zip(self.layout.capacity, self._base, strict=True)
+        spare = (size - length for row in pairs for size, length in zip(*row, strict=True))
+        self._room = min(spare, default=0)  # how many entries may be added to every segment
+        self._fullest_base = max(map(sum, self._base), default=0)
         self._starts = None  # where the next slot of each segment is, computed when it is needed
+
+
+def _block_shape(block: tuple[int, int, int], tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes (B, K, ...) and strides (B, K, slot, ...) of a flat tensor [slots, ...] that is seen by segments."""
+    rows, heads, capacity = block
+    slot = tensor.stride(0)
+    return (rows, heads, *tensor.shape[1:]), (heads * capacity * slot, capacity * slot, slot, *tensor.stride()[1:])
 
 
 def _positions_last(names: Iterable[str]) -> list[str]:
