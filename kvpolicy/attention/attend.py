@@ -11,13 +11,14 @@ from kvpolicy.attention.attended_slots import AttendedSlots
 from kvpolicy.attention.blockwise import attend_blockwise, observe_queries, visible
 from kvpolicy.attention.decode_kernel import attend_in_kernel
 from kvpolicy.cache.query_batch import QueryBatch
-from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.layer_storage import LayerStorage, PaddedStates
 from kvpolicy.cache.storage.segment_index import SingleSegment
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES
 
+_COPIED = 2**13  # numbers of the keys of a head: to copy as many takes as long as a call of attention for that head
 _NONE = torch.empty(0, dtype=torch.int32)  # positions, where nothing is packed: only what is packed may depend on them
 
 
@@ -46,6 +47,9 @@ def attend(
         if storage.is_block and storage.is_even:
             return _at_a_step(storage, batch, dropout)
         if not storage.is_block:
+            padded = storage.padded_states(_COPIED)
+            if padded is not None:
+                return _at_once_padded(padded, batch, dropout)
             return _one_by_one(storage, batch, dropout)
     if storage.is_block:
         part = AttendedSlots(storage, storage.everything, slots, clears=kernels and not storage.is_even)
@@ -59,17 +63,26 @@ def attend(
 
 def _at_a_step(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
     """One query a row, over heads of the same length that hold no pads: one call, and nothing around it."""
-    queries, heads = batch.queries, storage.heads
-    keys, values = storage.all_states()
     votes = storage.column(LOG_VOTES, storage.everything) if LOG_VOTES in storage.columns else None
-    return scaled_dot_product_attention(  # the group's queries stand in for query tokens of one head
-        queries.reshape(queries.shape[0], heads, queries.shape[1] // heads, -1),
-        keys,
-        values,
-        attn_mask=None if votes is None else votes[:, :, None].to(queries.dtype),
-        dropout_p=dropout,
-        scale=batch.scaling,
-    ).reshape(queries.shape[0], queries.shape[1], 1, -1)
+    bias = None if votes is None else votes[:, :, None].to(batch.queries.dtype)
+    return _one_query(batch, *storage.all_states(), bias, dropout)
+
+
+def _at_once_padded(padded: PaddedStates, batch: QueryBatch, dropout: float) -> Tensor:
+    """One query a row, over heads of different length that hold no pads: one call over copies that are short."""
+    bias = padded.in_use[:, :, None]
+    if padded.log_votes is not None:
+        bias = padded.log_votes[:, :, None].to(batch.queries.dtype).masked_fill(~bias, -torch.inf)
+    return _one_query(batch, padded.keys, padded.values, bias, dropout)
+
+
+def _one_query(batch: QueryBatch, keys: Tensor, values: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """[B, H, 1, Dv]: a group's queries stand in for query tokens of one head, so that keys are read once."""
+    queries = batch.queries
+    grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])
+    options: dict[str, Any] = {"scale": batch.scaling, "dropout_p": dropout}
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, **options)
+    return out.reshape(*queries.shape[:3], -1)
 
 
 def _one_by_one(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
@@ -126,10 +139,8 @@ def _at_once(
     group, count = queries.shape[1] // heads, queries.shape[2]
     sees_all = count == 1 and full and part.log_votes is None
     bias = None if sees_all else _bias(part, batch.positions, queries.dtype)
-    if count == 1:  # the group's queries stand in for query tokens of one head: keys are read once
-        packed = queries.reshape(queries.shape[0], heads, group, -1)
-        out = scaled_dot_product_attention(packed, keys, values, attn_mask=bias, **options)
-        return out.flatten(1, 2)[:, :, None]
+    if count == 1:
+        return _one_query(batch, keys, values, bias, options["dropout_p"])
     if bias is not None and bias.shape[1] > 1:
         bias = bias.repeat_interleave(group, 1)
     return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=group > 1, **options)

@@ -1,6 +1,7 @@
 """What one attention call reads of a layer: all that is held, or the slots that a reader chose."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from math import lcm
 
 import attrs
@@ -25,19 +26,26 @@ class AttendedSlots:
 
     def seen_before(self, newest: int) -> "AttendedSlots":
         """What a query sees that has `newest` tokens of its own forward behind it; all, where that saves nothing."""
+        if newest == self.unseen:
+            return self
         alike = self.slots is None and (self.storage.is_even or isinstance(self.at, SingleSegment))
         return attrs.evolve(self, unseen=newest) if alike else self
+
+    @property
+    def heads(self) -> int:
+        """K, of the block."""
+        return self._everywhere.shape[1]
 
     @property
     def length(self) -> int:
         """T."""
         return (self._everywhere if self.slots is None else self.slots).shape[2]
 
-    @property
+    @cached_property
     def _everywhere(self) -> Tensor:
         return self.column(POSITIONS)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """[b, k, T]; -1 = nothing there."""
         if self.slots is None:
@@ -49,7 +57,7 @@ class AttendedSlots:
         """Log-votes [b, k, all] float32 of all slots in use."""
         return self.column(LOG_VOTES) if LOG_VOTES in self.storage.columns else None
 
-    @property
+    @cached_property
     def log_votes(self) -> Tensor | None:
         """Log-votes [b, k, T] float32."""
         votes = self.all_votes

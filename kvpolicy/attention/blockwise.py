@@ -93,7 +93,7 @@ def _slot_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[slice]:
     """Slots to be read at one time for some queries: few numbers of keys and of logits, but not too few slots."""
     rows, heads, count, dim = batch.queries.shape
     numbers = _NUMBERS.get(batch.queries.device.type, _ELSEWHERE)
-    return part.blocks(max(_LEAST, numbers // (rows * max(heads * count, part.positions.shape[1] * dim))))
+    return part.blocks(max(_LEAST, numbers // (rows * max(heads * count, part.heads * dim))))
 
 
 def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -127,6 +127,9 @@ def query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[Query
     """Blocks of queries, and how many come after each."""
     count, heads = batch.queries.shape[2], batch.queries.shape[1]
     size = max(1, _LOGITS // max(1, heads * part.length))
+    if size >= count:
+        yield batch, 0
+        return
     for start in range(0, count, size):
         stop = min(start + size, count)
         yield batch.first(stop).newest(stop - start), count - stop
@@ -159,7 +162,8 @@ def _weighted_sum(part: AttendedSlots, weights: Tensor, blocks: Iterator[slice])
 
 def _grouped(part: AttendedSlots, batch: QueryBatch) -> Tensor:
     """Scaled queries [b, k, G·q, D] in at least float32: those of a group beside each other, so keys are read once."""
-    queries = batch.queries.unflatten(1, (part.positions.shape[1], -1)).flatten(2, 3)
+    rows, _, _, dim = batch.queries.shape
+    queries = batch.queries.reshape(rows, part.heads, -1, dim)
     scaled: Tensor = queries.to(torch.promote_types(queries.dtype, torch.float32)) * batch.scaling
     return scaled
 

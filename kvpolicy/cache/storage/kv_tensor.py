@@ -143,7 +143,9 @@ class KVTensor(KVReader):
 
         Says whether it has grown.
         """
-        return self.residual.append({self.name: vectors}, limit if self._stuck else self.form.residual_capacity(limit))
+        if self.form.columns and not self._stuck:
+            limit = self.form.residual_capacity(limit)
+        return self.residual.append({self.name: vectors}, limit)
 
     def due_packing(self, slots: SlotStore, positions: str) -> DuePacking | None:
         """What is to be packed, now that the segments are as long as those of `slots`; None when nothing is."""

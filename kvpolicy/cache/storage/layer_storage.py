@@ -31,6 +31,16 @@ class DuePacking:
     sound: Tensor  # int64 [B, K], how many stand in groups in front of any that is not finite
 
 
+@attrs.frozen(eq=False)
+class PaddedStates:
+    """What all segments hold, unpacked: copies [B, K, C, ...], those of shorter segments padded by finite numbers."""
+
+    keys: Tensor  # [B, K, C, D]
+    values: Tensor
+    in_use: Tensor  # bool [B, K, C]
+    log_votes: Tensor | None  # [B, K, C], where there are any
+
+
 class KVReader(abc.ABC):
     """The keys or the values of a layer, read by slot. Reading has no effect."""
 
@@ -173,6 +183,14 @@ class LayerStorage(abc.ABC):
         count = positions.shape[2]
         keys, values = (part.read(self.everything, 0, count, positions) for part in (self.keys, self.values))
         return keys, values
+
+    def padded_states(self, most: int) -> PaddedStates | None:
+        """Copies of all that is held; None where the keys of a segment would be more than `most` numbers.
+
+        Nothing may be packed, and no pads be held.
+        """
+        del most  # of a storage whose segments can be read as one block
+        return None
 
     # -- effects on all rows -----------------------------------------------------------------------------------
 

@@ -48,6 +48,11 @@ class Layout:
         return sizes.pop() if len(sizes) == 1 else None
 
     @cached_property
+    def largest(self) -> int:
+        """The largest capacity."""
+        return max(map(max, self.capacity), default=0)
+
+    @cached_property
     def offsets(self) -> PerSegment:
         """First slot of each segment."""
         starts: list[tuple[int, ...]] = []

@@ -32,6 +32,7 @@ class SlotStore:
         self.device = device
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
+        self._padded: tuple[Tensor, Tensor] | None = None
         self.forget_tables()
         self.layout = Layout.even(rows, heads, 0)
         self._adopt(self.allocate(self.layout), self.layout, self.layout.capacity)
@@ -60,7 +61,7 @@ class SlotStore:
     @property
     def index_tensors(self) -> list[Tensor]:
         """Where segments begin and how long they are, as far as the device has been told."""
-        return [*self._tables, *([] if self._starts is None else [self._starts])]
+        return [*self._tables, *([] if self._starts is None else [self._starts]), *(self._padded or ())]
 
     @property
     def average(self) -> float:
@@ -107,6 +108,31 @@ class SlotStore:
         slots = (starts + places).clamp(max=self.layout.slots - 1)
         padded: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return padded.where(places < lengths, -1) if name == POSITIONS else padded
+
+    def copied(self, name: str, width: int) -> Tensor:
+        """[B, K, width, ...], a copy; what stands behind the entries of a segment was never another's, so is finite."""
+        slots, _ = self._padding(width)
+        copied: Tensor = self.tensors[name].index_select(0, slots)
+        return copied.view(*self._block[:2], width, *copied.shape[1:])
+
+    def in_use(self, width: int) -> Tensor:
+        """Which of the first slots of each segment hold an entry: bool [B, K, width]."""
+        _, behind = self._padding(width)
+        return behind < self._added
+
+    def _padding(self, width: int) -> tuple[Tensor, Tensor]:
+        """The first slots of each segment, int64 [B·K·width], and how far behind its base length, [B, K, width].
+
+        Where a segment has fewer, its last one stands for the others. Computed once while tokens only arrive.
+        """
+        if self._padded is None or self._padded[1].shape[2] != width:
+            places = torch.arange(width, device=self.device)
+            offsets, capacity, base = (
+                self.layout.on(table, self.device)[..., None]
+                for table in (self.layout.offsets, self.layout.capacity, self._base)
+            )
+            self._padded = (offsets + places.minimum(capacity - 1)).flatten(), (places - base).to(torch.int32)
+        return self._padded
 
     def allocate(self, layout: Layout) -> dict[str, Tensor]:
         """New storage for these columns, in which all slots are empty."""
@@ -419,6 +445,7 @@ class SlotStore:
         spare = (size - length for row in pairs for size, length in zip(*row, strict=True))
         self._room = min(spare, default=0)  # how many entries may be added to every segment
         self._fullest_base = max(map(sum, self._base), default=0)
+        self._padded = None
         self._starts = None  # where the next slot of each segment is, computed when it is needed
 
 

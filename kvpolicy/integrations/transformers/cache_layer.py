@@ -111,6 +111,7 @@ class PolicyLayer(LogicalLayer):
         self.recording = Recording()  # what a rollback may still undo
         self._new: tuple[Tensor, Tensor] | None = None  # keys and values of this forward, while they are recorded
         self._recorded: RecordedTokens | None = None  # the tokens of this forward, while they are recorded
+        self._read: Tensor | None = None  # how many entries a reader has chosen for the queries of this forward
         self._observed = False  # whether observers have seen the queries of this forward
 
     # -- one forward -------------------------------------------------------------------------------------------
@@ -202,18 +203,21 @@ class PolicyLayer(LogicalLayer):
             self._recorded = RecordedTokens(*self._new, batch)
             return self.recording.attend(self, self._recorded, self.scheduler.prompt_end, dropout)
         slots = self._chosen(batch) if self.plan.selective else None
-        if not self.compressed and slots is None:
-            self._note_reading(batch, None)
+        if slots is not None:
+            self._read = _chosen_on_average(slots)
+        if not self.state.compressed and slots is None:
             return None
         self._observed = True
         return self._attended(batch, slots, dropout, observed=True)
 
     def attended(self, batch: QueryBatch, dropout: float, *, observed: bool) -> Tensor:
         """Attention over what is held and read, [B, H, q, D]; `observed` says whether observers see it."""
-        return self._attended(batch, self._chosen(batch), dropout, observed=observed)
+        slots = self._chosen(batch)
+        if batch.queries.shape[2] == 1:
+            self.stats.read_by_step(self.storage.average if slots is None else _chosen_on_average(slots))
+        return self._attended(batch, slots, dropout, observed=observed)
 
     def _attended(self, batch: QueryBatch, slots: Tensor | None, dropout: float, *, observed: bool) -> Tensor:
-        self._note_reading(batch, slots)
         observers, kernels = self.plan.observers if observed else (), self.plan.kernels
         return attend(self.storage, batch, slots, observers, pads=self.padded, dropout=dropout, kernels=kernels)
 
@@ -225,10 +229,6 @@ class PolicyLayer(LogicalLayer):
         if prompt is not None and prompt.is_prompt:  # one token of it
             return None
         return chosen_by(self.plan.spec.read, read_request(self.plan, self.storage, batch, self.ordinal))
-
-    def _note_reading(self, batch: QueryBatch, slots: Tensor | None) -> None:
-        if batch.queries.shape[2] == 1:
-            self.stats.read_by_step(self.storage.average if slots is None else (slots >= 0).double().sum(-1).mean())
 
     def _spread(self, positions: Tensor) -> Tensor:
         return positions[:, None].expand(-1, self.plan.geometry.kv_heads, -1)
@@ -244,12 +244,15 @@ class PolicyLayer(LogicalLayer):
             self._sample()
         else:
             self._observe(batch)
+            decoding, held = batch.queries.shape[2] == 1, self.storage.average
+            if decoding:
+                self.stats.read_by_step(held if self._read is None else self._read)
             if self._resized or self._grows_unseen:
                 self._sample()
             else:
-                self.stats.advance(self.seq_len, self.storage.average)
-            self._compress_and_pack(decoding=batch.queries.shape[2] == 1, step=step)
-        self._observed = False
+                self.stats.advance(self.seq_len, held)
+            self._compress_and_pack(decoding=decoding, step=step)
+        self._observed, self._read = False, None
         self.integrity.end_update(self.stats.layer, self.scheduler.end)
 
     def would_compress(self) -> bool:
@@ -650,6 +653,11 @@ class PolicyLayer(LogicalLayer):
         if self.is_initialized:
             self.state, self._resized = self.state.selected(rows), True
             self.recording.select_rows(rows)
+
+
+def _chosen_on_average(slots: Tensor) -> Tensor:
+    """How many of the slots [B, K, n] a reader has chosen, float64 []; it stays on the device."""
+    return (slots >= 0).double().sum(-1).mean()
 
 
 def require_batch(layer: int, rows: int, *states: Tensor) -> None:
