@@ -63,18 +63,17 @@ class AttendedSlots:
         votes = self.all_votes
         return votes if votes is None or self.slots is None else gather(votes, self.slots)
 
-    def blocks(self, most: int) -> Iterator[slice]:
-        """The T slots in blocks of about `most` that can be read by themselves; one block when nothing is packed.
+    def blocks(self, most: int, *states: KVReader) -> Iterator[slice]:
+        """The T slots in blocks of about `most` that can be read by themselves, of all `states`; one when all is plain.
 
         Where packed entries end, so does a block, if that saves putting numbers of both kinds together.
         """
         if self.storage.is_plain:
             yield slice(0, self.length)
             return
-        both = self.storage.keys, self.storage.values
-        group = lcm(*(states.form.group_size for states in both))
+        group = lcm(*(read.form.group_size for read in states))
         size = max(1, most // group) * group
-        packed = min(min(map(min, self.at.counts(states.packed_lengths))) for states in both)
+        packed = min(read.packed_bounds(self.at)[0] for read in states)
         end = packed if self.slots is None and packed % group == 0 else 0
         for first, last in ((0, end), (end, self.length)):
             for start in range(first, last, size):

@@ -132,16 +132,20 @@ class Plan:
 
         `min_entries` are those that spans of the request protect.
         """
-        return self.capacities(seen, min_entries)[ordinal]
+        if not self.compresses_while_decoding:
+            return sys.maxsize
+        ahead = self.budgets.ahead(seen, min_entries)
+        entries = sum(ahead) if self.compresses_jointly else ahead[ordinal]  # one layer may get the share of others
+        return max(entries, min_entries) + self.budgets.slack
 
-    def capacities(self, seen: int, min_entries: int = 0) -> Sequence[int]:
-        """The same for all managed layers."""
+    def capacities(self, seen: int) -> Sequence[int]:
+        """The same for all managed layers, where no spans are protected."""
         if not self.compresses_while_decoding:
             return (sys.maxsize,) * self.geometry.layers
-        ahead, slack = self.budgets.ahead(seen, min_entries), self.budgets.slack
-        if self.compresses_jointly:  # one layer may get the share of others
+        ahead, slack = self.budgets.ahead(seen), self.budgets.slack
+        if self.compresses_jointly:
             ahead = (sum(ahead),) * len(ahead)
-        return [max(entries, min_entries) + slack for entries in ahead]
+        return [entries + slack for entries in ahead]
 
 
 def compile_policy(

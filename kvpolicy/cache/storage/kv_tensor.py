@@ -71,6 +71,12 @@ class KVTensor(KVReader):
             tuple(groups * self.form.group_size for groups in row) * (heads // len(row)) for row in self.packed.lengths
         )
 
+    def packed_bounds(self, at: SegmentIndex) -> tuple[int, int]:
+        if not self.packed.even:
+            return super().packed_bounds(at)
+        count = self.packed.longest * self.form.group_size
+        return count, count
+
     def read(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
         """Slots `start` (a multiple of the group size) to `stop` as [b, k, n, D]; `positions` [b, k, T] of all slots.
 
@@ -88,17 +94,15 @@ class KVTensor(KVReader):
         self, at: SegmentIndex, start: int, stop: int, positions: Tensor, decode: _Decode, as_decoded: _As
     ) -> Tensor:
         """As `read`, by a way to decode and one to bring to the same form what is not packed."""
-        residual = self.residual.block(self.name, at)
-        if self.is_plain:
-            return as_decoded(residual[:, :, start:stop])
-        packed_lengths = at.counts(self.packed_lengths)
-        longest = max(map(max, packed_lengths))
-        if all(count == longest for row in packed_lengths for count in row):
+        shortest, longest = self.packed_bounds(at)
+        if shortest == longest:
             parts = [self._decoded(at, start, min(stop, longest), positions, decode)] if start < longest else []
             if stop > longest:
-                parts.append(as_decoded(residual[:, :, max(0, start - longest) : stop - longest]))
+                newest = self.residual.part(self.name, at, max(0, start - longest), stop - longest)
+                parts.append(as_decoded(newest))
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        first = torch.tensor(packed_lengths, device=residual.device)[..., None]
+        residual = self.residual.block(self.name, at)
+        first = torch.tensor(at.counts(self.packed_lengths), device=residual.device)[..., None]
         slots = torch.arange(start, stop, device=residual.device)
         newest = as_decoded(_taken(residual, slots - first))
         if start >= longest:
@@ -109,17 +113,16 @@ class KVTensor(KVReader):
 
     def _decoded(self, at: SegmentIndex, start: int, stop: int, positions: Tensor, decode: _Decode) -> Tensor:
         """Packed slots of the block; those that a shorter segment does not have hold anything finite."""
-        groups = slice(start // self.form.group_size, -(-stop // self.form.group_size))
-        columns = {name: self.packed.block(name, at)[:, :, groups] for name in self.form.columns}
+        first, last = start // self.form.group_size, -(-stop // self.form.group_size)
+        columns = {name: self.packed.part(name, at, first, last) for name in self.form.columns}
         return decode(columns, positions[:, :, start:stop])
 
     def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
         """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their groups only. `positions` [b, k, T]."""
         residual = self.residual.block(self.name, at)
-        packed_lengths = at.counts(self.packed_lengths)
-        if not any(map(any, packed_lengths)):
+        if not self.packed_bounds(at)[1]:
             return take(residual, slots)
-        first = torch.tensor(packed_lengths, device=slots.device)[..., None]
+        first = torch.tensor(at.counts(self.packed_lengths), device=slots.device)[..., None]
         packed = self._picked(at, slots.minimum(first - 1).clamp(min=0), positions)
         return torch.where((slots < first)[..., None], packed, _taken(residual, slots - first))
 

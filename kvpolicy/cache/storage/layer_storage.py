@@ -56,6 +56,11 @@ class KVReader(abc.ABC):
     def packed_lengths(self) -> PerSegment:
         """How many of the oldest entries are packed, [B][K]."""
 
+    def packed_bounds(self, at: SegmentIndex) -> tuple[int, int]:
+        """How many of the oldest entries are packed at least, and at most, in the segments of a block."""
+        counts = [count for row in at.counts(self.packed_lengths) for count in row]
+        return min(counts, default=0), max(counts, default=0)
+
     @abc.abstractmethod
     def read(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
         """Slots `start` (a multiple of the group size) to `stop` as [b, k, n, D]; `positions` [b, k, T] of all slots.

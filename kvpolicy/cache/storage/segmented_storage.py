@@ -153,6 +153,8 @@ class SegmentedStorage(LayerStorage):
         return [one for one in due if one is not None]
 
     def pack(self, due: Sequence[DuePacking], sound: Sequence[Sequence[Sequence[int]]], limit: int) -> bool:
+        if not due and self.page_summaries.form is None:
+            return False
         parts = {part.name: part for part in (self.keys, self.values)}
         done = [self.page_summaries.complete(self.keys, self.slots, limit)]  # before keys are packed
         done += [parts[one.name].pack(one, counts, self.slots, limit) for one, counts in zip(due, sound, strict=True)]

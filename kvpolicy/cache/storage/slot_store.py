@@ -93,12 +93,23 @@ class SlotStore:
             return self.segment(name, at.row, at.head)[None, None]
         return self.padded(name, at.rows)
 
+    def part(self, name: str, at: SegmentIndex, start: int, stop: int) -> Tensor:
+        """Slots `start` to `stop` of a block, or to its end."""
+        if isinstance(at, SingleSegment) or not self._is_whole(at.rows):
+            return self.block(name, at)[:, :, start:stop]
+        return self._slice(name, start, max(0, min(stop, self._longest_base + self._added) - start))
+
+    def _is_whole(self, rows: Sequence[int]) -> bool:
+        """Whether these are all rows, in order, and can be seen as one block without a copy."""
+        everything = range(self._block[0])
+        return self.layout.uniform is not None and (rows == everything or list(rows) == list(everything))
+
     def padded(self, name: str, rows: Sequence[int]) -> Tensor:
         """[rows, K, T, ...], T the longest length among them; a view when it can be.
 
         Unused slots hold any finite number, except for positions, which are -1 there.
         """
-        if self.layout.uniform is not None and list(rows) == list(range(self.layout.rows)):
+        if self._is_whole(rows):
             return self.dense(name)
         longest = max(max(self._base[row]) for row in rows) + self._added
         if self.layout.uniform is not None:
