@@ -200,11 +200,12 @@ def _check_declared(spec: PolicySpec) -> None:
     row_state_of(spec.merge)
     for weighted in spec.score:
         flag_of(weighted.scorer, "calibrated")
+        flag_of(weighted.scorer, "layers_as_rows")
     for plugin, names in (
         (spec.allocate.divider, ("ragged", "exact", "reads_scores", "reads_window", "calibrated")),
         (spec.allocate.layers, ("follows_length",)),
-        (spec.select, ("best",)),
-        (spec.merge, ("moves_only", "votes", "reads_window")),
+        (spec.select, ("best", "layers_as_rows")),
+        (spec.merge, ("moves_only", "votes", "reads_window", "layers_as_rows")),
         (spec.store, ("joint", "calibrated")),
         (spec.read, ("summarises_newest",)),
     ):

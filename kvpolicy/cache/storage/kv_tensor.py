@@ -219,9 +219,9 @@ class KVTensor(KVReader):
         The host waits for where something is not finite, unless it is known that all is. Packed groups whose entries
         stay together, none of them `changed`, are moved bit for bit.
         """
-        due = self._due_lengths(lengths)
         if not self.form.columns:
-            return PackedEntries({}, due)
+            return PackedEntries({}, ())
+        due = self._due_lengths(lengths)
         most = max((count for row in due for count in row), default=0)
         vectors = vectors[:, :, :most]
         sound = due if finite or not most else self._sound(vectors).tolist()
@@ -239,9 +239,12 @@ class KVTensor(KVReader):
 
         `layout` is that of all slots.
         """
+        if not self.form.columns:
+            self._replace_residual(rows, vectors, lengths, layout)
+            return
         self.packed.replace(rows, packing.columns, self._groups(packing.packed_lengths), self._packed_layout(layout))
         left = _less(lengths, packing.packed_lengths)
-        newest = take(vectors, _following(packing.packed_lengths, left, vectors)) if packing.columns else vectors
+        newest = take(vectors, _following(packing.packed_lengths, left, vectors))
         self._replace_residual(rows, newest, left, layout)
         stuck, before = _differing(rows, packing.packed_lengths, self._due_lengths(lengths)), self._stuck
         self._forget(rows)
@@ -386,6 +389,8 @@ class KVTensor(KVReader):
 
     def _residual_layout(self, layout: Layout, lengths: PerSegment) -> Layout:
         """Room for what is not packed; more while a row waits for what a prompt brought to be packed."""
+        if not self.form.columns:
+            return layout
         if layout.uniform is not None:
             longest = max((max(row) for row in lengths), default=0)
             return Layout.even(layout.rows, layout.heads, max(self.form.residual_capacity(layout.uniform), longest))

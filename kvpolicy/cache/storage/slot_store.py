@@ -34,13 +34,19 @@ class SlotStore:
         self._starts: Tensor | None = None
         self._padded: tuple[Tensor, Tensor] | None = None
         self.forget_tables()
+        self._lengths: tuple[int, PerSegment] | None = None
+        self.tensors: dict[str, Tensor] = {}
         self.layout = Layout.even(rows, heads, 0)
         self._adopt(self.allocate(self.layout), self.layout, self.layout.capacity)
 
     @property
     def lengths(self) -> PerSegment:
         """Slots in use, [B][K]."""
-        return tuple(tuple(base + self._added for base in row) for row in self._base)
+        if not self._added:
+            return self._base
+        if self._lengths is None or self._lengths[0] != self._added:
+            self._lengths = self._added, tuple(tuple(base + self._added for base in row) for row in self._base)
+        return self._lengths[1]
 
     @property
     def longest(self) -> int:
@@ -257,6 +263,11 @@ class SlotStore:
         Storage of the right size is reused in place; otherwise the new one is filled before the old one is dropped.
         """
         after = self._after(rows, lengths, layout)
+        if layout == self.layout and self._is_whole(rows) and _all_equal(lengths):
+            for name, tensor in entries.items():
+                self._set_all(name, tensor, lengths[0][0])
+            self._adopt(self.tensors, layout, after)
+            return
         kept_rows = self._others(rows)
         in_place = layout == self.layout or (layout.slots == self.layout.slots and not kept_rows)
         target = self.tensors if in_place else self.allocate(layout)
@@ -277,16 +288,34 @@ class SlotStore:
             self._copy_rows(self._others(move.rows), target, layout)
         for name in self.columns:
             move.copy(self.tensors[name], self.layout, target[name], layout)
+        whole = in_place and layout.uniform is not None and _all_equal(after)
         for name in target:
-            clear_behind(target[name], layout, range(layout.rows), after, -1 if name == POSITIONS else 0)
+            if whole:
+                self._clear_behind(name, after[0][0])
+            else:
+                clear_behind(target[name], layout, range(layout.rows), after, -1 if name == POSITIONS else 0)
         self._adopt(target, layout, after)
+
+    def _set_all(self, name: str, entries: Tensor, length: int) -> None:
+        """Let every segment hold the first `length` of [B, K, N, ...]; what was behind could be NaN."""
+        self._slice(name, 0, length).copy_(entries if entries.shape[2] == length else entries[:, :, :length])
+        self._clear_behind(name, length)
+
+    def _clear_behind(self, name: str, length: int) -> None:
+        if length < self._block[2]:
+            self._slice(name, length, self._block[2] - length).fill_(-1 if name == POSITIONS else 0)
 
     def _after(self, rows: Sequence[int], lengths: PerSegment, layout: Layout) -> PerSegment:
         """Lengths of all rows once some have new ones."""
         after = list(self.lengths)
         for row, counts in zip(rows, lengths, strict=True):
             after[row] = counts
-        if any(n > c for ns, cs in zip(after, layout.capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
+        if layout.uniform is not None:
+            too_long = max(map(max, after), default=0) > layout.uniform
+        else:
+            pairs = zip(after, layout.capacity, strict=True)
+            too_long = any(n > c for ns, cs in pairs for n, c in zip(ns, cs, strict=True))
+        if too_long:
             raise CacheError(f"{after} entries do not fit into {layout.capacity} slots")
         return tuple(after)
 
@@ -439,11 +468,15 @@ class SlotStore:
 
     def _adopt(self, tensors: dict[str, Tensor], layout: Layout, base: PerSegment, added: int = 0) -> None:
         """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
-        known = self.layout is not layout and self.layout == layout
-        self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
-        self._block = (layout.rows, layout.heads, layout.uniform or 0)
-        self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+        if tensors is not self.tensors or layout != self.layout:
+            known = self.layout is not layout and self.layout == layout
+            self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
+            self._block = (layout.rows, layout.heads, layout.uniform or 0)
+            self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+            self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+        elif base == self._base:  # as after every compression that takes as many as have come
+            self._added = added
+            return
         self._base, self._added = base, added
         self._measure()
 
@@ -456,7 +489,7 @@ class SlotStore:
         spare = (size - length for row in pairs for size, length in zip(*row, strict=True))
         self._room = min(spare, default=0)  # how many entries may be added to every segment
         self._fullest_base = max(map(sum, self._base), default=0)
-        self._padded = None
+        self._padded = self._lengths = None
         self._starts = None  # where the next slot of each segment is, computed when it is needed
 
 
@@ -465,6 +498,11 @@ def _block_shape(block: tuple[int, int, int], tensor: Tensor) -> tuple[tuple[int
     rows, heads, capacity = block
     slot = tensor.stride(0)
     return (rows, heads, *tensor.shape[1:]), (heads * capacity * slot, capacity * slot, slot, *tensor.stride()[1:])
+
+
+def _all_equal(numbers: PerSegment) -> bool:
+    first = numbers[0][0] if numbers and numbers[0] else None
+    return first is not None and all(row.count(first) == len(row) for row in numbers)
 
 
 def _positions_last(names: Iterable[str]) -> list[str]:
