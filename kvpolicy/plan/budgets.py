@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import starmap
 from typing import TypeVar
 
 import attrs
@@ -141,9 +142,9 @@ class Budgets:
         """
         if self._warnings or (self.spec.budget.share is None and not self.spec.protect.by_place):
             return
-        message = next(
-            filter(None, [*map(self.raised, num_tokens), *map(self._raised_by_spans, num_tokens, min_entries)]), ""
-        )
+        rows = dict.fromkeys(zip(num_tokens, min_entries, strict=True))  # of several that are alike one
+        reasons = [*map(self.raised, dict.fromkeys(num_tokens)), *starmap(self._raised_by_spans, rows)]
+        message = next(filter(None, reasons), "")
         if message:
             self._warnings.append(message)
             warnings.warn(message, BudgetWarning, stacklevel=2)

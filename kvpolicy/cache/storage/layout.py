@@ -15,7 +15,7 @@ def per_segment(rows: int, heads: int, value: Callable[[int, int], int]) -> PerS
     return tuple(tuple(value(row, head) for head in range(heads)) for row in range(rows))
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Layout:
     """Capacities of all segments, in slots. Segments are contiguous, ordered by row, then by head."""
 

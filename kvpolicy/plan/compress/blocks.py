@@ -4,6 +4,7 @@ Where a layer holds little, a compression is as long as its operators are many, 
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import attrs
@@ -15,7 +16,7 @@ from kvpolicy.stages import View
 
 _NUMBERS = 2**18  # of the keys of a block: more are not copied, and would not stay in a CPU's cache
 _COLUMNS = ("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes", "pinned", "regions")
-_ALIKE = ("scaling", "sinks", "recent", "in_order")
+_columns, _told = attrgetter(*_COLUMNS), attrgetter("scaling", "sinks", "recent", "in_order")
 
 
 @attrs.frozen(eq=False)
@@ -47,7 +48,7 @@ def blocks_of(spec: PolicySpec, views: Sequence[View]) -> tuple[Block, ...]:
 
 
 def _block(views: Sequence[View]) -> Block:
-    columns: dict[str, Any] = {name: _joined([getattr(view, name) for view in views]) for name in _COLUMNS}
+    columns: dict[str, Any] = dict(zip(_COLUMNS, map(_joined, zip(*map(_columns, views), strict=True)), strict=True))
     slots, rows = (
         {name: torch.cat([own[name] for own in states]) for name in states[0]}
         for states in ([view.slot_state for view in views], [view.row_state for view in views])
@@ -63,16 +64,12 @@ def layers_as_rows(spec: PolicySpec) -> bool:
 
 def _alike(views: Sequence[View]) -> bool:
     """Whether layers can be rows of one view."""
-    first = views[0]
-    return all(
-        _shapes(view) == _shapes(first) and all(getattr(view, name) == getattr(first, name) for name in _ALIKE)
-        for view in views[1:]
-    )
+    first, shapes = _told(views[0]), _shapes(views[0])
+    return all(_told(view) == first and _shapes(view) == shapes for view in views[1:])
 
 
 def _shapes(view: View) -> list[torch.Size | None]:
-    columns = (getattr(view, name) for name in _COLUMNS)
-    return [None if column is None else column.shape for column in columns]
+    return [None if column is None else column.shape for column in _columns(view)]
 
 
 def _joined(columns: Sequence[Tensor | None]) -> Tensor | None:
