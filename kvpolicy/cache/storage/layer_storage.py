@@ -32,13 +32,13 @@ class DuePacking:
 
 
 @attrs.frozen(eq=False)
-class PaddedStates:
-    """What all segments hold, unpacked: copies [B, K, C, ...], those of shorter segments padded by finite numbers."""
+class PaddedRow:
+    """What the heads of a row hold: copies [1, K, T, ...], those of shorter heads padded by numbers of their own."""
 
-    keys: Tensor  # [B, K, C, D]
+    keys: Tensor  # [1, K, T, D]
     values: Tensor
-    in_use: Tensor  # bool [B, K, C]
-    log_votes: Tensor | None  # [B, K, C], where there are any
+    in_use: Tensor | None  # bool [1, K, T], None where heads are equally long
+    log_votes: Tensor | None  # [1, K, T], where there are any
 
 
 class KVReader(abc.ABC):
@@ -189,13 +189,13 @@ class LayerStorage(abc.ABC):
         keys, values = (part.read(self.everything, 0, count, positions) for part in (self.keys, self.values))
         return keys, values
 
-    def padded_states(self, most: int) -> PaddedStates | None:
-        """Copies of all that is held; None where the keys of a segment would be more than `most` numbers.
+    def padded_rows(self, most: int) -> Mapping[int, PaddedRow]:
+        """Copies of what rows hold of which the longest head has room for at most `most` numbers of keys.
 
-        Nothing may be packed, and no pads be held.
+        Nothing may be packed, and no pads be held. What a copy is like depends on its row alone.
         """
         del most  # of a storage whose segments can be read as one block
-        return None
+        return {}
 
     # -- effects on all rows -----------------------------------------------------------------------------------
 

@@ -48,9 +48,9 @@ class Layout:
         return sizes.pop() if len(sizes) == 1 else None
 
     @cached_property
-    def largest(self) -> int:
-        """The largest capacity."""
-        return max(map(max, self.capacity), default=0)
+    def widths(self) -> tuple[int, ...]:
+        """The largest capacity of each row."""
+        return tuple(max(row, default=0) for row in self.capacity)
 
     @cached_property
     def offsets(self) -> PerSegment:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below
 from kvpolicy.cache.storage.kv_tensor import KVTensor
-from kvpolicy.cache.storage.layer_storage import DuePacking, LayerStorage, PaddedStates
+from kvpolicy.cache.storage.layer_storage import DuePacking, LayerStorage, PaddedRow
 from kvpolicy.cache.storage.layout import Layout, PerSegment
 from kvpolicy.cache.storage.page_summaries import PageSummaries
 from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex, SingleSegment
@@ -118,15 +118,19 @@ class SegmentedStorage(LayerStorage):
         """Without a copy."""
         return self.keys.residual.dense(self.keys.name), self.values.residual.dense(self.values.name)
 
-    def padded_states(self, most: int) -> PaddedStates | None:
+    def padded_rows(self, most: int) -> Mapping[int, PaddedRow]:
         keys, values = self.keys.residual, self.values.residual
-        width = keys.layout.largest
-        if width * keys.columns[self.keys.name].shape[0] > most:
-            return None
-        votes = self.slots.copied(LOG_VOTES, width) if LOG_VOTES in self.columns else None
-        return PaddedStates(
-            keys.copied(self.keys.name, width), values.copied(self.values.name, width), keys.in_use(width), votes
-        )
+        longest = most // keys.columns[self.keys.name].shape[0]
+        widths = {row: width for row, width in enumerate(keys.layout.widths) if width <= longest}
+        if not widths:
+            return {}
+        parts: list[Sequence[Any]] = [
+            keys.copied(self.keys.name, widths),
+            values.copied(self.values.name, widths),
+            keys.in_use(widths),
+            self.slots.copied(LOG_VOTES, widths) if LOG_VOTES in self.columns else (None,) * len(widths),
+        ]
+        return {row: PaddedRow(*own) for row, *own in zip(widths, *parts, strict=True)}
 
     def check_integrity(self) -> None:
         self.slots.check_integrity()

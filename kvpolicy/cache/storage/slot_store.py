@@ -33,6 +33,7 @@ class SlotStore:
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
         self._padded: tuple[Tensor, Tensor] | None = None
+        self._padded_widths: Mapping[int, int] = {}
         self.forget_tables()
         self._lengths: tuple[int, PerSegment] | None = None
         self.tensors: dict[str, Tensor] = {}
@@ -126,29 +127,44 @@ class SlotStore:
         padded: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return padded.where(places < lengths, -1) if name == POSITIONS else padded
 
-    def copied(self, name: str, width: int) -> Tensor:
-        """[B, K, width, ...], a copy; what stands behind the entries of a segment was never another's, so is finite."""
-        slots, _ = self._padding(width)
-        copied: Tensor = self.tensors[name].index_select(0, slots)
-        return copied.view(*self._block[:2], width, *copied.shape[1:])
+    def copied(self, name: str, widths: Mapping[int, int]) -> list[Tensor]:
+        """For each of some rows [1, K, T, ...], T its longest length: a copy without slots of another row or head."""
+        slots, _ = self._padding(widths)
+        return self._by_row(self.tensors[name].index_select(0, slots), widths)
 
-    def in_use(self, width: int) -> Tensor:
-        """Which of the first slots of each segment hold an entry: bool [B, K, width]."""
-        _, behind = self._padding(width)
-        return behind < self._added
+    def in_use(self, widths: Mapping[int, int]) -> list[Tensor | None]:
+        """For each of some rows which of the first T slots hold an entry: bool [1, K, T], None where all of them do."""
+        _, behind = self._padding(widths)
+        alike = [min(self._base[row]) == max(self._base[row]) for row in widths]
+        shown = self._by_row(behind < self._added, widths)
+        return [None if same else own for same, own in zip(alike, shown, strict=True)]
 
-    def _padding(self, width: int) -> tuple[Tensor, Tensor]:
-        """The first slots of each segment, int64 [B·K·width], and how far behind its base length, [B, K, width].
+    def _by_row(self, flat: Tensor, widths: Mapping[int, int]) -> list[Tensor]:
+        heads = self._block[1]
+        parts = flat.split([heads * width for width in widths.values()]) if len(widths) > 1 else (flat,)
+        rows = zip(widths.items(), parts, strict=True)
+        return [
+            part.view(1, heads, width, *flat.shape[1:])[:, :, : max(self._base[row]) + self._added]
+            for (row, width), part in rows
+        ]
+
+    def _padding(self, widths: Mapping[int, int]) -> tuple[Tensor, Tensor]:
+        """The first slots of each segment of some rows, int64 [n], and how far behind its base length, int32 [n].
 
         Where a segment has fewer, its last one stands for the others. Computed once while tokens only arrive.
         """
-        if self._padded is None or self._padded[1].shape[2] != width:
-            places = torch.arange(width, device=self.device)
-            offsets, capacity, base = (
-                self.layout.on(table, self.device)[..., None]
-                for table in (self.layout.offsets, self.layout.capacity, self._base)
-            )
-            self._padded = (offsets + places.minimum(capacity - 1)).flatten(), (places - base).to(torch.int32)
+        if self._padded is None or self._padded_widths != widths:
+            slots, behind = [], []
+            for row, width in widths.items():
+                places = torch.arange(width)
+                offsets, capacity, base = (
+                    torch.tensor(table[row])[:, None]
+                    for table in (self.layout.offsets, self.layout.capacity, self._base)
+                )
+                slots.append((offsets + places.minimum(capacity - 1)).flatten())
+                behind.append((places - base).flatten())
+            self._padded = torch.cat(slots).to(self.device), torch.cat(behind).to(self.device, torch.int32)
+            self._padded_widths = widths
         return self._padded
 
     def allocate(self, layout: Layout) -> dict[str, Tensor]:
