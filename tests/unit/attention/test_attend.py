@@ -115,16 +115,20 @@ def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes
         batch = QueryBatch(queries, positions, padded=False, scaling=DIM**-0.5)
 
 
-def test_what_is_not_finite_in_one_head_stays_there():
+@pytest.mark.parametrize("faulty", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_what_is_not_finite_in_one_head_stays_there(faulty):
     """Copies of shorter heads end in slots of their own, not in those of the next head."""
     _, held, batch = stored(LENGTHS["ragged"], 1)
     expected, _ = reference(held, batch)
-    held.keys.residual.segment("keys", 0, 1)[:] = torch.nan
-    held.values.residual.segment("values", 0, 1)[:] = torch.nan
-    output = attend(held, batch, pads=False).double()
-    assert output[0, GROUP:].isnan().all()
-    torch.testing.assert_close(output[0, :GROUP], expected[0, :GROUP], rtol=0, atol=1e-5)
-    torch.testing.assert_close(output[1], expected[1], rtol=0, atol=1e-5)
+    held.keys.residual.segment("keys", *faulty)[:] = torch.nan
+    held.values.residual.segment("values", *faulty)[:] = torch.nan
+    output = attend(held, batch, pads=False).double().unflatten(1, (HEADS, GROUP))
+    assert output[faulty].isnan().all()
+    for row in range(2):
+        for head in range(HEADS):
+            if (row, head) != faulty:
+                wanted = expected[row, head * GROUP : (head + 1) * GROUP]
+                torch.testing.assert_close(output[row, head], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
