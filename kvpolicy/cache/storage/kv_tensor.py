@@ -97,7 +97,7 @@ class KVTensor(KVReader):
         shortest, longest = self.packed_bounds(at)
         if shortest == longest:
             parts = [self._decoded(at, start, min(stop, longest), positions, decode)] if start < longest else []
-            if stop > longest:
+            if stop > longest or not parts:
                 newest = self.residual.part(self.name, at, max(0, start - longest), stop - longest)
                 parts.append(as_decoded(newest))
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
