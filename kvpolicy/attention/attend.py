@@ -11,13 +11,14 @@ from kvpolicy.attention.attended_slots import AttendedSlots
 from kvpolicy.attention.blockwise import attend_blockwise, observe_queries, visible
 from kvpolicy.attention.decode_kernel import attend_in_kernel
 from kvpolicy.cache.query_batch import QueryBatch
-from kvpolicy.cache.storage.layer_storage import LayerStorage
+from kvpolicy.cache.storage.layer_storage import LayerStorage, PaddedRow
 from kvpolicy.cache.storage.segment_index import SingleSegment
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES
 
+_COPIED = 2**13  # numbers of the keys of a head: to copy as many takes as long as a call of attention for that head
 _NONE = torch.empty(0, dtype=torch.int32)  # positions, where nothing is packed: only what is packed may depend on them
 
 
@@ -42,11 +43,14 @@ def attend(
             return attend_in_kernel(storage, batch, slots, observers, pads=pads)
         except kernel_errors() as error:
             note_once(f"attention over held entries runs without a kernel: {error}")
+    if batch.queries.shape[2] == 1 and storage.is_plain and slots is None and not observers and not pads:
+        if storage.is_block and storage.is_even:
+            return _at_a_step(storage, batch, dropout)
+        if not storage.is_block:
+            return _over_ragged_heads(storage, batch, dropout)
     if storage.is_block:
         part = AttendedSlots(storage, storage.everything, slots, clears=kernels and not storage.is_even)
         return _attend(part, batch, observers, full=storage.is_even and not pads and slots is None, dropout=dropout)
-    if batch.queries.shape[2] == 1 and storage.is_plain and slots is None and not observers and not pads:
-        return _one_by_one(storage, batch, dropout)
     heads = [
         _attend(part, own, observers, full=not pads, dropout=dropout) for part, own in _segments(storage, batch, slots)
     ]
@@ -54,19 +58,53 @@ def attend(
     return torch.cat([torch.cat(heads[start : start + storage.heads], 1) for start in starts])
 
 
-def _one_by_one(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
-    """One query a row, over heads of different length that hold no pads: the calls below, and nothing around them."""
-    queries = batch.queries.reshape(storage.rows, storage.heads, 1, 1, -1, batch.queries.shape[3])
-    options: dict[str, Any] = {"scale": batch.scaling, "dropout_p": dropout}
+def _at_a_step(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
+    """One query a row, over heads of the same length that hold no pads: one call, and nothing around it."""
+    votes = storage.column(LOG_VOTES, storage.everything) if LOG_VOTES in storage.columns else None
+    bias = None if votes is None else votes[:, :, None].to(batch.queries.dtype)
+    return _one_query(batch.queries, *storage.all_states(), bias, scale=batch.scaling, dropout_p=dropout)
+
+
+def _over_ragged_heads(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
+    """One query a row, over heads of different length that hold no pads.
+
+    A row is one call over copies of its heads where these are short, else one for each head. That, and the shape of
+    the copies, depends on nothing but the row, so that another row does not change its bits.
+    """
+    padded, options = storage.padded_rows(_COPIED), {"scale": batch.scaling, "dropout_p": dropout}
     outputs = []
-    for row in range(storage.rows):
-        for head, length in enumerate(storage.lengths[row]):
-            at = SingleSegment(row, head)
-            keys, values = (states.read(at, 0, length, _NONE) for states in (storage.keys, storage.values))
-            if LOG_VOTES in storage.columns:
-                options["attn_mask"] = storage.column(LOG_VOTES, at)[:, :, None].to(queries.dtype)
-            outputs.append(scaled_dot_product_attention(queries[row, head], keys, values, **options))
-    return torch.cat(outputs, 1).view(*batch.queries.shape[:3], -1)
+    for row, queries in enumerate(batch.queries.split(1)):
+        own = padded.get(row)
+        outputs.append(_padded(own, queries, options) if own else _one_by_one(storage, row, queries, options))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _padded(row: PaddedRow, queries: Tensor, options: dict[str, Any]) -> Tensor:
+    bias = None if row.in_use is None else row.in_use[:, :, None]
+    if row.log_votes is not None:
+        votes = row.log_votes[:, :, None].to(queries.dtype)
+        bias = votes if bias is None else votes.masked_fill(~bias, -torch.inf)
+    return _one_query(queries, row.keys, row.values, bias, **options)
+
+
+def _one_query(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """[B, H, 1, Dv]: a group's queries stand in for query tokens of one head, so that keys are read once."""
+    grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, **options)
+    return out.reshape(*queries.shape[:3], -1)
+
+
+def _one_by_one(storage: LayerStorage, row: int, queries: Tensor, options: dict[str, Any]) -> Tensor:
+    """A call for each head of a row, [1, H, 1, Dv]."""
+    of_heads = queries.reshape(storage.heads, 1, 1, -1, queries.shape[3])
+    outputs = []
+    for head, length in enumerate(storage.lengths[row]):
+        at, bias = SingleSegment(row, head), None
+        keys, values = (states.read(at, 0, length, _NONE) for states in (storage.keys, storage.values))
+        if LOG_VOTES in storage.columns:
+            bias = storage.column(LOG_VOTES, at)[:, :, None].to(queries.dtype)
+        outputs.append(scaled_dot_product_attention(of_heads[head], keys, values, attn_mask=bias, **options))
+    return torch.cat(outputs, 1).view(*queries.shape[:3], -1)
 
 
 def observe_only(storage: LayerStorage, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -108,10 +146,8 @@ def _at_once(
     group, count = queries.shape[1] // heads, queries.shape[2]
     sees_all = count == 1 and full and part.log_votes is None
     bias = None if sees_all else _bias(part, batch.positions, queries.dtype)
-    if count == 1:  # the group's queries stand in for query tokens of one head: keys are read once
-        packed = queries.reshape(queries.shape[0], heads, group, -1)
-        out = scaled_dot_product_attention(packed, keys, values, attn_mask=bias, **options)
-        return out.flatten(1, 2)[:, :, None]
+    if count == 1:
+        return _one_query(queries, keys, values, bias, **options)
     if bias is not None and bias.shape[1] > 1:
         bias = bias.repeat_interleave(group, 1)
     return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=group > 1, **options)

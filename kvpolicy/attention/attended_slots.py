@@ -1,6 +1,7 @@
 """What one attention call reads of a layer: all that is held, or the slots that a reader chose."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from math import lcm
 
 import attrs
@@ -25,19 +26,26 @@ class AttendedSlots:
 
     def seen_before(self, newest: int) -> "AttendedSlots":
         """What a query sees that has `newest` tokens of its own forward behind it; all, where that saves nothing."""
+        if newest == self.unseen:
+            return self
         alike = self.slots is None and (self.storage.is_even or isinstance(self.at, SingleSegment))
         return attrs.evolve(self, unseen=newest) if alike else self
+
+    @property
+    def heads(self) -> int:
+        """K, of the block."""
+        return self._everywhere.shape[1]
 
     @property
     def length(self) -> int:
         """T."""
         return (self._everywhere if self.slots is None else self.slots).shape[2]
 
-    @property
+    @cached_property
     def _everywhere(self) -> Tensor:
         return self.column(POSITIONS)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """[b, k, T]; -1 = nothing there."""
         if self.slots is None:
@@ -49,24 +57,23 @@ class AttendedSlots:
         """Log-votes [b, k, all] float32 of all slots in use."""
         return self.column(LOG_VOTES) if LOG_VOTES in self.storage.columns else None
 
-    @property
+    @cached_property
     def log_votes(self) -> Tensor | None:
         """Log-votes [b, k, T] float32."""
         votes = self.all_votes
         return votes if votes is None or self.slots is None else gather(votes, self.slots)
 
-    def blocks(self, most: int) -> Iterator[slice]:
-        """The T slots in blocks of about `most` that can be read by themselves; one block when nothing is packed.
+    def blocks(self, most: int, *states: KVReader) -> Iterator[slice]:
+        """The T slots in blocks of about `most` that can be read by themselves, of all `states`; one when all is plain.
 
         Where packed entries end, so does a block, if that saves putting numbers of both kinds together.
         """
         if self.storage.is_plain:
             yield slice(0, self.length)
             return
-        both = self.storage.keys, self.storage.values
-        group = lcm(*(states.form.group_size for states in both))
+        group = lcm(*(read.form.group_size for read in states))
         size = max(1, most // group) * group
-        packed = min(min(map(min, self.at.counts(states.packed_lengths))) for states in both)
+        packed = min(read.packed_bounds(self.at)[0] for read in states)
         end = packed if self.slots is None and packed % group == 0 else 0
         for first, last in ((0, end), (end, self.length)):
             for start in range(first, last, size):

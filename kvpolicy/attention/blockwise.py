@@ -14,6 +14,7 @@ from torch.nn.functional import dropout as drop
 
 from kvpolicy.attention.attended_slots import AttendedSlots
 from kvpolicy.cache.query_batch import QueryBatch
+from kvpolicy.cache.storage.layer_storage import KVReader
 from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.stages import QueryLogits
 
@@ -48,7 +49,7 @@ def attend_blockwise(
         query_logits = QueryLogits(entry_logits(seen, block, full=full), seen.log_votes, sighted=full)
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
-        out = _weighted_sum(seen, weights.flatten(2, 3), slot_blocks(seen, block))
+        out = _weighted_sum(seen, weights.flatten(2, 3), slot_blocks(seen, block, seen.storage.values))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
     return torch.cat(outputs, 2).to(batch.queries.dtype)
 
@@ -62,8 +63,8 @@ def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -
     positions = part.positions
     best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
     total, out = torch.zeros_like(best), torch.zeros_like(queries)
-    for block in slot_blocks(part, batch):
-        logits = queries @ part.keys_in_basis(block, queries.dtype).transpose(-1, -2)
+    for block in slot_blocks(part, batch, part.storage.keys, part.storage.values):
+        logits = _product(queries, part.keys_in_basis(block, queries.dtype).transpose(-1, -2))
         if votes is not None:
             logits += votes[:, :, None, block]
         if not full:
@@ -74,7 +75,7 @@ def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -
         before, best = best, torch.maximum(best, logits.amax(-1, keepdim=True))
         weights, shrinks = logits.sub_(best).exp_(), (before - best).exp_()
         total = total * shrinks + weights.sum(-1, keepdim=True)
-        out = out * shrinks + weights @ part.values_in_basis(block, queries.dtype)
+        out = out * shrinks + _product(weights, part.values_in_basis(block, queries.dtype))
     out /= total.clamp(min=torch.finfo(total.dtype).tiny)  # 0 where a query sees nothing
     outputs: Tensor = part.from_basis(out).unflatten(2, (-1, count)).flatten(1, 2).to(batch.queries.dtype)
     return outputs
@@ -89,11 +90,11 @@ def _hide_later(logits: Tensor, new: int) -> None:
         logits[..., size - len(tokens) :].masked_fill_(later, -torch.inf)
 
 
-def slot_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[slice]:
-    """Slots to be read at one time for some queries: few numbers of keys and of logits, but not too few slots."""
+def slot_blocks(part: AttendedSlots, batch: QueryBatch, *states: KVReader) -> Iterator[slice]:
+    """Slots of keys, of values, or of both, to be read at one time: few numbers of them and of logits, but enough."""
     rows, heads, count, dim = batch.queries.shape
     numbers = _NUMBERS.get(batch.queries.device.type, _ELSEWHERE)
-    return part.blocks(max(_LEAST, numbers // (rows * max(heads * count, part.positions.shape[1] * dim))))
+    return part.blocks(max(_LEAST, numbers // (rows * max(heads * count, part.heads * dim))), *states)
 
 
 def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -127,6 +128,9 @@ def query_blocks(part: AttendedSlots, batch: QueryBatch) -> Iterator[tuple[Query
     """Blocks of queries, and how many come after each."""
     count, heads = batch.queries.shape[2], batch.queries.shape[1]
     size = max(1, _LOGITS // max(1, heads * part.length))
+    if size >= count:
+        yield batch, 0
+        return
     for start in range(0, count, size):
         stop = min(start + size, count)
         yield batch.first(stop).newest(stop - start), count - stop
@@ -138,8 +142,8 @@ def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) 
     `full` says that no slot is empty, and that the newest q are those of the queries.
     """
     queries = part.queries_to_basis(_grouped(part, batch))
-    keys = (part.keys_in_basis(block, queries.dtype).transpose(-1, -2) for block in slot_blocks(part, batch))
-    parts = [queries @ block for block in keys]
+    blocks = slot_blocks(part, batch, part.storage.keys)
+    parts = [_product(queries, part.keys_in_basis(block, queries.dtype).transpose(-1, -2)) for block in blocks]
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
     count = batch.queries.shape[2]
     grouped: Tensor = logits.unflatten(2, (-1, count))  # nobody else has it
@@ -152,14 +156,26 @@ def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) 
 
 def _weighted_sum(part: AttendedSlots, weights: Tensor, blocks: Iterator[slice]) -> Tensor:
     """The values weighted by [b, k, n, T], in the basis of the model: [b, k, n, Dv]."""
-    sums = (weights[..., block] @ part.values_in_basis(block, weights.dtype) for block in blocks)
+    length = weights.shape[-1]
+    sums = (
+        _product(
+            weights if block == slice(0, length) else weights[..., block], part.values_in_basis(block, weights.dtype)
+        )
+        for block in blocks
+    )
     total: Tensor = reduce(add, sums)
     return part.from_basis(total)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of [b, k, ...] by the one operator that matmul, which first expands both, ends in."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:3], right.shape[3])
+
+
 def _grouped(part: AttendedSlots, batch: QueryBatch) -> Tensor:
     """Scaled queries [b, k, G·q, D] in at least float32: those of a group beside each other, so keys are read once."""
-    queries = batch.queries.unflatten(1, (part.positions.shape[1], -1)).flatten(2, 3)
+    rows, _, _, dim = batch.queries.shape
+    queries = batch.queries.reshape(rows, part.heads, -1, dim)
     scaled: Tensor = queries.to(torch.promote_types(queries.dtype, torch.float32)) * batch.scaling
     return scaled
 

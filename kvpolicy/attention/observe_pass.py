@@ -71,7 +71,9 @@ def _observe(
 
 def _output_norms(part: AttendedSlots, batch: QueryBatch, projection: Tensor) -> Tensor:
     """Of the values that are shown, the same for all queries of a pass, [b, k, G, T]."""
-    return torch.cat([output_norms(part.values(block), projection) for block in slot_blocks(part, batch)], -1)
+    return torch.cat(
+        [output_norms(part.values(block), projection) for block in slot_blocks(part, batch, part.storage.values)], -1
+    )
 
 
 def _weight_of(own: Tensor, positions: Tensor, block: QueryBatch) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -131,13 +131,13 @@ class Integrity:
 
     def require_ready(self, layer: int) -> None:
         """Raise CacheError if the layer cannot append tokens, because an earlier forward or change failed."""
-        self._require_in_use()
+        if self._retired is not None:
+            raise CacheError(self._retired)
         if self._open is not None or (self._forward and layer in self._forward.updated):
             raise CacheError(self._fault())
 
     def begin_update(self, layer: int) -> None:
-        """The layer is about to append the tokens of a forward; begins one if none is in progress."""
-        self.require_ready(layer)
+        """The layer, which is ready, is about to append the tokens of a forward; begins one if none is in progress."""
         if self._forward is None:
             self._forward = _Forward(announced=False)
         self._forward.updated.add(layer)
@@ -145,20 +145,22 @@ class Integrity:
     def require_updated(self, layer: int) -> None:
         """Raise CacheError unless the layer has appended tokens and not yet computed attention."""
         forward = self._forward
-        if forward is None or layer not in forward.updated - forward.attended:
+        if forward is None or layer not in forward.updated or layer in forward.attended:
             raise CacheError(f"layer {layer}: attention must be called once for each update of the cache")
 
-    def is_last(self, layer: int) -> bool:
-        """Whether all other layers have computed attention in this forward."""
-        return self._forward is not None and self._forward.attended >= self.layers - {layer}
+    def end_update(self, layer: int, at_end: Callable[[], None] | None = None) -> None:
+        """The layer has computed attention. A forward that was not announced ends with its last layer.
 
-    def end_update(self, layer: int) -> None:
-        """The layer has computed attention. A forward that was not announced ends with its last layer."""
+        `at_end` is called before, if all other layers have computed attention.
+        """
         forward = self._forward
         if forward is None:
             return
+        is_last = len(forward.attended) + 1 >= len(self.layers) and forward.attended >= self.layers - {layer}
+        if is_last and at_end is not None:
+            at_end()
         forward.attended.add(layer)
-        if not forward.announced and forward.attended >= self.layers:
+        if is_last and not forward.announced:
             self._require_members(forward)
             self._forward = None
 

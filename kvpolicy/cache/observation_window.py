@@ -83,10 +83,17 @@ class ObservationWindow:
 
     # -- for all other forwards --------------------------------------------------------------------------------
 
-    def add(self, queries: Tensor, positions: Tensor, *, padded: bool) -> None:
-        """Take queries [B, H, q, D] and positions [B, q]; `padded` when there are pads (-1) among them."""
-        if not self.size:
-            return
+    def add(self, queries: Tensor, positions: Tensor, *, padded: bool) -> bool:
+        """Take queries [B, H, q, D] and positions [B, q]; `padded` when there are pads (-1) among them.
+
+        Says whether the buffer has grown.
+        """
+        before = self._nbytes
+        if self.size:
+            self._add(queries, positions, padded=padded)
+        return self._nbytes != before
+
+    def _add(self, queries: Tensor, positions: Tensor, *, padded: bool) -> None:
         if padded and self._filled:
             held, places = self._ordered()
             queries, positions = torch.cat([held, queries], 2), torch.cat([places, positions], 1)
@@ -96,11 +103,12 @@ class ObservationWindow:
             self._put(queries, positions)
             return
         count = queries.shape[2]
-        self._reserve(min(self.size, self._filled + count))
+        if self._filled < self.size:
+            self._reserve(min(self.size, self._filled + count))
         start = (self._oldest + self._filled) % self.size
         first = min(count, self.size - start)  # what fits behind the others; the rest goes to the front
-        self._queries[:, :, start : start + first] = queries[:, :, :first]
-        self._positions[:, start : start + first] = positions[:, :first]
+        self._queries.narrow(2, start, first).copy_(queries if first == count else queries[:, :, :first])
+        self._positions.narrow(1, start, first).copy_(positions if first == count else positions[:, :first])
         if first < count:
             self._queries[:, :, : count - first] = queries[:, :, first:]
             self._positions[:, : count - first] = positions[:, first:]

@@ -7,9 +7,9 @@ from itertools import islice
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from kvpolicy.cache.compaction.batched_compaction import compact_layers
+from kvpolicy.cache.forward_step import ForwardStep
 from kvpolicy.cache.request.prompt_tokens import PromptTokens
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.packing import pack_layers
@@ -87,17 +87,16 @@ class CompressionScheduler:
         self._decoding = True  # whether that forward is a decode step
         self.prompt = prompt  # ids of its tokens, where a scorer reads prompts again
         self.prompt_end: int | None = None  # how many tokens the prompt ends behind, where `generate` has told
-        self._arrived: tuple[object, Tensor] | None = None
+        self._step: ForwardStep | None = None  # the forward in progress
         counts = plan.device.type != "cpu" and not plan.spec.merge.moves_only
         self.undone = torch.zeros(1, dtype=torch.int64, device=plan.device) if counts else None  # as in `compress`
 
-    def positions(self, num_tokens: Sequence[int], count: int, device: torch.device) -> Tensor:
-        """Positions of `count` new tokens behind `num_tokens` in each row, int32 [B, count]; shared by all layers."""
-        key = (tuple(num_tokens), count, device)
-        if self._arrived is None or self._arrived[0] != key:
-            places = torch.arange(count, device=device)
-            self._arrived = key, (torch.tensor(num_tokens, device=device)[:, None] + places).to(torch.int32)
-        return self._arrived[1]
+    def step(self, num_tokens: list[int], seq_len: int, count: int, device: torch.device) -> ForwardStep:
+        """The forward of `count` tokens behind `num_tokens` in each row, up to length `seq_len`; shared by layers."""
+        step = self._step
+        if step is None or step.count != count or step.seq_len != seq_len or step.before != num_tokens:
+            step = self._step = ForwardStep.of(self.plan, num_tokens, seq_len, count, device)
+        return step
 
     def attended(self, layer: Compressible, *, decoding: bool) -> None:
         """Note that a layer has taken and attended to the tokens of a forward; for layers that compete."""
@@ -133,7 +132,7 @@ class CompressionScheduler:
 
     def end(self) -> None:
         """The step is over for all layers."""
-        self._arrived = None  # as long as a prompt
+        self._step = None  # its positions are as long as a prompt
         due, self._due = self._due, []
         for kind in sorted({(rows, layer.scaling) for layer, rows in due}):
             alike = [layer for layer, rows in due if (rows, layer.scaling) == kind]

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import starmap
 from typing import TypeVar
 
 import attrs
@@ -94,9 +95,13 @@ class Budgets:
 
         `min_entries` are those that are protected where that depends on the request, 0 where it does not.
         """
+        return max(self.by_layer(num_tokens, min_entries)[ordinal], min_entries)
+
+    def by_layer(self, num_tokens: int, min_entries: int = 0) -> _PerLayer:
+        """The same for all managed layers, of which each holds `min_entries` anyway."""
         if self.spec.budget.generated is not None:
-            return self._on_top_of(num_tokens, min_entries)[ordinal]
-        return max(self.per_layer(num_tokens)[ordinal], min_entries)
+            return self._on_top_of(num_tokens, min_entries)
+        return self.per_layer(num_tokens)
 
     def per_layer(self, num_tokens: int) -> _PerLayer:
         """Entries per KV head of each managed layer, for a sequence of `num_tokens` tokens, without a request."""
@@ -137,9 +142,9 @@ class Budgets:
         """
         if self._warnings or (self.spec.budget.share is None and not self.spec.protect.by_place):
             return
-        message = next(
-            filter(None, [*map(self.raised, num_tokens), *map(self._raised_by_spans, num_tokens, min_entries)]), ""
-        )
+        rows = dict.fromkeys(zip(num_tokens, min_entries, strict=True))  # of several that are alike one
+        reasons = [*map(self.raised, dict.fromkeys(num_tokens)), *starmap(self._raised_by_spans, rows)]
+        message = next(filter(None, reasons), "")
         if message:
             self._warnings.append(message)
             warnings.warn(message, BudgetWarning, stacklevel=2)

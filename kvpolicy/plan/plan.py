@@ -70,7 +70,7 @@ class Plan:
         forms = self.formats[ordinal]
         return self.selective or bool(forms.keys.columns or forms.values.columns)
 
-    @property
+    @cached_property
     def kernels(self) -> bool:
         """Whether Triton kernels run where they can; else torch does."""
         return not self.fusion.absent
@@ -138,6 +138,15 @@ class Plan:
         entries = sum(ahead) if self.compresses_jointly else ahead[ordinal]  # one layer may get the share of others
         return max(entries, min_entries) + self.budgets.slack
 
+    def capacities(self, seen: int) -> Sequence[int]:
+        """The same for all managed layers, where no spans are protected."""
+        if not self.compresses_while_decoding:
+            return (sys.maxsize,) * self.geometry.layers
+        ahead, slack = self.budgets.ahead(seen), self.budgets.slack
+        if self.compresses_jointly:
+            ahead = (sum(ahead),) * len(ahead)
+        return [entries + slack for entries in ahead]
+
 
 def compile_policy(
     spec: PolicySpec,
@@ -191,11 +200,12 @@ def _check_declared(spec: PolicySpec) -> None:
     row_state_of(spec.merge)
     for weighted in spec.score:
         flag_of(weighted.scorer, "calibrated")
+        flag_of(weighted.scorer, "layers_as_rows")
     for plugin, names in (
         (spec.allocate.divider, ("ragged", "exact", "reads_scores", "reads_window", "calibrated")),
         (spec.allocate.layers, ("follows_length",)),
-        (spec.select, ("best",)),
-        (spec.merge, ("moves_only", "votes", "reads_window")),
+        (spec.select, ("best", "layers_as_rows")),
+        (spec.merge, ("moves_only", "votes", "reads_window", "layers_as_rows")),
         (spec.store, ("joint", "calibrated")),
         (spec.read, ("summarises_newest",)),
     ):

@@ -85,6 +85,10 @@ class State:
 class ViewPlugin(Plugin):
     """A plugin that is shown views: scorers, allocators, selectors and mergers."""
 
+    # Whether it looks at nothing that a layer has to itself: its number, what was calibrated for it, the weight behind
+    # its attention. Scorers, selectors and mergers that say so may be shown small layers as rows of one view.
+    layers_as_rows: ClassVar[bool] = False
+
     def needs(self) -> Needs:
         """What views must show of the model and its queries; `forward_queries` for observers, `passes` for scorers."""
         return Needs()

@@ -17,10 +17,13 @@ KIVI = {"use": "kivi", "bits": 4, "group": 4, "residual": 8, "batch": 4}
 PAGES = {"use": "pages", "page": 4, "budget": 12, "dense_first": 0}
 NOT_STATE = {  # what a copy has from the attachment, what is counted anew, and what follows from the rest
     PolicyCache: {"plan", "_config", "owner", "integrity", "_scheduler", "stock_bytes"},
-    PolicyLayer: {"plan", "scheduler", "integrity", "stats", "changes", "output_projection"},
+    PolicyLayer: {"plan", "scheduler", "integrity", "stats", "changes", "output_projection", "_resized"},
     PromptTokens: {"given", "_given"},
     RequestSpans: {"protect", "_given", "_labels"},
-    SlotStore: {"_base", "_added", "_longest_base", "_average_base", "_starts", "_tables", "_tabled"},
+    SlotStore: {
+        *("_base", "_added", "_longest_base", "_average_base", "_fullest_base", "_room"),
+        *("_lengths", "_shapes", "_starts", "_padded", "_padded_widths", "_tables", "_tabled"),
+    },
     KVTensor: {"form"},
     PageSummaries: {"form"},
     ObservationWindow: {"_queries", "_positions"},
@@ -72,7 +75,7 @@ def _attributes(value):
 
 def _computed(value):
     if isinstance(value, SlotStore):
-        return [(name, getattr(value, name)) for name in ("lengths", "longest", "average", "nbytes")]
+        return [(name, getattr(value, name)) for name in ("lengths", "longest", "average", "fullest", "nbytes")]
     if isinstance(value, ObservationWindow):
         rows = range(value._positions.shape[0] if value._filled else 0)
         return [("last", value.last(rows)), ("nbytes", value.nbytes)]

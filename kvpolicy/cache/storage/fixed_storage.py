@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class FixedStorage(SegmentedStorage):
     Steps alone change what is held. Whoever wants another change takes a copy (`selected`), which is an ordinary
     `SegmentedStorage`.
     """
+
+    is_fixed: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -71,6 +71,12 @@ class KVTensor(KVReader):
             tuple(groups * self.form.group_size for groups in row) * (heads // len(row)) for row in self.packed.lengths
         )
 
+    def packed_bounds(self, at: SegmentIndex) -> tuple[int, int]:
+        if not self.packed.even:
+            return super().packed_bounds(at)
+        count = self.packed.longest * self.form.group_size
+        return count, count
+
     def read(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
         """Slots `start` (a multiple of the group size) to `stop` as [b, k, n, D]; `positions` [b, k, T] of all slots.
 
@@ -90,17 +96,15 @@ class KVTensor(KVReader):
         self, at: SegmentIndex, start: int, stop: int, positions: Tensor, decode: _Decode, as_decoded: _As
     ) -> Tensor:
         """As `read`, by a way to decode and one to bring to the same form what is not packed."""
-        residual = self.residual.block(self.name, at)
-        if self.is_plain:
-            return as_decoded(residual[:, :, start:stop])
-        packed_lengths = at.counts(self.packed_lengths)
-        longest = max(map(max, packed_lengths))
-        if all(count == longest for row in packed_lengths for count in row):
+        shortest, longest = self.packed_bounds(at)
+        if shortest == longest:
             parts = [self._decoded(at, start, min(stop, longest), positions, decode)] if start < longest else []
-            if stop > longest:
-                parts.append(as_decoded(residual[:, :, max(0, start - longest) : stop - longest]))
+            if stop > longest or not parts:
+                newest = self.residual.part(self.name, at, max(0, start - longest), stop - longest)
+                parts.append(as_decoded(newest))
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        first = torch.tensor(packed_lengths, device=residual.device)[..., None]
+        residual = self.residual.block(self.name, at)
+        first = torch.tensor(at.counts(self.packed_lengths), device=residual.device)[..., None]
         slots = torch.arange(start, stop, device=residual.device)
         newest = as_decoded(_taken(residual, slots - first))
         if start >= longest:
@@ -111,17 +115,16 @@ class KVTensor(KVReader):
 
     def _decoded(self, at: SegmentIndex, start: int, stop: int, positions: Tensor, decode: _Decode) -> Tensor:
         """Packed slots of the block; those that a shorter segment does not have hold anything finite."""
-        groups = slice(start // self.form.group_size, -(-stop // self.form.group_size))
-        columns = {name: self.packed.block(name, at)[:, :, groups] for name in self.form.columns}
+        first, last = start // self.form.group_size, -(-stop // self.form.group_size)
+        columns = {name: self.packed.part(name, at, first, last) for name in self.form.columns}
         return decode(columns, positions[:, :, start:stop])
 
     def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:
         """The slots [b, k, n], all existing, as [b, k, n, D]; decodes their groups only. `positions` [b, k, T]."""
         residual = self.residual.block(self.name, at)
-        packed_lengths = at.counts(self.packed_lengths)
-        if not any(map(any, packed_lengths)):
+        if not self.packed_bounds(at)[1]:
             return take(residual, slots)
-        first = torch.tensor(packed_lengths, device=slots.device)[..., None]
+        first = torch.tensor(at.counts(self.packed_lengths), device=slots.device)[..., None]
         packed = self._picked(at, slots.minimum(first - 1).clamp(min=0), positions)
         return torch.where((slots < first)[..., None], packed, _taken(residual, slots - first))
 
@@ -140,9 +143,14 @@ class KVTensor(KVReader):
 
     # -- how it changes ----------------------------------------------------------------------------------------
 
-    def append(self, vectors: Tensor, limit: int) -> None:
-        """Add [B, K, q, D] behind all segments; their storage need not grow beyond `limit` slots."""
-        self.residual.append({self.name: vectors}, limit if self._stuck else self.form.residual_capacity(limit))
+    def append(self, vectors: Tensor, limit: int) -> bool:
+        """Add [B, K, q, D] behind all segments; their storage need not grow beyond `limit` slots.
+
+        Says whether it has grown.
+        """
+        if self.form.columns and not self._stuck:
+            limit = self.form.residual_capacity(limit)
+        return self.residual.append({self.name: vectors}, limit)
 
     def due_packing(self, slots: SlotStore, positions: str) -> DuePacking | None:
         """What is to be packed, now that the segments are as long as those of `slots`; None when nothing is."""
@@ -213,9 +221,9 @@ class KVTensor(KVReader):
         The host waits for where something is not finite, unless it is known that all is. Packed groups whose entries
         stay together, none of them `changed`, are moved bit for bit.
         """
-        due = self._due_lengths(lengths)
         if not self.form.columns:
-            return PackedEntries({}, due)
+            return PackedEntries({}, ())
+        due = self._due_lengths(lengths)
         most = max((count for row in due for count in row), default=0)
         vectors = vectors[:, :, :most]
         sound = due if finite or not most else self._sound(vectors).tolist()
@@ -233,9 +241,12 @@ class KVTensor(KVReader):
 
         `layout` is that of all slots.
         """
+        if not self.form.columns:
+            self._replace_residual(rows, vectors, lengths, layout)
+            return
         self.packed.replace(rows, packing.columns, self._groups(packing.packed_lengths), self._packed_layout(layout))
         left = _less(lengths, packing.packed_lengths)
-        newest = take(vectors, _following(packing.packed_lengths, left, vectors)) if packing.columns else vectors
+        newest = take(vectors, _following(packing.packed_lengths, left, vectors))
         self._replace_residual(rows, newest, left, layout)
         stuck, before = _differing(rows, packing.packed_lengths, self._due_lengths(lengths)), self._stuck
         self._forget(rows)
@@ -380,6 +391,8 @@ class KVTensor(KVReader):
 
     def _residual_layout(self, layout: Layout, lengths: PerSegment) -> Layout:
         """Room for what is not packed; more while a row waits for what a prompt brought to be packed."""
+        if not self.form.columns:
+            return layout
         if layout.uniform is not None:
             longest = max((max(row) for row in lengths), default=0)
             return Layout.even(layout.rows, layout.heads, max(self.form.residual_capacity(layout.uniform), longest))

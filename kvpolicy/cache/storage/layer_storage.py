@@ -6,6 +6,7 @@ tensor for every (row, KV head); a serving engine has pages of a pool that all r
 
 import abc
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -30,6 +31,16 @@ class DuePacking:
     sound: Tensor  # int64 [B, K], how many stand in groups in front of any that is not finite
 
 
+@attrs.frozen(eq=False)
+class PaddedRow:
+    """What the heads of a row hold: copies [1, K, T, ...], those of shorter heads padded by numbers of their own."""
+
+    keys: Tensor  # [1, K, T, D]
+    values: Tensor
+    in_use: Tensor | None  # bool [1, K, T], None where heads are equally long
+    log_votes: Tensor | None  # [1, K, T], where there are any
+
+
 class KVReader(abc.ABC):
     """The keys or the values of a layer, read by slot. Reading has no effect."""
 
@@ -44,6 +55,11 @@ class KVReader(abc.ABC):
     @abc.abstractmethod
     def packed_lengths(self) -> PerSegment:
         """How many of the oldest entries are packed, [B][K]."""
+
+    def packed_bounds(self, at: SegmentIndex) -> tuple[int, int]:
+        """How many of the oldest entries are packed at least, and at most, in the segments of a block."""
+        counts = [count for row in at.counts(self.packed_lengths) for count in row]
+        return min(counts, default=0), max(counts, default=0)
 
     @abc.abstractmethod
     def read(self, at: SegmentIndex, start: int, stop: int, positions: Tensor) -> Tensor:
@@ -70,6 +86,7 @@ class LayerStorage(abc.ABC):
 
     device: torch.device
     columns: Mapping[str, Column]
+    is_fixed: ClassVar[bool] = False  # whether steps of fixed shapes write to it, whose device knows the lengths
     keys: KVReader
     values: KVReader
 
@@ -104,6 +121,11 @@ class LayerStorage(abc.ABC):
     @abc.abstractmethod
     def average(self) -> float:
         """The mean of the lengths."""
+
+    @property
+    def fullest(self) -> int:
+        """Entries of all heads of the row that has the most."""
+        return max(map(sum, self.lengths), default=0)
 
     @property
     @abc.abstractmethod
@@ -167,13 +189,21 @@ class LayerStorage(abc.ABC):
         keys, values = (part.read(self.everything, 0, count, positions) for part in (self.keys, self.values))
         return keys, values
 
+    def padded_rows(self, most: int) -> Mapping[int, PaddedRow]:
+        """Copies of what rows hold of which the longest head has room for at most `most` numbers of keys.
+
+        Nothing may be packed, and no pads be held. What a copy is like depends on its row alone.
+        """
+        del most  # of a storage whose segments can be read as one block
+        return {}
+
     # -- effects on all rows -----------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> None:
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> bool:
         """Add [B, K, q, D] and positions [B, K, q] behind all segments; the other columns get their fill.
 
-        Storage need not grow beyond `limit` slots a head, unless the entries need it.
+        Storage need not grow beyond `limit` slots a head, unless the entries need it. Says whether it has grown.
         """
 
     @abc.abstractmethod

@@ -15,7 +15,7 @@ def per_segment(rows: int, heads: int, value: Callable[[int, int], int]) -> PerS
     return tuple(tuple(value(row, head) for head in range(heads)) for row in range(rows))
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Layout:
     """Capacities of all segments, in slots. Segments are contiguous, ordered by row, then by head."""
 
@@ -46,6 +46,11 @@ class Layout:
         """The capacity of all segments; None if they differ."""
         sizes = {size for row in self.capacity for size in row}
         return sizes.pop() if len(sizes) == 1 else None
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """The largest capacity of each row."""
+        return tuple(max(row, default=0) for row in self.capacity)
 
     @cached_property
     def offsets(self) -> PerSegment:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below
 from kvpolicy.cache.storage.kv_tensor import KVTensor
-from kvpolicy.cache.storage.layer_storage import DuePacking, LayerStorage
+from kvpolicy.cache.storage.layer_storage import DuePacking, LayerStorage, PaddedRow
 from kvpolicy.cache.storage.layout import Layout, PerSegment
 from kvpolicy.cache.storage.page_summaries import PageSummaries
 from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex, SingleSegment
@@ -19,7 +19,7 @@ from kvpolicy.stages import Entries
 from kvpolicy.stages.slots import by_position, gather, indices_of, take
 
 _PARTS = ("slots", "keys", "values", "page_summaries")
-_SHARED = ("device", "columns", "_slack", "_ragged")  # what follows from the plan alone
+_SHARED = ("device", "columns", "_slack", "_ragged", "_never_packs")  # what follows from the plan alone
 _ROOM = 1024  # slots that a compaction may leave room for, however few entries stay
 
 
@@ -37,6 +37,7 @@ class SegmentedStorage(LayerStorage):
         self.values = KVTensor("values", forms.values, geometry, plan.dtype, rows, device)
         self.page_summaries = PageSummaries(plan.page_formats[ordinal], rows, geometry.kv_heads, device)
         self._slack, self._ragged = plan.budgets.slack, plan.ragged
+        self._never_packs = not (forms.keys.columns or forms.values.columns)
 
     @property
     def rows(self) -> int:
@@ -61,6 +62,14 @@ class SegmentedStorage(LayerStorage):
     @property
     def average(self) -> float:
         return self.slots.average
+
+    @property
+    def fullest(self) -> int:
+        return self.slots.fullest
+
+    @property
+    def is_plain(self) -> bool:
+        return self._never_packs or (self.keys.is_plain and self.values.is_plain)
 
     @property
     def is_even(self) -> bool:
@@ -109,6 +118,20 @@ class SegmentedStorage(LayerStorage):
         """Without a copy."""
         return self.keys.residual.dense(self.keys.name), self.values.residual.dense(self.values.name)
 
+    def padded_rows(self, most: int) -> Mapping[int, PaddedRow]:
+        keys, values = self.keys.residual, self.values.residual
+        longest = most // keys.columns[self.keys.name].shape[0]
+        widths = {row: width for row, width in enumerate(keys.layout.widths) if width <= longest}
+        if not widths:
+            return {}
+        parts: list[Sequence[Any]] = [
+            keys.copied(self.keys.name, widths),
+            values.copied(self.values.name, widths),
+            keys.in_use(widths),
+            self.slots.copied(LOG_VOTES, widths) if LOG_VOTES in self.columns else (None,) * len(widths),
+        ]
+        return {row: PaddedRow(*own) for row, *own in zip(widths, *parts, strict=True)}
+
     def check_integrity(self) -> None:
         self.slots.check_integrity()
         self.keys.check_integrity(self.slots.lengths)
@@ -117,10 +140,9 @@ class SegmentedStorage(LayerStorage):
 
     # -- effects on all rows -----------------------------------------------------------------------------------
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> None:
-        self.keys.append(keys, limit)
-        self.values.append(values, limit)
-        self.slots.append({POSITIONS: positions}, limit)
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, limit: int) -> bool:
+        grown = self.keys.append(keys, limit), self.values.append(values, limit)
+        return self.slots.append({POSITIONS: positions}, limit) or any(grown)
 
     def replace_newest_positions(self, positions: Tensor) -> None:
         self.slots.overwrite_newest(POSITIONS, positions)
@@ -135,6 +157,8 @@ class SegmentedStorage(LayerStorage):
         return [one for one in due if one is not None]
 
     def pack(self, due: Sequence[DuePacking], sound: Sequence[Sequence[Sequence[int]]], limit: int) -> bool:
+        if not due and self.page_summaries.form is None:
+            return False
         parts = {part.name: part for part in (self.keys, self.values)}
         done = [self.page_summaries.complete(self.keys, self.slots, limit)]  # before keys are packed
         done += [parts[one.name].pack(one, counts, self.slots, limit) for one, counts in zip(due, sound, strict=True)]

@@ -28,17 +28,26 @@ class SlotStore:
 
     def __init__(self, columns: Mapping[str, Column], rows: int, heads: int, device: torch.device) -> None:
         self.columns = dict(columns)
+        self._names = _positions_last(self.columns)
         self.device = device
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
+        self._padded: tuple[Tensor, Tensor] | None = None
+        self._padded_widths: Mapping[int, int] = {}
         self.forget_tables()
+        self._lengths: tuple[int, PerSegment] | None = None
+        self.tensors: dict[str, Tensor] = {}
         self.layout = Layout.even(rows, heads, 0)
         self._adopt(self.allocate(self.layout), self.layout, self.layout.capacity)
 
     @property
     def lengths(self) -> PerSegment:
         """Slots in use, [B][K]."""
-        return tuple(tuple(base + self._added for base in row) for row in self._base)
+        if not self._added:
+            return self._base
+        if self._lengths is None or self._lengths[0] != self._added:
+            self._lengths = self._added, tuple(tuple(base + self._added for base in row) for row in self._base)
+        return self._lengths[1]
 
     @property
     def longest(self) -> int:
@@ -59,12 +68,17 @@ class SlotStore:
     @property
     def index_tensors(self) -> list[Tensor]:
         """Where segments begin and how long they are, as far as the device has been told."""
-        return [*self._tables, *([] if self._starts is None else [self._starts])]
+        return [*self._tables, *([] if self._starts is None else [self._starts]), *(self._padded or ())]
 
     @property
     def average(self) -> float:
         """Slots in use per (row, KV head)."""
         return self._average_base + self._added
+
+    @property
+    def fullest(self) -> int:
+        """Slots in use of the row that has the most."""
+        return self._fullest_base + self._added * self._block[1]
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +87,7 @@ class SlotStore:
 
     def dense(self, name: str) -> Tensor:
         """[B, K, T, ...] without a copy, T the longest length; needs a common capacity."""
-        return self._capacity_view(name)[:, :, : self.longest]
+        return self._slice(name, 0, self._longest_base + self._added)
 
     def segment(self, name: str, row: int, head: int) -> Tensor:
         """[length, ...] without a copy."""
@@ -86,12 +100,23 @@ class SlotStore:
             return self.segment(name, at.row, at.head)[None, None]
         return self.padded(name, at.rows)
 
+    def part(self, name: str, at: SegmentIndex, start: int, stop: int) -> Tensor:
+        """Slots `start` to `stop` of a block, or to its end."""
+        if isinstance(at, SingleSegment) or not self._is_whole(at.rows):
+            return self.block(name, at)[:, :, start:stop]
+        return self._slice(name, start, max(0, min(stop, self._longest_base + self._added) - start))
+
+    def _is_whole(self, rows: Sequence[int]) -> bool:
+        """Whether these are all rows, in order, and can be seen as one block without a copy."""
+        everything = range(self._block[0])
+        return self.layout.uniform is not None and (rows == everything or list(rows) == list(everything))
+
     def padded(self, name: str, rows: Sequence[int]) -> Tensor:
         """[rows, K, T, ...], T the longest length among them; a view when it can be.
 
         Unused slots hold any finite number, except for positions, which are -1 there.
         """
-        if self.layout.uniform is not None and list(rows) == list(range(self.layout.rows)):
+        if self._is_whole(rows):
             return self.dense(name)
         longest = max(max(self._base[row]) for row in rows) + self._added
         if self.layout.uniform is not None:
@@ -101,6 +126,46 @@ class SlotStore:
         slots = (starts + places).clamp(max=self.layout.slots - 1)
         padded: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return padded.where(places < lengths, -1) if name == POSITIONS else padded
+
+    def copied(self, name: str, widths: Mapping[int, int]) -> list[Tensor]:
+        """For each of some rows [1, K, T, ...], T its longest length: a copy without slots of another row or head."""
+        slots, _ = self._padding(widths)
+        return self._by_row(self.tensors[name].index_select(0, slots), widths)
+
+    def in_use(self, widths: Mapping[int, int]) -> list[Tensor | None]:
+        """For each of some rows which of the first T slots hold an entry: bool [1, K, T], None where all of them do."""
+        _, behind = self._padding(widths)
+        alike = [min(self._base[row]) == max(self._base[row]) for row in widths]
+        shown = self._by_row(behind < self._added, widths)
+        return [None if same else own for same, own in zip(alike, shown, strict=True)]
+
+    def _by_row(self, flat: Tensor, widths: Mapping[int, int]) -> list[Tensor]:
+        heads = self._block[1]
+        parts = flat.split([heads * width for width in widths.values()]) if len(widths) > 1 else (flat,)
+        rows = zip(widths.items(), parts, strict=True)
+        return [
+            part.view(1, heads, width, *flat.shape[1:])[:, :, : max(self._base[row]) + self._added]
+            for (row, width), part in rows
+        ]
+
+    def _padding(self, widths: Mapping[int, int]) -> tuple[Tensor, Tensor]:
+        """The first slots of each segment of some rows, int64 [n], and how far behind its base length, int32 [n].
+
+        Where a segment has fewer, its last one stands for the others. Computed once while tokens only arrive.
+        """
+        if self._padded is None or self._padded_widths != widths:
+            slots, behind = [], []
+            for row, width in widths.items():
+                places = torch.arange(width)
+                offsets, capacity, base = (
+                    torch.tensor(table[row])[:, None]
+                    for table in (self.layout.offsets, self.layout.capacity, self._base)
+                )
+                slots.append((offsets + places.minimum(capacity - 1)).flatten())
+                behind.append((places - base).flatten())
+            self._padded = torch.cat(slots).to(self.device), torch.cat(behind).to(self.device, torch.int32)
+            self._padded_widths = widths
+        return self._padded
 
     def allocate(self, layout: Layout) -> dict[str, Tensor]:
         """New storage for these columns, in which all slots are empty."""
@@ -152,17 +217,22 @@ class SlotStore:
 
     # -- how it changes ----------------------------------------------------------------------------------------
 
-    def append(self, entries: Mapping[str, Tensor], limit: int) -> None:
+    def append(self, entries: Mapping[str, Tensor], limit: int) -> bool:
         """Add [B, K, q, ...] at the end of every segment; columns that are not given get their fill.
 
         Capacity grows by at least a quarter when it has to, but not beyond `limit` slots (on average, where segments
-        differ) unless the entries need it; the first entries get what they need.
+        differ) unless the entries need it; the first entries get what they need. Says whether it has grown.
         """
         count = next(iter(entries.values())).shape[2]
-        self._reserve(count, limit)
-        for name in _positions_last(self.columns):
-            self._write_newest(name, self._added, count, entries.get(name, self.columns[name].fill))
+        grows = self._added + count > self._room
+        if grows:
+            self._reserve(count, limit)
+        newest = None if self.even else self._newest(self._added, count)
+        for name in self._names:
+            given = entries.get(name)
+            self._write_newest(name, self._added, count, newest, self.columns[name].fill if given is None else given)
         self._added += count
+        return grows
 
     def extend(self, entries: Mapping[str, Tensor], counts: PerSegment, limit: int) -> None:
         """Add the first `counts` of [B, K, q, ...] to each segment, all columns given; capacity as in `append`."""
@@ -194,7 +264,8 @@ class SlotStore:
     def overwrite_newest(self, name: str, entries: Tensor) -> None:
         """Replace one column of the newest q slots, [B, K, q, ...]."""
         count = entries.shape[2]
-        self._write_newest(name, self._added - count, count, entries)
+        added = self._added - count
+        self._write_newest(name, added, count, None if self.even else self._newest(added, count), entries)
 
     def write(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         """Overwrite columns of all entries of some rows, [rows, K, T, ...], T the longest length among them."""
@@ -208,6 +279,11 @@ class SlotStore:
         Storage of the right size is reused in place; otherwise the new one is filled before the old one is dropped.
         """
         after = self._after(rows, lengths, layout)
+        if layout == self.layout and self._is_whole(rows) and _all_equal(lengths):
+            for name, tensor in entries.items():
+                self._set_all(name, tensor, lengths[0][0])
+            self._adopt(self.tensors, layout, after)
+            return
         kept_rows = self._others(rows)
         in_place = layout == self.layout or (layout.slots == self.layout.slots and not kept_rows)
         target = self.tensors if in_place else self.allocate(layout)
@@ -228,16 +304,34 @@ class SlotStore:
             self._copy_rows(self._others(move.rows), target, layout)
         for name in self.columns:
             move.copy(self.tensors[name], self.layout, target[name], layout)
+        whole = in_place and layout.uniform is not None and _all_equal(after)
         for name in target:
-            clear_behind(target[name], layout, range(layout.rows), after, -1 if name == POSITIONS else 0)
+            if whole:
+                self._clear_behind(name, after[0][0])
+            else:
+                clear_behind(target[name], layout, range(layout.rows), after, -1 if name == POSITIONS else 0)
         self._adopt(target, layout, after)
+
+    def _set_all(self, name: str, entries: Tensor, length: int) -> None:
+        """Let every segment hold the first `length` of [B, K, N, ...]; what was behind could be NaN."""
+        self._slice(name, 0, length).copy_(entries if entries.shape[2] == length else entries[:, :, :length])
+        self._clear_behind(name, length)
+
+    def _clear_behind(self, name: str, length: int) -> None:
+        if length < self._block[2]:
+            self._slice(name, length, self._block[2] - length).fill_(-1 if name == POSITIONS else 0)
 
     def _after(self, rows: Sequence[int], lengths: PerSegment, layout: Layout) -> PerSegment:
         """Lengths of all rows once some have new ones."""
         after = list(self.lengths)
         for row, counts in zip(rows, lengths, strict=True):
             after[row] = counts
-        if any(n > c for ns, cs in zip(after, layout.capacity, strict=True) for n, c in zip(ns, cs, strict=True)):
+        if layout.uniform is not None:
+            too_long = max(map(max, after), default=0) > layout.uniform
+        else:
+            pairs = zip(after, layout.capacity, strict=True)
+            too_long = any(n > c for ns, cs in pairs for n, c in zip(ns, cs, strict=True))
+        if too_long:
             raise CacheError(f"{after} entries do not fit into {layout.capacity} slots")
         return tuple(after)
 
@@ -264,9 +358,11 @@ class SlotStore:
     def truncate(self, count: int) -> None:
         """Drop the newest `count` slots of every segment."""
         if count:
+            added = self._added - count
+            newest = None if self.even else self._newest(added, count)
             for name in self.columns:
-                self._write_newest(name, self._added - count, count, -1 if name == POSITIONS else 0)
-            self._added -= count
+                self._write_newest(name, added, count, newest, -1 if name == POSITIONS else 0)
+            self._added = added
 
     def selected(self, rows: Sequence[int]) -> Self:
         """A store of the rows named, in that order, that shares no storage; a row may be named more than once."""
@@ -335,16 +431,24 @@ class SlotStore:
         for name in self.columns:
             write(target[name], layout, rows, self.padded(name, rows), lengths)
 
-    def _write_newest(self, name: str, added: int, count: int, entries: Tensor | float) -> None:
-        """Write `count` slots of every segment, from `added` behind its base length on."""
-        if self.even:
-            first = self._longest_base + added
-            self._capacity_view(name)[:, :, first : first + count] = entries
-            return
+    def _write_newest(self, name: str, added: int, count: int, newest: Tensor | None, entries: Tensor | float) -> None:
+        """Write `count` slots of every segment, from `added` behind its base length on: `newest`, or None if even."""
+        if newest is None:
+            slots = self._slice(name, self._longest_base + added, count)
+            slots.copy_(entries) if isinstance(entries, Tensor) else slots.fill_(entries)
+        elif isinstance(entries, Tensor):
+            self.tensors[name].index_copy_(0, newest, entries.flatten(0, 2).to(self.columns[name].dtype))
+        else:
+            self.tensors[name].index_fill_(0, newest, entries)
+
+    def _newest(self, added: int, count: int) -> Tensor:
+        """`count` slots of every segment, from `added` behind its base length on: int64 [B·K·count]."""
         if self._starts is None:
-            self._starts = self.layout.offsets_on(self.device) + self.layout.on(self._base, self.device)
-        newest = self._starts[..., None] + added + torch.arange(count, device=self.device)
-        self.tensors[name][newest] = torch.as_tensor(entries, dtype=self.columns[name].dtype, device=self.device)
+            self._starts = (self.layout.offsets_on(self.device) + self.layout.on(self._base, self.device)).flatten()
+        first = self._starts + added if added else self._starts
+        if count == 1:
+            return first
+        return (first[:, None] + torch.arange(count, device=self.device)).flatten()
 
     def _write_segments(self, name: str, entries: Tensor, starts: PerSegment, counts: PerSegment) -> None:
         for row, sizes in enumerate(counts):
@@ -358,6 +462,18 @@ class SlotStore:
         tensor = self.tensors[name]
         return tensor.view(*self._block, *tensor.shape[1:])
 
+    def _slice(self, name: str, first: int, count: int) -> Tensor:
+        """Slots of all segments, [B, K, count, ...] without a copy; needs a common capacity."""
+        if self.layout.uniform is None:
+            raise CacheError("heads with different budgets have no common capacity")
+        tensor = self.tensors[name]
+        shape = self._shapes.get(name)
+        if shape is None:  # asked for many times a token
+            shape = self._shapes[name] = _block_shape(self._block, tensor)
+        sizes, strides = shape
+        at = tensor.storage_offset() + first * strides[2]
+        return tensor.as_strided((*sizes[:2], count, *sizes[2:]), strides, at)
+
     def _on_device(self) -> tuple[Tensor, Tensor]:
         """Starts and base lengths, [B·K]; nothing is copied to the device while tokens only arrive."""
         if self._tabled != (self.layout, self._base):
@@ -368,10 +484,15 @@ class SlotStore:
 
     def _adopt(self, tensors: dict[str, Tensor], layout: Layout, base: PerSegment, added: int = 0) -> None:
         """Take over new storage and lengths: `base` now, and as many more as later appends add to all segments."""
-        known = self.layout is not layout and self.layout == layout
-        self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
-        self._block = (layout.rows, layout.heads, layout.uniform or 0)  # asked for many times a token
-        self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+        if tensors is not self.tensors or layout != self.layout:
+            known = self.layout is not layout and self.layout == layout
+            self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
+            self._block = (layout.rows, layout.heads, layout.uniform or 0)
+            self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+            self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+        elif base == self._base:  # as after every compression that takes as many as have come
+            self._added = added
+            return
         self._base, self._added = base, added
         self._measure()
 
@@ -380,7 +501,24 @@ class SlotStore:
         self.even = self.layout.uniform is not None and len(lengths) == 1
         self._longest_base = max(lengths, default=0)
         self._average_base = sum(map(sum, self._base)) / max(1, self.layout.rows * self.layout.heads)
+        pairs = zip(self.layout.capacity, self._base, strict=True)
+        spare = (size - length for row in pairs for size, length in zip(*row, strict=True))
+        self._room = min(spare, default=0)  # how many entries may be added to every segment
+        self._fullest_base = max(map(sum, self._base), default=0)
+        self._padded = self._lengths = None
         self._starts = None  # where the next slot of each segment is, computed when it is needed
+
+
+def _block_shape(block: tuple[int, int, int], tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes (B, K, ...) and strides (B, K, slot, ...) of a flat tensor [slots, ...] that is seen by segments."""
+    rows, heads, capacity = block
+    slot = tensor.stride(0)
+    return (rows, heads, *tensor.shape[1:]), (heads * capacity * slot, capacity * slot, slot, *tensor.stride()[1:])
+
+
+def _all_equal(numbers: PerSegment) -> bool:
+    first = numbers[0][0] if numbers and numbers[0] else None
+    return first is not None and all(row.count(first) == len(row) for row in numbers)
 
 
 def _positions_last(names: Iterable[str]) -> list[str]:

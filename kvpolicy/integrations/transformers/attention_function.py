@@ -57,14 +57,14 @@ def policy_attention(
     something else than every query's attention to all tokens up to its own (see `arguments.changing`).
     """
     layer: PolicyLayer | PassLayer | StaticLayer | CheckingLayer | None = getattr(key, "kvpolicy_layer", None)
+    if isinstance(layer, PolicyLayer):  # first, for it is asked at every token
+        output: Attended = _attend(layer, module, (query, key, value, attention_mask), dropout, scaling, original, call)
+        return output
     if isinstance(layer, StaticLayer):
         return attend_static(layer, query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     if isinstance(layer, CheckingLayer):
         stock = attention_function(original, module)
         return layer.watch(stock, module, (query, key, value, attention_mask), dropout, scaling, call)
-    if isinstance(layer, PolicyLayer):
-        output: Attended = _attend(layer, module, (query, key, value, attention_mask), dropout, scaling, original, call)
-        return output
     if isinstance(layer, PassLayer):
         of_pass: Attended = _attend_pass(layer, module, (query, key, value, attention_mask), scaling, original, call)
         return of_pass
@@ -88,13 +88,14 @@ def _attend(
 ) -> Attended:
     """Attention over what a layer holds, which is then observed and compressed."""
     query, _, _, mask = states
-    _refuse_changing(layer, query, mask, call)
-    new_tokens = new_tokens_of(mask)
+    if layer.compressed or layer.would_compress():
+        _refuse_changing(layer, query, mask, call)
+    new_tokens = None if mask is None else new_tokens_of(mask)
     padded, factor = (
         new_tokens is not None and new_tokens.padded,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
-    queries = widened(query, layer.plan.dtype)
+    queries = query if query.dtype == layer.plan.dtype else widened(query, layer.plan.dtype)
     batch = QueryBatch(queries, layer.place_tokens(new_tokens), padded=padded, scaling=factor)
     attended = layer.attend(batch, dropout)
     output: Attended
@@ -139,21 +140,20 @@ def register(*originals: str) -> None:
 
 
 def _refuse_changing(layer: PolicyLayer, query: Tensor, mask: Tensor | None, call: dict[str, Any]) -> None:
-    if not layer.compressed and not layer.would_compress():
-        return
-    for name in changing(call, query.shape[1], query.shape[2], layer.get_seq_length()):
+    """Refuse what cannot be had where entries are evicted, packed or chosen among."""
+    for name in changing(call, query.shape[1], query.shape[2], layer.seq_len):
         raise UnsupportedCallError(
             f"attention argument {name!r} cannot be carried across an eviction; "
             "raise the budget above the length, or detach the policy"
         )
-    if _hides_more(layer, mask):
+    if mask is not None and _hides_more(layer, mask):
         raise UnsupportedCallError(
             "a mask that hides more than pads and later tokens cannot be carried across an eviction; "
             "raise the budget above the length, or detach the policy"
         )
 
 
-def _hides_more(layer: PolicyLayer, mask: Tensor | None) -> bool:
+def _hides_more(layer: PolicyLayer, mask: Tensor) -> bool:
     new_tokens = new_tokens_of(mask)
     return is_foreign(mask) or (new_tokens is not None and new_tokens.earlier != layer.num_tokens)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpolicy.attention.attend import attend, observe_only
 from kvpolicy.attention.read_request import chosen_by, read_request
 from kvpolicy.cache.compaction.write_back import build_view, write_back
+from kvpolicy.cache.forward_step import ForwardStep
 from kvpolicy.cache.integrity import Integrity
 from kvpolicy.cache.layer_state import LayerState, NewStorage
 from kvpolicy.cache.observation_window import ObservationWindow
@@ -32,8 +33,6 @@ from kvpolicy.integrations.transformers.torch_modes import exactly, taking_state
 from kvpolicy.plan.compress.step import Compressed
 from kvpolicy.plan.plan import Plan
 from kvpolicy.stages import View
-
-_NOWHERE = torch.empty(0, dtype=torch.int32)  # positions, where none is waited for
 
 
 def _of_state(name: str) -> Any:
@@ -90,6 +89,8 @@ class PolicyLayer(LogicalLayer):
         self.integrity = integrity or Integrity([self.stats.layer])
         self.spans = spans or RequestSpans(plan.spec.protect)
         self._protects_spans = plan.spec.protect.by_place
+        self._wants_order = plan.wants_order(ordinal)
+        self._grows_unseen = plan.selective or bool(plan.passes)  # by numbers on the device, by token ids
         self.output_projection: Callable[[], Tensor] | None = None  # the weight that follows its attention
         self.empty()
 
@@ -105,10 +106,12 @@ class PolicyLayer(LogicalLayer):
         self.is_initialized = False
         self.state = self.new_state(0)
         self._num_new = 0  # tokens appended whose attention has not run yet
-        self._places = _NOWHERE  # and their positions, [B, q]
+        self._step: ForwardStep | None = None  # their forward, until the layer has done with it
+        self._resized = True  # whether bytes have to be counted anew
         self.recording = Recording()  # what a rollback may still undo
         self._new: tuple[Tensor, Tensor] | None = None  # keys and values of this forward, while they are recorded
         self._recorded: RecordedTokens | None = None  # the tokens of this forward, while they are recorded
+        self._read: Tensor | None = None  # how many entries a reader has chosen for the queries of this forward
         self._observed = False  # whether observers have seen the queries of this forward
 
     # -- one forward -------------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class PolicyLayer(LogicalLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         empty = self.new_state(key_states.shape[0])
         empty.record_past, empty.expects_prompt = self.record_past, self.expects_prompt
-        self.state, self.is_initialized = empty, True
+        self.state, self.is_initialized, self._resized = empty, True, True
 
     def new_state(self, rows: int) -> LayerState:
         """That of a layer like this one, before any token."""
@@ -154,14 +157,16 @@ class PolicyLayer(LogicalLayer):
         self.prepare()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._num_new = key_states.shape[2]
+        state, count = self.state, key_states.shape[2]
+        self._num_new = count
+        step = self.scheduler.step(state.num_tokens, state.seq_len + count, count, self.device)
         # An allocator is asked, and may fail, before anything changes.
-        limit = self._limit_at(self.seq_len + self._num_new)
-        self.seq_len += self._num_new
-        self._places = self.scheduler.positions(self.num_tokens, self._num_new, self.device)
-        self.storage.append(key_states, value_states, self._spread(self._places), limit)
-        self._new = (key_states, value_states) if self.record_past else None
-        keys, values = (key_states, value_states) if self.compressed else self.storage.all_states()
+        limit = self._limit_at(step.seq_len) if self._protects_spans else step.limits[self.ordinal]
+        self._step, state.seq_len = step, step.seq_len
+        if state.storage.append(key_states, value_states, step.by_head, limit):
+            self._resized = True
+        self._new = (key_states, value_states) if state.record_past else None
+        keys, values = (key_states, value_states) if state.compressed else state.storage.all_states()
         keys = keys.view(keys.shape)  # a fresh alias, which can carry an attribute
         keys.kvpolicy_layer = self  # type: ignore[attr-defined]
         return keys, values
@@ -173,41 +178,46 @@ class PolicyLayer(LogicalLayer):
         Raises CacheError when the tokens have been attended to already, or when the mask is of other rows.
         """
         self.integrity.require_updated(self.stats.layer)
-        if new_tokens is not None and tuple(new_tokens.valid.shape) != (len(self.num_tokens), self._num_new):
-            raise CacheError(
-                f"layer {self.stats.layer}: the mask is of {tuple(new_tokens.valid.shape)} (rows, tokens), "
-                f"the forward of {(len(self.num_tokens), self._num_new)}"
-            )
-        counts = [self._num_new] * len(self.num_tokens)
-        if new_tokens is not None and new_tokens.padded:
-            places = torch.tensor(self.num_tokens, device=self.device)[:, None] + new_tokens.valid.cumsum(1) - 1
-            self._places = places.masked_fill(~new_tokens.valid, -1).to(torch.int32)
-            self.storage.replace_newest_positions(self._spread(self._places))
-            self.padded, counts = True, new_tokens.counts
-        self.num_tokens = [num_tokens + count for num_tokens, count in zip(self.num_tokens, counts, strict=True)]
+        state, step = self.state, self._step
+        if step is None:  # there is one since the update
+            raise CacheError(f"layer {self.stats.layer}: no forward is in progress")
+        if new_tokens is not None:
+            if tuple(new_tokens.valid.shape) != (len(state.num_tokens), step.count):
+                raise CacheError(
+                    f"layer {self.stats.layer}: the mask is of {tuple(new_tokens.valid.shape)} (rows, tokens), "
+                    f"the forward of {(len(state.num_tokens), step.count)}"
+                )
+            if new_tokens.padded:
+                self._step = step = step.with_pads(new_tokens.valid, new_tokens.counts)
+                state.storage.replace_newest_positions(step.by_head)
+                state.padded = True
+        state.num_tokens = step.after
         self._num_new = 0
-        return self._places
+        return step.positions
 
     @exactly
     def attend(self, batch: QueryBatch, dropout: float = 0.0) -> Tensor | None:
         """Attention over what is held and read, [B, H, q, D]; None when that is all there ever was: a stock call."""
-        self.scaling = batch.scaling
+        self.state.scaling = batch.scaling
         if self._new is not None:
             self._recorded = RecordedTokens(*self._new, batch)
             return self.recording.attend(self, self._recorded, self.scheduler.prompt_end, dropout)
-        slots = self._chosen(batch)
-        if not self.compressed and slots is None:
-            self._note_reading(batch, None)
+        slots = self._chosen(batch) if self.plan.selective else None
+        if slots is not None:
+            self._read = _chosen_on_average(slots)
+        if not self.state.compressed and slots is None:
             return None
         self._observed = True
         return self._attended(batch, slots, dropout, observed=True)
 
     def attended(self, batch: QueryBatch, dropout: float, *, observed: bool) -> Tensor:
         """Attention over what is held and read, [B, H, q, D]; `observed` says whether observers see it."""
-        return self._attended(batch, self._chosen(batch), dropout, observed=observed)
+        slots = self._chosen(batch)
+        if batch.queries.shape[2] == 1:
+            self.stats.read_by_step(self.storage.average if slots is None else _chosen_on_average(slots))
+        return self._attended(batch, slots, dropout, observed=observed)
 
     def _attended(self, batch: QueryBatch, slots: Tensor | None, dropout: float, *, observed: bool) -> Tensor:
-        self._note_reading(batch, slots)
         observers, kernels = self.plan.observers if observed else (), self.plan.kernels
         return attend(self.storage, batch, slots, observers, pads=self.padded, dropout=dropout, kernels=kernels)
 
@@ -220,48 +230,52 @@ class PolicyLayer(LogicalLayer):
             return None
         return chosen_by(self.plan.spec.read, read_request(self.plan, self.storage, batch, self.ordinal))
 
-    def _note_reading(self, batch: QueryBatch, slots: Tensor | None) -> None:
-        if batch.queries.shape[2] == 1:
-            self.stats.read_by_step(self.storage.average if slots is None else (slots >= 0).double().sum(-1).mean())
-
     def _spread(self, positions: Tensor) -> Tensor:
         return positions[:, None].expand(-1, self.plan.geometry.kv_heads, -1)
 
     @exactly
     def finish_forward(self, batch: QueryBatch) -> None:
         """After attention: observe the queries and compress the rows that are due; later, if it may be undone."""
-        self.scaling = batch.scaling
-        self._places = _NOWHERE
+        self.state.scaling = batch.scaling
+        step, self._step = self._step, None
         if self._recorded is not None:
             self.recording.note_forward(self, self._recorded, self.scheduler.prompt_end)
             self._recorded = self._new = None
             self._sample()
         else:
             self._observe(batch)
-            self._sample()
-            self._compress_and_pack(decoding=batch.queries.shape[2] == 1)
-        self._observed = False
-        if self.integrity.is_last(self.stats.layer):
-            self.scheduler.end()
-        self.integrity.end_update(self.stats.layer)
+            decoding, held = batch.queries.shape[2] == 1, self.storage.average
+            if decoding:
+                self.stats.read_by_step(held if self._read is None else self._read)
+            if self._resized or self._grows_unseen:
+                self._sample()
+            else:
+                self.stats.advance(self.seq_len, held)
+            self._compress_and_pack(decoding=decoding, step=step)
+        self._observed, self._read = False, None
+        self.integrity.end_update(self.stats.layer, self.scheduler.end)
 
     def would_compress(self) -> bool:
         """Whether attention may be over less than all tokens: entries are packed, chosen, or about to be evicted."""
-        if self.plan.wants_order(self.ordinal):
+        if self._wants_order:
             return True
-        ahead = [num_tokens + self._num_new for num_tokens in self.num_tokens]
         decoding = self._num_new == 1 or (self.record_past and not self.expects_prompt)
+        if self._step is not None and not self._may_be_due(self._step, decoding=decoding):
+            return False
+        ahead = [num_tokens + self._num_new for num_tokens in self.num_tokens]
         return bool(self._due(ahead, decoding=decoding))
 
     # -- compression -------------------------------------------------------------------------------------------
 
     def _observe(self, batch: QueryBatch) -> None:
-        self.window.add(batch.queries, batch.positions, padded=batch.padded)
+        if self.window.add(batch.queries, batch.positions, padded=batch.padded):
+            self._resized = True
         if self.plan.observers and not self._observed:
             observe_only(self.storage, batch, self.plan.observers)
 
-    def _compress_and_pack(self, *, decoding: bool, immediately: bool = False) -> None:
-        if self.compressed:
+    def _compress_and_pack(self, *, decoding: bool, immediately: bool = False, step: ForwardStep | None = None) -> None:
+        """Compress and pack what is due; `step` is the forward that has just been, if there was one."""
+        if self.padded and self.compressed:
             self.close_gaps()
         if self._protects_spans:
             end = self.scheduler.prompt_end
@@ -274,7 +288,8 @@ class PolicyLayer(LogicalLayer):
         if self.plan.compresses_jointly:
             self.scheduler.attended(self, decoding=decoding)
             return
-        rows = self._due(self.num_tokens, decoding=decoding)
+        may_be_due = step is None or self._may_be_due(step, decoding=decoding)
+        rows = self._due(self.num_tokens, decoding=decoding) if may_be_due else []
         if rows:
             self.close_gaps()
             for alike in self.plan.budgets.protected_alike(self.num_tokens, rows):
@@ -307,6 +322,14 @@ class PolicyLayer(LogicalLayer):
         """Something has been packed."""
         self.compressed, self.rollback_limit = self.compressed or not self.storage.is_plain, self.seq_len
         self._sample()
+
+    def _may_be_due(self, step: ForwardStep, *, decoding: bool) -> bool:
+        """Whether a row may hold too much behind a forward; if not, no row has to be looked at."""
+        if self._protects_spans:
+            return True
+        heads = self.plan.geometry.kv_heads
+        held = self.storage.fullest if self.compressed else step.most_tokens * heads
+        return held > step.least_allowed(decoding=decoding)[self.ordinal] * heads
 
     def _due(self, num_tokens: Sequence[int], *, decoding: bool, before: int = 0) -> list[int]:
         """Rows that hold too much at `num_tokens` tokens, the newest `before` entries of every head left out."""
@@ -393,6 +416,7 @@ class PolicyLayer(LogicalLayer):
                 beside += self.scheduler.prompt.tensors
             if self.scheduler.undone is not None:
                 beside.append(self.scheduler.undone)
+        self._resized = False
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.rows = len(self.state.num_tokens)
         self.stats.sample(self.seq_len, self.storage.average, self.storage.nbytes, self.window.nbytes, state)
@@ -458,7 +482,7 @@ class PolicyLayer(LogicalLayer):
         Raises as `require_agreement` does.
         """
         self.changes += 1
-        if isinstance(self.state.storage, FixedStorage):
+        if self.state.storage.is_fixed:
             with self.integrity.hand_over():
                 self.require_agreement()
                 self.leave_fixed_storage()
@@ -600,7 +624,7 @@ class PolicyLayer(LogicalLayer):
         if not saved.in_order and not self.plan.fills_holes:  # where it was made, compressions ran without kernels
             saved.storage.sort_by_position()
             saved.in_order = True
-        self.state, self.is_initialized = saved, saved.rows > 0
+        self.state, self.is_initialized, self._resized = saved, saved.rows > 0, True
         self.dtype, self.device = self.plan.dtype, saved.storage.device
         self.stats.compressions = saved.compressions
 
@@ -627,8 +651,13 @@ class PolicyLayer(LogicalLayer):
     def move_rows(self, rows: Sequence[int]) -> None:
         """Do what `select_rows` does, as part of a change of the whole cache."""
         if self.is_initialized:
-            self.state = self.state.selected(rows)
+            self.state, self._resized = self.state.selected(rows), True
             self.recording.select_rows(rows)
+
+
+def _chosen_on_average(slots: Tensor) -> Tensor:
+    """How many of the slots [B, K, n] a reader has chosen, float64 []; it stays on the device."""
+    return (slots >= 0).double().sum(-1).mean()
 
 
 def require_batch(layer: int, rows: int, *states: Tensor) -> None:

@@ -39,8 +39,11 @@ def exactly(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[
 
     @functools.wraps(method)
     def wrapped(self: Any, /, *args: _P.args, **options: _P.kwargs) -> _T:
-        with exact(self.plan.device.type):
-            return method(self, *args, **options)
+        device_type = self.plan.device.type
+        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device_type):
+            with exact(device_type):
+                return method(self, *args, **options)
+        return method(self, *args, **options)  # no context is entered at every token for nothing
 
     return wrapped
 
@@ -52,8 +55,10 @@ def taking_states(update: Callable[..., Any]) -> Callable[..., Any]:
     @outside_graphs
     @functools.wraps(update)
     def wrapped(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> Any:
-        keys, values = (widened(states, self.plan.dtype) for states in (key_states, value_states))
-        return exact_update(self, keys, values, *args, **options)
+        dtype = self.plan.dtype
+        if key_states.dtype != dtype or value_states.dtype != dtype:
+            key_states, value_states = widened(key_states, dtype), widened(value_states, dtype)
+        return exact_update(self, key_states, value_states, *args, **options)
 
     return wrapped
 

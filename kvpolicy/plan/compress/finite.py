@@ -24,12 +24,12 @@ def is_finite(vectors: Tensor) -> Tensor:
 
 
 def faults_of(view: View, *, queries: bool) -> Tensor:
-    """How many slots of a view, and with `queries` how many queries, are not finite: int64 [] on the device.
+    """How many slots of each row of a view, and with `queries` how many queries, are not finite: int64 [B].
 
     Slots that hold nothing count too: a merger may multiply them by 0.
     """
-    wrong = (~_sound_slots(view)).sum()
-    return wrong + (~_sound_queries(view)).sum() if queries and view.queries is not None else wrong
+    wrong = (~_sound_slots(view)).sum((1, 2))
+    return wrong + (~_sound_queries(view)).sum(1) if queries and view.queries is not None else wrong
 
 
 def _sound_slots(view: View) -> Tensor:

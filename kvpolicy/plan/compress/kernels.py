@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import attrs
 from torch import Tensor
 
+from kvpolicy.plan.compress.blocks import Block
 from kvpolicy.plan.compress.fusion import Fusion, Term
 from kvpolicy.plan.compress.layers import Layers
 from kvpolicy.plan.compress.score import scored
@@ -28,6 +29,9 @@ class FusedLayers(ScoredLayers):
         self.fusion, self.layers = fusion, Layers.of(views)
         super().__init__(spec, views)
 
+    def shown(self) -> tuple[Block, ...]:
+        return tuple(map(Block, self.views))  # launches are for all layers anyway
+
     def score(self) -> None:
         from kvpolicy_kernels.score.postprocess import postprocess
 
@@ -41,7 +45,7 @@ class FusedLayers(ScoredLayers):
         finishes = [term.postprocess for term in tiled + [term for _, term in others]]
         positions = layers.columns["positions"]
         self.total, nan = postprocess(layers.segments, positions, terms, finishes, **layers.protect)
-        self.scores = layers.per_view(self.total)
+        self.scores = self.block_scores = layers.per_view(self.total)
         self.nan = layers.counted(nan).sum(-1)
         self.room, self.protected = layers.counted(layers.room), layers.counted(layers.protected)
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import attrs
 import torch
 from torch import Tensor
 
+from kvpolicy.plan.compress.blocks import Block, blocks_of
 from kvpolicy.plan.compress.finite import faults_of, is_finite
 from kvpolicy.plan.compress.score import calibration_of, weighted_sum
 from kvpolicy.spec.policy import PolicySpec
@@ -33,14 +35,20 @@ class Selection(Protocol):
 class Masks:
     """A selection told by masks over the slots."""
 
-    stays: Sequence[Tensor]  # bool [B, K, T], one a layer
+    blocks: Sequence[Block]
+    stays: Sequence[Tensor]  # bool [layers · B, K, T], one a block
 
     @property
     def lengths(self) -> Tensor:
-        return torch.stack([mask.sum(-1) for mask in self.stays])
+        return torch.cat([block.by_layer(mask.sum(-1)) for block, mask in zip(self.blocks, self.stays, strict=True)])
 
     def indices(self, widths: Sequence[int]) -> list[Tensor]:
-        return [indices_of(mask, width) for mask, width in zip(self.stays, widths, strict=True)]
+        rest, kept = iter(widths), list[Tensor]()
+        for block, mask in zip(self.blocks, self.stays, strict=True):
+            own = list(islice(rest, block.layers))
+            layers = block.split(indices_of(mask, max(own)))
+            kept += [slots[..., :width] for slots, width in zip(layers, own, strict=True)]
+        return kept
 
 
 class ScoredLayers:
@@ -48,6 +56,7 @@ class ScoredLayers:
 
     # Scores of each layer, float32 [B, K, T]: -inf outside the candidates, and where a candidate's was NaN.
     scores: list[Tensor]
+    block_scores: list[Tensor]  # the same numbers, [layers · B, K, T] of each block
     nan: Tensor  # int64 [L, B], how many of a row's candidates had NaN
     room: Tensor  # int64 [L, B, K], candidates of each head
     protected: Tensor  # int64 [L, B, K]
@@ -57,26 +66,39 @@ class ScoredLayers:
         self.spec, self.views = spec, tuple(views)
         self.faults = torch.zeros(len(views), dtype=torch.int64, device=views[0].positions.device)
         self.observed: list[dict[str, Tensor]] = [{} for _ in views]  # new slot state, named as in the store
+        self.blocks = self.shown()
         self.score()
-        self.second_scores = [second_scores(spec, view) for view in views]
+        self.second_scores = [second_scores(spec, block.view) for block in self.blocks]
         self.statistics = _statistics(spec.allocate.divider, views)
 
+    def shown(self) -> tuple[Block, ...]:
+        """The layers as plugins are shown them."""
+        return blocks_of(self.spec, self.views)
+
     def score(self) -> None:
-        """Set `scores`, `nan`, `room` and `protected`, and fill `observed`."""
-        self.scores, nan = [], []
-        for view, noted in zip(self.views, self.observed, strict=True):
-            total, fresh = weighted_sum(self.spec, view)
-            wrong = total.isnan() & view.candidates
-            self.scores.append(total.masked_fill(wrong | ~view.candidates, -torch.inf))
-            nan.append(wrong.sum((1, 2)))
-            noted.update(fresh)
-        self.nan = torch.stack(nan)
-        self.room = torch.stack([view.candidates.sum(-1) for view in self.views])
-        self.protected = torch.stack([view.protected.sum(-1) for view in self.views])
+        """Set `scores`, `block_scores`, `nan`, `room` and `protected`, and fill `observed`."""
+        self.block_scores, nan = [], []
+        noted = iter(self.observed)
+        for block in self.blocks:
+            total, fresh = weighted_sum(self.spec, block.view)
+            wrong = total.isnan() & block.view.candidates
+            self.block_scores.append(total.masked_fill(wrong | ~block.view.candidates, -torch.inf))
+            nan.append(block.by_layer(wrong.sum((1, 2))))
+            own = list(islice(noted, block.layers))
+            for name, values in fresh.items():
+                for of_layer, part in zip(own, block.split(values), strict=True):
+                    of_layer[name] = part
+        pairs = zip(self.blocks, self.block_scores, strict=True)
+        self.scores = [part for block, scores in pairs for part in block.split(scores)]
+        self.nan = torch.cat(nan)
+        self.room = torch.cat([block.by_layer(block.view.candidates.sum(-1)) for block in self.blocks])
+        self.protected = torch.cat([block.by_layer(block.view.protected.sum(-1)) for block in self.blocks])
 
     def look_for_faults(self) -> None:
         """Set `faults`: what a merger must not see of each layer, and what is not packed."""
-        self.faults = torch.stack([faults_of(view, queries=not self.spec.merge.moves_only) for view in self.views])
+        queries = not self.spec.merge.moves_only
+        rows = [block.by_layer(faults_of(block.view, queries=queries)) for block in self.blocks]
+        self.faults = torch.cat(rows).sum(1)
 
     def won(self, best: Tensor) -> Tensor:
         """How many of the best `best` [L, B] candidates of a layer each of its heads owns, int64 [L, B, K]."""
@@ -85,8 +107,13 @@ class ScoredLayers:
 
     def select(self, counts: Tensor) -> Selection:
         """The protected entries, and of each head's candidates as many as `counts` [L, B, K] says."""
-        layers = zip(self.views, self.scores, counts, self.second_scores, strict=True)
-        return Masks([select(self.spec, *layer) | layer[0].protected for layer in layers])
+        parts = counts.split([block.layers for block in self.blocks])
+        blocks = zip(self.blocks, self.block_scores, parts, self.second_scores, strict=True)
+        stays = [
+            select(self.spec, block.view, scores, part.flatten(0, 1), second) | block.view.protected
+            for block, scores, part, second in blocks
+        ]
+        return Masks(self.blocks, stays)
 
     def rank_faulty_last(self, views: Sequence[View]) -> None:
         """Of candidates whose score was NaN, let those that are not finite be evicted first.
@@ -100,6 +127,7 @@ class ScoredLayers:
     def forget_entries(self) -> None:
         """Let go of keys, values and what was observed: they may be copies, as large as the cache."""
         self.views = tuple(_without_entries(view) for view in self.views)
+        self.blocks = tuple(block.mapped(_without_entries) for block in self.blocks)
 
 
 def _without_entries(view: View) -> View:

@@ -7,12 +7,14 @@ everything to the device, for decode steps of fixed shapes.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
 from kvpolicy.plan.compress.allocate import allocate
+from kvpolicy.plan.compress.blocks import Block
 from kvpolicy.plan.compress.finite import warn_of_undone
 from kvpolicy.plan.compress.fusion import Fusion
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
@@ -48,6 +50,7 @@ class Chosen:
     observed: dict[str, Tensor]  # likewise
     faults: int  # how many slots and queries are not finite; 0 where nobody needs to know
     evicted: int  # the most entries that a head loses
+    block: Block  # as which plugins have been shown the layer, maybe with others
 
 
 def compress(
@@ -71,7 +74,8 @@ def compress(
     reads next.
 
     Yields the results of some layers, in order, until all have been given: those of a group if its entries are only
-    moved, else those of one layer, to be written back first. So no more than one layer's merged entries exist.
+    moved, or if they are so few that its layers are shown as rows of one view; else those of one layer, to be written
+    back first. So no more than one layer's merged entries exist, unless these are few.
 
     A row that holds no more than its budget keeps everything. Rows never influence each other, and layers only where
     the policy has a joint allocator.
@@ -82,6 +86,13 @@ def compress(
     for (group, _), (views, results) in zip(batch, chosen, strict=True):
         if spec.merge.moves_only:
             yield [Compressed(one.kept, one.lengths, one.observed, finite=packs and not one.faults) for one in results]
+            continue
+        if not forgets and _merge_alike(results):
+            rest = iter(results)
+            while own := list(islice(rest, 1)):
+                own += islice(rest, own[0].block.layers - 1)
+                together = merged_together(spec, own[0].block, own, undone)
+                yield [attrs.evolve(reduced, finite=packs) for reduced in together]
             continue
         for again, view, result in zip(group, views, results, strict=True):
             reduced = merged(spec, again() if forgets else view, result, undone)
@@ -121,6 +132,38 @@ def merged(spec: PolicySpec, view: View, chosen: Chosen, undone: Tensor | None =
     state = {MERGE_STATE + name: values for name, values in entries.slot_state.items()}
     rows = dict(entries.row_state)
     return Compressed(chosen.kept, chosen.lengths, chosen.observed, entries, slot_state=state, row_state=rows)
+
+
+def _merge_alike(results: Sequence[Chosen]) -> bool:
+    """Whether layers are rows of one view, and what they keep of one tensor, of which nothing has to be left out."""
+    rows = any(one.block.layers > 1 for one in results)
+    return rows and not any(one.faults for one in results) and len({one.kept.shape for one in results}) == 1
+
+
+def merged_together(
+    spec: PolicySpec, block: Block, chosen: Sequence[Chosen], undone: Tensor | None = None
+) -> list[Compressed]:
+    """`merged` of all layers of a block, each of which keeps as many slots and has no faults."""
+    shown = attrs.evolve(block.view, most_evicted=max(one.evicted for one in chosen))
+    entries = merge(spec, shown, torch.cat([one.kept for one in chosen]), faults=0, undone=undone)
+    columns = {name: _split(block, getattr(entries, name)) for name in ("keys", "values", "log_votes", "changed")}
+    slots = {MERGE_STATE + name: block.split(values) for name, values in entries.slot_state.items()}
+    rows = {name: block.split(values) for name, values in entries.row_state.items()}
+    return [
+        Compressed(
+            one.kept,
+            one.lengths,
+            one.observed,
+            Entries(**{name: parts[layer] for name, parts in columns.items()}),
+            slot_state={name: parts[layer] for name, parts in slots.items()},
+            row_state={name: parts[layer] for name, parts in rows.items()},
+        )
+        for layer, one in enumerate(chosen)
+    ]
+
+
+def _split(block: Block, tensor: Tensor | None) -> Sequence[Any]:
+    return (None,) * block.layers if tensor is None else block.split(tensor)
 
 
 _Part = tuple[Sequence[Shown], Tensor]  # a group and its budgets [L, B]
@@ -180,7 +223,8 @@ def _choose(
         count = len(group.views)
         own = list(islice(lengths, count))
         kept = selection.indices([max(map(max, rows), default=0) for rows in own])
-        chosen = zip(kept, own, group.observed, islice(faults, count), islice(evicted, count), strict=True)
+        blocks = (block for block in group.blocks for _ in range(block.layers))
+        chosen = zip(kept, own, group.observed, islice(faults, count), islice(evicted, count), blocks, strict=True)
         results.append((group.views, [Chosen(*parts) for parts in chosen]))
     return results
 

@@ -13,6 +13,7 @@ from kvpolicy.stages.conformance.observers import expect_declared
 from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import (
     expect_close,
+    of_another_layer,
     query_logits_of,
     rows_of,
     sample_view,
@@ -88,6 +89,12 @@ def is_deterministic(merger: Merger, _promises: Promises) -> None:
         first, second = _tensors_of(merger.merge(view, kept)), _tensors_of(merger.merge(again, kept))
         if not all(torch.equal(first[name], second[name]) for name in first):
             raise contract_error(merger, "gave other entries the second time")
+
+
+def looks_at_no_layer(merger: Merger, _promises: Promises) -> None:
+    for view, kept in _samples(merger) if merger.layers_as_rows else ():
+        actual, expected = (_tensors_of(merger.merge(sample, kept)) for sample in (of_another_layer(view), view))
+        _expect_same(merger, kept, actual, expected, "for another layer")
 
 
 def leaves_its_input_alone(merger: Merger, _promises: Promises) -> None:
@@ -190,5 +197,6 @@ CHECKS = (
     keeps_rows_apart,
     ignores_empty_slots,
     is_deterministic,
+    looks_at_no_layer,
     leaves_its_input_alone,
 )

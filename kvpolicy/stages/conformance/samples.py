@@ -48,6 +48,11 @@ def sample_view(plugin: ViewPlugin | None = None, *, lengths: tuple[tuple[int, .
     return view if plugin is None else _observed(plugin, view, normal)
 
 
+def of_another_layer(view: View) -> View:
+    """The same entries in another layer, for which nothing was calibrated, and behind which nothing is known."""
+    return attrs.evolve(view, layer=view.layer + 1, calibration={}, output_projection=None)
+
+
 def _observed(plugin: ViewPlugin, view: View, normal: Callable[..., Tensor]) -> View:
     batch, heads, slots = view.positions.shape
     needs = needs_of(plugin)

@@ -10,6 +10,7 @@ from kvpolicy.stages.conformance.promises import Promises
 from kvpolicy.stages.conformance.samples import (
     expect_close,
     heads_swapped,
+    of_another_layer,
     rows_of,
     sample_view,
     scored,
@@ -113,6 +114,14 @@ def _expect_same(scorer: Scorer, view: View, scores: Tensor, expected: Tensor, w
     expect_close(scorer, scores[view.candidates], expected[view.candidates], when)
 
 
+def looks_at_no_layer(scorer: Scorer, _promises: Promises) -> None:
+    if not scorer.layers_as_rows:
+        return
+    view = sample_view(scorer)
+    other = of_another_layer(view)
+    _expect_same(scorer, other, scored(scorer, other), scored(scorer, view), "for another layer")
+
+
 CHECKS = (
     returns_float32_per_slot,
     observes_what_it_declared,
@@ -124,4 +133,5 @@ CHECKS = (
     ignores_empty_slots,
     copes_with_nothing_to_score,
     scores_the_same_in_any_order,
+    looks_at_no_layer,
 )

@@ -69,6 +69,13 @@ def keeps_rows_apart(selector: Selector, _promises: Promises) -> None:
                 raise contract_error(selector, f"chose other entries for row {row} alone")
 
 
+def looks_at_no_layer(selector: Selector, _promises: Promises) -> None:
+    for request in _samples(selector) if selector.layers_as_rows else ():
+        other = attrs.evolve(request, layer=request.layer + 1)
+        if not torch.equal(selector.select(other), selector.select(request)):
+            raise contract_error(selector, "chose other entries for another layer")
+
+
 def leaves_its_input_alone(selector: Selector, _promises: Promises) -> None:
     view = sample_view(selector)
     with untouched(selector, tensors_of(view)):
@@ -113,5 +120,6 @@ CHECKS = (
     takes_nan_last,
     breaks_ties_by_age,
     keeps_rows_apart,
+    looks_at_no_layer,
     leaves_its_input_alone,
 )

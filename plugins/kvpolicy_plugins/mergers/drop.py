@@ -14,6 +14,7 @@ class Drop(Merger):
     """Keeps the entries of the kept slots as they are, bit for bit; padding slots are zero."""
 
     name: ClassVar[str] = "drop"
+    layers_as_rows: ClassVar[bool] = True
     moves_only: ClassVar[bool] = True
 
     def merge(self, view: View, kept: Tensor) -> Entries:

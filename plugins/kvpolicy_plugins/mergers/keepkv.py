@@ -110,6 +110,7 @@ class KeepKV(Merger):
 
     name: ClassVar[str] = "keepkv"
     reference: ClassVar[str] = "arXiv:2504.09936"
+    layers_as_rows: ClassVar[bool] = True
     votes: ClassVar[bool] = True
 
     threshold: float = parameter(

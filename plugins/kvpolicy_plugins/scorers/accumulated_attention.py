@@ -19,6 +19,7 @@ class AccumulatedAttention(Scorer):
 
     name: ClassVar[str] = "accumulated_attention"
     reference: ClassVar[str] = "arXiv:2306.14048"
+    layers_as_rows: ClassVar[bool] = True
 
     group: str = parameter(GROUP, "mean", help="how the query heads of a KV head are reduced to one")
 

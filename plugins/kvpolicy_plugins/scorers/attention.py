@@ -44,6 +44,7 @@ class Attention(Scorer):
 
     name: ClassVar[str] = "attention"
     reference: ClassVar[str] = "arXiv:2404.14469"
+    layers_as_rows: ClassVar[bool] = True
 
     queries: int = parameter(QUERIES, 32, help="W, how many of the last queries vote")
     softmax: str = parameter(

@@ -18,6 +18,7 @@ class KeyNorm(Scorer):
 
     name: ClassVar[str] = "key_norm"
     reference: ClassVar[str] = "arXiv:2406.11430"
+    layers_as_rows: ClassVar[bool] = True
 
     def in_any_order(self) -> bool:
         return True

@@ -17,6 +17,7 @@ class Recency(Scorer):
 
     name: ClassVar[str] = "recency"
     reference: ClassVar[str] = "arXiv:2309.17453"
+    layers_as_rows: ClassVar[bool] = True
 
     def in_any_order(self) -> bool:
         return True

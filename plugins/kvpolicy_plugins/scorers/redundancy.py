@@ -27,6 +27,7 @@ class Redundancy(Scorer):
 
     name: ClassVar[str] = "redundancy"
     reference: ClassVar[str] = "arXiv:2505.24133"
+    layers_as_rows: ClassVar[bool] = True
 
     threshold: float = parameter(
         Number(minimum=0, maximum=1), 0.5, help="cosine similarity above which two keys are similar"

@@ -15,6 +15,7 @@ class ValueNorm(Scorer):
 
     name: ClassVar[str] = "value_norm"
     reference: ClassVar[str] = "arXiv:2406.12335"
+    layers_as_rows: ClassVar[bool] = True
 
     order: float = parameter(Number(minimum=0.1, maximum=100), 2, help="p of the p-norm")
 

@@ -14,6 +14,7 @@ class TopK(Selector):
     """Each head keeps its highest scores. NaN ranks last, -0.0 equals 0.0, ties go to the earlier entry."""
 
     name: ClassVar[str] = "topk"
+    layers_as_rows: ClassVar[bool] = True
     best: ClassVar[bool] = True
 
     def select(self, request: SelectionRequest) -> Tensor:

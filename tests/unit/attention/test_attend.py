@@ -4,6 +4,7 @@ import attrs
 import pytest
 import torch
 
+from kvpolicy.attention import attend as attention
 from kvpolicy.attention.attend import attend, observe_only
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.query_batch import QueryBatch
@@ -96,6 +97,38 @@ def test_attention_is_what_float64_gives(lengths, count, pads, votes, dtype):
         assert torch.allclose(found, wanted, atol=tolerance), (found - wanted).abs().max()
     assert output.dtype == dtype
     assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("most", [0, DIM * 100], ids=["one by one", "copied"])
+@pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
+def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes, most, monkeypatch):
+    """Several tokens in a row: what is known about copies is made anew when storage is."""
+    monkeypatch.setattr(attention, "_COPIED", most)
+    _, held, batch = stored(LENGTHS["ragged"], 1, votes=votes)
+    assert list(held.padded_rows(most)) == ([0, 1] if most else [])
+    for token in range(3):
+        expected, _ = reference(held, batch)
+        torch.testing.assert_close(attend(held, batch, pads=False).double(), expected, rtol=0, atol=1e-5)
+        keys, values, queries = random_entries(torch.Generator().manual_seed(token), 2, 1)
+        positions = torch.full((2, 1), PAST + 1 + token)
+        held.append(keys, values, positions[:, None].expand(-1, HEADS, -1).int(), 4 if token else 50)
+        batch = QueryBatch(queries, positions, padded=False, scaling=DIM**-0.5)
+
+
+@pytest.mark.parametrize("faulty", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_what_is_not_finite_in_one_head_stays_there(faulty):
+    """Copies of shorter heads end in slots of their own, not in those of the next head."""
+    _, held, batch = stored(LENGTHS["ragged"], 1)
+    expected, _ = reference(held, batch)
+    held.keys.residual.segment("keys", *faulty)[:] = torch.nan
+    held.values.residual.segment("values", *faulty)[:] = torch.nan
+    output = attend(held, batch, pads=False).double().unflatten(1, (HEADS, GROUP))
+    assert output[faulty].isnan().all()
+    for row in range(2):
+        for head in range(HEADS):
+            if (row, head) != faulty:
+                wanted = expected[row, head * GROUP : (head + 1) * GROUP]
+                torch.testing.assert_close(output[row, head], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])

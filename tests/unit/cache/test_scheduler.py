@@ -16,14 +16,16 @@ from tests.support.policies import small
 
 
 def test_positions_are_those_of_the_tokens_that_arrive():
-    """Made once for all layers of a step, and anew for other tokens or rows."""
+    """Made once for all layers of a step, and anew for other tokens or rows, or behind other pads."""
     shared, cpu = CompressionScheduler(worth_plan(), waits=False), torch.device("cpu")
-    first = shared.positions([3, 0], 2, cpu)
-    assert first.tolist() == [[3, 4], [0, 1]]
-    assert first.dtype == torch.int32
-    assert shared.positions([3, 0], 2, cpu) is first
-    assert shared.positions([3, 0], 1, cpu).tolist() == [[3], [0]]
-    assert shared.positions([4], 1, cpu).tolist() == [[4]]
+    first = shared.step([3, 0], 5, 2, cpu)
+    assert first.positions.tolist() == [[3, 4], [0, 1]]
+    assert first.positions.dtype == torch.int32
+    assert first.after == [5, 2]
+    assert shared.step([3, 0], 5, 2, cpu) is first
+    assert shared.step([3, 0], 5, 1, cpu).positions.tolist() == [[3], [0]]
+    assert shared.step([3, 0], 6, 1, cpu).seq_len == 6
+    assert shared.step([4], 5, 1, cpu).positions.tolist() == [[4]]
 
 
 def test_layers_that_wait_together_are_compressed_with_those_of_their_own_scaling(monkeypatch):

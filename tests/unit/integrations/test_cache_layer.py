@@ -168,6 +168,28 @@ def test_it_says_beforehand_whether_it_would_compress():
     assert layer.would_compress()
 
 
+def test_bytes_are_counted_whenever_storage_has_changed():
+    """Not only when somebody asks for a report: the most that there have been is known afterwards, too."""
+    layer, generator, most = new_layer(worth_plan(budget=300, every=3, queries=200)), torch.Generator(), 0
+
+    def agree():
+        stats = layer.stats
+        assert (stats.entry_bytes, stats.window_bytes) == (layer.storage.nbytes, layer.window.nbytes)
+        assert (stats.seq_len, stats.held) == (layer.seq_len, layer.storage.average)
+        assert stats.rows == len(layer.num_tokens)
+        assert stats.peak_bytes >= stats.nbytes
+        assert stats.peak_entry_bytes == most
+
+    for count in (20, *[1] * 60, 30, *[1] * 30):
+        feed(layer, *random_entries(generator, 1, count))
+        most = max(most, layer.storage.nbytes)
+        agree()
+    layer.batch_repeat_interleave(3)
+    feed(layer, *random_entries(generator, 3, 1))
+    most = max(most, layer.storage.nbytes)
+    agree()
+
+
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
 def test_statistics_follow(ragged):
     layer = new_layer(worth_plan(budget=6, every=3, ragged=ragged))

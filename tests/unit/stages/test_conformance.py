@@ -19,6 +19,8 @@ from kvpolicy.stages import (
 from kvpolicy.stages.checking.returned import check_scores
 from kvpolicy.stages.conformance import Promises, check_plugin, conformance_cases
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
+from kvpolicy_plugins.mergers.drop import Drop
+from kvpolicy_plugins.selectors.topk import TopK
 from tests.support.views import view_of
 
 
@@ -72,6 +74,30 @@ def test_state_must_be_declared_and_shaped():
     declared = {**observed, "slot_state": lambda self: (State("mine"),)}
     with pytest.raises(PluginContractError, match=r"returned shape \(1,\), expected \(batch=3"):
         check_plugin(broken(lambda view: norms(view).float(), **declared))
+
+
+def test_a_layer_that_is_no_row_among_others_is_found_out():
+    """Of a scorer, a selector and a merger that say they look at no layer, and do."""
+    scorer = broken(lambda view: norms(view).float() * (1 + view.layer), layers_as_rows=True)
+    check = dict(conformance_cases(scorer))["looks at no layer"]
+    with pytest.raises(PluginContractError, match="for another layer"):
+        check()
+    honest = broken(lambda view: norms(view).float() * (1 + view.layer))
+    dict(conformance_cases(honest))["looks at no layer"]()
+
+    def select(_self, request):
+        shown = request.scores if request.layer % 2 else -request.scores
+        return TopK().select(attrs.evolve(request, scores=shown))
+
+    def merge(_self, view, kept):
+        entries = Drop().merge(view, kept)
+        return attrs.evolve(entries, keys=entries.keys + view.layer, changed=torch.ones_like(kept, dtype=torch.bool))
+
+    for kind, members in ((Selector, {"select": select}), (Merger, {"merge": merge})):
+        body = {"name": "broken", "layers_as_rows": True, "__module__": __name__, **members}
+        plugin = attrs.frozen(type("Broken", (kind,), body))()
+        with pytest.raises(PluginContractError, match="for another layer"):
+            dict(conformance_cases(plugin))["looks at no layer"]()
 
 
 def test_scores_that_mix_heads_alike_are_no_fault():
