@@ -80,7 +80,7 @@ class Layout:
     def with_room(self, needed: PerSegment, limit: int) -> "Layout":
         """A layout with room for `needed` entries; this one, if it has room.
 
-        Segments that grow get a quarter more than needed, but at most `limit` slots (on average over the heads of a row
+        Segments that grow get an eighth more than needed, but at most `limit` slots (on average over the heads of a row
         if they differ). Empty segments get exactly what is needed.
         """
         if self.uniform is None:
@@ -102,4 +102,4 @@ def _row_capacities(needed: tuple[int, ...], capacity: tuple[int, ...], *, limit
 
 def _grown(needed: int) -> int:
     """Slots for `needed` and some later entries: a compromise between copies and unused memory."""
-    return needed + max(needed // 4, 16)
+    return needed + max(needed // 8, 16)

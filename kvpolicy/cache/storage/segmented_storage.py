@@ -119,18 +119,20 @@ class SegmentedStorage(LayerStorage):
         return self.keys.residual.dense(self.keys.name), self.values.residual.dense(self.values.name)
 
     def padded_rows(self, most: int) -> Mapping[int, PaddedRow]:
-        keys, values = self.keys.residual, self.values.residual
+        keys = self.keys.residual
         longest = most // keys.columns[self.keys.name].shape[0]
-        widths = {row: width for row, width in enumerate(keys.layout.widths) if width <= longest}
-        if not widths:
-            return {}
-        parts: list[Sequence[Any]] = [
-            keys.copied(self.keys.name, widths),
-            values.copied(self.values.name, widths),
-            keys.in_use(widths),
-            self.slots.copied(LOG_VOTES, widths) if LOG_VOTES in self.columns else (None,) * len(widths),
-        ]
-        return {row: PaddedRow(*own) for row, *own in zip(widths, *parts, strict=True)}
+        return {row: self._padded_row(row) for row, width in enumerate(keys.layout.widths) if width <= longest}
+
+    def _padded_row(self, row: int) -> PaddedRow:
+        keys = self.keys.residual
+        slots, in_use = keys.slots_of(row)
+
+        def copied(store: SlotStore, name: str) -> Tensor:
+            alike = store.layout == keys.layout
+            return store.copied(name, slots if alike else store.slots_of(row)[0])
+
+        votes = copied(self.slots, LOG_VOTES) if LOG_VOTES in self.columns else None
+        return PaddedRow(copied(keys, self.keys.name), copied(self.values.residual, self.values.name), in_use, votes)
 
     def check_integrity(self) -> None:
         self.slots.check_integrity()

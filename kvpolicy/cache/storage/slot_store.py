@@ -32,8 +32,7 @@ class SlotStore:
         self.device = device
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
-        self._padded: tuple[Tensor, Tensor] | None = None
-        self._padded_widths: Mapping[int, int] = {}
+        self._firsts: Tensor | None = None
         self.forget_tables()
         self._lengths: tuple[int, PerSegment] | None = None
         self.tensors: dict[str, Tensor] = {}
@@ -68,7 +67,7 @@ class SlotStore:
     @property
     def index_tensors(self) -> list[Tensor]:
         """Where segments begin and how long they are, as far as the device has been told."""
-        return [*self._tables, *([] if self._starts is None else [self._starts]), *(self._padded or ())]
+        return [*self._tables, *(tensor for tensor in (self._firsts, self._starts) if tensor is not None)]
 
     @property
     def average(self) -> float:
@@ -127,45 +126,25 @@ class SlotStore:
         padded: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return padded.where(places < lengths, -1) if name == POSITIONS else padded
 
-    def copied(self, name: str, widths: Mapping[int, int]) -> list[Tensor]:
-        """For each of some rows [1, K, T, ...], T its longest length: a copy without slots of another row or head."""
-        slots, _ = self._padding(widths)
-        return self._by_row(self.tensors[name].index_select(0, slots), widths)
+    def slots_of(self, row: int) -> tuple[Tensor, Tensor | None]:
+        """Slots int64 [K, T] of the heads of a row, T the longest length, and bool [1, K, T], which of them are in use.
 
-    def in_use(self, widths: Mapping[int, int]) -> list[Tensor | None]:
-        """For each of some rows which of the first T slots hold an entry: bool [1, K, T], None where all of them do."""
-        _, behind = self._padding(widths)
-        alike = [min(self._base[row]) == max(self._base[row]) for row in widths]
-        shown = self._by_row(behind < self._added, widths)
-        return [None if same else own for same, own in zip(alike, shown, strict=True)]
-
-    def _by_row(self, flat: Tensor, widths: Mapping[int, int]) -> list[Tensor]:
-        heads = self._block[1]
-        parts = flat.split([heads * width for width in widths.values()]) if len(widths) > 1 else (flat,)
-        rows = zip(widths.items(), parts, strict=True)
-        return [
-            part.view(1, heads, width, *flat.shape[1:])[:, :, : max(self._base[row]) + self._added]
-            for (row, width), part in rows
-        ]
-
-    def _padding(self, widths: Mapping[int, int]) -> tuple[Tensor, Tensor]:
-        """The first slots of each segment of some rows, int64 [n], and how far behind its base length, int32 [n].
-
-        Where a segment has fewer, its last one stands for the others. Computed once while tokens only arrive.
+        The last entry of a head stands for those that it has not; None where all heads have as many. No head is empty.
         """
-        if self._padded is None or self._padded_widths != widths:
-            slots, behind = [], []
-            for row, width in widths.items():
-                places = torch.arange(width)
-                offsets, capacity, base = (
-                    torch.tensor(table[row])[:, None]
-                    for table in (self.layout.offsets, self.layout.capacity, self._base)
-                )
-                slots.append((offsets + places.minimum(capacity - 1)).flatten())
-                behind.append((places - base).flatten())
-            self._padded = torch.cat(slots).to(self.device), torch.cat(behind).to(self.device, torch.int32)
-            self._padded_widths = widths
-        return self._padded
+        heads = slice(row * self._block[1], (row + 1) * self._block[1])
+        longest, shortest = (extreme(self._base[row]) + self._added for extreme in (max, min))
+        if self._firsts is None:
+            self._firsts = self.layout.offsets_on(self.device).flatten()
+        slots = self._firsts[heads, None] + torch.arange(longest, device=self.device)
+        if longest == shortest:
+            return slots, None
+        last = (self._ends()[heads] + (self._added - 1))[:, None]
+        return slots.minimum(last), (slots <= last)[None]
+
+    def copied(self, name: str, slots: Tensor) -> Tensor:
+        """Slots [K, T] as [1, K, T, ...]: a copy without slots of another row or head."""
+        copies: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, (1, *slots.shape))
+        return copies
 
     def allocate(self, layout: Layout) -> dict[str, Tensor]:
         """New storage for these columns, in which all slots are empty."""
@@ -220,7 +199,7 @@ class SlotStore:
     def append(self, entries: Mapping[str, Tensor], limit: int) -> bool:
         """Add [B, K, q, ...] at the end of every segment; columns that are not given get their fill.
 
-        Capacity grows by at least a quarter when it has to, but not beyond `limit` slots (on average, where segments
+        Capacity grows by at least an eighth when it has to, but not beyond `limit` slots (on average, where segments
         differ) unless the entries need it; the first entries get what they need. Says whether it has grown.
         """
         count = next(iter(entries.values())).shape[2]
@@ -443,12 +422,16 @@ class SlotStore:
 
     def _newest(self, added: int, count: int) -> Tensor:
         """`count` slots of every segment, from `added` behind its base length on: int64 [B·K·count]."""
-        if self._starts is None:
-            self._starts = (self.layout.offsets_on(self.device) + self.layout.on(self._base, self.device)).flatten()
-        first = self._starts + added if added else self._starts
+        first = self._ends() + added if added else self._ends()
         if count == 1:
             return first
         return (first[:, None] + torch.arange(count, device=self.device)).flatten()
+
+    def _ends(self) -> Tensor:
+        """The slot behind the base length of every segment, int64 [B·K]."""
+        if self._starts is None:
+            self._starts = (self.layout.offsets_on(self.device) + self.layout.on(self._base, self.device)).flatten()
+        return self._starts
 
     def _write_segments(self, name: str, entries: Tensor, starts: PerSegment, counts: PerSegment) -> None:
         for row, sizes in enumerate(counts):
@@ -505,8 +488,8 @@ class SlotStore:
         spare = (size - length for row in pairs for size, length in zip(*row, strict=True))
         self._room = min(spare, default=0)  # how many entries may be added to every segment
         self._fullest_base = max(map(sum, self._base), default=0)
-        self._padded = self._lengths = None
-        self._starts = None  # where the next slot of each segment is, computed when it is needed
+        self._lengths = None
+        self._firsts = self._starts = None  # where segments begin and their next slots are, computed when needed
 
 
 def _block_shape(block: tuple[int, int, int], tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

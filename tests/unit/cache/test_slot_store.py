@@ -73,8 +73,16 @@ def test_a_short_row_beside_a_long_one_does_not_grow_beyond_the_limit():
     store.append({POSITIONS: torch.full((2, 1, 1), 95, dtype=torch.int32)}, 12)
     assert store.layout.capacity == ((91,), (12,))
     store.append({POSITIONS: torch.full((2, 1, 1), 96, dtype=torch.int32)}, 200)
-    assert store.layout.capacity == ((92 + 23,), (12,))
+    assert store.layout.capacity == ((92 + 16,), (12,))
     store.check_integrity()
+
+
+def test_storage_is_at_most_an_eighth_longer_than_what_is_held():
+    """Or 16 slots; whatever is appended, as long as nothing is dropped."""
+    store = filled(500)
+    for length in range(501, 1200):
+        store.append({POSITIONS: torch.full((1, 1, 1), length, dtype=torch.int32)}, 10**6)
+        assert store.layout.capacity[0][0] <= length * 9 / 8
 
 
 def test_only_the_oldest_leave_at_the_front():
