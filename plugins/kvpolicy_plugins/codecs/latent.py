@@ -12,6 +12,7 @@ from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Number, Rot
 from kvpolicy_plugins.codecs.kivi import PerToken
 from kvpolicy_plugins.codecs.shared.affine import BITS, SCALES, cast_clamped, check_divides, scale_dtype
 from kvpolicy_plugins.codecs.shared.basis import Constant, check_orthonormal
+from kvpolicy_plugins.codecs.shared.known_rotary import known
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 
@@ -58,7 +59,7 @@ class Latent(Codec):
             check_orthonormal("basis", self._checked(basis, site))
 
     def formats(self, site: Site) -> Formats:
-        rotary, heads = _require_rotary(site.rotary), site.geometry.kv_heads
+        rotary, heads = known(site.rotary, "latent"), site.geometry.kv_heads
         basis = self._checked(site.calibration.get("basis"), site)
         arithmetic = torch.promote_types(site.dtype, torch.float32)
         keys = LatentKeys(rotary, basis.to(arithmetic), heads, site.dtype, self.residual, self.batch)
@@ -100,7 +101,7 @@ def joint_spectrum(sample: Sample) -> tuple[Tensor, Tensor]:
 
     Not centred. The component of an eigenvector that is largest in magnitude is positive.
     """
-    rotary, positions = _require_rotary(sample.rotary), torch.arange(sample.keys.shape[2], device=sample.keys.device)
+    rotary, positions = known(sample.rotary, "latent"), torch.arange(sample.keys.shape[2], device=sample.keys.device)
     width = sample.keys.shape[1] * sample.keys.shape[3]
     products = torch.zeros(width, width, dtype=torch.float64, device=sample.keys.device)
     for sequence in sample.keys:  # one at a time, to limit memory in float64
@@ -109,12 +110,6 @@ def joint_spectrum(sample: Sample) -> tuple[Tensor, Tensor]:
     eigenvalues, vectors = torch.linalg.eigh(products)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return eigenvalues.flip(0).clamp(min=0), (vectors * largest.sign()).flip(1)
-
-
-def _require_rotary(rotary: Rotary | None) -> Rotary:
-    if rotary is None:
-        raise ParameterError("latent: needs the rotary embedding of the model, to undo it: it is not known")
-    return rotary
 
 
 @attrs.frozen(eq=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Rotary, Sample, Site
+from kvpolicy_plugins.codecs.shared.known_rotary import known
 
 _SPAN = 128  # positions that share a mean: within them, pairs that turn by much have a mean of about zero
 _MOST_SPANS = 512  # what comes later has the mean of the last one
@@ -19,7 +20,8 @@ class MeanKeys:
     """A mean at each of the first positions, where attention sinks are, and one for all others, turned to theirs.
 
     Keys lie around a mean before rotation, so the mean is taken there, and rotated: to the positions of a span, of
-    which it is the mean again. It then holds for texts of any length.
+    which it is the mean again. It then holds for texts of any length. All sequences share them: D numbers a head for
+    each 128 positions, up to position 65,536.
     """
 
     first: Tensor  # [K, P, D] float32, at the first P positions
@@ -73,7 +75,7 @@ def measured(samples: Sequence[Sample], first: int) -> list[dict[str, Tensor]]:
 def _of_layer(sample: Sample, first: int) -> dict[str, Tensor]:
     exact = sample.keys.double()
     positions = torch.arange(exact.shape[2], device=exact.device)
-    others = required(sample.rotary).unrotate(exact[:, :, first:], positions[first:])
+    others = known(sample.rotary, "centre").unrotate(exact[:, :, first:], positions[first:])
     count = max(1, others.shape[0] * others.shape[2])
     return {"first": exact[:, :, :first].mean(0).float(), "others": (others.sum((0, 2)) / count).float()}
 
@@ -89,11 +91,4 @@ def checked(site: Site, to_basis: Callable[[Tensor], Tensor]) -> MeanKeys:
     for name, tensor, shape in (("first", first, expected), ("others", others, (heads, dim))):
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             raise ParameterError(f"centre: {name} must be float32 {list(shape)}: {tensor.dtype} {list(tensor.shape)}")
-    return MeanKeys(first, others, required(site.rotary), to_basis)
-
-
-def required(rotary: Rotary | None) -> Rotary:
-    """The rotary embedding of the model. Raises ParameterError where it is not known."""
-    if rotary is None:
-        raise ParameterError("centre: needs the rotary embedding of the model, to undo it: it is not known")
-    return rotary
+    return MeanKeys(first, others, known(site.rotary, "centre"), to_basis)
