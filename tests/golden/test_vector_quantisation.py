@@ -5,8 +5,8 @@ import torch
 
 from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.nova_vq import NovaVQ
+from kvpolicy_plugins.codecs.shared.calibrated.query_statistics import query_weighted_basis, stratified
 from kvpolicy_plugins.codecs.shared.packing import unpack
-from kvpolicy_plugins.codecs.shared.query_statistics import query_weighted_basis, stratified
 from tests.golden.families import Vectors, cases, close, family_of, same
 
 TIE = 1e-5  # relative difference of two distances within which either centroid will do

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.nova_vq import NovaVQ
-from kvpolicy_plugins.codecs.shared.query_statistics import stratified
-from kvpolicy_plugins.codecs.shared.query_weighted_keys import fitted_centroids
-from kvpolicy_plugins.codecs.shared.vector_quantisation import nearest
+from kvpolicy_plugins.codecs.shared.calibrated.query_statistics import stratified
+from kvpolicy_plugins.codecs.shared.calibrated.query_weighted_keys import fitted_centroids
+from kvpolicy_plugins.codecs.shared.calibrated.vector_quantisation import nearest
 from tests.property.formats import through
 from tests.property.layers import generators
 from tests.support.examples import examples

@@ -120,7 +120,7 @@ def has_a_format_for_each_head(codec: Codec, _promises: Promises) -> None:
                 ("decoded", own.decode(columns, at), kv_format.decode(encoded, positions)),
                 ("read", own.decode_in_basis(columns, at, exact), kv_format.decode_in_basis(encoded, positions, exact)),
                 ("taken to its basis", own.to_basis(given[:, one]), kv_format.to_basis(given)),
-                ("asked", own.queries_to_basis(given[:, one]), kv_format.queries_to_basis(given)),
+                ("taken there as queries", own.queries_to_basis(given[:, one]), kv_format.queries_to_basis(given)),
                 ("taken back", own.from_basis(given[:, one]), kv_format.from_basis(given)),
             ):
                 expect_close(codec, actual, expected[:, one], f"when head {head} is {what} by itself")

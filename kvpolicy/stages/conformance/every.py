@@ -41,7 +41,7 @@ def equals_its_copies(plugin: Plugin, _promises: Promises) -> None:
 
 
 def names_what_it_is_calibrated_by(plugin: Plugin, _promises: Promises) -> None:
-    parameters = [field.name for field in attrs.fields(type(plugin))]  # type: ignore[arg-type]
+    parameters = [field.name for field in attrs.fields(type(plugin))]  # type: ignore[arg-type]  # `admit` has checked it
     if unknown := sorted(set(plugin.calibrated_by or ()).difference(parameters)):
         raise contract_error(plugin, f"is calibrated by {unknown}, which are not among its parameters {parameters}")
 

@@ -11,8 +11,8 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Codec, Column, Format, Formats, Integer, Number, Rotary, Sample, Site, parameter
 from kvpolicy_plugins.codecs.kivi import PerToken
 from kvpolicy_plugins.codecs.shared.affine import BITS, SCALES, cast_clamped, check_divides, scale_dtype
-from kvpolicy_plugins.codecs.shared.basis import Constant, check_orthonormal
-from kvpolicy_plugins.codecs.shared.known_rotary import known
+from kvpolicy_plugins.codecs.shared.calibrated.basis import Constant, check_orthonormal
+from kvpolicy_plugins.codecs.shared.calibrated.known_rotary import known
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 

@@ -11,15 +11,20 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice, Codec, Flag, Formats, Geometry, Integer, Number, Sample, Site, parameter
 from kvpolicy_plugins.codecs.shared.affine import SCALES, compute_dtype, scale_dtype
-from kvpolicy_plugins.codecs.shared.basis import Basis, Constant, check_invertible, check_orthonormal
-from kvpolicy_plugins.codecs.shared.clipped_values import ClippedValues
-from kvpolicy_plugins.codecs.shared.query_statistics import centred_keys, key_means, query_moments, value_rotation
-from kvpolicy_plugins.codecs.shared.query_weighted_keys import (
+from kvpolicy_plugins.codecs.shared.calibrated.basis import Basis, Constant, check_invertible, check_orthonormal
+from kvpolicy_plugins.codecs.shared.calibrated.query_statistics import (
+    centred_keys,
+    key_means,
+    query_moments,
+    value_rotation,
+)
+from kvpolicy_plugins.codecs.shared.calibrated.query_weighted_keys import (
     QueryWeightedKeys,
     fitted_basis,
     fitted_centroids,
     rounded_to_float8,
 )
+from kvpolicy_plugins.codecs.shared.min_max_values import MinMaxValues
 from kvpolicy_plugins.shared.limits import SEED
 
 _MOST_BITS = 8  # of the number of a centroid
@@ -99,9 +104,10 @@ class NovaVQ(Codec):
         fitted = Basis.of(found["forward"], exact), Constant(found["means"].to(exact)), Constant(centroids.to(exact))
         dtypes, places = (site.dtype, scale_dtype(self.scales, site.dtype)), (self.residual, self.batch)
         keys = QueryWeightedKeys(*fitted, self.bits * self.group, *dtypes, self.normalise, *places)
-        clip = min(math.floor(self.value_clip * dim + 1e-6), dim - 1)
+        rank = math.floor(self.value_clip * dim + 1e-6)
+        clip = None if rank >= dim - 1 else rank
         rotation = Basis.of(found["rotation"], exact) if self.value_rotation else None
-        return Formats(keys, ClippedValues(dim, *dtypes, self.value_bits, clip, rotation, *places))
+        return Formats(keys, MinMaxValues(dim, *dtypes, self.value_bits, *places, clip, rotation))
 
     def _fitted(self, sample: Sample) -> dict[str, Tensor]:
         self._expected(sample.geometry)  # refuses what has no rotation

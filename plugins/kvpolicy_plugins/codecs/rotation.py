@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpolicy.stages import Choice, Codec, Flag, Formats, Integer, Sample, Site, parameter
 from kvpolicy_plugins.codecs.shared.affine import SCALES, scale_dtype
-from kvpolicy_plugins.codecs.shared.mean_keys import checked, measured
+from kvpolicy_plugins.codecs.shared.calibrated.mean_keys import checked, measured
 from kvpolicy_plugins.codecs.shared.rotated import Rotated, random_signs
 from kvpolicy_plugins.shared.limits import SEED
 
@@ -24,7 +24,7 @@ class Rotation(Codec):
     Two options are not of the paper:
     - `norm_correction`: decoded vectors have the norm that they had, which rounding to levels makes smaller;
     - `centre: calibrated`: what is rotated of a key is its difference from the mean key of its head. Keys lie around a
-      mean that is longer than they differ from it, so their differences are shorter, and so are the errors. Means are
+      mean that is not zero, so their differences from it are shorter, and so are the errors. Means are
       taken on a text: at each of the first `sinks` positions, since sinks lie elsewhere, and of all other keys before
       their rotary embedding, which is then applied to the mean (`MeanKeys`). Values have no such mean.
     """

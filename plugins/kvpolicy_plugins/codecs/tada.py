@@ -32,7 +32,7 @@ from kvpolicy_plugins.codecs.shared.affine import (
     quantise_tokens,
     scale_dtype,
 )
-from kvpolicy_plugins.codecs.shared.bit_allocation import allocate_bits
+from kvpolicy_plugins.codecs.shared.calibrated.bit_allocation import allocate_bits
 from kvpolicy_plugins.codecs.shared.packing import packed_size
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 

@@ -1,70 +1,30 @@
 """Codec `turboquant`: rotated keys in one codebook, values between their minimum and maximum."""
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import attrs
-import torch
-from torch import Tensor
 
 from kvpolicy.stages import (
     AsIs,
     Choice,
     Codec,
-    Column,
     Flag,
     Format,
     Formats,
     Integer,
-    PackedColumn,
     Site,
-    Unpacking,
     parameter,
 )
 from kvpolicy_plugins.codecs.shared.affine import (
     SCALES,
-    dequantise_tokens,
-    quantise_half_up,
     scale_dtype,
 )
 from kvpolicy_plugins.codecs.shared.float8 import Float8
-from kvpolicy_plugins.codecs.shared.packing import packed_size
+from kvpolicy_plugins.codecs.shared.min_max_values import MinMaxValues
 from kvpolicy_plugins.codecs.shared.rotated import Rotated, random_signs
 from kvpolicy_plugins.shared.limits import SEED
 
 _FLOAT8 = 8  # bits of a key that is not rotated
-
-
-@attrs.frozen(eq=False)
-class HalfUp(Format):
-    """All channels of a token are one quantisation group, with codes rounded half up."""
-
-    dim: int  # D
-    dtype: torch.dtype  # of the model's own vectors
-    stored: torch.dtype  # of scales and minima
-    bits: int
-    residual_length: int = 0
-    step: int = 1
-    columns: Mapping[str, Column] = attrs.field(init=False)
-
-    @columns.default
-    def _columns(self) -> dict[str, Column]:
-        codes = Column((packed_size(self.dim, self.bits),), torch.uint8)
-        return {"codes": codes, "scale": Column((1,), self.stored), "minimum": Column((1,), self.stored)}
-
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
-        codes, scale, minimum = quantise_half_up(vectors, self.bits, self.stored)
-        return {"codes": codes, "scale": scale, "minimum": minimum}
-
-    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        codes, scale, minimum = (columns[name] for name in ("codes", "scale", "minimum"))
-        return dequantise_tokens(codes, scale, minimum, self.dim, self.bits, self.dtype)
-
-    def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.quantise.unpack import per_vector
-
-        codes, each = PackedColumn(packed_size(self.dim, self.bits), torch.uint8), PackedColumn(1, self.stored)
-        return Unpacking(per_vector, (codes, each, each), options=(self.bits,))
 
 
 @attrs.frozen
@@ -113,7 +73,7 @@ class TurboQuant(Codec):
             return Formats(AsIs(), AsIs())
         stored = scale_dtype(self.scales, site.dtype)
         return Formats(
-            keys, HalfUp(site.geometry.head_dim, site.dtype, stored, self.value_bits, self.residual, self.batch)
+            keys, MinMaxValues(site.geometry.head_dim, site.dtype, stored, self.value_bits, self.residual, self.batch)
         )
 
     def _keys(self, site: Site) -> Format:

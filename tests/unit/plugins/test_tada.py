@@ -8,7 +8,7 @@ import torch
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Sample, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
-from kvpolicy_plugins.codecs.shared.bit_allocation import allocate_bits
+from kvpolicy_plugins.codecs.shared.calibrated.bit_allocation import allocate_bits
 from kvpolicy_plugins.codecs.shared.packing import unpack
 from kvpolicy_plugins.codecs.tada import Tada
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvpolicy_plugins.codecs.shared.vector_quantisation import ITERATIONS, k_means, nearest
+from kvpolicy_plugins.codecs.shared.calibrated.vector_quantisation import ITERATIONS, k_means, nearest
 
 
 def looped(points, entries, order):

@@ -10,8 +10,8 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Column, Format, PackedColumn, Unpacking
 from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
+from kvpolicy_plugins.codecs.shared.calibrated.mean_keys import MeanKeys
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
-from kvpolicy_plugins.codecs.shared.mean_keys import MeanKeys
 from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
 
 _BLOCK = 32  # up to this size a matrix product is faster than further halving on a CPU; elsewhere launches cost more

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kvpolicy.stages import Column, Format
 from kvpolicy_plugins.codecs.shared.affine import cast_clamped
-from kvpolicy_plugins.codecs.shared.basis import Basis, Constant
+from kvpolicy_plugins.codecs.shared.calibrated.basis import Basis, Constant
+from kvpolicy_plugins.codecs.shared.calibrated.query_statistics import query_weighted_basis, stratified
+from kvpolicy_plugins.codecs.shared.calibrated.vector_quantisation import k_means, nearest
 from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
-from kvpolicy_plugins.codecs.shared.query_statistics import query_weighted_basis, stratified
-from kvpolicy_plugins.codecs.shared.vector_quantisation import k_means, nearest
 
 _MOST_KEYS = 4096  # sixteen for each of 256 centroids
 _E5M2 = torch.float8_e5m2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Rotary, Sample, Site
-from kvpolicy_plugins.codecs.shared.known_rotary import known
+from kvpolicy_plugins.codecs.shared.calibrated.known_rotary import known
 
 _SPAN = 128  # positions that share a mean: within them, pairs that turn by much have a mean of about zero
 _MOST_SPANS = 512  # what comes later has the mean of the last one

@@ -1,0 +1,1 @@
+"""What codecs share that are fitted to a model."""
