@@ -1,7 +1,8 @@
 """The record of an evaluation: JSON lines, one for where the numbers come from and one for each measured cell.
 
 A cell is one contender on one group of cases of a task. Each is written when it is measured, so that a run that is
-killed goes on where it stopped.
+killed goes on where it stopped. Further policies, shares and tasks may be added to a record by a later run on the same
+model, texts and sizes: its cells compare with those that are there.
 """
 
 import json
@@ -19,6 +20,7 @@ FORM = 2  # of the record
 _RUN, _CELL = "run", "cell"
 _NEEDED = ("date", "versions", "machine", "model", "texts", "sizes")  # of a head, by whoever shows it
 _NOT_COMPARED = ("date", "versions", "machine")  # a run may go on another day
+_EXTENDED = ("policies", "shares", "tasks")  # a later run may bring more of them
 
 
 def _listed(texts: Sequence[str]) -> tuple[str, ...]:
@@ -68,13 +70,15 @@ class RecordFile:
     """The file of a record that is being made. Raises InputError when it cannot be written."""
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
-        """Begin a new file, or go on with one of the same run. Raises InputError for one of another run."""
+        """Begin a new file, or go on with one that `head` goes with. Raises InputError for one of another run."""
         self.path = path
         self.record = EvaluationRecord(head)
         if path.exists() and not _is_part_of_a_head(_read(path)):
-            self.record = read_record(path)
-            _require_same(path, self.record.head, head)
+            found = read_record(path)
+            self.record = attrs.evolve(found, head=_extended(path, found.head, head))
             self._drop_what_is_cut_off()
+            if self.record.head != found.head:
+                self._write_anew()
         else:
             self._drop_what_is_cut_off()
             self._write({"kind": _RUN, "form": FORM, **head})
@@ -85,11 +89,20 @@ class RecordFile:
         self.record = attrs.evolve(self.record, cells=(*self.record.cells, cell))
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
         with _writing(self.path, "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            _put(file, [line])
+
+    def _write_anew(self) -> None:
+        """Write head and cells to a file beside it that then takes its place: a run that is killed loses nothing."""
+        lines = [{"kind": _RUN, "form": FORM, **self.record.head}]
+        lines += [{"kind": _CELL, **attrs.asdict(cell)} for cell in self.record.cells]
+        beside = self.path.with_name(f"{self.path.name}.new")
+        with _writing(beside, "wb") as file:
+            _put(file, lines)
+        try:
+            beside.replace(self.path)
+        except OSError as error:
+            raise InputError(f"{one_line(self.path)}: cannot be written: {error.strerror}") from error
 
     def _drop_what_is_cut_off(self) -> None:
         """Remove a last line without its end: a run was killed while it was written."""
@@ -98,6 +111,13 @@ class RecordFile:
         if whole < len(data):
             with _writing(self.path, "r+b") as file:
                 file.truncate(whole)
+
+
+def _put(file: IO[bytes], lines: Sequence[Mapping[str, Any]]) -> None:
+    for line in lines:
+        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager
@@ -167,11 +187,22 @@ def _cell(line: dict[str, Any]) -> Cell:
     return cell
 
 
-def _require_same(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+def _extended(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Any]:
+    """The head of a record that a run goes on with: its own, and the policies, shares and tasks that the run adds."""
     before, now = json.loads(json.dumps(found)), json.loads(json.dumps(head))
-    other = [name for name in {**before, **now} if name not in _NOT_COMPARED and before.get(name) != now.get(name)]
+    other = [
+        name
+        for name in {**before, **now}
+        if name not in (*_NOT_COMPARED, *_EXTENDED) and before.get(name) != now.get(name)
+    ]
+    policies, added = before.get("policies", {}), now.get("policies", {})
+    if any(policies.get(name, digest) != digest for name, digest in added.items()):
+        other.append("policies of the same name")
     if other:
         raise InputError(
             f"{one_line(path)}: is the record of another run ({', '.join(sorted(other))} differ); "
             "give another place, or the settings of that run to go on with it"
         )
+    lists = {name: list(dict.fromkeys([*before.get(name, []), *now.get(name, [])])) for name in ("shares", "tasks")}
+    extended = {"policies": {**policies, **added}, **lists}
+    return {**found, **{name: value for name, value in extended.items() if value}}

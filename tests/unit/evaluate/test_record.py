@@ -3,6 +3,7 @@
 import json
 import zlib
 from fractions import Fraction
+from unittest.mock import Mock
 
 import attrs
 import pytest
@@ -25,7 +26,9 @@ HEAD = {
     "model": {"name": "ein Modell — ü", "digest": "ab"},
     "texts": {},
     "sizes": {"length": 128},
+    "policies": {"snapkv": "1f", "rkv": "2e"},
     "shares": [0.25, 0.125],
+    "tasks": ["recall", "tracking"],
 }
 
 
@@ -118,7 +121,7 @@ def test_a_cell_is_on_disk_before_the_next_one_is_measured(evaluation, tmp_path)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"shares": [0.25]}, "shares differ"),
+        ({"policies": {"rkv": "another digest"}}, "policies of the same name differ"),
         ({"model": {"name": "other"}, "sizes": {"length": 9}}, "model, sizes differ"),
         ({"tokens_at_once": 32}, "tokens_at_once differ"),
     ],
@@ -142,6 +145,40 @@ def test_a_run_may_go_on_another_day_on_another_machine(evaluation, tmp_path):
 
     assert len(record.record.cells) == 3
     assert record.record.head["date"] == "2026-01-01"
+
+
+def test_policies_shares_and_tasks_are_added_and_no_cell_is_touched(evaluation, tmp_path):
+    path = tmp_path / "cells.jsonl"
+    go_on(evaluation, path)
+    _, *cells = path.read_bytes().splitlines(keepends=True)
+    added = {"policies": {"h2o": "3d", "rkv": "2e"}, "shares": [0.5, 0.25], "tasks": ["needle"]}
+    record = RecordFile(path, {**HEAD, **added}).record
+
+    head, _ = in_file(path)
+    assert head["policies"] == {"snapkv": "1f", "rkv": "2e", "h2o": "3d"}
+    assert (head["shares"], head["tasks"]) == ([0.25, 0.125, 0.5], ["recall", "tracking", "needle"])
+    assert path.read_bytes().splitlines(keepends=True)[1:] == cells
+    assert record == read_record(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["cells.jsonl"]
+
+    # The first run goes on with it as before, and so does a run of less.
+    before = path.read_bytes()
+    assert go_on(evaluation, path) == []
+    RecordFile(path, {**HEAD, "policies": {}, "shares": [0.5], "tasks": []})
+    assert path.read_bytes() == before
+
+
+def test_a_run_that_is_killed_while_a_policy_is_added_loses_nothing(evaluation, tmp_path, monkeypatch):
+    path = tmp_path / "cells.jsonl"
+    go_on(evaluation, path, 7)
+    before = path.read_bytes()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("os.fsync", Mock(side_effect=KeyboardInterrupt))
+        RecordFile(path, {**HEAD, "shares": [0.5]})
+    assert path.read_bytes() == before
+
+    assert RecordFile(path, {**HEAD, "shares": [0.5]}).record.head["shares"] == [0.25, 0.125, 0.5]
+    assert path.read_bytes().splitlines()[1:] == before.splitlines()[1:]
 
 
 FIRST = json.dumps({"kind": "run", "form": 2, **HEAD}) + "\n"
