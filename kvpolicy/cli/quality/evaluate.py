@@ -44,7 +44,8 @@ def evaluate(
     jobs: Annotated[int, typer.Option(help="Processes, each with a copy of the model.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One short context a task: does it run?")] = False,
     out_dir: Annotated[
-        Path, typer.Option("--out", help="Folder of the record; a run goes on with it, and adds policies, shares and tasks.")
+        Path,
+        typer.Option("--out", help="Folder of the record, which a run goes on with; it may add to it."),
     ] = Path("evaluation-results"),
     record: Annotated[
         Path | None, typer.Option("--from", help="Measure nothing: render the record in this folder.")

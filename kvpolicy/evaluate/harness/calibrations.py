@@ -1,11 +1,16 @@
 """Policies that must be calibrated: each once, on text that no case is made from."""
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
+import attrs
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.policy import Policy
 from kvpolicy.spec.dump import calibrated_digest
@@ -14,10 +19,14 @@ from kvpolicy.spec.dump import calibrated_digest
 class Calibrations:
     """What plugins of several policies measured on one model; made when first asked for."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Callable[[], Tensor]) -> None:
-        """`tokens` gives token ids [S, T] without pads."""
+    def __init__(self, model: PreTrainedModel, tokens: Callable[[], Tensor], *, in_float32: bool = False) -> None:
+        """`tokens` gives token ids [S, T] without pads.
+
+        With `in_float32` a copy of the model in float32 computes them, where the model's own dtype is slow.
+        """
         self.model = model
         self._make_tokens = tokens
+        self._in_float32 = in_float32
         self._made: dict[str, Calibration] = {}
 
     @cached_property
@@ -31,5 +40,12 @@ class Calibrations:
             return None
         plugins = calibrated_digest(policy.spec)
         if plugins not in self._made:
-            self._made[plugins] = policy.calibrate(self.model, self.tokens)
+            self._made[plugins] = self._measured(policy)
         return self._made[plugins]
+
+    def _measured(self, policy: Policy) -> Calibration:
+        if not self._in_float32 or self.model.dtype == torch.float32:
+            return policy.calibrate(self.model, self.tokens)
+        wider: Any = copy.deepcopy(self.model)
+        made = policy.calibrate(wider.to(torch.float32), self.tokens)
+        return attrs.evolve(made, model=model_digest(self.model))

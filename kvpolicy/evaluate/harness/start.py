@@ -65,7 +65,7 @@ def calibrations_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         pieces = token_windows(tokenizer, inputs.calibration_texts, _PIECES, _PIECE)
         return torch.tensor(pieces, device=model.device)
 
-    return Calibrations(model, tokens)
+    return Calibrations(model, tokens, in_float32=inputs.setup.prompts_in_float32)
 
 
 def head_of(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Stores are calibrated once each, and on the tokens that were given."""
 
+import copy
+
 import attrs
 import pytest
 import torch
@@ -55,3 +57,23 @@ def test_it_is_what_the_policy_measures_itself(made, sals):
     for ours, theirs in zip(found.layers, own.layers, strict=True):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_model_in_16_bits_is_calibrated_in_float32_where_that_is_asked_for(tiny, sals):
+    """The model stays as it is, and what was measured goes with it: its digest is that of the model in 16 bits."""
+    model = copy.deepcopy(tiny[0]).to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = Calibrations(model, lambda: TOKENS, in_float32=True).of(sals)
+    wider = sals.calibrate(copy.deepcopy(model).to(torch.float32), TOKENS)
+
+    sals.compile(model, calibration=found)
+    for ours, theirs in zip(found.layers, wider.layers, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+    own = Calibrations(model, lambda: TOKENS).of(sals)
+    assert not all(
+        torch.equal(ours[name], theirs[name])
+        for ours, theirs in zip(found.layers, own.layers, strict=True)
+        for name in ours
+    )

@@ -172,9 +172,10 @@ def test_a_run_that_is_killed_while_a_policy_is_added_loses_nothing(evaluation, 
     path = tmp_path / "cells.jsonl"
     go_on(evaluation, path, 7)
     before = path.read_bytes()
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr("os.fsync", Mock(side_effect=KeyboardInterrupt))
-        RecordFile(path, {**HEAD, "shares": [0.5]})
+        with pytest.raises(KeyboardInterrupt):
+            RecordFile(path, {**HEAD, "shares": [0.5]})
     assert path.read_bytes() == before
 
     assert RecordFile(path, {**HEAD, "shares": [0.5]}).record.head["shares"] == [0.25, 0.125, 0.5]
