@@ -259,7 +259,8 @@ def _packed(settle, half, vectors, positions, columns):
             parts = {name: column[row : row + 1, place : place + 1] for name, column in columns.items()}
             mine = {name: column[:, :, :units].clone() for name, column in parts.items()}
             given = vectors[row : row + 1, head, :count].clone()  # the storage that they stand in is written again
-            found = PackedEntries(at[:, :, :count].clone(), (given,), payload=mine, form=form)
+            own = form if form.joint else form.of_head(place)
+            found = PackedEntries(at[:, :, :count].clone(), (given,), payload=mine, form=own)
             settled = settle(("packed", half.name, int(at[0, 0, 0])), found)
             for name, column in settled.payload.items():
                 parts[name][:, :, : column.shape[2]] = column

@@ -42,7 +42,10 @@ def recommend(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Measure a few policies on a model and a text, and give the one to use, as YAML, with its evidence."""
+    """Measure a few policies on a model and a text, and give the one to use, as YAML, with its evidence.
+
+    With --out, what the policy has to know of the model is written beside it, with the ending .safetensors.
+    """
     import torch
 
     from kvpolicy.cli.terminal.files import write_text
@@ -57,6 +60,8 @@ def recommend(
         raise InputError(f"--max-kl must be above 0: {max_kl}")
     if batch < 1:
         raise InputError(f"--batch must be at least 1: {batch}")
+    if out is not None and out.suffix == ".safetensors":
+        raise InputError(f"--out {out}: a policy is a YAML file; its calibration is written there with that ending")
     if model == TESTBED:
         raise InputError("--model testbed: knows no text; give a model that does, such as smollm2")
     count = pieces if pieces is not None else 4 if max_kl is None else 16
@@ -69,18 +74,35 @@ def recommend(
     inputs = _with_shares(inputs, room)
     evaluation = evaluation_of(live, tokenizer, inputs)
     choice = _choose(evaluation, room, max_kl)
-    fitted = _fitted(choice, inputs, live, tokenizer, tokens)
-    words = _evidence(choice, inputs, room)
+    fitted = _fitted(choice, evaluation, tokens)
     if json:
         print_json(_data(choice, fitted))
         return
+    measured, words = evaluation.calibrations.of(fitted), _evidence(choice, inputs, room)
+    beside = None if measured is None else _beside(out)
+    if measured is not None:
+        words.append(
+            f"Must be calibrated on the model: kvpolicy calibrate FILE --model {model} --text TEXT."
+            if beside is None
+            else f"Needs the calibration in {beside.name}."
+        )
     yaml = "".join(f"# {sentence}\n" for sentence in words) + fitted.to_yaml()
     if out is None:
         line(yaml.rstrip())
     else:
         write_text(out, yaml)
         line(f"written to {out}", error=True)
+    if measured is not None and beside is not None:
+        measured.save(beside)
+        line(f"its calibration is written to {beside}", error=True)
     _table(choice)
+
+
+def _beside(out: Path | None) -> Path | None:
+    """The file of a calibration beside that of its policy; None where the policy goes to the screen or a device."""
+    if out is None or (out.exists() and not out.is_file()):
+        return None
+    return out.with_name(f"{out.stem}.safetensors")
 
 
 def parse_tokens(text: str) -> int:
@@ -111,6 +133,10 @@ def _inputs(
     device: str,
     dtype: str | None,
 ) -> "Inputs":
+    """What is measured. Of the default candidates those are left out whose text to calibrate on cannot be had."""
+    from attrs import evolve
+
+    from kvpolicy.errors import InputError
     from kvpolicy.evaluate.harness.setup import EvaluationSetup
     from kvpolicy.evaluate.recommend.candidates import CANDIDATES
     from kvpolicy.evaluate.recommend.choose import TASK
@@ -125,7 +151,16 @@ def _inputs(
         precision=False,
         prompts_in_float32=slow_in_16_bits(device),
     )
-    return inputs_of(model, files, device, dtype, setup)
+    uncalibrated = evolve(setup, policies=tuple(one for one in setup.policies if not one.spec.calibrated))
+    if names or not files:
+        return inputs_of(model, files, device, dtype, setup)
+    inputs = inputs_of(model, files, device, dtype, uncalibrated)
+    try:
+        return inputs_of(model, files, device, dtype, setup)
+    except InputError as error:
+        left_out = ", ".join(one.name for one in setup.policies if one.spec.calibrated)
+        line(f"not tried: {left_out}, calibrated on essays: {error}", error=True)
+        return inputs
 
 
 def _memory(model: Any, size: int | None, tokens: int, batch: int) -> "Memory | None":
@@ -162,15 +197,13 @@ def _choose(evaluation: Any, room: "Memory | None", max_kl: float | None) -> "Ch
     return choose_by_bound(evaluation, run, max_kl or 0.0)
 
 
-def _fitted(choice: "Choice", inputs: "Inputs", model: Any, tokenizer: Any, tokens: int) -> "Policy":
+def _fitted(choice: "Choice", evaluation: Any, tokens: int) -> "Policy":
     """The chosen policy, sized for the context that it will serve."""
     from kvpolicy.evaluate.fitting.fit import fit_calibrated
-    from kvpolicy.evaluate.harness.start import calibrations_of
 
-    policy = next(one for one in inputs.setup.policies if one.name == choice.policy)
+    policy = next(one for one in evaluation.setup.policies if one.name == choice.policy)
     share = Fraction(1) if choice.share is None else choice.share
-    calibrations = calibrations_of(model, tokenizer, inputs)
-    return fit_calibrated(policy, model, share=share, length=tokens, calibrate=calibrations.of)
+    return fit_calibrated(policy, evaluation.model, share=share, length=tokens, calibrate=evaluation.calibrations.of)
 
 
 def _evidence(choice: "Choice", inputs: "Inputs", room: "Memory | None") -> list[str]:

@@ -57,7 +57,7 @@ class Evaluation:
         self.model = model
         self.setup = setup
         self._sources = sources
-        self._calibrations = calibrations
+        self.calibrations = calibrations
         self._peers = peers
         self._groups: dict[str, tuple[tuple[Case, ...], ...]] = {
             task: task_of(task).groups(sources, setup.sizes) for task in setup.tasks
@@ -161,7 +161,7 @@ class Evaluation:
 
     def _fitted(self, task: str, contender: Contender) -> Plan | str:
         length = min(case.tokens for group in self._groups[task] for case in group)
-        policy, calibrations = contender.policy, self._calibrations
+        policy, calibrations = contender.policy, self.calibrations
         if policy is None:
             return ""
         try:

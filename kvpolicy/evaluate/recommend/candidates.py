@@ -18,6 +18,7 @@ CANDIDATES: Final = (
     "kvpolicy:blend3",
     "kvpolicy:kivi4",
     "kvpolicy:rotation4",
+    "kvpolicy:rkv_centred",
 )
 
 
