@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvpolicy.evaluate.harness.start import Inputs
     from kvpolicy.evaluate.recommend.candidates import Memory
     from kvpolicy.evaluate.recommend.choose import Choice
+    from kvpolicy.plan.calibration import Calibration
     from kvpolicy.policy import Policy
 
 
@@ -48,22 +49,11 @@ def recommend(
     """
     import torch
 
-    from kvpolicy.cli.terminal.files import write_text
-    from kvpolicy.errors import InputError
     from kvpolicy.evaluate.harness.start import evaluation_of
-    from kvpolicy.evaluate.models import TESTBED, load_model
+    from kvpolicy.evaluate.models import load_model
 
     tokens, size = parse_tokens(context), None if memory is None else _bytes(memory)
-    if (size is None) == (max_kl is None):
-        raise InputError("give --memory or --max-kl, one of them")
-    if max_kl is not None and not 0 < max_kl < float("inf"):
-        raise InputError(f"--max-kl must be above 0: {max_kl}")
-    if batch < 1:
-        raise InputError(f"--batch must be at least 1: {batch}")
-    if out is not None and out.suffix == ".safetensors":
-        raise InputError(f"--out {out}: a policy is a YAML file; its calibration is written there with that ending")
-    if model == TESTBED:
-        raise InputError("--model testbed: knows no text; give a model that does, such as smollm2")
+    _require(model, size, max_kl, batch, out)
     count = pieces if pieces is not None else 4 if max_kl is None else 16
     inputs = _inputs(model, text, policy, (count, min(length, tokens), scored), device, dtype)
     live, tokenizer = load_model(model, torch.device(device), inputs.dtype, tell)
@@ -78,31 +68,44 @@ def recommend(
     if json:
         print_json(_data(choice, fitted))
         return
-    measured, words = evaluation.calibrations.of(fitted), _evidence(choice, inputs, room)
-    beside = None if measured is None else _beside(out)
-    if measured is not None:
-        words.append(
-            f"Must be calibrated on the model: kvpolicy calibrate FILE --model {model} --text TEXT."
-            if beside is None
-            else f"Needs the calibration in {beside.name}."
-        )
-    yaml = "".join(f"# {sentence}\n" for sentence in words) + fitted.to_yaml()
-    if out is None:
-        line(yaml.rstrip())
-    else:
-        write_text(out, yaml)
-        line(f"written to {out}", error=True)
-    if measured is not None and beside is not None:
-        measured.save(beside)
-        line(f"its calibration is written to {beside}", error=True)
+    _write(fitted, evaluation.calibrations.of(fitted), _evidence(choice, inputs, room), out)
     _table(choice)
 
 
-def _beside(out: Path | None) -> Path | None:
-    """The file of a calibration beside that of its policy; None where the policy goes to the screen or a device."""
-    if out is None or (out.exists() and not out.is_file()):
-        return None
-    return out.with_name(f"{out.stem}.safetensors")
+def _require(model: str, size: int | None, max_kl: float | None, batch: int, out: Path | None) -> None:
+    """Raise InputError for options that do not go together, before anything is fetched."""
+    from kvpolicy.errors import InputError
+    from kvpolicy.evaluate.models import TESTBED
+
+    if (size is None) == (max_kl is None):
+        raise InputError("give --memory or --max-kl, one of them")
+    if max_kl is not None and not 0 < max_kl < float("inf"):
+        raise InputError(f"--max-kl must be above 0: {max_kl}")
+    if batch < 1:
+        raise InputError(f"--batch must be at least 1: {batch}")
+    if model == TESTBED:
+        raise InputError("--model testbed: knows no text; give a model that does, such as smollm2")
+    if out is not None and out.suffix == ".safetensors":
+        raise InputError(f"--out {out}: the policy is a YAML file; what it needs to know of the model has this ending")
+
+
+def _write(policy: "Policy", measured: "Calibration | None", words: Sequence[str], out: Path | None) -> None:
+    """The policy with its evidence, on the screen or as a file; then what was measured for it is written beside it."""
+    from kvpolicy.cli.terminal.files import write_text
+
+    beside = None if out is None or (out.exists() and not out.is_file()) else out.with_name(f"{out.stem}.safetensors")
+    if measured is not None:
+        where = "" if beside is None else f"; what was measured here is in {beside.name}"
+        words = [*words, f"It must be calibrated on the model: `kvpolicy calibrate`{where}."]
+    yaml = "".join(f"# {sentence}\n" for sentence in words) + policy.to_yaml()
+    if out is None:
+        line(yaml.rstrip())
+        return
+    write_text(out, yaml)
+    line(f"written to {out}", error=True)
+    if measured is not None and beside is not None:
+        measured.save(beside)
+        line(f"its calibration is written to {beside}", error=True)
 
 
 def parse_tokens(text: str) -> int:

@@ -34,10 +34,11 @@ def choose_by_bytes(evaluation: Evaluation, run: Run, share: Fraction) -> Choice
 
     Raises EvaluationError when none does.
     """
-    lines = _lines(run(evaluation.units()))
+    cells = run(evaluation.units())
+    lines = _lines(cells)
     small = [line for line in lines if line.holds_at_most(float(share))]
     if not small:
-        raise EvaluationError(f"no policy fits into {float(share):.3g} of a full cache")
+        raise EvaluationError(f"no policy fits into {float(share):.3g} of a full cache{_refusals(cells)}")
     best, *others = sorted(small, key=lambda line: line.estimate(METRIC).mean)
     same = tuple(line.policy for line in others if not line.differs(best, METRIC))
     left_out = [line for line in lines if line not in small]
@@ -56,10 +57,11 @@ def choose_by_bound(evaluation: Evaluation, run: Run, bound: float) -> Choice:
     first, second = groups[: len(groups) // 2], groups[len(groups) // 2 :]
     if len(second) < fewest_pieces() + 1:
         raise EvaluationError(f"a bound needs at least {2 * (fewest_pieces() + 1)} pieces of text: {len(groups)}")
-    lines = _lines(run([unit for unit in units if unit.group in first]))
+    cells = run([unit for unit in units if unit.group in first])
+    lines = _lines(cells)
     below = [line for line in lines if line.estimate(METRIC).mean <= bound]
     if not below:
-        raise EvaluationError(f"no policy has a mean KL divergence of at most {bound:g} on this text")
+        raise EvaluationError(f"no policy has a mean KL divergence of at most {bound:g} on this text{_refusals(cells)}")
     best = min(below, key=lambda line: line.held_share)
     chosen = [
         attrs.evolve(unit, contenders=tuple(one for one in unit.contenders if one.name == best.policy))
@@ -85,6 +87,12 @@ def _lines(cells: Sequence[Cell]) -> list[Line]:
     """The measured lines of policies."""
     tasks = Summary(EvaluationRecord({}, tuple(cells))).tasks
     return [line for task in tasks for line in task.measured if not line.is_baseline]
+
+
+def _refusals(cells: Sequence[Cell]) -> str:
+    """`"; rkv: why"`: what could not be measured, each policy once."""
+    reasons = {cell.policy: cell.refusal for cell in cells if cell.refusal}
+    return "".join(f"; {policy}: {reason}" for policy, reason in reasons.items())
 
 
 def _share(line: Line) -> Fraction | None:
