@@ -64,6 +64,10 @@ class Needs:
     queries: int = 0  # W, the last queries to keep
     attention: bool = False  # the mass each entry receives, summed over all queries
     forward_queries: int = 0  # how many of the newest queries of every forward `observe_forward` is shown
+    # Tokens of a chunk: `Scorer.observe_chunk` is shown the queries of each chunk over its own entries, if
+    # this is not 0. The token at position `chunk_start` begins the first one, and what is before it is in none.
+    chunk: int = 0
+    chunk_start: int = 0
     passes: bool = False  # whether a scorer reads prompts again: `Scorer.passes`
     rotary: bool = False  # whether keys are read as before rotation: models whose rotation is not known are refused
     # Whether what follows attention is read: models where it is not known are refused. `View.projection` has it, and a
@@ -118,6 +122,20 @@ class Scorer(Observer):
     @abc.abstractmethod
     def score(self, view: View) -> Tensor:
         """Float32 [B, K, T], larger = keep. Only candidates are compared; other slots may hold any number."""
+
+    def observe_chunk(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """New values of slot state, each [B, K, T] float32, of the held entries of one chunk of consecutive tokens.
+
+        Called if `needs().chunk`, once a chunk is complete, and for the newest, incomplete one before each compression.
+        The logits are not causal: each query sees all entries of its chunk. Those of tokens that a head no longer holds
+        see nothing. All queries of a chunk are shown, some of them at a time, so how they are cut must not matter; the
+        state begins with what new entries hold.
+
+        Where a policy does not compress while decoding, the chunk that a compression or a decode step finds incomplete
+        ends there: its entries keep what they got, and tokens that follow see each other alone. Generated tokens are in
+        no chunk; their state stays as it begins.
+        """
+        return {}
 
     def passes(self, prompt: Prompt) -> Sequence[Pass]:  # noqa: ARG002 the default reads nothing again
         """Token sequences to be read behind a prompt before it is compressed; asked if `needs().passes`.

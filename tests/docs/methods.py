@@ -27,6 +27,7 @@ GOLDEN = {
     "attention_matching": ("attention_matching_hak",),
     "attention_matching_omp": ("attention_matching_omp",),
     "cake": ("cake_layers", "cake_adjust"),
+    "compactor": ("compactor",),
     "criticaladakv": ("criticalkv",),
     "criticalkv": ("criticalkv",),
     "curkv": ("cur",),

@@ -74,6 +74,9 @@ class History(Scorer):
     def check_calibration(self, site: Site) -> None:
         self.of.check_calibration(site)
 
+    def observe_chunk(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.of.observe_chunk(query_logits, state)
+
     def passes(self, prompt: Prompt) -> Sequence[Pass]:
         return self.of.passes(prompt)
 
