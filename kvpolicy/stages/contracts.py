@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import ParameterError
 from kvpolicy.stages.checking.calibrated import check_finite
 from kvpolicy.stages.formats import AsIs, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
@@ -43,6 +44,14 @@ class Plugin(abc.ABC):
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """Per layer, what it will find in `site.calibration` (a codec) or `view.calibration`; deterministic."""
         return [{} for _ in samples]
+
+    def calibration_of(self, table: Tensor, geometry: Geometry) -> list[dict[str, Tensor]]:  # noqa: ARG002
+        """What `calibrate` gives, from a published table of a number for each layer and KV head, float64 [L, K].
+
+        Raises:
+            ParameterError: the plugin reads no such table, or its numbers are none that it can mean.
+        """
+        raise ParameterError("reads no table of heads: it is measured on a text")
 
     def check_calibration(self, site: Site) -> None:
         """Look at `site.calibration` before it is used: it may come from a file that somebody has changed.

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import (
     Choice,
+    Geometry,
     Needs,
     Nested,
     Number,
@@ -70,6 +71,9 @@ class History(Scorer):
 
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         return self.of.calibrate(samples)
+
+    def calibration_of(self, table: Tensor, geometry: Geometry) -> list[dict[str, Tensor]]:
+        return self.of.calibration_of(table, geometry)
 
     def check_calibration(self, site: Site) -> None:
         self.of.check_calibration(site)
