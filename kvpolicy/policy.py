@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvpolicy.errors import AttachError
 from kvpolicy.integrations.transformers.attachment import Attachment, attached
 from kvpolicy.integrations.transformers.cache import PolicyCache
-from kvpolicy.integrations.transformers.calibrate import calibrate
+from kvpolicy.integrations.transformers.calibrate import calibrate, calibrate_from_table
 from kvpolicy.integrations.transformers.decode_graph.runners import mode_of
 from kvpolicy.integrations.transformers.models.attention_modules import check_layers, reads_attention_modules
 from kvpolicy.integrations.transformers.models.rotary import rotary_of, rotary_of_config
@@ -18,6 +18,7 @@ from kvpolicy.integrations.transformers.models.structure import check_structure,
 from kvpolicy.integrations.transformers.models.support import check_model, device_of, geometry_of
 from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 from kvpolicy.plan.calibration import Calibration
+from kvpolicy.plan.head_table import read_head_table
 from kvpolicy.plan.plan import Plan, compile_policy, needs_rotary
 from kvpolicy.spec.dump import digest, to_yaml
 from kvpolicy.spec.load import read_policy
@@ -97,6 +98,13 @@ class Policy:
         Raises UnsupportedModelError, AttachError, or CalibrationError when none needs it or it fails.
         """
         return calibrate(self.spec, model, tokens)
+
+    def calibrate_from_table(self, model: PreTrainedModel, path: "str | os.PathLike[str]") -> Calibration:
+        """Calibrate from a text file of a number for each layer (a line) and KV head, such as DuoAttention's gates.
+
+        Raises CalibrationError for a file that is no such table of this model, and when the plugins read none.
+        """
+        return calibrate_from_table(self.spec, model, read_head_table(path))
 
     def cache(self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None) -> PolicyCache:
         """A cache with this policy, to pass as `past_key_values`.

@@ -130,6 +130,22 @@ class AttendedSlots:
         """Overwrite a column of all slots in use, [b, k, all, ...]."""
         self.storage.write_column(name, self.at, values)
 
+    def shown_column(self, name: str) -> Tensor:
+        """Of a column [b, k, all] what stands in the T slots, [b, k, T]; 0 where there is nothing."""
+        column = self.column(name)
+        return column if self.slots is None else gather(column, self.slots)
+
+    def write_shown_column(self, name: str, shown: Tensor) -> None:
+        """Overwrite the T slots of a column with [b, k, T], and no other slot."""
+        if self.slots is None:
+            self.write_column(name, shown)
+            return
+        column = self.column(name)
+        behind = column.shape[2]
+        longer = torch.cat([column, column[:, :, :1]], 2)
+        written = longer.scatter(2, self.slots.where(self.slots >= 0, behind), shown)
+        self.write_column(name, written[:, :, :behind])
+
     def spread(self, logits: Tensor) -> Tensor:
         """Logits [b, k, ..., T] over all slots in use, -inf in those that were not read."""
         if self.slots is None:

@@ -46,7 +46,9 @@ def attend_blockwise(
     outputs = []
     for block, after in blocks:
         seen = part.seen_before(after)
-        query_logits = QueryLogits(entry_logits(seen, block, full=full), seen.log_votes, sighted=full)
+        query_logits = QueryLogits(
+            entry_logits(seen, block, full=full), seen.log_votes, sighted=full, scaling=batch.scaling
+        )
         update_observers(seen, query_logits, after, observers)
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
         out = _weighted_sum(seen, weights.flatten(2, 3), slot_blocks(seen, block, seen.storage.values))
@@ -104,7 +106,8 @@ def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[
         return
     for block, after in query_blocks(part, batch.newest_real(min(most, batch.queries.shape[2]))):
         seen = part.seen_before(after)
-        update_observers(seen, QueryLogits(entry_logits(seen, block), seen.log_votes), after, observers)
+        query_logits = QueryLogits(entry_logits(seen, block), seen.log_votes, scaling=batch.scaling)
+        update_observers(seen, query_logits, after, observers)
 
 
 def update_observers(
@@ -116,9 +119,10 @@ def update_observers(
         if count < 1:
             continue
         whole = part.slots is None and count == query_logits.logits.shape[3]
-        shown = (
-            query_logits if whole else QueryLogits(part.spread(query_logits.logits[..., -count:, :]), part.all_votes)
-        )
+        shown = query_logits
+        if not whole:
+            logits = part.spread(query_logits.logits[..., -count:, :])
+            shown = QueryLogits(logits, part.all_votes, scaling=query_logits.scaling)
         state = {name: part.column(column) for name, column in observer.columns.items()}
         for name, new in observer.update(shown, state).items():
             part.write_column(observer.columns[name], new)

@@ -55,7 +55,7 @@ def attend_in_kernel(
         extra=kv_input.ExtraOutputs(logits, mass),
     )
     if logits is not None:
-        _show(storage, slots, logits, others)
+        _show(storage, slots, logits, others, batch.scaling)
     if _in_basis(held.values):
         out = _turned(out, storage.values.form.from_basis)
     return out.view(layout.rows, layout.heads * group, 1, -1)
@@ -117,17 +117,21 @@ def _require_shown(storage: SegmentedStorage, slots: Tensor | None, observers: S
 
 
 def _show(
-    storage: SegmentedStorage, slots: Tensor | None, logits: Tensor, observers: Sequence[ForwardObserver]
+    storage: SegmentedStorage,
+    slots: Tensor | None,
+    logits: Tensor,
+    observers: Sequence[ForwardObserver],
+    scaling: float,
 ) -> None:
     """Let observers see the logits [B·K, G, T] of one query."""
     layout = storage.slots.layout
     shaped = logits.unflatten(0, (layout.rows, layout.heads))[:, :, :, None]
     if layout.uniform is not None:
         part = AttendedSlots(storage, storage.everything, slots)
-        update_observers(part, QueryLogits(shaped, part.log_votes), 0, observers)
+        update_observers(part, QueryLogits(shaped, part.log_votes, scaling=scaling), 0, observers)
         return
     for row in range(layout.rows):
         for head in range(layout.heads):
             part = AttendedSlots(storage, SingleSegment(row, head))
             own = shaped[row : row + 1, head : head + 1, ..., : part.length]
-            update_observers(part, QueryLogits(own, part.log_votes), 0, observers)
+            update_observers(part, QueryLogits(own, part.log_votes, scaling=scaling), 0, observers)

@@ -11,7 +11,6 @@ from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.segment_index import SingleSegment
 from kvpolicy.plan.passes import PassObserver
 from kvpolicy.stages import QueryLogits, output_norms
-from kvpolicy.stages.slots import gather
 
 
 def observe_pass(
@@ -62,11 +61,12 @@ def _observe(
             _weight_of(own, batch.positions, block),
             output_norms=norms,
             hidden_norms=block.hidden_norms,
+            scaling=batch.scaling,
         )
-        state = {name: _shown(part, part.column(column)) for name, column in observer.columns.items()}
+        state = {name: part.shown_column(column) for name, column in observer.columns.items()}
         for name, new in observer.update(seen, state).items():
             kept = torch.where(reads[:, None, None], new.to(state[name].dtype), state[name])
-            part.write_column(observer.columns[name], _back(part, kept, part.column(observer.columns[name])))
+            part.write_shown_column(observer.columns[name], kept)
 
 
 def _output_norms(part: AttendedSlots, batch: QueryBatch, projection: Tensor) -> Tensor:
@@ -85,17 +85,3 @@ def _weight_of(own: Tensor, positions: Tensor, block: QueryBatch) -> Tensor:
     hidden = ~visible(positions[:, None], block.positions)[:, :, None]
     weight: Tensor = logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
     return weight
-
-
-def _shown(part: AttendedSlots, column: Tensor) -> Tensor:
-    """Of a column [b, k, all] what is shown, [b, k, T]."""
-    return column if part.slots is None else gather(column, part.slots)
-
-
-def _back(part: AttendedSlots, shown: Tensor, column: Tensor) -> Tensor:
-    """The column [b, k, all] with what is shown, [b, k, T], in its slots."""
-    if part.slots is None:
-        return shown
-    behind = column.shape[2]
-    longer = torch.cat([column, column[:, :, :1]], 2)
-    return longer.scatter(2, part.slots.where(part.slots >= 0, behind), shown)[:, :, :behind]

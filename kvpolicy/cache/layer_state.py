@@ -28,6 +28,9 @@ class LayerState:
 
     storage: LayerStorage
     window: ObservationWindow
+    chunk_window: (
+        ObservationWindow  # queries of a chunk of tokens that is not complete, for scorers that observe chunks
+    )
     row_state: dict[str, Tensor]  # of the merger, float32 [B]
     num_tokens: list[int]  # tokens of each row, pads excluded
     seq_len: int = 0  # tokens, pads included: the columns of the model's own attention mask
@@ -49,9 +52,9 @@ class LayerState:
             state.name: torch.full((rows,), state.fill, dtype=torch.float32, device=device)
             for state in plan.spec.merge.row_state()
         }
-        return cls(
-            new_storage(plan, ordinal, rows, device), ObservationWindow(plan.needs.queries), row_state, [0] * rows
-        )
+        storage = new_storage(plan, ordinal, rows, device)
+        windows = ObservationWindow(plan.needs.queries), ObservationWindow(plan.chunk_queries)
+        return cls(storage, *windows, row_state, [0] * rows)
 
     @property
     def rows(self) -> int:
@@ -61,9 +64,13 @@ class LayerState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return (
-            self.storage.nbytes + self.window.nbytes + bytes_of([*self.storage.index_tensors, *self.row_state.values()])
-        )
+        beside = bytes_of([*self.storage.index_tensors, *self.row_state.values()])
+        return self.storage.nbytes + self.window_bytes + beside
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the queries that are held."""
+        return self.window.nbytes + self.chunk_window.nbytes
 
     def selected(self, rows: Sequence[int]) -> Self:
         """The state of the rows named, in that order, that shares no storage; one may be named more than once."""
@@ -118,7 +125,8 @@ class LayerState:
     def check_integrity(self) -> None:
         """Raise CacheError when entries, counts or observed queries contradict each other."""
         self.storage.check_integrity()
-        self.window.check_integrity(self.num_tokens)
+        for window in (self.window, self.chunk_window):
+            window.check_integrity(self.num_tokens)
         if any(num_tokens > self.seq_len for num_tokens in self.num_tokens) or self.rollback_limit > self.seq_len:
             raise CacheError(f"{self.num_tokens} tokens came, or {self.rollback_limit} stay, of {self.seq_len} seen")
         plain = self.storage.is_plain and all(n == self.seq_len for row in self.storage.lengths for n in row)

@@ -121,6 +121,15 @@ class ObservationWindow:
             queries, positions = self._ordered()
             self._put(*_pads_first(queries, positions.masked_fill(positions >= limit[:, None], -1)))
 
+    def drop(self, rows: Sequence[int]) -> None:
+        """Drop all queries of some rows; the buffer, too, once no row has any."""
+        if self._filled:
+            self._positions[list(rows)] = -1
+            if not bool((self._positions[:, : self._filled] >= 0).any()):
+                self._queries, self._positions = self._queries.new_empty(0), self._positions.new_empty(0)
+                self._filled = self._oldest = 0
+                self._measure()
+
     def last(self, rows: Sequence[int]) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The newest queries [rows, H, W, D] and positions [rows, W]; fewer at the start, None when there are none."""
         if not self._filled:

@@ -50,6 +50,12 @@ class Compressible(Protocol):
     def close_gaps(self) -> None:
         """Drop the pads."""
 
+    def before_compression(self) -> None:
+        """Let scorers see what they have not seen of the newest tokens."""
+
+    def after_compression(self, rows: Sequence[int]) -> None:
+        """Drop what was held for the compression of some rows alone."""
+
     def before_packing(self) -> None:
         """Leave out what must not be packed."""
 
@@ -170,6 +176,8 @@ class CompressionScheduler:
     def _compress(self, layers: Sequence[Compressible], rows: Sequence[int], *, fills: bool) -> None:
         started = time.perf_counter()
         plan = self.plan
+        for layer in layers:
+            layer.before_compression()
         shown = [[partial(layer.view, rows) for layer in group] for group in self._shown_together(layers)]
         budgets = torch.tensor([layer.budget(rows) for layer in layers], device=plan.device)
         tokens = torch.tensor([layers[0].num_tokens[row] for row in rows], device=plan.device)
@@ -180,6 +188,7 @@ class CompressionScheduler:
             self._reduce(list(islice(rest, len(results))), rows, results, fills=fills)
         spent = (time.perf_counter() - started) / len(layers)
         for layer in layers:
+            layer.after_compression(rows)
             layer.note_compression(spent)
 
     def _shown_together(self, layers: Sequence[Compressible]) -> list[Sequence[Compressible]]:

@@ -16,6 +16,7 @@ from kvpolicy.stages.formats import ALL
 
 ATTENTION = "attention"
 MERGE_STATE = "merge."
+Update = Callable[[QueryLogits, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @attrs.frozen(eq=False)
@@ -24,7 +25,7 @@ class ForwardObserver:
 
     count: int  # ALL = every query
     columns: Mapping[str, str]  # its own name of a state, and the column that holds it
-    update: Callable[[QueryLogits, Mapping[str, Tensor]], Mapping[str, Tensor]]
+    update: Update
 
 
 def state_name(term: int, name: str) -> str:
@@ -61,14 +62,24 @@ class PluginUpdate:
     watched: bool  # told when the plan is made: this is called at every token, and traced by compilers
 
     def __call__(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        told = hide_faulty(query_logits)  # of NaN it would remember NaN for good
-        if self.watched:
-            with untouched(self.plugin, tensors_of_query_logits(told, state)):
-                fresh = self.plugin.observe_forward(told, state)
-        else:
-            fresh = self.plugin.observe_forward(told, state)
-        check_state(self.plugin, fresh, state)
-        return fresh
+        return checked_update(self.plugin, self.plugin.observe_forward, query_logits, state, watched=self.watched)
+
+
+def checked_update(
+    plugin: Observer, observe: Update, query_logits: QueryLogits, state: Mapping[str, Tensor], *, watched: bool
+) -> Mapping[str, Tensor]:
+    """What a method of a plugin makes of its state [B, K, T] once it has seen logits, checked; by its own names.
+
+    `watched`: also that it has not written to what it was shown.
+    """
+    told = hide_faulty(query_logits)  # of NaN it would remember NaN for good
+    if watched:
+        with untouched(plugin, tensors_of_query_logits(told, state)):
+            fresh = observe(told, state)
+    else:
+        fresh = observe(told, state)
+    check_state(plugin, fresh, state)
+    return fresh
 
 
 def _mass(query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -102,7 +113,8 @@ def hide_faulty(query_logits: QueryLogits) -> QueryLogits:
             return query_logits
         return attrs.evolve(query_logits, own=own, output_norms=outputs, hidden_norms=hidden)
     logits = query_logits.logits.masked_fill(wrong, -torch.inf)
-    return QueryLogits(logits, query_logits.log_votes, own, output_norms=outputs, hidden_norms=hidden)
+    scaling, votes = query_logits.scaling, query_logits.log_votes
+    return QueryLogits(logits, votes, own, output_norms=outputs, hidden_norms=hidden, scaling=scaling)
 
 
 def _finite(norms: Tensor | None) -> Tensor | None:

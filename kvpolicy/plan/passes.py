@@ -6,12 +6,11 @@ import attrs
 from torch import Tensor
 
 from kvpolicy.errors import PolicyError, Problem
-from kvpolicy.plan.forward_observers import hide_faulty, state_name
+from kvpolicy.plan.forward_observers import checked_update, state_name
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import Needs, Pass, Prompt, QueryLogits, Scorer
 from kvpolicy.stages.checking.declared import needs_of, passes_of, reads_prompts, slot_state_of
-from kvpolicy.stages.checking.returned import check_state
-from kvpolicy.stages.checking.untouched import tensors_of_prompt, tensors_of_query_logits, watching
+from kvpolicy.stages.checking.untouched import debugging, tensors_of_prompt, watching
 
 
 @attrs.frozen(eq=False)
@@ -29,11 +28,7 @@ class PassObserver:
 
     def update(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """New values of its state [B, K, T] once queries of a pass have been seen, by its own names."""
-        sound = hide_faulty(query_logits)
-        with watching(self.scorer, lambda: tensors_of_query_logits(sound, state)):
-            fresh = self.scorer.observe_pass(sound, state)
-        check_state(self.scorer, fresh, state)
-        return fresh
+        return checked_update(self.scorer, self.scorer.observe_pass, query_logits, state, watched=debugging())
 
 
 def pass_observers_of(spec: PolicySpec) -> tuple[PassObserver, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.errors import CalibrationError, ParameterError, PolicyError, Problem, UnsupportedModelError, one_line
 from kvpolicy.plan.budgets import Budgets
 from kvpolicy.plan.calibration import Calibration
+from kvpolicy.plan.chunk_observers import ChunkObserver, chunk_observers_of, most_queries
 from kvpolicy.plan.compress.fusion import Fusion, fusion_of
 from kvpolicy.plan.compress.warm_up import warm_up
 from kvpolicy.plan.footprint import Footprint
@@ -51,6 +52,7 @@ class Plan:
     observers: tuple[ForwardObserver, ...]
     budgets: Budgets
     fusion: Fusion  # which stages run in kernels, and why others do not
+    chunk_observers: tuple[ChunkObserver, ...] = ()  # scorers that are shown the queries of each chunk
     passes: tuple[PassObserver, ...] = ()  # scorers that read a prompt again before it is compressed
     calibration: str = ""  # digest of what plugins were calibrated with, "" when they need nothing
     calibrations: tuple[Mapping[str, Tensor], ...] = ()  # what views of a layer show; names begin with a plugin's key
@@ -84,6 +86,16 @@ class Plan:
     def packs_vectors(self) -> bool:
         """Whether keys or values are ever packed."""
         return any(forms.keys.columns or forms.values.columns for forms in self.formats)
+
+    @cached_property
+    def chunk_queries(self) -> int:
+        """How many queries of a chunk that is not complete are held at most."""
+        return most_queries(self.chunk_observers)
+
+    @cached_property
+    def keeps_chunk_queries(self) -> bool:
+        """Whether they are held behind a compression and while decoding, too, and not only while a prompt comes."""
+        return _keeps_chunk_queries(self.spec)
 
     @cached_property
     def compresses_jointly(self) -> bool:
@@ -172,8 +184,9 @@ def compile_policy(
     formats = tuple(_formats(spec, site) for site in sites)
     pages = tuple(_pages(spec, site) for site in sites)
     columns, needs = _columns(spec, geometry), _needs(spec)
-    states = len(spec.merge.row_state())
-    footprint = Footprint(geometry, dtype, columns, formats, pages, needs.queries, states)
+    chunk_observers = chunk_observers_of(spec)
+    queries = needs.queries + (most_queries(chunk_observers) if _keeps_chunk_queries(spec) else 0)
+    footprint = Footprint(geometry, dtype, columns, formats, pages, queries, len(spec.merge.row_state()))
     return Plan(
         spec=spec,
         geometry=geometry,
@@ -185,6 +198,7 @@ def compile_policy(
         formats=formats,
         page_formats=pages,
         observers=forward_observers_of(spec),
+        chunk_observers=chunk_observers,
         passes=pass_observers_of(spec),
         budgets=Budgets(spec, geometry, footprint),
         fusion=_fusion(spec, geometry, device, dtype, kernels),
@@ -308,6 +322,10 @@ def _needs(spec: PolicySpec) -> Needs:
         rotary=any(need.rotary for need in needs),
         output_projection=any(need.output_projection for need in needs),
     )
+
+
+def _keeps_chunk_queries(spec: PolicySpec) -> bool:
+    return spec.compress.every != NEVER
 
 
 def _columns(spec: PolicySpec, geometry: Geometry) -> dict[str, Column]:

@@ -46,7 +46,8 @@ def needs(spec: PolicySpec) -> Sequence[str]:
     told = {
         "calibration": bool(spec.calibrated),
         "passes over the prompt": evicts and any(need.passes for need in observed),
-        "attention of all queries": evicts and any(need.attention or need.forward_queries for need in observed),
+        "attention of all queries": evicts
+        and any(need.attention or need.forward_queries or need.chunk for need in observed),
         "recent queries": evicts and any(need.queries for need in observed),
         "rotary embedding": evicts and any(need.rotary for need in observed),
         "output projection": evicts and any(need.output_projection for need in observed),

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import ParameterError
 from kvpolicy.stages.checking.calibrated import check_finite
 from kvpolicy.stages.formats import AsIs, Format, Formats, Sample, Site
 from kvpolicy.stages.geometry import Geometry
@@ -44,6 +45,14 @@ class Plugin(abc.ABC):
         """Per layer, what it will find in `site.calibration` (a codec) or `view.calibration`; deterministic."""
         return [{} for _ in samples]
 
+    def calibration_of(self, table: Tensor, geometry: Geometry) -> list[dict[str, Tensor]]:  # noqa: ARG002
+        """What `calibrate` gives, from a published table of a number for each layer and KV head, float64 [L, K].
+
+        Raises:
+            ParameterError: the plugin reads no such table, or its numbers are none that it can mean.
+        """
+        raise ParameterError("reads no table of heads: it is measured on a text")
+
     def check_calibration(self, site: Site) -> None:
         """Look at `site.calibration` before it is used: it may come from a file that somebody has changed.
 
@@ -64,6 +73,10 @@ class Needs:
     queries: int = 0  # W, the last queries to keep
     attention: bool = False  # the mass each entry receives, summed over all queries
     forward_queries: int = 0  # how many of the newest queries of every forward `observe_forward` is shown
+    # Tokens of a chunk: `Scorer.observe_chunk` is shown the queries of each chunk over its own entries, if
+    # this is not 0. The token at position `chunk_start` begins the first one, and what is before it is in none.
+    chunk: int = 0
+    chunk_start: int = 0
     passes: bool = False  # whether a scorer reads prompts again: `Scorer.passes`
     rotary: bool = False  # whether keys are read as before rotation: models whose rotation is not known are refused
     # Whether what follows attention is read: models where it is not known are refused. `View.projection` has it, and a
@@ -118,6 +131,20 @@ class Scorer(Observer):
     @abc.abstractmethod
     def score(self, view: View) -> Tensor:
         """Float32 [B, K, T], larger = keep. Only candidates are compared; other slots may hold any number."""
+
+    def observe_chunk(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """New values of slot state, each [B, K, T] float32, of the held entries of one chunk of consecutive tokens.
+
+        Called if `needs().chunk`, once a chunk is complete, and for the newest, incomplete one before each compression.
+        The logits are not causal: each query sees all entries of its chunk. Those of tokens that a head no longer holds
+        see nothing. All queries of a chunk are shown, some of them at a time, so how they are cut must not matter; the
+        state begins with what new entries hold.
+
+        Where a policy does not compress while decoding, the chunk that a compression or a decode step finds incomplete
+        ends there: its entries keep what they got, and tokens that follow see each other alone. Generated tokens are in
+        no chunk; their state stays as it begins.
+        """
+        return {}
 
     def passes(self, prompt: Prompt) -> Sequence[Pass]:  # noqa: ARG002 the default reads nothing again
         """Token sequences to be read behind a prompt before it is compressed; asked if `needs().passes`.

@@ -1,4 +1,4 @@
-"""What an observer of forwards, and a scorer that reads prompts again, see of the attention."""
+"""What an observer of forwards or chunks, and a scorer that reads prompts again, see of the attention."""
 
 from functools import cached_property
 
@@ -12,13 +12,15 @@ class QueryLogits:
     """What the newest w queries of a forward see of the entries, those of the forward itself included.
 
     It is taken from the attention that is computed anyway; `logits` are -inf where a query does not see an entry.
-    Of a pass they are those of its queries and of the held entries that it shows; its own entries are summed up.
+    Of a pass they are those of its queries and of the held entries that it shows; its own entries are summed up. Of a
+    chunk they are those of its queries and of its held entries, those of later tokens included.
     """
 
     logits: Tensor  # [B, K, G, w, T] float32, scaled q·k without votes, oldest query first
     log_votes: Tensor | None = None  # [B, K, T] float32
     own: Tensor | None = None  # [B, K, G, w] float32, of a pass: log of the sum of exp(logit) over its own entries
     sighted: bool = False  # whether every query is known to see an entry
+    scaling: float = 1.0  # the attention module's own factor on q·k, which the logits contain
     # Of a pass, where the scorer's `needs` ask for them; 0 where they are not finite.
     output_norms: Tensor | None = None  # [B, K, G, T] float32, ‖v W‖₂ of an entry's value behind a query head's slice W
     hidden_norms: Tensor | None = None  # [B, w] float32, ‖h‖₂ of what attention was given for a query's token

@@ -3,22 +3,28 @@
 `python -m tests.docs.methods` writes docs/reference/methods.md; a test says whether it is current.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import kvpolicy
-from kvpolicy.evaluate.harness.record import read_record
-from kvpolicy.evaluate.report.summary import Line, Summary
-from kvpolicy.evaluate.tasks.case import METRICS
+from kvpolicy.evaluate.harness.record import EvaluationRecord, read_record
+from kvpolicy.evaluate.report.summary import Line
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.spec.traits import SAVES, compresses, needs, saves
+from tests.docs.method_tables import Results, bytes_and_times, loss_by_share, loss_by_task
 from tests.golden.families import FOLDER, TESTED, family_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference" / "methods.md"
 POLICIES = ROOT / "policies" / "kvpolicy_policies"
-RECORD = ROOT / "docs" / "reference" / "evaluation" / "smollm2-methods" / "cells.jsonl"
-TASKS = {"text": "KL"}
+RECORDS = ROOT / "docs" / "reference" / "evaluation"
+# By record and task, what the numbers are called.
+REAL_MODEL, TESTBED = "smollm2-methods", "testbed"
+TITLES = {
+    REAL_MODEL: {"text": "KL divergence", "needles-unseen": "Needles found"},
+    TESTBED: {"recall": "recall", "recall-unseen": "recall-unseen", "tracking": "tracking"},
+}
 
 # The published results that a policy's plugins are held to, by families of tests/golden/families.py.
 GOLDEN = {
@@ -27,6 +33,7 @@ GOLDEN = {
     "attention_matching": ("attention_matching_hak",),
     "attention_matching_omp": ("attention_matching_omp",),
     "cake": ("cake_layers", "cake_adjust"),
+    "compactor": ("compactor",),
     "criticaladakv": ("criticalkv",),
     "criticalkv": ("criticalkv",),
     "curkv": ("cur",),
@@ -69,48 +76,71 @@ GOLDEN = {
 }
 _HEAD = """# Methods
 
-The shipped policies: where each is from, how it is composed, which published results it is held to, and what it loses
-on a real model. Made by `python -m tests.docs.methods`.
+The shipped policies: where each is from, how it is composed, which published results it is held to, what it loses, and
+what it costs. Made by `python -m tests.docs.methods`.
 
-- **KL** is the divergence of predictions from the full cache's on three essays, nats a token: mean with a 95 %
-  bootstrap interval, of the [record](evaluation/smollm2-methods/evaluation.md) on SmolLM2-135M and texts of 1024
-  tokens, at shares of the bytes of a full cache, window and state included. Three texts and one small model: they show
-  which methods differ by much. Methods that leave the prompt as it is, and evict while a model reasons, cannot be
-  judged by it.
+Each group of policies begins with tables of what was measured; a policy that a record lacks is not in its table.
+Numbers are means over cases with 95 % bootstrap intervals, unless all cases agree. Columns are shares of the bytes of
+a full cache, window and state included.
+
+{tasks}
+- **Bytes and time**, of the first of these tasks: what one sequence holds at the end, as a share of a full cache's; the
+  forward over a prompt, its compression included, and a decode step behind it, as multiples of the full cache's in the
+  same run. A policy that compresses prompts alone holds what is generated on top of its share. One forward is timed for
+  each policy and share, on a CPU that may do other things: an indication, and not of what kernels on a GPU take.
 - **Published results** are files of numbers that the authors' code has given (another library's, or a float64
   reference, where there is none). The tests compare scores within rounding and kept entries exactly. All that evict are
   also held to an oracle in `tests/oracles/`: the method as a loop over entries inside the plain model.
+
+The models are small and the cases few: they show which methods differ by much. Methods that leave the prompt as it is,
+and evict while a model reasons, cannot be judged by them.
 """
-_COLUMNS = tuple(
-    f"{task}{share}"
-    for task in TASKS.values()
-    for share in ("", *(f" at {share} %" for share in ("25", "12.5", "6.25")))
-)
+_MEANS = {
+    "text": "the divergence of predictions of the text that follows from the full cache's, nats a token",
+    "needles-unseen": "answers that are right, to a question about one of four numbers in a text, asked once it was "
+    "compressed",
+    "recall": "answers that are right, to questions about generated facts; `recall-unseen`: asked once the facts were "
+    "compressed; `tracking`: chains of assignments",
+}
 
 
 def page() -> str:
     """The text of the page."""
+    return page_of({name: read_record(RECORDS / name / "cells.jsonl") for name in TITLES})
+
+
+def page_of(records: Mapping[str, EvaluationRecord]) -> str:
+    """The text of the page with the numbers of some records, by the names of `TITLES`."""
     specs = {path.stem: kvpolicy.load(path).spec for path in sorted(POLICIES.glob("*.yaml"))}
-    kinds = {title: [name for name, spec in specs.items() if saves(spec) == kind] for kind, title in SAVES.items()}
-    results = _results()
-    parts = [_HEAD]
-    for title, names in kinds.items():
-        measured = [name for name in names if name in results]
-        if measured:
-            parts.append(f"**{title}**\n")
-            parts.append("\n".join(_table(measured, results)) + "\n")
-    for title, names in kinds.items():
+    real, testbed = (
+        Results(records[name], TITLES[name], f"evaluation/{name}/evaluation.md") for name in (REAL_MODEL, TESTBED)
+    )
+    parts = [_HEAD.format(tasks="\n".join((*_tasks(real), *_tasks(testbed))))]
+    for kind, title in SAVES.items():
+        names = [name for name, spec in specs.items() if saves(spec) == kind]
         parts.append(f"## {title}\n")
+        parts += [*loss_by_task(real, names), *loss_by_share(testbed, names), *bytes_and_times(real, names)]
         parts += [_section(name, specs[name]) for name in names]
     return "\n".join(parts)
 
 
-def _table(names: Sequence[str], results: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    columns = [column for column in _COLUMNS if any(column in results[name] for name in names)]
-    yield f"| policy | {' | '.join(columns)} |"
-    yield f"|---|{'---|' * len(columns)}"
-    for name in names:
-        yield f"| [{name}](#{name}) | {' | '.join(results[name].get(column, '') for column in columns)} |"
+def _tasks(results: Results) -> Iterator[str]:
+    """What the tasks of a record are, how many cases they have, and how well the full cache does them."""
+    for task in results.tasks:
+        if task.task not in _MEANS:
+            continue
+        told = f"{_MEANS[task.task]}. {task.cases} cases, {results.setting}"
+        if task.metric == "correct":
+            full = (
+                f"{results.titles[each.task]} {_mean(each.full)}" for each in results.tasks if each.metric == "correct"
+            )
+            told += f"; with the full cache: {', '.join(full)}"
+        text = f"- **{results.titles[task.task]}**: {told}."
+        yield textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _mean(line: Line | None) -> str:
+    return "not measured" if line is None else f"{line.estimate('correct').mean:.0%}"
 
 
 def _section(name: str, spec: PolicySpec) -> str:
@@ -129,24 +159,6 @@ def _section(name: str, spec: PolicySpec) -> str:
     if files:
         lines.append(f"- Published results: {', '.join(files)}.")
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _results() -> dict[str, dict[str, str]]:
-    """By policy, its numbers by column."""
-    found: dict[str, dict[str, str]] = {}
-    for task in Summary(read_record(RECORD)).tasks:
-        for line in task.measured:
-            name = f"{TASKS[task.task]}{'' if line.share is None else f' at {100 * line.share:.4g} %'}"
-            found.setdefault(line.policy, {})[name] = _told(line, task.metric)
-    return found
-
-
-def _told(line: Line, metric: str) -> str:
-    estimate = line.estimate(metric)
-    held = f" at {line.held_share:.0%}" if line.share is None else ""
-    if METRICS[metric].percent:
-        return f"{estimate.mean:.0%} [{estimate.low:.0%}, {estimate.high:.0%}]{held}"
-    return f"{estimate.mean:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]{held}"
 
 
 def unknown_families() -> list[str]:

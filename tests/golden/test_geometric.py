@@ -2,16 +2,24 @@
 
 import json
 
+import attrs
 import pytest
 import torch
-from torch.nn.functional import avg_pool1d, pad
+from torch.nn.functional import pad
 
-from kvpolicy.stages import Rotary
+import kvpolicy
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
+from kvpolicy.plan.plan import compile_policy
+from kvpolicy.spec.policy import Weighted
+from kvpolicy.stages import Geometry, Rotary
+from kvpolicy_plugins.scorers.chunk_attention import ChunkAttention
 from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.keydiff import KeyDiff
 from kvpolicy_plugins.scorers.lagkv import LagKV
 from kvpolicy_plugins.scorers.leverage import Leverage
+from kvpolicy_plugins.scorers.shared.pooling import Pool
 from tests.golden.families import Vectors, cases, close, family_of, same
+from tests.support.driving import feed
 from tests.support.views import keep, view_of
 
 LEVERAGES = {"kv_avg": "average", "kv_product": "product"}
@@ -90,7 +98,7 @@ def check_vase_dkv(v):
 
 
 def check_compactor(v):
-    """Leverage; and the score of the whole method, whose chunked attention is that of `attention_in_chunks`."""
+    """Leverage, attention within chunks, and the score of the whole method."""
     settings = json.loads(v.text("cfg"))
     keys, values, rotary, sketch = v["keys"], v["values"], Rotary(v["inv_freq"]), v["Phi"]
     scorer, chunk = Leverage(settings["sketch_dimension"]), settings["chunk_size"]
@@ -99,17 +107,24 @@ def check_compactor(v):
     leverage = scorer.sketched(view, sketch)
     close(leverage, v["leverage_raw"])
     close(standardised(leverage), v["leverage_z"], atol=1e-5)
-    votes = attention_in_chunks(v["queries_rope"], keys, chunk)
-    close(votes, v["noncausal_raw"])
-    close(standardised(pooled(votes, values)), v["noncausal_score"], atol=1e-5)
+    pool = Pool("average", 3)
+    attention = ChunkAttention(chunk, 0, zeros=True, pool=pool)
+    layer = layer_that_saw(v, attention, keys.shape[2])
+    close(1 + layer.slot_state["excess"], v["noncausal_raw"].unflatten(1, (keys.shape[1], -1)).mean(2))
+    close(standardised(attention.score(layer)), v["noncausal_score"], atol=1e-5)
+    as_long_as_it_is = layer_that_saw(v, attrs.evolve(attention, zeros=False), keys.shape[2])
+    differs = (as_long_as_it_is.slot_state["excess"] - layer.slot_state["excess"]).abs().amax((0, 1))
+    assert (differs > 1e-3).tolist() == [
+        position >= keys.shape[2] // chunk * chunk for position in range(keys.shape[2])
+    ]
 
     middle = slice(settings["sink_size_start"], keys.shape[2] - settings["sink_size_end"])
     positions = torch.arange(keys.shape[2])[middle].expand(*keys[:, :, middle].shape[:3])
     view = view_of(keys[:, :, middle], positions=positions, rotary=rotary)
-    votes = attention_in_chunks(v["queries_rope"][:, :, middle], keys[:, :, middle], chunk)
-    blended = settings["blending"] * standardised(scorer.sketched(view, sketch))
-    blended = blended + standardised(pooled(votes, values[:, :, middle]))
     ends = settings["sink_size_start"], settings["sink_size_end"]
+    attention = ChunkAttention(chunk, ends[0], zeros=True, pool=pool)
+    votes = attention.score(layer_that_saw(v, attention, middle.stop))[..., ends[0] :]
+    blended = settings["blending"] * standardised(scorer.sketched(view, sketch)) + standardised(votes)
     close(pad(blended, ends, value=float(blended.max())), v["compactor_score"], atol=1e-5)
     hidden, length = v["hidden_states"], keys.shape[2]
     for weights, vectors in (("wq", "queries_pre_rope"), ("wk", "keys_pre_rope"), ("wv", "values")):
@@ -126,18 +141,17 @@ def standardised(scores):
     return (scores - scores.mean()) / scores.std()
 
 
-def attention_in_chunks(queries, keys, chunk):
-    """Sums [B, H, T] over the queries of a chunk, not causal and not scaled; pads have logits of 0, as published."""
-    group, length = queries.shape[1] // keys.shape[1], queries.shape[2]
-    padded = [pad(each, (0, 0, 0, -length % chunk)) for each in (queries, keys.repeat_interleave(group, 1))]
-    parts = zip(*(each.split(chunk, 2) for each in padded), strict=True)
-    return torch.cat([(asked @ held.mT).softmax(-1).sum(2) for asked, held in parts], -1)[..., :length]
-
-
-def pooled(votes, values):
-    """The mean over the group, times the norm of the value, over three neighbours: [B, K, T]."""
-    mean = votes.unflatten(1, (values.shape[1], -1)).mean(2)
-    return avg_pool1d(mean * values.norm(dim=-1), 3, 1, 1)
+def layer_that_saw(v, scorer, count):
+    """The view of a layer that has had the first tokens in one forward; the tokens before the first chunk are sinks."""
+    spec = kvpolicy.load("compactor", protect={"sinks": scorer.sinks, "recent": 0}).spec
+    spec = attrs.evolve(spec, score=(Weighted(scorer),))
+    heads, query_heads, dim = v["keys"].shape[1], v["queries_rope"].shape[1], v["keys"].shape[-1]
+    plan = compile_policy(spec, Geometry((0,), query_heads, heads, dim), "cpu", torch.float32)
+    layer = PolicyLayer(plan, 0)
+    feed(layer, *(v[name][:, :, :count] for name in ("keys", "values", "queries_rope")))
+    layer.before_compression()
+    view = layer.view(range(v["keys"].shape[0]))
+    return view.with_state({"excess": view.slot_state["score[0].excess"]})
 
 
 CHECKS = {

@@ -37,6 +37,7 @@ REFUSED = {
     "allocate.heads": small("adakv"),
     "compress.every": small("snapkv", every="never"),
     "budget": small("snapkv", budget="10%"),
+    "score": small("compactor", budget=16),
     "merge": small("d2o"),
     "store": small("snapkv", store={"use": "fp8", "batch": 2}),
     "read": small("snapkv", read={"use": "pages", "page": 4, "budget": 8}),

@@ -136,6 +136,28 @@ class Duo(Measured):
         return [shares[head] for head in range(len(rooms))]
 
 
+class Gated(Duo):
+    """With gates that are given, a layer a line."""
+
+    def __init__(self, *given, gates):
+        Adaptive.__init__(self, *given)
+        self.importance = gates
+
+
+def test_heads_with_the_lowest_gates_stream(tmp_path):
+    """The first layer has one, the second none, the last both of its heads; every other number is a tie."""
+    given, gates = (14, 4, 1, 4), [[0.5, 0.75], [0.9, 0.75], [0.125, 0.5]]
+    path = tmp_path / "gates.tsv"
+    path.write_text("\n".join("\t".join(map(str, layer)) for layer in gates) + "\n")
+    policy = shipped("duoattention", *given, queries=4, pool={"kind": "max", "size": 7})
+
+    def method(*numbers):
+        return Gated(*numbers, gates=gates)
+
+    calibration = policy.calibrate_from_table(build(), path)
+    assert_holds_what_the_oracle_holds(policy, method, *given, 4, calibration=calibration)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "measure", "reduce"),
     [

@@ -82,4 +82,4 @@ def layer_bytes(layer: Any) -> int:
 
 def window_bytes(cache: Cache) -> int:
     """Bytes of the queries that a policy's scorers observe, in all layers."""
-    return sum(layer.window.nbytes for layer in cache.layers if isinstance(layer, PolicyLayer))
+    return sum(layer.state.window_bytes for layer in cache.layers if isinstance(layer, PolicyLayer))

@@ -13,7 +13,10 @@ from kvpolicy.cli.terminal.prompt import read_prompt
 def calibrate(
     policy: Annotated[str, typer.Argument(help="A policy's name, or a file.")],
     model: Annotated[str, typer.Option(help=MODEL)],
-    text: Annotated[Path, typer.Option(help="A file with text such as the model will see; - is stdin.")],
+    text: Annotated[Path | None, typer.Option(help="A file with text such as the model will see; - is stdin.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="In place of a text, published numbers: a line a layer, a column a KV head.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; by default POLICY.safetensors.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to cut from the text, at most.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a sequence, at most.")] = 1024,
@@ -21,9 +24,12 @@ def calibrate(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Measure a model on a text, and write what the policy must know about it as a safetensors file."""
+    """Measure a model on a text, and write what the policy must know about it as a safetensors file.
+
+    What others have measured or trained for each head, such as DuoAttention's gates, is taken from a table.
+    """
     from kvpolicy.cli.terminal.models import device_of, dtype_of
-    from kvpolicy.errors import CalibrationError, InputError
+    from kvpolicy.errors import CalibrationError, InputError, one_line
     from kvpolicy.evaluate.models import load_model
     from kvpolicy.policy import load
 
@@ -32,18 +38,24 @@ def calibrate(
     loaded, target, kind = load(policy), device_of(device), dtype_of(dtype)
     if not loaded.spec.calibrated:
         raise CalibrationError(f"policy {loaded.name} needs no calibration")
-    words = read_prompt(None, text)
+    if (text is None) == (table is None):
+        raise InputError("give --text or --table, one of them")
+    words = "" if text is None else read_prompt(None, text)
     live, tokenizer = load_model(model, target, kind, tell)
-    tokens = _cut(tokenizer, words, sequences, length)
-    measured = loaded.calibrate(live, tokens)
+    if table is not None:
+        measured, numbers, how = loaded.calibrate_from_table(live, table), {}, f"from {one_line(table)}"
+    else:
+        tokens = _cut(tokenizer, words, sequences, length)
+        measured = loaded.calibrate(live, tokens)
+        numbers = {"sequences": tokens.shape[0], "length": tokens.shape[1]}
+        how = f"measured on {tokens.numel()} tokens"
     path = out or Path(f"{loaded.name}.safetensors")
     measured.save(path)
     about = {"file": str(path), "policy": loaded.name, "plugins": measured.plugins, "model": measured.model}
-    numbers = {"sequences": tokens.shape[0], "length": tokens.shape[1], "layers": len(measured.layers)}
     if json:
-        print_json({**about, **numbers})
+        print_json({**about, **numbers, "layers": len(measured.layers)})
     else:
-        line(f"{path}: {loaded.name} measured on {tokens.numel()} tokens of {model}; give it as calibration")
+        line(f"{path}: {loaded.name} {how} of {model}; give it as calibration")
 
 
 def _cut(tokenizer: Any, text: str, sequences: int, length: int) -> Any:

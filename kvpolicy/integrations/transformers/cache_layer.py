@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.attend import attend, observe_only
+from kvpolicy.attention.observe_chunks import observe_complete_chunks, observe_newest_chunk
 from kvpolicy.attention.read_request import chosen_by, read_request
 from kvpolicy.cache.compaction.write_back import build_view, write_back
 from kvpolicy.cache.forward_step import ForwardStep
@@ -55,6 +56,7 @@ class PolicyLayer(LogicalLayer):
     state: LayerState  # all that tokens change; its fields are shown as attributes
     storage: LayerStorage = _of_state("storage")
     window: ObservationWindow = _of_state("window")
+    chunk_window: ObservationWindow = _of_state("chunk_window")
     row_state: dict[str, Tensor] = _of_state("row_state")
     num_tokens: list[int] = _of_state("num_tokens")
     seq_len: int = _of_state("seq_len")
@@ -268,6 +270,8 @@ class PolicyLayer(LogicalLayer):
     # -- compression -------------------------------------------------------------------------------------------
 
     def _observe(self, batch: QueryBatch) -> None:
+        if self.plan.chunk_observers:
+            self._observe_chunks(batch)
         if self.window.add(batch.queries, batch.positions, padded=batch.padded):
             self._resized = True
         if self.plan.observers and not self._observed:
@@ -296,6 +300,35 @@ class PolicyLayer(LogicalLayer):
                 self.scheduler.due(self, alike, decoding=decoding, immediately=immediately)
         if self.plan.packs:
             self.scheduler.pack(self, decoding=decoding, immediately=immediately)
+
+    def _observe_chunks(self, batch: QueryBatch) -> None:
+        """Let scorers see the chunks that a forward completes; hold its queries of the one that it does not."""
+        if batch.queries.shape[2] == 1 and not self.plan.keeps_chunk_queries:
+            self.before_compression()
+            real = (batch.positions[:, 0] >= 0).tolist() if batch.padded else [True] * len(self.num_tokens)
+            self.after_compression([row for row, has_token in enumerate(real) if has_token])
+            return
+        observe_complete_chunks(self.storage, batch, self._chunk_queries, self.num_tokens, self.plan.chunk_observers)
+        if self.chunk_window.add(batch.queries, batch.positions, padded=batch.padded):
+            self._resized = True
+
+    def _chunk_queries(self) -> QueryBatch | None:
+        queries, positions = self.chunk_window.last(range(len(self.num_tokens)))
+        if queries is None or positions is None:
+            return None
+        return QueryBatch(queries, positions, padded=True, scaling=self.scaling)
+
+    def before_compression(self) -> None:
+        """Let scorers see the chunk of tokens that is not complete."""
+        queries = self._chunk_queries() if self.plan.chunk_observers else None
+        if queries is not None:
+            observe_newest_chunk(self.storage, queries, self.plan.chunk_observers)
+
+    def after_compression(self, rows: Sequence[int]) -> None:
+        """Drop the queries of that chunk, where a policy compresses prompts alone: they are large."""
+        if self.chunk_window.nbytes and not self.plan.keeps_chunk_queries:
+            self.chunk_window.drop(rows)
+            self._sample()
 
     @exactly
     def compress_prompt(self) -> None:
@@ -419,7 +452,7 @@ class PolicyLayer(LogicalLayer):
         self._resized = False
         state = (bytes_of(beside, counted) if beside else 0) + self.recording.saved_bytes
         self.stats.rows = len(self.state.num_tokens)
-        self.stats.sample(self.seq_len, self.storage.average, self.storage.nbytes, self.window.nbytes, state)
+        self.stats.sample(self.seq_len, self.storage.average, self.storage.nbytes, self.state.window_bytes, state)
 
     def count(self, counted: set[int]) -> None:
         """Bring `stats` up to date, to the last byte; what layers share is in `counted`."""
@@ -561,7 +594,8 @@ class PolicyLayer(LogicalLayer):
         before = self.recording.crop(self, count)
         if before:
             self.drop(before)
-            self.window.forget(torch.tensor(self.num_tokens, device=self.device))
+            for window in (self.window, self.chunk_window):
+                window.forget(torch.tensor(self.num_tokens, device=self.device))
         if self.is_initialized:
             self._sample()
 

@@ -51,6 +51,30 @@ def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calib
     return Calibration(tuple(layers), calibrated_digest(spec), model_digest(model))
 
 
+def calibrate_from_table(spec: PolicySpec, model: PreTrainedModel, table: Tensor) -> Calibration:
+    """What plugins of the policy make of a table of a number for each managed layer and KV head, float64 [L, K].
+
+    Raises CalibrationError when none of them needs a calibration, or one reads no table, or not this one.
+    """
+    if not spec.calibrated:
+        raise CalibrationError(f"policy {spec.name} needs no calibration")
+    geometry = geometry_of(model.config)
+    if table.shape != (geometry.layers, geometry.kv_heads):
+        raise CalibrationError(
+            f"the table must have {geometry.layers} layers of {geometry.kv_heads} KV heads, as the model: "
+            f"it has {table.shape[0]} of {table.shape[1]}"
+        )
+    layers: list[dict[str, Tensor]] = [{} for _ in geometry.managed]
+    for key, plugin in spec.calibrated.items():
+        try:
+            found = plugin.calibration_of(table, geometry)
+        except ParameterError as error:
+            raise CalibrationError(f"policy {spec.name}: {key} {plugin.name}: {error}") from error
+        for layer, tensors in zip(layers, found, strict=True):
+            layer.update({f"{key}.{name}": tensor for name, tensor in tensors.items()})
+    return Calibration(tuple(layers), calibrated_digest(spec), model_digest(model))
+
+
 def _probes(plugin: Plugin, tokens: Tensor) -> Tensor:
     """The tokens that a plugin is calibrated on, checked."""
     probes = plugin.probes(tokens)

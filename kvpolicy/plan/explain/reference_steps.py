@@ -30,6 +30,10 @@ def observe_steps(plan: Plan, shapes: Shapes) -> Iterator[Step]:
         mass = attended * plan.columns[ATTENTION].bytes_per_slot
         read = attended * vector + shapes.new * query + mass
         yield Step("observe", "attention mass", read, mass, ("keys", "queries", "attention"))
+    for observer in plan.chunk_observers:
+        state = shapes.new * plan.geometry.kv_heads * len(observer.columns) * _FLOAT
+        read = shapes.new * (plan.geometry.kv_heads * vector + query)
+        yield Step("observe", f"chunks of {observer.size}", read, state, ("keys", "queries"))
 
 
 def score_step(plan: Plan, shapes: Shapes, term: Term, unfused: str = "") -> Step:

@@ -43,7 +43,7 @@ def needs_of(plugin: ViewPlugin) -> Needs:
     needs = _asked(plugin, "needs", plugin.needs)
     if not isinstance(needs, Needs):
         raise contract_error(plugin, f"needs {shown(needs)}, expected Needs")
-    for name in ("queries", "forward_queries"):
+    for name in ("queries", "forward_queries", "chunk", "chunk_start"):
         count = getattr(needs, name)
         if type(count) is not int or not 0 <= count <= MOST_OBSERVED:
             raise contract_error(plugin, f"needs {name}={shown(count)}, expected 0 to {MOST_OBSERVED}")
@@ -51,12 +51,18 @@ def needs_of(plugin: ViewPlugin) -> Needs:
         wanted = getattr(needs, name)
         if type(wanted) is not bool:
             raise contract_error(plugin, f"needs {name}={shown(wanted)}, expected true or false")
-    if needs.passes and not isinstance(plugin, Scorer):
-        raise contract_error(plugin, "needs passes=true, which only a scorer can have")
-    if needs.hidden_norms and not needs.passes:
-        raise contract_error(plugin, "needs hidden_norms=true without passes=true: only passes show them")
-    if needs.forward_queries and not isinstance(plugin, Observer):
-        raise contract_error(plugin, "needs forward_queries, which only a scorer or a merger can have")
+    for wrong, message in (
+        (needs.passes and not isinstance(plugin, Scorer), "passes=true, which only a scorer can have"),
+        (needs.hidden_norms and not needs.passes, "hidden_norms=true without passes=true: only passes show them"),
+        (needs.chunk and not isinstance(plugin, Scorer), "chunk, which only a scorer can have"),
+        (needs.chunk_start and not needs.chunk, "chunk_start without chunk: there is none to begin"),
+        (
+            needs.forward_queries and not isinstance(plugin, Observer),
+            "forward_queries, which only a scorer or a merger can have",
+        ),
+    ):
+        if wrong:
+            raise contract_error(plugin, f"needs {message}")
     return needs
 
 
@@ -76,6 +82,14 @@ def reads_prompts(scorer: Scorer) -> bool:
     if wanted and not slot_state_of(scorer):
         raise contract_error(scorer, "needs passes=true and declares no slot state, all that a pass can change")
     return wanted
+
+
+def observes_chunks(scorer: Scorer) -> bool:
+    """Whether `scorer.observe_chunk` is called. Raises PluginContractError where it could not remember a chunk."""
+    size = needs_of(scorer).chunk
+    if size and not slot_state_of(scorer):
+        raise contract_error(scorer, f"needs chunk={size} and declares no slot state, all that a chunk can change")
+    return size > 0
 
 
 def passes_of(scorer: Scorer, prompt: Prompt) -> tuple[Pass, ...]:

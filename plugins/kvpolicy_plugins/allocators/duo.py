@@ -5,7 +5,8 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvpolicy.stages import AllocationRequest, Number, parameter
+from kvpolicy.errors import ParameterError
+from kvpolicy.stages import AllocationRequest, Geometry, Number, parameter
 from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 from kvpolicy_plugins.allocators.shared.measured_heads import MeasuredHeads, counts_of, heads_of
 from kvpolicy_plugins.allocators.shared.needle import retrieval_score
@@ -19,14 +20,21 @@ class Duo(MeasuredHeads):
        layer, then lower head;
     2. retrieval heads get equal shares of the budget; only what they have no room for goes to streaming heads.
 
-    The paper trains a gate for each KV head by what streaming changes in outputs for passkeys in long texts; here
-    importance is measured as in `headkv`. Its retrieval heads keep everything: here they do where the budget allows it.
+    The paper trains a gate from 0 to 1 for each KV head by what streaming changes in outputs for passkeys in long text.
+    A table of such gates, as its authors publish for some models, can be the importance; without one it is measured as
+    in `headkv`. Retrieval heads of the paper keep everything: here they do where the budget allows it.
     """
 
     name: ClassVar[str] = "duo"
     reference: ClassVar[str] = "arXiv:2410.10819"
 
     streaming: float = parameter(Number(minimum=0, maximum=1), 0.5, help="share of KV heads that are streaming heads")
+
+    def calibration_of(self, table: Tensor, geometry: Geometry) -> list[dict[str, Tensor]]:
+        """The gate of a KV head is the importance of each query head of its group, [H] float32."""
+        if bool(((table < 0) | (table > 1)).any()):
+            raise ParameterError(f"gates must be from 0 to 1: {table.min().item():.6g} to {table.max().item():.6g}")
+        return [{"importance": gates.float().repeat_interleave(geometry.group)} for gates in table]
 
     def importance(self, attention: Tensor, inside: Tensor, length: int) -> Tensor:
         return retrieval_score(attention, inside, length)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import (
     Choice,
+    Geometry,
     Needs,
     Nested,
     Number,
@@ -71,8 +72,14 @@ class History(Scorer):
     def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         return self.of.calibrate(samples)
 
+    def calibration_of(self, table: Tensor, geometry: Geometry) -> list[dict[str, Tensor]]:
+        return self.of.calibration_of(table, geometry)
+
     def check_calibration(self, site: Site) -> None:
         self.of.check_calibration(site)
+
+    def observe_chunk(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.of.observe_chunk(query_logits, state)
 
     def passes(self, prompt: Prompt) -> Sequence[Pass]:
         return self.of.passes(prompt)

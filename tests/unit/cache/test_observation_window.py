@@ -24,12 +24,13 @@ def entries(rows, count, start):
 
 @st.composite
 def histories(draw):
-    """What happens to a window: forwards with pads among their tokens, rollbacks, moves of rows, static steps."""
+    """What happens to a window: forwards with pads, rollbacks, moves of rows, static steps, rows whose queries go."""
     forwards = st.tuples(st.just("add"), st.integers(1, 9), st.integers(0, 2**20))
     undone = st.tuples(st.just("forget"), st.integers(0, 5), st.just(0))
     moves = st.tuples(st.just("select"), st.integers(1, 3), st.integers(0, 2**20))
     static = st.tuples(st.just("static"), st.integers(1, 7), st.just(0))
-    return draw(st.lists(st.one_of(forwards, forwards, undone, moves, static), min_size=1, max_size=12))
+    dropped = st.tuples(st.just("drop"), st.integers(0, 3), st.just(0))
+    return draw(st.lists(st.one_of(forwards, forwards, undone, moves, static, dropped), min_size=1, max_size=12))
 
 
 @given(histories())
@@ -56,6 +57,11 @@ def test_the_window_holds_the_newest_queries_of_each_row(history):
             rows = [[one for one in held if one[0] < limit] for held, limit in zip(rows, real, strict=True)]
             window.forget(torch.tensor(real))
             undone = True
+        elif what == "drop":
+            gone = [row for row in range(len(rows)) if count >> row & 1]
+            window.drop(gone)
+            rows = [[] if row in gone else held for row, held in enumerate(rows)]
+            assert any(rows) or undone or not window.nbytes
         elif what == "static":
             window = _static_steps(sessions[len(rows)], window, rows, real, count, name, undone=undone)
             real, name = [place + count for place in real], name + count * len(rows)

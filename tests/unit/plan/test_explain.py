@@ -104,6 +104,17 @@ def test_attention_mass_is_read_and_written_at_every_token():
     assert found.columns["attention"] == group * FLOAT
 
 
+def test_chunks_are_read_once_and_no_queries_are_held_behind_a_prompt():
+    """Every key and every query of the prompt; a number for each entry is written."""
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
+    found = explain(kvpolicy.load("compactor", budget=16).compile(model), 100)
+
+    assert step(found, "observe").plugin == "chunks of 256"
+    assert step(found, "observe").read == 100 * (HEADS + QUERY_HEADS) * DIM * FLOAT
+    assert step(found, "observe").written == 100 * HEADS * FLOAT
+    assert found.window_bytes == 0
+
+
 def test_prompt_only_policies_are_explained_at_the_prompt():
     """Without decoding triggers the one compression is that of the whole prompt."""
     found = explained("snapkv", 100, budget=16, protect={"recent": 2}, compress={"every": "never"})

@@ -12,6 +12,7 @@ BUDGETS = {  # budget, every, sinks, recent
     "attention_matching": (1024, "never", 0, "6.25%"),
     "attention_matching_omp": (1024, "never", 0, "6.25%"),
     "chunkkv": (1024, 128, 0, 32),
+    "compactor": (1024, "never", 8, 4),
     "criticaladakv": (1024, 128, 0, 32),
     "criticalkv": (1024, 128, 0, 32),
     "curkv": (1024, 128, 4, 0),

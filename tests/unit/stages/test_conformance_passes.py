@@ -1,4 +1,4 @@
-"""The conformance suite finds what is wrong with a scorer that reads prompts again."""
+"""The conformance suite finds what is wrong with a scorer that reads prompts again, or observes chunks."""
 
 import attrs
 import pytest
@@ -7,6 +7,7 @@ import torch
 from kvpolicy.errors import PluginContractError
 from kvpolicy.stages import Needs, Pass, Scorer, State
 from kvpolicy.stages.conformance import check_plugin, conformance_cases
+from kvpolicy_plugins.scorers.chunk_attention import ChunkAttention
 from kvpolicy_plugins.scorers.history import History
 from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from tests.support.rereading import Reread
@@ -113,16 +114,53 @@ def test_a_broken_scorer_is_found_out(message, given):
     assert "scorer 'given'" in str(caught.value)
 
 
+@attrs.frozen
+class Chunked(Given):
+    """The same of chunks."""
+
+    name = "chunked"
+
+    def needs(self):
+        return Needs(chunk=4)
+
+    def passes(self, prompt):
+        return []
+
+    def observe_chunk(self, query_logits, state):
+        return self.observe_pass(query_logits, state)
+
+
+WRONG_OF_CHUNKS = {
+    "observed a chunk and returned ['other'], expected only ['most']": lambda seen, state: {"other": state["most"]},
+    "observed a chunk and returned NaN in 'most'": lambda seen, state: {"most": state["most"] * torch.nan},
+    "gives a different result for a chunk in parts": replacing,
+    "gives a different result with pads behind a chunk": counting,
+    "gives a different result for one row of a chunk": mixing,
+    "changed its input 'most'": writing,
+}
+
+
+@pytest.mark.parametrize(("message", "sees"), WRONG_OF_CHUNKS.items(), ids=WRONG_OF_CHUNKS)
+def test_a_scorer_that_observes_chunks_wrongly_is_found_out(message, sees):
+    with pytest.raises(PluginContractError) as caught:
+        check_plugin(Chunked(sees=sees))
+    assert message in str(caught.value)
+    assert "scorer 'chunked'" in str(caught.value)
+
+
 SOUND = {
     "all": Reread(),
     "nearby": Reread(7, nearby=True),
     "weighed": Reconstruction(7, 2, "output_norm"),
     "history": History(Reconstruction(7, 2, "output_norm")),
+    "chunks": ChunkAttention(7),
+    "chunks filled with zeros": ChunkAttention(40, 2, zeros=True),
+    "history of chunks": History(ChunkAttention(7)),
 }
 
 
 @pytest.mark.parametrize("scorer", SOUND.values(), ids=SOUND)
 def test_a_sound_one_passes(scorer):
     names = {name for name, _ in conformance_cases(scorer)}
-    assert {"gives passes as declared", "observes passes as declared", "ignores pads of a pass"} <= names
+    assert {"gives passes as declared", "observes passes and chunks as declared", "ignores pads"} <= names
     check_plugin(scorer)

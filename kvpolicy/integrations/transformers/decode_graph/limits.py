@@ -52,6 +52,8 @@ def _problems(plan: Plan) -> Iterator[Problem]:
         yield Problem("allocate.joint", f"graph: layers must not compete: {spec.allocate.divider.name}")
     elif plan.ragged:
         yield Problem("allocate.heads", f"graph: heads must hold equally many entries: {spec.allocate.heads.name}")
+    for observer in plan.chunk_observers:
+        yield Problem("score", f"graph: no scorer can be shown chunks of tokens: {observer.scorer.name}")
     if any(forms.keys.columns or forms.values.columns for forms in plan.formats):
         yield Problem("store", f"graph: entries must be held as they are: {spec.store.name}")
     if plan.selective or any(page is not None for page in plan.page_formats):

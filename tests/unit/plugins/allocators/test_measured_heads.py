@@ -9,6 +9,7 @@ from kvpolicy_plugins.allocators.duo import Duo
 from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.shared.needle import Needles
 from kvpolicy_plugins.allocators.surfacelogic import SurfaceLogic
+from tests.support.views import view_of
 
 DIVIDERS = (HeadKV, SurfaceLogic)
 
@@ -57,6 +58,31 @@ def test_streaming_heads_get_what_retrieval_heads_have_no_room_for():
     assert divided(Duo(), importance, 50) == [[5, 20], [5, 20]]
     assert divided(Duo(streaming=0), importance, 20) == [[5, 5], [5, 5]]
     assert divided(Duo(streaming=1), importance, 20) == [[5, 5], [5, 5]]
+
+
+def test_a_gate_is_the_importance_of_its_kv_head():
+    """Whatever the group is reduced by."""
+    table = torch.tensor([[0.25, 1.0], [0.0, 0.5]], dtype=torch.float64)
+    for group in ("max", "mean"):
+        allocator, layers = Duo(group=group), Duo().calibration_of(table, Geometry((0, 1), 6, 2, 8))
+        for layer, gates in zip(layers, table, strict=True):
+            site = Site(Geometry((0, 1), 6, 2, 8), torch.float32, calibration=layer)
+            allocator.check_calibration(site)
+            view = view_of(torch.zeros(3, 2, 4, 8), calibration=layer)
+            assert torch.equal(allocator.statistics(view), gates.float().expand(3, 2))
+
+
+@pytest.mark.parametrize(("gate", "told"), [(-0.01, "-0.01 to 0.5"), (1.5, "0.5 to 1.5")])
+def test_gates_are_from_0_to_1(gate, told):
+    table = torch.tensor([[0.5, gate]], dtype=torch.float64)
+    with pytest.raises(ParameterError, match=f"gates must be from 0 to 1: {told}"):
+        Duo().calibration_of(table, Geometry((0,), 2, 2, 8))
+
+
+@pytest.mark.parametrize("kind", DIVIDERS)
+def test_what_is_measured_otherwise_reads_no_table(kind):
+    with pytest.raises(ParameterError, match="reads no table of heads"):
+        kind().calibration_of(torch.ones(1, 2), Geometry((0,), 2, 2, 8))
 
 
 @pytest.mark.parametrize(
