@@ -26,7 +26,7 @@ def gather(entries: Tensor, kept: Tensor) -> Tensor:
     """The entries at the keep indices: [B, K, T, ...] and [B, K, N] to [B, K, N, ...]; zeros where kept is -1."""
     taken = take(entries, kept.clamp(min=0))
     empty = (kept < 0).reshape(*kept.shape, *[1] * (taken.ndim - 3))
-    return taken.masked_fill(empty, 0)
+    return taken.masked_fill_(empty, 0)  # nobody else has it
 
 
 def take(entries: Tensor, slots: Tensor) -> Tensor:
