@@ -13,7 +13,9 @@ from kvpolicy.cache.storage.segment_index import SegmentIndex, SingleSegment
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages.slots import gather
 
-NO_POSITIONS = torch.empty(0, dtype=torch.int32)  # positions, where nothing is packed: only what is packed may depend on them
+NO_POSITIONS = torch.empty(
+    0, dtype=torch.int32
+)  # positions, where nothing is packed: only what is packed may depend on them
 
 
 @attrs.frozen(eq=False)
@@ -33,12 +35,12 @@ class AttendedSlots:
         alike = self.slots is None and (self.storage.is_even or isinstance(self.at, SingleSegment))
         return attrs.evolve(self, unseen=newest) if alike else self
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """K, of the block."""
         return 1 if isinstance(self.at, SingleSegment) else self.storage.heads
 
-    @property
+    @cached_property
     def length(self) -> int:
         """T."""
         if self.slots is not None:

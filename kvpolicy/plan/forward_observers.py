@@ -98,8 +98,8 @@ def hide_faulty(query_logits: QueryLogits) -> QueryLogits:
     if own is not None:
         own = own.masked_fill(~(own < torch.inf), -torch.inf)
     logits = query_logits.logits
-    # Only a host can look without making a device wait.
-    if logits.device.type == "cpu" and (not logits.numel() or float(logits.amax()) < torch.inf):  # the largest may be NaN
+    # Only a host can look without making a device wait. The largest is NaN where one is.
+    if logits.device.type == "cpu" and (not logits.numel() or float(logits.amax()) < torch.inf):
         if own is None:
             return query_logits
         return attrs.evolve(query_logits, own=own, output_norms=outputs, hidden_norms=hidden)

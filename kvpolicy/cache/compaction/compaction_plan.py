@@ -96,7 +96,7 @@ def filling_of(kept: Tensor, most: int) -> Tensor:
 
 
 def filling_together(kept: Sequence[Tensor], most: int) -> Sequence[Tensor | None]:
-    """`filling_of` the slots [rows, K, N] that each of several layers keeps, in one; none of them where shapes differ."""
+    """`filling_of` the slots [rows, K, N] that each of several layers keeps, in one; None where shapes differ."""
     if len(kept) == 1 or len({slots.shape for slots in kept}) > 1:
         return [None] * len(kept)
     return filling_of(torch.stack(list(kept)), most).unbind(1)

@@ -80,12 +80,18 @@ def most_evicted(before: Sequence[Sequence[int]], after: PerSegment) -> int:
     return max((held - stays for held, stays in pairs), default=0)
 
 
+def _holes(storage: LayerStorage, rows: Sequence[int], result: Compressed) -> int:
+    """No head of the rows has more holes than that."""
+    if result.evicted is not None:
+        return result.evicted
+    return most_evicted([storage.lengths[row] for row in rows], result.lengths)
+
+
 def fillings(
     storages: Sequence[LayerStorage], rows: Sequence[int], results: Sequence[Compressed]
 ) -> Sequence[Tensor | None]:
     """For `write_back` with `fills` of several layers: which holes are filled with what, computed for all at once."""
-    before = [[storage.lengths[row] for row in rows] for storage in storages]
-    most = max(most_evicted(held, result.lengths) for held, result in zip(before, results, strict=True))
+    most = max(_holes(storage, rows, result) for storage, result in zip(storages, results, strict=True))
     return filling_together([result.kept for result in results], most)
 
 
@@ -105,7 +111,7 @@ def write_back(
     """
     for name, values in result.observed.items():
         storage.write_column(name, RowSegments(rows), values)
-    holes = most_evicted([storage.lengths[row] for row in rows], result.lengths) if fills else None
+    holes = _holes(storage, rows, result) if fills else None
     compaction = CompactionPlan(rows, result.kept, holes, filling, result.lengths, result.finite)
     if result.entries is None:
         storage.evict(compaction, limit)

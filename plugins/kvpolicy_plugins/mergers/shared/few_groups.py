@@ -18,7 +18,7 @@ class FewGroups:
     view: View  # E kept entries, then E evicted ones; what a merger does not look at is left out
     kept: Tensor  # int64 [B, K, E], the kept entries as slots of `view`
     groups: Groups  # of them; one that several evicted entries join is that of the first, and nothing joins the others
-    places: Tensor  # int64 [B, K, E], where in the keep indices each merged entry stands; behind the last one, if nowhere
+    places: Tensor  # int64 [B, K, E], where each merged entry stands in the keep indices; behind the last one = nowhere
 
     @classmethod
     def of(cls, view: View, kept: Tensor, joins: Tensor, index: Tensor) -> "FewGroups | None":
