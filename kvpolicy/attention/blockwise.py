@@ -22,7 +22,7 @@ from kvpolicy.stages import QueryLogits
 _NUMBERS = {"cpu": 2**19}
 _ELSEWHERE = 2**26
 _LEAST = 64  # slots of a block
-_JOINED = 2**16  # numbers that are put together where some are packed and some not: two products would take longer
+_JOINED = 2**18  # numbers that are put together where some are packed and some not: two products would take longer
 _LOGITS = 2**20  # of all slots, that exist at one time where they are looked at together, per row
 
 

@@ -37,7 +37,8 @@ class PaddedRow:
 
     keys: Tensor  # [1, K, T, D]
     values: Tensor
-    bias: Tensor | None  # [1, K, 1, T], what is added to logits: log-votes, if any, and -inf where a head has no entry
+    in_use: Tensor | None  # bool [1, K, T], None where heads are equally long
+    log_votes: Tensor | None  # [1, K, T], where there are any
 
 
 class KVReader(abc.ABC):

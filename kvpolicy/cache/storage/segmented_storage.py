@@ -119,27 +119,20 @@ class SegmentedStorage(LayerStorage):
         return self.keys.residual.dense(self.keys.name), self.values.residual.dense(self.values.name)
 
     def padded_rows(self, most: int) -> Mapping[int, PaddedRow]:
-        """All rows are copied together, and each is seen without the slots that only others have."""
         keys = self.keys.residual
         longest = most // keys.columns[self.keys.name].shape[0]
-        rows = [row for row, width in enumerate(keys.layout.widths) if width <= longest]
-        if not rows:
-            return {}
-        slots, in_use = keys.slots_of(rows)
+        return {row: self._padded_row(row) for row, width in enumerate(keys.layout.widths) if width <= longest}
+
+    def _padded_row(self, row: int) -> PaddedRow:
+        keys = self.keys.residual
+        slots, in_use = keys.slots_of(row)
 
         def copied(store: SlotStore, name: str) -> Tensor:
             alike = store.layout == keys.layout
-            return store.copied(name, slots if alike else store.slots_of(rows)[0])
+            return store.copied(name, slots if alike else store.slots_of(row)[0])
 
         votes = copied(self.slots, LOG_VOTES) if LOG_VOTES in self.columns else None
-        of_keys, of_values = copied(keys, self.keys.name), copied(self.values.residual, self.values.name)
-        bias = torch.zeros_like(in_use, dtype=of_keys.dtype) if votes is None else votes.to(of_keys.dtype)
-        bias = bias.masked_fill(~in_use, -torch.inf)[:, :, None]
-        columns = zip(rows, of_keys.split(1), of_values.split(1), bias.split(1), strict=True)
-        return {
-            row: _padded_row(own, of_row, added, keys.bounds(row), votes=votes is not None)
-            for row, own, of_row, added in columns
-        }
+        return PaddedRow(copied(keys, self.keys.name), copied(self.values.residual, self.values.name), in_use, votes)
 
     def check_integrity(self) -> None:
         self.slots.check_integrity()
@@ -260,14 +253,6 @@ class SegmentedStorage(LayerStorage):
     def restore(self, contents: Contents) -> None:
         for name in _PARTS:
             getattr(self, name).restore(contents.below(name))
-
-
-def _padded_row(keys: Tensor, values: Tensor, bias: Tensor, bounds: tuple[int, int], *, votes: bool) -> PaddedRow:
-    """From what was copied for the longest of several rows; `votes` says whether there are any in the bias."""
-    shortest, longest = bounds
-    if longest < keys.shape[2]:
-        keys, values, bias = keys.narrow(2, 0, longest), values.narrow(2, 0, longest), bias.narrow(3, 0, longest)
-    return PaddedRow(keys, values, bias if votes or shortest < longest else None)
 
 
 def _with_room(lengths: Sequence[int], slack: int, limit: int) -> tuple[int, ...]:

@@ -33,7 +33,6 @@ class SlotStore:
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
         self._firsts: Tensor | None = None
-        self._bounds: list[tuple[int, int]] | None = None
         self.forget_tables()
         self._lengths: tuple[int, PerSegment] | None = None
         self.tensors: dict[str, Tensor] = {}
@@ -127,31 +126,25 @@ class SlotStore:
         padded: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return padded.where(places < lengths, -1) if name == POSITIONS else padded
 
-    def slots_of(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Slots int64 [rows, K, T] of the heads of some rows, T the longest length, and bool, which are in use.
+    def slots_of(self, row: int) -> tuple[Tensor, Tensor | None]:
+        """Slots int64 [K, T] of the heads of a row, T the longest length, and bool [1, K, T], which of them are in use.
 
-        The last entry of a head stands for those that it has not. No head is empty.
+        The last entry of a head stands for those that it has not; None where all heads have as many. No head is empty.
         """
+        heads = slice(row * self._block[1], (row + 1) * self._block[1])
+        longest, shortest = (extreme(self._base[row]) + self._added for extreme in (max, min))
         if self._firsts is None:
-            self._firsts = self.layout.offsets_on(self.device)[..., None]
-        first, last = self._firsts, (self._ends() + (self._added - 1)).view(*self._block[:2], 1)
-        if len(rows) < self._block[0]:
-            first, last = first[list(rows)], last[list(rows)]
-        longest = max(self.bounds(row)[1] for row in rows)
-        slots = first + torch.arange(longest, device=self.device)
-        return slots.minimum(last), slots <= last
-
-    def bounds(self, row: int) -> tuple[int, int]:
-        """The shortest and the longest length of a row's heads."""
-        if self._bounds is None:
-            self._bounds = [(min(lengths), max(lengths)) for lengths in self._base]
-        shortest, longest = self._bounds[row]
-        return shortest + self._added, longest + self._added
+            self._firsts = self.layout.offsets_on(self.device).flatten()
+        slots = self._firsts[heads, None] + torch.arange(longest, device=self.device)
+        if longest == shortest:
+            return slots, None
+        last = (self._ends()[heads] + (self._added - 1))[:, None]
+        return slots.minimum(last), (slots <= last)[None]
 
     def copied(self, name: str, slots: Tensor) -> Tensor:
-        """Slots [rows, K, T] as [rows, K, T, ...]: a copy."""
-        tensor = self.tensors[name]
-        return tensor.index_select(0, slots.flatten()).view(*slots.shape, *tensor.shape[1:])
+        """Slots [K, T] as [1, K, T, ...]: a copy without slots of another row or head."""
+        copies: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, (1, *slots.shape))
+        return copies
 
     def allocate(self, layout: Layout) -> dict[str, Tensor]:
         """New storage for these columns, in which all slots are empty."""
@@ -494,7 +487,6 @@ class SlotStore:
         self._fullest_base = max(map(sum, self._base), default=0)
         self._lengths = None
         self._firsts = self._starts = None  # where segments begin and their next slots are, computed when needed
-        self._bounds = None  # the least and the most of each row, likewise
 
 
 def _all_equal(numbers: PerSegment) -> bool:
