@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpolicy.attention.attended_slots import AttendedSlots
-from kvpolicy.attention.blockwise import attend_blockwise, observe_queries, visible
+from kvpolicy.attention.attended_slots import NO_POSITIONS, AttendedSlots
+from kvpolicy.attention.blockwise import attend_blockwise, grouped_queries, is_joined, observe_queries, visible
 from kvpolicy.attention.decode_kernel import attend_in_kernel
 from kvpolicy.cache.query_batch import QueryBatch
 from kvpolicy.cache.storage.layer_storage import LayerStorage, PaddedRow
@@ -19,7 +19,6 @@ from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import LOG_VOTES
 
 _COPIED = 2**13  # numbers of the keys of a head: to copy as many takes as long as a call of attention for that head
-_NONE = torch.empty(0, dtype=torch.int32)  # positions, where nothing is packed: only what is packed may depend on them
 
 
 def attend(
@@ -43,10 +42,13 @@ def attend(
             return attend_in_kernel(storage, batch, slots, observers, pads=pads)
         except kernel_errors() as error:
             note_once(f"attention over held entries runs without a kernel: {error}")
-    if batch.queries.shape[2] == 1 and storage.is_plain and slots is None and not observers and not pads:
-        if storage.is_block and storage.is_even:
+    if batch.queries.shape[2] == 1 and slots is None and not observers and not pads:
+        plain, even = storage.is_plain, storage.is_block and storage.is_even
+        if even and plain:
             return _at_a_step(storage, batch, dropout)
-        if not storage.is_block:
+        if even and is_joined(storage.heads, storage.longest, batch):
+            return _at_a_step_unpacked(storage, batch, dropout)
+        if plain and not storage.is_block:
             return _over_ragged_heads(storage, batch, dropout)
     if storage.is_block:
         part = AttendedSlots(storage, storage.everything, slots, clears=kernels and not storage.is_even)
@@ -63,6 +65,17 @@ def _at_a_step(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tens
     votes = storage.column(LOG_VOTES, storage.everything) if LOG_VOTES in storage.columns else None
     bias = None if votes is None else votes[:, :, None].to(batch.queries.dtype)
     return _one_query(batch.queries, *storage.all_states(), bias, scale=batch.scaling, dropout_p=dropout)
+
+
+def _at_a_step_unpacked(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
+    """As `_at_a_step`, over few entries, some of them packed: one call in the bases in which codes are read."""
+    part, everything = AttendedSlots(storage, storage.everything), slice(0, storage.longest)
+    queries = part.queries_to_basis(grouped_queries(part, batch))
+    keys, values = part.keys_in_basis(everything, queries.dtype), part.values_in_basis(everything, queries.dtype)
+    votes = part.log_votes
+    bias = None if votes is None else votes[:, :, None].to(queries.dtype)
+    out = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=batch.scaling, dropout_p=dropout)
+    return part.from_basis(out).reshape(*batch.queries.shape[:3], -1).to(batch.queries.dtype)
 
 
 def _over_ragged_heads(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
@@ -100,7 +113,7 @@ def _one_by_one(storage: LayerStorage, row: int, queries: Tensor, options: dict[
     outputs = []
     for head, length in enumerate(storage.lengths[row]):
         at, bias = SingleSegment(row, head), None
-        keys, values = (states.read(at, 0, length, _NONE) for states in (storage.keys, storage.values))
+        keys, values = (states.read(at, 0, length, NO_POSITIONS) for states in (storage.keys, storage.values))
         if LOG_VOTES in storage.columns:
             bias = storage.column(LOG_VOTES, at)[:, :, None].to(queries.dtype)
         outputs.append(scaled_dot_product_attention(of_heads[head], keys, values, attn_mask=bias, **options))

@@ -13,6 +13,10 @@ from kvpolicy.cache.storage.segment_index import SegmentIndex, SingleSegment
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages.slots import gather
 
+NO_POSITIONS = torch.empty(
+    0, dtype=torch.int32
+)  # positions, where nothing is packed: only what is packed may depend on them
+
 
 @attrs.frozen(eq=False)
 class AttendedSlots:
@@ -31,15 +35,17 @@ class AttendedSlots:
         alike = self.slots is None and (self.storage.is_even or isinstance(self.at, SingleSegment))
         return attrs.evolve(self, unseen=newest) if alike else self
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """K, of the block."""
-        return self._everywhere.shape[1]
+        return 1 if isinstance(self.at, SingleSegment) else self.storage.heads
 
-    @property
+    @cached_property
     def length(self) -> int:
         """T."""
-        return (self._everywhere if self.slots is None else self.slots).shape[2]
+        if self.slots is not None:
+            return self.slots.shape[2]
+        return self.storage.longest - self.unseen if self.storage.is_even else self._everywhere.shape[2]
 
     @cached_property
     def _everywhere(self) -> Tensor:
@@ -111,7 +117,7 @@ class AttendedSlots:
 
     def _read(self, states: KVReader, block: slice, dtype: torch.dtype | None) -> Tensor:
         """In the basis of the model, or with a `dtype` in that of the format."""
-        positions = self._everywhere
+        positions = NO_POSITIONS if states.is_plain and not self.clears else self._everywhere
         if self.slots is not None:
             entries = states.pick(self.at, self.slots[:, :, block].clamp(min=0), positions)
             return entries if dtype is None else entries.to(dtype)

@@ -22,6 +22,7 @@ from kvpolicy.stages import QueryLogits
 _NUMBERS = {"cpu": 2**19}
 _ELSEWHERE = 2**26
 _LEAST = 64  # slots of a block
+_JOINED = 2**18  # numbers that are put together where some are packed and some not: two products would take longer
 _LOGITS = 2**20  # of all slots, that exist at one time where they are looked at together, per row
 
 
@@ -53,7 +54,7 @@ def attend_blockwise(
         weights = drop(query_logits.probabilities, dropout) if dropout else query_logits.probabilities
         out = _weighted_sum(seen, weights.flatten(2, 3), slot_blocks(seen, block, seen.storage.values))
         outputs.append(out.unflatten(2, (-1, block.queries.shape[2])).flatten(1, 2))
-    return torch.cat(outputs, 2).to(batch.queries.dtype)
+    return (torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]).to(batch.queries.dtype)
 
 
 def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -> Tensor:
@@ -61,7 +62,11 @@ def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -
 
     With a running maximum and a running sum of exponentials, as FlashAttention (arXiv:2205.14135, algorithm 1).
     """
-    queries, votes, count = part.queries_to_basis(_grouped(part, batch)), part.log_votes, batch.queries.shape[2]
+    queries, votes, count = (
+        part.queries_to_basis(grouped_queries(part, batch) * batch.scaling),
+        part.log_votes,
+        batch.queries.shape[2],
+    )
     positions = part.positions
     best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
     total, out = torch.zeros_like(best), torch.zeros_like(queries)
@@ -95,8 +100,16 @@ def _hide_later(logits: Tensor, new: int) -> None:
 def slot_blocks(part: AttendedSlots, batch: QueryBatch, *states: KVReader) -> Iterator[slice]:
     """Slots of keys, of values, or of both, to be read at one time: few numbers of them and of logits, but enough."""
     rows, heads, count, dim = batch.queries.shape
+    if part.slots is None and is_joined(part.heads, part.length, batch):
+        return iter((slice(0, part.length),))
     numbers = _NUMBERS.get(batch.queries.device.type, _ELSEWHERE)
     return part.blocks(max(_LEAST, numbers // (rows * max(heads * count, part.heads * dim))), *states)
+
+
+def is_joined(heads: int, length: int, batch: QueryBatch) -> bool:
+    """Whether `length` slots of so many KV heads are so few that they are read at once, whether packed or not."""
+    rows, query_heads, count, dim = batch.queries.shape
+    return rows * length * max(query_heads * count, heads * dim) <= _JOINED
 
 
 def observe_queries(part: AttendedSlots, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -145,11 +158,10 @@ def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) 
 
     `full` says that no slot is empty, and that the newest q are those of the queries.
     """
-    queries = part.queries_to_basis(_grouped(part, batch))
+    queries, count = part.queries_to_basis(grouped_queries(part, batch) * batch.scaling), batch.queries.shape[2]
     blocks = slot_blocks(part, batch, part.storage.keys)
     parts = [_product(queries, part.keys_in_basis(block, queries.dtype).transpose(-1, -2)) for block in blocks]
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-    count = batch.queries.shape[2]
     grouped: Tensor = logits.unflatten(2, (-1, count))  # nobody else has it
     if not full:
         grouped.masked_fill_(~visible(part.positions, batch.positions)[:, :, None], -torch.inf)
@@ -176,12 +188,11 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:3], right.shape[3])
 
 
-def _grouped(part: AttendedSlots, batch: QueryBatch) -> Tensor:
-    """Scaled queries [b, k, G·q, D] in at least float32: those of a group beside each other, so keys are read once."""
+def grouped_queries(part: AttendedSlots, batch: QueryBatch) -> Tensor:
+    """Queries [b, k, G·q, D] in at least float32: those of a group beside each other, so that keys are read once."""
     rows, _, _, dim = batch.queries.shape
     queries = batch.queries.reshape(rows, part.heads, -1, dim)
-    scaled: Tensor = queries.to(torch.promote_types(queries.dtype, torch.float32)) * batch.scaling
-    return scaled
+    return queries if queries.dtype == torch.float64 else queries.float()
 
 
 def visible(held: Tensor, positions: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from itertools import islice
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from kvpolicy.cache.compaction.batched_compaction import compact_layers
+from kvpolicy.cache.compaction.write_back import fillings
 from kvpolicy.cache.forward_step import ForwardStep
 from kvpolicy.cache.request.prompt_tokens import PromptTokens
 from kvpolicy.cache.storage.layer_storage import LayerStorage
@@ -68,8 +70,19 @@ class Compressible(Protocol):
     def budget(self, rows: Sequence[int]) -> list[int]:
         """Entries per KV head that each of the rows may keep."""
 
-    def apply(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
-        """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
+    def apply(
+        self,
+        rows: Sequence[int],
+        result: Compressed,
+        *,
+        fills: bool = False,
+        filling: Tensor | None = None,
+        moved: bool = False,
+    ) -> None:
+        """Reduce the rows to what a compression left of them, which may have `moved` into place already.
+
+        `fills` and `filling` as in `write_back`.
+        """
 
     def note_compression(self, seconds: float) -> None:
         """Count a compression, and the host time that it took."""
@@ -216,5 +229,8 @@ class CompressionScheduler:
         storages = [layer.storage for layer in layers if isinstance(layer.storage, SegmentedStorage)]
         if self.plan.kernels and len(storages) == len(layers):
             moved = compact_layers(storages, [layer.limit for layer in layers], rows, results, fills=fills)
-        for layer, result, done in zip(layers, results, moved, strict=True):
-            layer.apply(rows, result, fills=fills, moved=done)
+        filling: Sequence[Tensor | None] = [None] * len(layers)
+        if fills and not all(moved):
+            filling = fillings([layer.storage for layer in layers], rows, results)
+        for layer, result, own, done in zip(layers, results, filling, moved, strict=True):
+            layer.apply(rows, result, fills=fills, filling=own, moved=done)

@@ -1,5 +1,6 @@
 """What is updated at every forward from the attention that is computed anyway."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import attrs
@@ -84,9 +85,10 @@ def checked_update(
 
 def _mass(query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Attention received, [B, K, T, G], summed over the queries; as `_sound_mass` where something is NaN."""
-    received = query_logits.probabilities.sum(3)
+    probabilities = query_logits.probabilities
+    received = probabilities.squeeze(3) if probabilities.shape[3] == 1 else probabilities.sum(3)
     # Only a host can look without making a device wait.
-    if received.device.type != "cpu" or bool(received.isnan().any()):
+    if received.device.type != "cpu" or math.isnan(received.sum()):
         received = _sound_mass(query_logits)
     return {ATTENTION: state[ATTENTION] + received.transpose(-1, -2)}
 
@@ -106,13 +108,13 @@ def hide_faulty(query_logits: QueryLogits) -> QueryLogits:
     own, outputs, hidden = query_logits.own, _finite(query_logits.output_norms), _finite(query_logits.hidden_norms)
     if own is not None:
         own = own.masked_fill(~(own < torch.inf), -torch.inf)
-    wrong = ~(query_logits.logits < torch.inf)
-    # Only a host can look without making a device wait.
-    if wrong.device.type == "cpu" and not bool(wrong.any()):
+    logits = query_logits.logits
+    # Only a host can look without making a device wait. The largest is NaN where one is.
+    if logits.device.type == "cpu" and (not logits.numel() or float(logits.amax()) < torch.inf):
         if own is None:
             return query_logits
         return attrs.evolve(query_logits, own=own, output_norms=outputs, hidden_norms=hidden)
-    logits = query_logits.logits.masked_fill(wrong, -torch.inf)
+    logits = logits.masked_fill(~(logits < torch.inf), -torch.inf)
     scaling, votes = query_logits.scaling, query_logits.log_votes
     return QueryLogits(logits, votes, own, output_norms=outputs, hidden_norms=hidden, scaling=scaling)
 

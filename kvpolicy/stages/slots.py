@@ -26,12 +26,29 @@ def gather(entries: Tensor, kept: Tensor) -> Tensor:
     """The entries at the keep indices: [B, K, T, ...] and [B, K, N] to [B, K, N, ...]; zeros where kept is -1."""
     taken = take(entries, kept.clamp(min=0))
     empty = (kept < 0).reshape(*kept.shape, *[1] * (taken.ndim - 3))
-    return taken.masked_fill(empty, 0)
+    return taken.masked_fill_(empty, 0)  # nobody else has it
 
 
 def take(entries: Tensor, slots: Tensor) -> Tensor:
     """The entries at valid slots (no -1): [B, K, T, ...] and [B, K, N] to [B, K, N, ...]."""
-    batch, heads = slots.shape[:2]
-    rows = torch.arange(batch, device=slots.device)[:, None, None]
-    kv_heads = torch.arange(heads, device=slots.device)[None, :, None]
-    return entries[rows, kv_heads, slots]
+    if entries.ndim == 3:
+        return entries.gather(2, slots)
+    if _are_vectors(entries) and slots.shape[:2] == entries.shape[:2]:
+        # Whole vectors are copied at once, which on a CPU takes a fifth of the time of picking them by three indices.
+        rows, heads, count, dim = entries.shape
+        between = entries.stride(1) // dim  # vectors from one head to the next
+        span = (rows * heads - 1) * between + count
+        vectors = entries.as_strided((span, dim), (dim, 1), entries.storage_offset())
+        first = torch.arange(rows * heads, device=slots.device).mul_(between).view(rows, heads, 1)
+        return vectors.index_select(0, (slots + first).flatten()).view(*slots.shape, dim)
+    batch = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
+    kv_heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None]
+    return entries[batch, kv_heads, slots]
+
+
+def _are_vectors(entries: Tensor) -> bool:
+    """Whether [B, K, T, D] are vectors side by side, those of all heads equally far from those of the next."""
+    if entries.ndim != 4 or not entries.numel():
+        return False
+    row, head, *inner = entries.stride()
+    return inner == [entries.shape[3], 1] and head % entries.shape[3] == 0 and row == entries.shape[1] * head

@@ -27,6 +27,7 @@ def small_blocks():
         patch.setattr(blockwise, "_LEAST", 4)
         patch.setattr(blockwise, "_NUMBERS", {"cpu": 16})
         patch.setattr(blockwise, "_LOGITS", 500)
+        patch.setattr(blockwise, "_JOINED", 600)  # some are read at once, and some block by block
         yield
 
 

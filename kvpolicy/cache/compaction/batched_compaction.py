@@ -54,7 +54,7 @@ def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compres
     kept = result.kept
     holes = most_evicted([storage.lengths[row] for row in rows], result.lengths) if fills else None
     if len(rows) == storage.rows:
-        return CompactionPlan(rows, kept, holes, result.lengths)
+        return CompactionPlan(rows, kept, holes, known_lengths=result.lengths)
     slots = torch.arange(storage.longest, device=kept.device)
     lengths = storage.slots.lengths_on_device.view(storage.rows, storage.heads, 1)
     everything = slots.where(slots < lengths, -1)
@@ -62,7 +62,7 @@ def _of_all_rows(storage: SegmentedStorage, rows: Sequence[int], result: Compres
     after = list(storage.lengths)
     for row, counts in zip(rows, result.lengths, strict=True):
         after[row] = counts
-    return CompactionPlan(range(storage.rows), everything, holes, tuple(after))
+    return CompactionPlan(range(storage.rows), everything, holes, known_lengths=tuple(after))
 
 
 def _compact_in_place(storages: Sequence[SegmentedStorage], compactions: Sequence[CompactionPlan]) -> bool:

@@ -23,6 +23,7 @@ class CompactionPlan:
     rows: Sequence[int]
     kept: Tensor  # [rows, K, N] int64, ascending, -1 behind a head's last one
     most_holes: int | None = None  # no head has more of them; None = entries close up
+    filling: Tensor | None = None  # what `filling_of` gives of `kept`, where it was computed for several layers
     known_lengths: PerSegment | None = None  # what `lengths` gives, where the host has been told
     finite: bool = False  # whether the vectors of all that stays are known to be finite
     _holes: dict[Layout, tuple[Tensor, Tensor]] = attrs.field(init=False, factory=dict, repr=False)
@@ -59,28 +60,46 @@ class CompactionPlan:
         return self._sources[layout]
 
     def _in_holes(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Slots of a storage that are to be filled, and those whose entries fill them: `most_holes` in each segment.
-
-        Where there are fewer holes, the last of the kept slots is filled with itself.
-        """
+        """Slots of a storage that are to be filled, and those whose entries fill them: `most_holes` in each segment."""
         if layout not in self._holes:
-            kept, counts, most = self.kept.flatten(0, 1), self._counts.flatten()[:, None], self.most_holes or 0
-            most = min(most, kept.shape[1])
-            places = torch.arange(kept.shape[1] + 1, device=kept.device)
-            stays = torch.zeros(len(kept), len(places), dtype=torch.bool, device=kept.device)
-            stays.scatter_(-1, kept.where((kept >= 0) & (kept < counts), len(places) - 1), True)
-            holes = _first(places, (places < counts) & ~stays, most)
-            last = _first(kept, kept >= counts, most)
-            starts = self._starts(layout).flatten()[:, None]
-            own = starts + kept.gather(1, (counts - 1).clamp(min=0)) if most else starts
-            # A head of which nothing stays may have no slot: one of another head is filled with itself.
-            own = own.where(counts > 0, own.index_select(0, (counts > 0).flatten().int().argmax()[None]))
-            holes, last = ((starts + slots).where(slots >= 0, own).clamp(min=0) for slots in (holes, last))
-            self._holes[layout] = holes.flatten(), last.flatten()
+            filling = filling_of(self.kept, self.most_holes or 0) if self.filling is None else self.filling
+            slots = filling + self._starts(layout)
+            if slots.numel() and not all(map(all, self.lengths)):  # a head without entries has no slot to fill itself
+                kept = self.kept.amax(-1, keepdim=True)
+                other = (kept + self._starts(layout)).where(kept >= 0, -1).amax().clamp(min=0)
+                slots = slots.where(filling >= 0, other)
+            holes, last = slots.flatten(1).unbind()
+            self._holes[layout] = holes, last
         return self._holes[layout]
 
     def _starts(self, layout: Layout) -> Tensor:
         return torch.tensor([layout.offsets[row] for row in self.rows], device=self.kept.device)[..., None]
+
+
+def filling_of(kept: Tensor, most: int) -> Tensor:
+    """Which slots of each segment are filled, and with the entries of which: int64 [2, ..., most].
+
+    `kept` [..., N] are slots that stay, as in `CompactionPlan`, and no segment has more than `most` holes. Where there
+    are fewer, the last of the kept slots is filled with itself; where nothing stays, slots are -1.
+    """
+    count, most = kept.shape[-1], min(most, kept.shape[-1])
+    counts = (kept >= 0).sum(-1, keepdim=True)
+    places = torch.arange(count + 1, device=kept.device)
+    front = (kept >= 0) & (kept < counts)
+    stays = torch.zeros(*kept.shape[:-1], count + 1, dtype=torch.bool, device=kept.device)
+    stays.scatter_(-1, kept.where(front, count), True)
+    holes = _first(places, (places < counts) & ~stays, most)
+    last = _first(kept, kept >= counts, most)
+    own = kept.amax(-1, keepdim=True) if count else counts - 1
+    filling = torch.stack([holes, last])
+    return filling.where(filling >= 0, own)
+
+
+def filling_together(kept: Sequence[Tensor], most: int) -> Sequence[Tensor | None]:
+    """`filling_of` the slots [rows, K, N] that each of several layers keeps, in one; None where shapes differ."""
+    if len(kept) == 1 or len({slots.shape for slots in kept}) > 1:
+        return [None] * len(kept)
+    return filling_of(torch.stack(list(kept)), most).unbind(1)
 
 
 def _first(slots: Tensor, wanted: Tensor, most: int) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
+from kvpolicy.cache.compaction.compaction_plan import CompactionPlan, filling_together
 from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.storage.layer_storage import LayerStorage
 from kvpolicy.cache.storage.layout import PerSegment
@@ -80,17 +80,39 @@ def most_evicted(before: Sequence[Sequence[int]], after: PerSegment) -> int:
     return max((held - stays for held, stays in pairs), default=0)
 
 
+def _holes(storage: LayerStorage, rows: Sequence[int], result: Compressed) -> int:
+    """No head of the rows has more holes than that."""
+    if result.evicted is not None:
+        return result.evicted
+    return most_evicted([storage.lengths[row] for row in rows], result.lengths)
+
+
+def fillings(
+    storages: Sequence[LayerStorage], rows: Sequence[int], results: Sequence[Compressed]
+) -> Sequence[Tensor | None]:
+    """For `write_back` with `fills` of several layers: which holes are filled with what, computed for all at once."""
+    most = max(_holes(storage, rows, result) for storage, result in zip(storages, results, strict=True))
+    return filling_together([result.kept for result in results], most)
+
+
 def write_back(
-    storage: LayerStorage, rows: Sequence[int], result: Compressed, limit: int, *, fills: bool = False
+    storage: LayerStorage,
+    rows: Sequence[int],
+    result: Compressed,
+    limit: int,
+    *,
+    fills: bool = False,
+    filling: Tensor | None = None,
 ) -> None:
     """Replace the contents of the rows by what a compression left of them.
 
-    With `fills`, the last of the entries that stay fill the holes that the others leave, if storage stays.
+    With `fills`, the last of the entries that stay fill the holes that the others leave, if storage stays; `filling`
+    says which, where that is known.
     """
     for name, values in result.observed.items():
         storage.write_column(name, RowSegments(rows), values)
-    holes = most_evicted([storage.lengths[row] for row in rows], result.lengths) if fills else None
-    compaction = CompactionPlan(rows, result.kept, holes, result.lengths, result.finite)
+    holes = _holes(storage, rows, result) if fills else None
+    compaction = CompactionPlan(rows, result.kept, holes, filling, result.lengths, result.finite)
     if result.entries is None:
         storage.evict(compaction, limit)
     else:

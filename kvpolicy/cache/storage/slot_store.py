@@ -8,7 +8,7 @@ copy. Slots behind a segment's length have position -1, if positions are among t
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from operator import add
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class SlotStore:
 
     def __init__(self, columns: Mapping[str, Column], rows: int, heads: int, device: torch.device) -> None:
         self.columns = dict(columns)
-        self._names = _positions_last(self.columns)
+        self._fills = {name: self.columns[name].fill for name in _positions_last(self.columns)}
         self.device = device
         self.even = True  # all segments have the same length and capacity
         self._starts: Tensor | None = None
@@ -206,10 +206,7 @@ class SlotStore:
         grows = self._added + count > self._room
         if grows:
             self._reserve(count, limit)
-        newest = None if self.even else self._newest(self._added, count)
-        for name in self._names:
-            given = entries.get(name)
-            self._write_newest(name, self._added, count, newest, self.columns[name].fill if given is None else given)
+        self._write_newest({**self._fills, **entries}, self._added, count)
         self._added += count
         return grows
 
@@ -243,8 +240,7 @@ class SlotStore:
     def overwrite_newest(self, name: str, entries: Tensor) -> None:
         """Replace one column of the newest q slots, [B, K, q, ...]."""
         count = entries.shape[2]
-        added = self._added - count
-        self._write_newest(name, added, count, None if self.even else self._newest(added, count), entries)
+        self._write_newest({name: entries}, self._added - count, count)
 
     def write(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         """Overwrite columns of all entries of some rows, [rows, K, T, ...], T the longest length among them."""
@@ -338,9 +334,7 @@ class SlotStore:
         """Drop the newest `count` slots of every segment."""
         if count:
             added = self._added - count
-            newest = None if self.even else self._newest(added, count)
-            for name in self.columns:
-                self._write_newest(name, added, count, newest, -1 if name == POSITIONS else 0)
+            self._write_newest({name: -1 if name == POSITIONS else 0 for name in self.columns}, added, count)
             self._added = added
 
     def selected(self, rows: Sequence[int]) -> Self:
@@ -410,15 +404,19 @@ class SlotStore:
         for name in self.columns:
             write(target[name], layout, rows, self.padded(name, rows), lengths)
 
-    def _write_newest(self, name: str, added: int, count: int, newest: Tensor | None, entries: Tensor | float) -> None:
-        """Write `count` slots of every segment, from `added` behind its base length on: `newest`, or None if even."""
-        if newest is None:
-            slots = self._slice(name, self._longest_base + added, count)
-            slots.copy_(entries) if isinstance(entries, Tensor) else slots.fill_(entries)
-        elif isinstance(entries, Tensor):
-            self.tensors[name].index_copy_(0, newest, entries.flatten(0, 2).to(self.columns[name].dtype))
-        else:
-            self.tensors[name].index_fill_(0, newest, entries)
+    def _write_newest(self, columns: Mapping[str, Tensor | float], added: int, count: int) -> None:
+        """Write `count` slots of every segment, from `added` behind its base length on, in some columns."""
+        if self.even:
+            for name, entries in columns.items():
+                slots = self._slice(name, self._longest_base + added, count)
+                slots.copy_(entries) if isinstance(entries, Tensor) else slots.fill_(entries)
+            return
+        newest = self._newest(added, count)
+        for name, entries in columns.items():
+            if isinstance(entries, Tensor):
+                self.tensors[name].index_copy_(0, newest, entries.flatten(0, 2).to(self.columns[name].dtype))
+            else:
+                self.tensors[name].index_fill_(0, newest, entries)
 
     def _newest(self, added: int, count: int) -> Tensor:
         """`count` slots of every segment, from `added` behind its base length on: int64 [B·K·count]."""
@@ -447,15 +445,14 @@ class SlotStore:
 
     def _slice(self, name: str, first: int, count: int) -> Tensor:
         """Slots of all segments, [B, K, count, ...] without a copy; needs a common capacity."""
-        if self.layout.uniform is None:
-            raise CacheError("heads with different budgets have no common capacity")
-        tensor = self.tensors[name]
-        shape = self._shapes.get(name)
-        if shape is None:  # asked for many times a token
-            shape = self._shapes[name] = _block_shape(self._block, tensor)
-        sizes, strides = shape
-        at = tensor.storage_offset() + first * strides[2]
-        return tensor.as_strided((*sizes[:2], count, *sizes[2:]), strides, at)
+        view = self._views.get(name)
+        if view is None:  # asked for many times a token
+            view = self._views[name] = self._capacity_view(name)
+        return view.narrow(2, first, count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no views of the tensors of this one."""
+        return {**self.__dict__, "_views": {}}
 
     def _on_device(self) -> tuple[Tensor, Tensor]:
         """Starts and base lengths, [B·K]; nothing is copied to the device while tokens only arrive."""
@@ -471,7 +468,7 @@ class SlotStore:
             known = self.layout is not layout and self.layout == layout
             self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
             self._block = (layout.rows, layout.heads, layout.uniform or 0)
-            self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+            self._views: dict[str, Tensor] = {}  # of all slots, [B, K, capacity, ...]
             self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
         elif base == self._base:  # as after every compression that takes as many as have come
             self._added = added
@@ -490,13 +487,6 @@ class SlotStore:
         self._fullest_base = max(map(sum, self._base), default=0)
         self._lengths = None
         self._firsts = self._starts = None  # where segments begin and their next slots are, computed when needed
-
-
-def _block_shape(block: tuple[int, int, int], tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes (B, K, ...) and strides (B, K, slot, ...) of a flat tensor [slots, ...] that is seen by segments."""
-    rows, heads, capacity = block
-    slot = tensor.stride(0)
-    return (rows, heads, *tensor.shape[1:]), (heads * capacity * slot, capacity * slot, slot, *tensor.stride()[1:])
 
 
 def _all_equal(numbers: PerSegment) -> bool:

@@ -423,10 +423,21 @@ class PolicyLayer(LogicalLayer):
         behind = 0 if end is None else max(0, self.seq_len - end)
         self.spans.note_prompt([tokens + self._num_new - behind for tokens in self.num_tokens], over=over)
 
-    def apply(self, rows: Sequence[int], result: Compressed, *, fills: bool = False, moved: bool = False) -> None:
-        """Reduce the rows to what a compression left of them, which may have `moved` into place already."""
+    def apply(
+        self,
+        rows: Sequence[int],
+        result: Compressed,
+        *,
+        fills: bool = False,
+        filling: Tensor | None = None,
+        moved: bool = False,
+    ) -> None:
+        """Reduce the rows to what a compression left of them, which may have `moved` into place already.
+
+        `fills` and `filling` as in `write_back`.
+        """
         if not moved:
-            write_back(self.storage, rows, result, self.limit, fills=fills)
+            write_back(self.storage, rows, result, self.limit, fills=fills, filling=filling)
         for name, values in result.row_state.items():
             self.row_state[name][list(rows)] = values
         self.in_order, self.compressed, self.rollback_limit = self.in_order and not fills, True, self.seq_len

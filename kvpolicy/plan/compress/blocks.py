@@ -14,7 +14,8 @@ from torch import Tensor
 from kvpolicy.spec.policy import PolicySpec
 from kvpolicy.stages import View
 
-_NUMBERS = 2**18  # of the keys of a block: more are not copied, and would not stay in a CPU's cache
+_NUMBERS = 2**20  # of the keys of a block: copies of more would not stay in a CPU's cache
+_OF_LAYER = 2**17  # of the keys of a layer: to copy more takes as long as calls of its own
 _COLUMNS = ("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes", "pinned", "regions")
 _columns, _told = attrgetter(*_COLUMNS), attrgetter("scaling", "sinks", "recent", "in_order")
 
@@ -41,8 +42,9 @@ class Block:
 
 def blocks_of(spec: PolicySpec, views: Sequence[View]) -> tuple[Block, ...]:
     """Blocks of as many views as are small together, if plugins cannot tell them from one; else one of each."""
-    count = _NUMBERS // max(1, views[0].keys.numel())
-    if count < 2 or len(views) == 1 or not layers_as_rows(spec) or not _alike(views):
+    numbers = max(1, views[0].keys.numel())
+    count = _NUMBERS // numbers
+    if count < 2 or numbers > _OF_LAYER or len(views) == 1 or not layers_as_rows(spec) or not _alike(views):
         return tuple(map(Block, views))
     return tuple(_block(views[first : first + count]) for first in range(0, len(views), count))
 

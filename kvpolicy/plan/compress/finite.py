@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import attrs
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from kvpolicy.errors import NonFiniteScoreWarning
 from kvpolicy.stages import Entries, Merger, State, View
@@ -18,9 +17,14 @@ from kvpolicy.stages.slots import gather, take
 
 
 def is_finite(vectors: Tensor) -> Tensor:
-    """Whether all numbers of each vector are finite: [..., D] to bool [...], in one pass and without a copy."""
-    largest: Tensor = vector_norm(vectors, torch.inf, dim=-1)
-    return largest < torch.inf
+    """Whether all numbers of each vector are finite: [..., D] to bool [...], without a copy of them.
+
+    By the largest and the smallest number, which are NaN where one is. On a CPU the norm of order infinity takes ten
+    times as long.
+    """
+    if not vectors.shape[-1]:
+        return torch.ones(vectors.shape[:-1], dtype=torch.bool, device=vectors.device)
+    return (vectors.amax(-1) < torch.inf) & (vectors.amin(-1) > -torch.inf)
 
 
 def faults_of(view: View, *, queries: bool) -> Tensor:

@@ -37,6 +37,7 @@ class Compressed:
     observed: dict[str, Tensor]  # [B, K, T] float32, new slot state of all entries, named as in the store
     entries: Entries | None = None  # [B, K, N, D] and [B, K, N, Dv]; None = those of the kept slots, as they are
     finite: bool = False  # whether all keys and values of the layer are known to be finite
+    evicted: int | None = None  # no head loses more entries; None = nobody has counted
     slot_state: dict[str, Tensor] = attrs.field(factory=dict)  # [B, K, N] float32, the merger's; new values only
     row_state: dict[str, Tensor] = attrs.field(factory=dict)  # [B] float32, the merger's
 
@@ -85,7 +86,7 @@ def compress(
     chosen = _choose_anyhow(spec, fusion, batch, tokens, forgets=forgets, packs=packs, undone=undone)
     for (group, _), (views, results) in zip(batch, chosen, strict=True):
         if spec.merge.moves_only:
-            yield [Compressed(one.kept, one.lengths, one.observed, finite=packs and not one.faults) for one in results]
+            yield [_moved(one, finite=packs and not one.faults) for one in results]
             continue
         if not forgets and _merge_alike(results):
             rest = iter(results)
@@ -97,6 +98,11 @@ def compress(
         for again, view, result in zip(group, views, results, strict=True):
             reduced = merged(spec, again() if forgets else view, result, undone)
             yield [attrs.evolve(reduced, finite=packs and not result.faults)]
+
+
+def _moved(one: Chosen, *, finite: bool) -> Compressed:
+    """What remains of a layer whose kept entries are as they were."""
+    return Compressed(one.kept, one.lengths, one.observed, finite=finite, evicted=one.evicted)
 
 
 def compress_one(spec: PolicySpec, view: View, budget: Sequence[int]) -> Compressed:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice, Entries, Merger, Needs, Number, QueryLogits, State, View, parameter
 from kvpolicy.stages.slots import gather
+from kvpolicy_plugins.mergers.shared.few_groups import FewGroups
 from kvpolicy_plugins.mergers.shared.merge_groups import (
     Groups,
     count_by_target,
@@ -153,7 +154,11 @@ class KeepKV(Merger):
     def merge(self, view: View, kept: Tensor) -> Entries:
         evicted = evicted_of(view, kept)
         similarity, index = nearest(view.keys, kept, evicted, most=view.most_evicted)
-        return self.merge_groups(view, kept, groups_of(kept, evicted & self._mergeable(similarity), index))
+        joins = evicted & self._mergeable(similarity)
+        few = FewGroups.of(view, kept, joins, index)
+        if few is None:
+            return self.merge_groups(view, kept, groups_of(kept, joins, index))
+        return few.whole(self.merge_groups(few.view, few.kept, few.groups), view, kept, log_votes_of(view))
 
     def _mergeable(self, similarity: Tensor) -> Tensor:
         """Whether entries merge. Rounding may put opposite keys below -1; in heads without kept entries it is -inf."""
@@ -162,8 +167,7 @@ class KeepKV(Merger):
     def merge_groups(self, view: View, kept: Tensor, groups: Groups) -> Entries:
         """The entries [B, K, N] of given groups; groups of one are unchanged, bit for bit."""
         plain = gather(view.keys, kept), gather(view.values, kept)
-        log_votes = view.keys.new_zeros(view.positions.shape, dtype=torch.float32)
-        log_votes = log_votes if view.log_votes is None else view.log_votes
+        log_votes = log_votes_of(view)
         if not kept.shape[-1]:
             return Entries(*plain, gather(log_votes, kept))
         keys, values, new_votes = self._merged(view, groups, log_votes)
@@ -215,6 +219,13 @@ class KeepKV(Merger):
             logits = logits + view.log_votes[:, :, None]
         logits = logits.masked_fill(~groups.member[:, :, None], -torch.inf)
         return logsumexp_by_target(logits, groups.target, groups.merged.shape[-1])
+
+
+def log_votes_of(view: View) -> Tensor:
+    """Log-votes [B, K, T] float32; zeros where there are none."""
+    if view.log_votes is not None:
+        return view.log_votes
+    return view.keys.new_zeros(view.positions.shape, dtype=torch.float32)
 
 
 def newest_queries(view: View) -> Tensor:

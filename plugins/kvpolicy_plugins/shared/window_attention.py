@@ -16,7 +16,7 @@ class WindowAttention:
     queries: int  # W
     exists: Tensor  # [1, B·K, 1, W, 1] bool: queries that a row has had
     _hidden: Tensor  # [B·K, 1, W, S] bool, slots that a query does not see
-    _slots: Tensor | None  # [S] int64, the slots that `_hidden` is about; None = all
+    _slots: slice  # the slots that `_hidden` is about; all queries see the others
 
     @classmethod
     def of(cls, view: View, queries: int, *, candidates_only: bool = False, causal: bool = True) -> "WindowAttention":
@@ -34,10 +34,11 @@ class WindowAttention:
     def softmax(self, logits: Tensor, heads: slice) -> Tensor:
         """Probabilities [1, S, ..., W, T] of logits that are overwritten; zeros for a query that sees no entry."""
         hidden = self._hidden[heads]
-        if self._slots is None or len(self._slots) == logits.shape[-1]:
-            return logits.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)
-        logits[..., self._slots] = logits[..., self._slots].masked_fill_(hidden, -torch.inf)
-        return logits.softmax(-1)
+        logits[..., self._slots].masked_fill_(hidden, -torch.inf)
+        probabilities = logits.softmax(-1)
+        if hidden.shape[-1] < logits.shape[-1]:  # every query sees a slot
+            return probabilities
+        return probabilities.masked_fill_(hidden, 0.0)
 
     def probabilities(self, view: View) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the B·K heads of all rows, and their probabilities [1, S, G, W, T] float32."""
@@ -52,16 +53,18 @@ class WindowAttention:
         return spread.square().sum(-2) / (count - 1).clamp(min=1)
 
 
-def _hidden(positions: Tensor, region: Tensor, voters: Tensor, *, causal: bool) -> tuple[Tensor, Tensor | None]:
-    """Which queries do not see which slots, bool [B·K, 1, W, S], and these slots [S]; None = all slots.
+def _hidden(positions: Tensor, region: Tensor, voters: Tensor, *, causal: bool) -> tuple[Tensor, slice]:
+    """Which queries do not see which slots, bool [B·K, 1, W, S], and these slots.
 
-    All queries see entries older than the window, so on a CPU the mask covers the other slots only.
+    All queries see entries older than the window, so on a CPU the mask covers the slots from the first other one on,
+    to the last.
     """
-    slots = None
+    slots = slice(0, positions.shape[-1])
     if positions.device.type == "cpu":
         oldest = voters.amin()
         seen = region & (positions <= oldest) if causal else region & (oldest >= 0)
-        slots = (~seen).any(0).any(0).nonzero()[:, 0]
+        others = (~seen).any(0).any(0).nonzero()[:, 0]
+        slots = slice(int(others[0]), int(others[-1]) + 1) if len(others) else slice(0, 0)
         region, positions = region[..., slots], positions[..., slots]
     query_positions = voters[:, None, :, None]
     visible = region[:, :, None] & (query_positions >= 0)

@@ -182,3 +182,31 @@ def test_wrong_parameters(wrong, message):
     with pytest.raises(ParameterError) as caught:
         KeepKV(**wrong)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("options", [{}, {"key": "mean"}, {"key": "additive", "gqa": "lstsq"}, {"estimate": "window"}])
+@pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
+def test_few_evicted_entries_are_merged_as_many_are(options, votes):
+    """Only the groups that something joins are computed then. Several join one, and one joins none."""
+    random = torch.Generator().manual_seed(1)
+    rows, heads, slots, evicted = 2, 2, 24, 4
+    keys, values = (torch.randn(rows, heads, slots, 8, generator=random, dtype=torch.float32) for _ in range(2))
+    keys[..., 20:22, :] = keys[..., 5:6, :] * 1.5 + 0.01 * keys[..., 20:22, :]
+    keys[..., 22, :] = keys[..., 9, :] * 0.5
+    keys[..., 23, :] = -keys[..., :20, :].mean(-2)
+    merger = KeepKV(0.8, **options)
+    queries = torch.randn(rows, 4, 3, 8, generator=random, dtype=torch.float32)
+    log_votes = torch.rand(rows, heads, slots, generator=random, dtype=torch.float32) if votes else None
+    view = view_of(keys, values=values, queries=queries, scaling=0.3, log_votes=log_votes)
+    logits = torch.randn(rows, heads, 2, 3, slots, generator=random, dtype=torch.float32)
+    view = attrs.evolve(view, slot_state=merger.observe_forward(QueryLogits(logits), fresh_state(merger, view)))
+    kept = torch.arange(slots - evicted).expand(rows, heads, -1).clone()
+    kept[1, 0] = torch.tensor([*range(1, 20), -1])  # a row that has had one entry less
+    many = merger.merge(view, kept)
+    few = merger.merge(attrs.evolve(view, most_evicted=5), kept)
+    assert many.changed.sum() == 2 * rows * heads
+    assert torch.equal(few.changed, many.changed)
+    for found, expected in ((few.keys, many.keys), (few.values, many.values), (few.log_votes, many.log_votes)):
+        assert_close(found, expected)
+    for name, expected in many.slot_state.items():
+        assert_close(few.slot_state[name], expected)

@@ -86,8 +86,7 @@ def quantise_half_up(vectors: Tensor, bits: int, stored: torch.dtype) -> tuple[T
 
 def dequantise(codes: Tensor, scales: Tensor, minima: Tensor, dtype: torch.dtype) -> Tensor:
     """Code · scale + minimum, computed in `compute_dtype(dtype)` and rounded to `dtype`."""
-    exact = compute_dtype(dtype)
-    return cast_clamped(codes.to(exact).mul_(scales.to(exact)).add_(minima.to(exact)), dtype)
+    return cast_clamped(codes.to(compute_dtype(dtype)).mul_(scales).add_(minima), dtype)
 
 
 def quantise_channels(

@@ -1,5 +1,6 @@
 """Bit packing of codes of 1 to 8 bits."""
 
+import functools
 import math
 
 import torch
@@ -37,10 +38,21 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         words = packed.to(_WORDS[wide])
     else:
         words = _words(torch.nn.functional.pad(packed, (0, -packed.shape[-1] % narrow)), narrow, wide)
-    for lane in _lane_sizes(wide):
-        low = _mask(lane * bits, 16 * lane, 8 * wide)
-        words = (words << lane * (8 - bits)).bitwise_and_(low << 8 * lane).bitwise_or_(words & low)
-    return words[..., None].view(torch.uint8).flatten(-2)[..., :count]
+    for shift, low, high in _steps(bits):
+        if bits > 4:  # of two halves of a lane that are put side by side, each overlaps the other's place
+            words = (words << shift).bitwise_and_(high).bitwise_or_(words & low)
+        else:
+            words = (words << shift).bitwise_or_(words).bitwise_and_(high | low)
+    codes = words.view(torch.uint8)
+    return codes if codes.shape[-1] == count else codes[..., :count]
+
+
+@functools.cache
+def _steps(bits: int) -> list[tuple[int, int, int]]:
+    """By how much words are shifted to halve their lanes, and the bits of the lower and of the upper halves."""
+    wide = _codes_per_word(bits)
+    steps = [(lane * (8 - bits), _mask(lane * bits, 16 * lane, 8 * wide), 8 * lane) for lane in _lane_sizes(wide)]
+    return [(shift, low, low << up) for shift, low, up in steps]
 
 
 def _codes_per_word(bits: int) -> int:

@@ -72,9 +72,13 @@ class MovingAverage(Estimate):
 
     def updated(self, logits: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen = (logits > -torch.inf).to(logits.dtype)
-        total = seen.sum(-2)
-        later = total[..., None, :] - seen.cumsum(-2)  # queries after this one that see the entry
-        new = (logits + self._log_decay(later)).logsumexp(-2) + math.log1p(-self.alpha)
+        if logits.shape[-2] == 1:  # as in a decode step, where no query comes after this one
+            total, new = seen.squeeze(-2), logits.squeeze(-2)
+        else:
+            total = seen.sum(-2)
+            later = total[..., None, :] - seen.cumsum(-2)  # queries after this one that see the entry
+            new = (logits + self._log_decay(later)).logsumexp(-2)
+        new = new + math.log1p(-self.alpha)
         old = state["log_estimate"] + self._log_decay(total)
         return {"log_estimate": torch.logaddexp(old, new), "samples": state["samples"] + total}
 
