@@ -53,7 +53,7 @@ def test_the_cache_is_whole_whichever_allocation_fails(before, count, ragged):
     counting, layer = RunsOut(), copy.deepcopy(start)
     with counting:
         feed(layer, *entries)
-    assert counting.count > 10
+    assert counting.count > 5
     for at in range(counting.count):
         layer = copy.deepcopy(start)
         with pytest.raises(torch.OutOfMemoryError), RunsOut(at):
