@@ -8,7 +8,7 @@ copy. Slots behind a segment's length have position -1, if positions are among t
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from operator import add
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -445,14 +445,15 @@ class SlotStore:
 
     def _slice(self, name: str, first: int, count: int) -> Tensor:
         """Slots of all segments, [B, K, count, ...] without a copy; needs a common capacity."""
-        view = self._views.get(name)
-        if view is None:  # asked for many times a token
-            view = self._views[name] = self._capacity_view(name)
-        return view.narrow(2, first, count)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no views of the tensors of this one."""
-        return {**self.__dict__, "_views": {}}
+        if self.layout.uniform is None:
+            raise CacheError("heads with different budgets have no common capacity")
+        tensor = self.tensors[name]
+        shape = self._shapes.get(name)
+        if shape is None:  # asked for many times a token
+            shape = self._shapes[name] = _block_shape(self._block, tensor)
+        sizes, strides = shape
+        at = tensor.storage_offset() + first * strides[2]
+        return tensor.as_strided((*sizes[:2], count, *sizes[2:]), strides, at)
 
     def _on_device(self) -> tuple[Tensor, Tensor]:
         """Starts and base lengths, [B·K]; nothing is copied to the device while tokens only arrive."""
@@ -468,7 +469,7 @@ class SlotStore:
             known = self.layout is not layout and self.layout == layout
             self.tensors, self.layout = tensors, self.layout if known else layout  # what is known about it stays known
             self._block = (layout.rows, layout.heads, layout.uniform or 0)
-            self._views: dict[str, Tensor] = {}  # of all slots, [B, K, capacity, ...]
+            self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
             self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
         elif base == self._base:  # as after every compression that takes as many as have come
             self._added = added
@@ -487,6 +488,13 @@ class SlotStore:
         self._fullest_base = max(map(sum, self._base), default=0)
         self._lengths = None
         self._firsts = self._starts = None  # where segments begin and their next slots are, computed when needed
+
+
+def _block_shape(block: tuple[int, int, int], tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes (B, K, ...) and strides (B, K, slot, ...) of a flat tensor [slots, ...] that is seen by segments."""
+    rows, heads, capacity = block
+    slot = tensor.stride(0)
+    return (rows, heads, *tensor.shape[1:]), (heads * capacity * slot, capacity * slot, slot, *tensor.stride()[1:])
 
 
 def _all_equal(numbers: PerSegment) -> bool:
