@@ -22,7 +22,7 @@ NOT_STATE = {  # what a copy has from the attachment, what is counted anew, and 
     RequestSpans: {"protect", "_given", "_labels"},
     SlotStore: {
         *("_base", "_added", "_longest_base", "_average_base", "_fullest_base", "_room"),
-        *("_lengths", "_views", "_starts", "_firsts", "_tables", "_tabled"),
+        *("_lengths", "_shapes", "_starts", "_firsts", "_tables", "_tabled"),
     },
     KVTensor: {"form"},
     PageSummaries: {"form"},
