@@ -13,9 +13,8 @@ from kvpolicy.cache.storage.segment_index import SegmentIndex, SingleSegment
 from kvpolicy.plan.plan import LOG_VOTES, POSITIONS
 from kvpolicy.stages.slots import gather
 
-NO_POSITIONS = torch.empty(
-    0, dtype=torch.int32
-)  # positions, where nothing is packed: only what is packed may depend on them
+# Where nothing is packed: only how an entry is unpacked may depend on its position.
+NO_POSITIONS = torch.empty(0, dtype=torch.int32)
 
 
 @attrs.frozen(eq=False)

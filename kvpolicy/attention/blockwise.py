@@ -62,12 +62,8 @@ def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -
 
     With a running maximum and a running sum of exponentials, as FlashAttention (arXiv:2205.14135, algorithm 1).
     """
-    queries, votes, count = (
-        part.queries_to_basis(grouped_queries(part, batch) * batch.scaling),
-        part.log_votes,
-        batch.queries.shape[2],
-    )
-    positions = part.positions
+    queries = part.queries_to_basis(grouped_queries(part, batch) * batch.scaling)
+    votes, positions, count = part.log_votes, part.positions, batch.queries.shape[2]
     best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
     total, out = torch.zeros_like(best), torch.zeros_like(queries)
     for block in slot_blocks(part, batch, part.storage.keys, part.storage.values):

@@ -28,9 +28,7 @@ class LayerState:
 
     storage: LayerStorage
     window: ObservationWindow
-    chunk_window: (
-        ObservationWindow  # queries of a chunk of tokens that is not complete, for scorers that observe chunks
-    )
+    chunk_window: ObservationWindow  # queries of a chunk of tokens that is not complete, if scorers observe chunks
     row_state: dict[str, Tensor]  # of the merger, float32 [B]
     num_tokens: list[int]  # tokens of each row, pads excluded
     seq_len: int = 0  # tokens, pads included: the columns of the model's own attention mask

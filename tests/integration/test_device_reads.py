@@ -84,6 +84,24 @@ def test_a_token_is_no_read_and_a_compression_of_all_layers_one(name, kernels, l
     assert packing == (name == "kivi")
 
 
+def test_a_scorer_of_chunks_asks_nothing_for_a_token_once_the_prompt_is_over():
+    """Not even beside a row without a token: with `every: never` no queries are waiting then."""
+    one, (tokens, mask), found = build(), prompt(24, 20), {}
+    for name, score in (("chunks", {"use": "chunk_attention", "chunk": 5}), ("usual", {"use": "recency"})):
+        policy = small("snapkv", 12, "never", score=[score])
+        with policy.attach(one) as attachment, torch.no_grad():
+            cache = attachment.cache()
+            one(tokens, attention_mask=mask, past_key_values=cache)
+            counts = []
+            for has_token in (1, 0):
+                mask_now = torch.cat([mask, torch.ones(2, len(counts) + 1, dtype=mask.dtype)], 1)
+                mask_now[1, -1] = has_token
+                step = {"attention_mask": mask_now, "past_key_values": cache}
+                counts.append(reads_of(lambda step=step: one(torch.tensor([[5], [6]]), **step)).count)
+            found[name] = counts[-1]
+    assert found["chunks"] == found["usual"]
+
+
 def test_what_waits_for_a_device_is_counted():
     numbers = torch.arange(6.0)
     mask = numbers > 2

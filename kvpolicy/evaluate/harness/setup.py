@@ -64,7 +64,7 @@ class EvaluationSetup:
     precision: bool = True  # whether the full cache in another precision is measured, as a floor of the noise
     peers: tuple[Peer, ...] = ()  # caches of other libraries, measured in a process of their own
     times: bool = False  # whether prefill and decode steps are timed, on the first group; beside peers on all groups
-    prompts_in_float32: bool = False  # whether prompts, then rounded to the model's dtype, and calibrations are so made
+    prompts_in_float32: bool = False  # whether prompts, then rounded, and calibrations are computed in it
 
     def __attrs_post_init__(self) -> None:
         for name in ("documents", "length", "scored", "questions"):

@@ -304,9 +304,10 @@ class PolicyLayer(LogicalLayer):
     def _observe_chunks(self, batch: QueryBatch) -> None:
         """Let scorers see the chunks that a forward completes; hold its queries of the one that it does not."""
         if batch.queries.shape[2] == 1 and not self.plan.keeps_chunk_queries:
-            self.before_compression()
-            real = (batch.positions[:, 0] >= 0).tolist() if batch.padded else [True] * len(self.num_tokens)
-            self.after_compression([row for row, has_token in enumerate(real) if has_token])
+            if self.chunk_window.nbytes:  # else nothing is waiting, and the host need not be told which rows go on
+                self.before_compression()
+                real = (batch.positions[:, 0] >= 0).tolist() if batch.padded else [True] * len(self.num_tokens)
+                self.after_compression([row for row, has_token in enumerate(real) if has_token])
             return
         observe_complete_chunks(self.storage, batch, self._chunk_queries, self.num_tokens, self.plan.chunk_observers)
         if self.chunk_window.add(batch.queries, batch.positions, padded=batch.padded):
