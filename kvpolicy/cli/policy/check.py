@@ -31,9 +31,10 @@ def check_policies(
 def _check(file: Path) -> tuple[str | None, list[str]]:
     """The digest of a good file, or what is wrong with it."""
     from kvpolicy.errors import KVPolicyError
-    from kvpolicy.policy import load
+    from kvpolicy.spec.dump import digest
+    from kvpolicy.spec.load import read_policy
 
     try:
-        return load(file).digest, []
+        return digest(read_policy(file)[0]), []
     except KVPolicyError as error:
         return None, str(error).splitlines()

@@ -16,7 +16,7 @@ SHIPPED = Path(kvpolicy_policies.__file__).parent
 def list_policies(json: Json = False) -> None:
     """List the installed policies by what they save, with what they need."""
     from kvpolicy.errors import KVPolicyError
-    from kvpolicy.policy import load
+    from kvpolicy.spec.load import read_policy
     from kvpolicy.spec.traits import compresses, needs, saves
     from kvpolicy.stages.registry.plugins import registry
 
@@ -24,7 +24,7 @@ def list_policies(json: Json = False) -> None:
     policies: list[dict[str, Any]] = []
     for name, path in registry().policies().items():
         try:
-            spec = load(path).spec
+            spec, _ = read_policy(path)
         except KVPolicyError as error:  # one bad file of a third party must not hide the others
             line(f"warning: {error}", error=True)
             continue
@@ -45,16 +45,17 @@ def show(
     json: Json = False,
 ) -> None:
     """Print a policy as YAML in its canonical form."""
-    from kvpolicy.policy import load
+    from kvpolicy.spec.dump import digest, to_yaml
+    from kvpolicy.spec.load import read_policy
 
-    policy = load(name, **budget_override(budget))
+    spec, origin = read_policy(name, **budget_override(budget))
+    text = to_yaml(spec)
     if json:
         import yaml
 
-        data = yaml.safe_load(policy.to_yaml())
-        print_json({"name": policy.name, "digest": policy.digest, "origin": policy.origin, "policy": data})
+        print_json({"name": spec.name, "digest": digest(spec), "origin": origin, "policy": yaml.safe_load(text)})
     else:
-        line(policy.to_yaml().rstrip())
+        line(text.rstrip())
 
 
 def _table(policies: list[dict[str, Any]]) -> Any:

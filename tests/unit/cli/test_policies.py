@@ -192,3 +192,33 @@ def test_module_and_entry_point_are_the_same_program(tmp_path):
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: unknown policy 'nope'")
+
+
+WITHOUT_MODELS = """
+import sys
+import kvpolicy
+assert "torch" not in sys.modules
+from typer.testing import CliRunner
+from kvpolicy.cli.app import app
+for words in ("list", "show rkv --json", "check {file}", "plugins", "schema"):
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+print("transformers" in sys.modules, kvpolicy.load("rkv").name, "transformers" in sys.modules)
+"""
+
+
+def test_commands_about_policies_do_not_import_transformers(tmp_path):
+    """That takes seconds. Whoever names a class or function of the package gets it, and imports what it needs."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("kvpolicy: 1\nname: mine\nbudget: 64\nscore: [recency]\n", "utf-8")
+    program = WITHOUT_MODELS.replace("{file}", str(file))
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+
+    assert ran.stdout.split() == ["False", "rkv", "True"], ran.stderr
+
+
+def test_the_names_of_the_package():
+    assert set(kvpolicy.__all__) <= set(dir(kvpolicy))
+    assert all(callable(getattr(kvpolicy, name)) for name in kvpolicy.__all__)
+    with pytest.raises(AttributeError, match=r"^module 'kvpolicy' has no attribute 'lode'$"):
+        _ = kvpolicy.lode
