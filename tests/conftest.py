@@ -3,6 +3,7 @@
 Without a GPU, kernels run in Triton's interpreter; it must be chosen before Triton is imported.
 """
 
+import importlib.util
 import os
 
 import torch
@@ -11,6 +12,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # unset it is a warning, and warnings are errors
+if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.support import fast_interpreter
+
+    fast_interpreter.install()
 
 
 _quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]

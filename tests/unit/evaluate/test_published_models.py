@@ -189,7 +189,7 @@ def test_after_a_kill_in_the_middle_it_is_made_anew(begin, cache):
     lines = iter(process.stdout.readline, "")
     assert any(line == "halfway\n" for line in lines)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=10)
+    process.communicate(timeout=100)
 
     assert files(cache) > COMPLETE  # as it was killed; no folder that could be taken for a model
     assert [path.suffix for path in (cache / "models").iterdir() if path.is_dir()] == [".partial"]
@@ -228,6 +228,6 @@ def test_an_interrupt_leaves_nothing(begin, cache):
     """)
     assert any(line == "halfway\n" for line in iter(process.stdout.readline, ""))
     os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=100)
 
     assert files(cache) == set()
