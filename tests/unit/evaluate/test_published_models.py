@@ -139,7 +139,8 @@ def test_what_is_no_model_is_one_line(published, cache, tmp_path, monkeypatch):
 
 
 PROGRAM = """
-import resource, sys, time, torch
+import resource, signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests were started
 from kvpolicy.errors import InputError
 from kvpolicy.evaluate.fetch.wheel import Wheel
 from kvpolicy.evaluate.models import convert, load_model
