@@ -5,8 +5,8 @@ time it lists all members of five modules and classes, which is a third of the t
 replaced, and by what, stays as it is.
 
 It also computes every sum and product of 32-bit integers once more in 64 bits to see whether they overflow. The numbers
-of the tests are small, and products with program ids are looked for in the source (`tests/kernels/test_source.py`): that
-is left to the runs of all cases.
+of the tests are small, and products with program ids are looked for in the source (`tests/kernels/test_source.py`):
+that is left to the runs of all cases.
 """
 
 import dataclasses
