@@ -65,7 +65,8 @@ _TEXT_PARTS = ("text_config", "decoder", "decoder_config", "llm_config")
 def tiny_config(config_class: type[PretrainedConfig], special: dict[str, Any]) -> PretrainedConfig:
     """The default configuration with small numbers, and `special` on top, for its text part if it has one."""
     default = config_class()
-    values = {**_those_of(default, _TEXT), **_rotary(default), **_those_of(default, special)}
+    own = _those_of(default, special) if config_class.sub_configs else special  # the rest belongs to a part
+    values = {**_those_of(default, _TEXT), **_rotary(default), **own}
     for name in config_class.sub_configs:
         part = getattr(default, name, None)
         if part is None:
@@ -92,7 +93,8 @@ def _those_of(config: PretrainedConfig, values: dict[str, Any]) -> dict[str, Any
     for name, value in found.items():
         default = vars(config).get(name)
         if isinstance(default, (list, tuple)) and isinstance(value, int):
-            found[name] = [value] * len(default)
+            a_layer = len(default) == getattr(config, "num_hidden_layers", None)
+            found[name] = value if a_layer else [value] * len(default)
     return found
 
 
