@@ -321,6 +321,7 @@ def _needs(spec: PolicySpec) -> Needs:
         forward_queries=max(need.forward_queries for need in needs),
         rotary=any(need.rotary for need in needs),
         output_projection=any(need.output_projection for need in needs),
+        regions=tuple(dict.fromkeys(name for need in needs for name in need.regions)),
     )
 
 

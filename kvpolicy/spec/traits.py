@@ -52,6 +52,6 @@ def needs(spec: PolicySpec) -> Sequence[str]:
         "rotary embedding": evicts and any(need.rotary for need in observed),
         "output projection": evicts and any(need.output_projection for need in observed),
         "hidden states": evicts and any(need.hidden_norms for need in observed),
-        "regions of the request": bool(spec.protect.regions),
+        "regions of the request": bool(spec.protect.regions) or any(need.regions for need in observed),
     }
     return tuple(name for name, needed in told.items() if needed)

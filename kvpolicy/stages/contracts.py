@@ -85,6 +85,7 @@ class Needs:
     # Whether such a scorer is shown how long the hidden states are that attention modules are given for the tokens of a
     # pass (`QueryLogits.hidden_norms`); models whose modules are given none are refused.
     hidden_norms: bool = False
+    regions: tuple[str, ...] = ()  # regions of the request by name (`View.in_region`): caches without them are refused
 
 
 @attrs.frozen

@@ -35,6 +35,7 @@ class View:
     recent: int = 0  # protected entries at its end
     pinned: Tensor | None = None  # [B, K, T] bool, entries protected beside them: of the prompt, or of regions
     regions: Tensor | None = None  # [B, K, T] int8, numbers of the request's regions, 0 = in none
+    region_names: tuple[str, ...] = ()  # the name of region 1, of region 2, ...
     queries: Tensor | None = None  # [B, H, W, D] post-RoPE, oldest first
     query_positions: Tensor | None = None  # [B, W] int; -1 = that row has had fewer than W queries
     attention: Tensor | None = None  # [B, K, G, T] float32, mass each entry has received since it was stored
@@ -85,6 +86,12 @@ class View:
     def candidates(self) -> Tensor:
         """[B, K, T] bool: entries that may be evicted."""
         return self.valid & ~self.protected
+
+    def in_region(self, name: str) -> Tensor:
+        """[B, K, T] bool: entries in the region of the request with this name; none where the request has no such."""
+        if self.regions is None or name not in self.region_names:
+            return torch.zeros_like(self.valid)
+        return self.valid & (self.regions == self.region_names.index(name) + 1)
 
     def in_sequence(self, values: Tensor) -> Tensor:
         """Values of the slots, [B, K, ..., T], in ascending order of position; those of empty slots come last."""

@@ -36,6 +36,7 @@ from kvpolicy_plugins.readers.latent_topk import LatentTopK
 from kvpolicy_plugins.readers.pages import Pages
 from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
 from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.by_region import ByRegion
 from kvpolicy_plugins.scorers.chunk_attention import ChunkAttention
 from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.expected_attention import ExpectedAttention
@@ -67,6 +68,7 @@ from kvpolicy_plugins.selectors.whitelist import Whitelist
 PLUGINS: tuple[type[Plugin], ...] = (
     AccumulatedAttention,
     Attention,
+    ByRegion,
     ChunkAttention,
     Cur,
     ExpectedAttention,

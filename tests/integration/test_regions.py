@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kvpolicy.cache.request.regions import Regions
-from kvpolicy.errors import BudgetWarning, PolicyError, RegionError
+from kvpolicy.errors import BudgetWarning, CacheError, PolicyError, RegionError
 from kvpolicy.policy import Policy
 from kvpolicy.spec.policy import Weighted
+from kvpolicy.spec.traits import needs
 from kvpolicy.stages import Scorer
 from tests.integration.test_eviction import DECODING, assert_as_if_masked
 from tests.support.alone import assert_rows_alone
@@ -185,6 +186,74 @@ def test_plugins_see_regions():
     assert all(slots >= TOOLS for slots in run(policy, (40, 29)))
 
 
+def fading(region, **how):
+    """Attention of the newest queries, lowered in a region."""
+    score = {"use": "by_region", "region": region, "of": {"use": "attention", "queries": 8}, **how}
+    return small("snapkv", 14, 4, protect={"recent": 3}, score=[score])
+
+
+@pytest.mark.parametrize("lengths", [(40,), (40, 33)], ids=str)
+def test_what_weighs_nothing_goes_first(lengths):
+    regions = {"thinking": [(8, 20), (22, 31)]}
+    thinking = {*range(8, 20), *range(22, 31)}
+    ordinary = run(fading("thinking", share=1), lengths, regions=regions)
+    assert any(slots & thinking for slots in ordinary)
+    assert not any(slots & thinking for slots in run(fading("thinking", share=0), lengths, regions=regions))
+
+
+def test_a_policy_that_reads_a_region_needs_it():
+    policy = fading("thinking", half_life=8)
+    assert "regions of the request" in needs(policy.spec)
+    with policy.attach(model()) as attachment:
+        with pytest.raises(RegionError, match=r"the policy names regions \(thinking\), but none is given"):
+            attachment.cache()
+        with pytest.raises(RegionError, match="no region 'thinking' is given"):
+            attachment.cache(regions=REGIONS)
+        attachment.cache(regions={"thinking": []})
+    with pytest.raises(PolicyError, match="score: graph: no regions can be read: thinking"):
+        policy.attach(model(), graph=True)
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_regions_of_later_turns_are_added(fork):
+    """Of tokens that are held, and of those that are about to come; what was given before stays as it is."""
+    with protecting(budget=20, regions=["tools"]).attach(model()) as attachment, torch.no_grad():
+        cache = attachment.cache(regions={"system": (2, 7), "tools": (12, 15)})
+        attachment.model(prompt(40)[0], past_key_values=cache)
+        cache.add_regions({"answer": (40, 42), "tools": [(38, 40), (43, 45)]})
+        cache = cache.fork() if fork else cache
+        for _ in range(20):
+            attachment.model(torch.tensor([[5]]), past_key_values=cache)
+    assert cache.spans.regions.names == ("system", "tools", "answer")
+    assert all(slots >= {12, 13, 14, 38, 39, 43, 44} for slots in slots_of(cache))
+    assert not all(slots >= {40, 41} for slots in slots_of(cache))
+
+
+def test_regions_are_added_to_a_cache_without_any_and_for_each_row():
+    with small("snapkv", 14, 4).attach(model()) as attachment, torch.no_grad():
+        cache = attachment.cache()
+        attachment.model(*prompt(20, 20)[:1], past_key_values=cache)
+        cache.add_regions([{"a": (0, 3)}, {"a": (1, 2)}])
+        cache.add_regions({"b": (5, 6)})
+    assert cache.spans.regions.rows == (((1, 0, 3), (2, 5, 6)), ((1, 1, 2), (2, 5, 6)))
+
+
+def test_regions_that_cannot_be_added_change_nothing():
+    with protecting(regions=["system"]).attach(model()) as attachment, torch.no_grad():
+        cache = attachment.cache(regions=REGIONS)
+        with pytest.raises(CacheError, match="the cache is empty: it can be given regions once it has seen tokens"):
+            cache.add_regions({"more": (40, 44)})
+        attachment.model(prompt(40)[0], past_key_values=cache)
+        for wrong, message in (
+            ({"more": (4, 44)}, "regions 'system' and 'more' overlap at token 4"),
+            ([{"more": (40, 44)}] * 3, "regions of 3 rows do not match a batch of 1"),
+            ({"more": "far"}, "region 'more' must be a token range"),
+        ):
+            with pytest.raises(RegionError, match=message):
+                cache.add_regions(wrong)
+    assert cache.spans.regions == Regions.of(REGIONS)
+
+
 def test_bytes_of_regions_are_counted():
     with protecting(regions=["system"]).attach(model()) as attachment, torch.no_grad():
         for regions in (REGIONS, {**REGIONS, "far": (4000, 4001)}):
@@ -198,7 +267,7 @@ def test_bytes_of_regions_are_counted():
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
-        (None, r"the policy protects regions \(system\), but none is given"),
+        (None, r"the policy names regions \(system\), but none is given"),
         ({"sytem": (0, 3)}, "no region 'system' is given; did you mean 'sytem'"),
         ({"system": (0, 5), "tools": (4, 9)}, "regions 'system' and 'tools' overlap at token 4"),
         ({"system": (5, 3)}, "region 'system' must be ranges"),

@@ -1,7 +1,8 @@
-"""Fair eviction and whitelisting (arXiv:2510.00231) of SnapKV's votes, with two regions given with the cache."""
+"""What stays of regions that are given with the cache: fair shares and whitelists (arXiv:2510.00231), and fading."""
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.oracles.comparison import assert_holds_what_the_oracle_holds, shipped
 from tests.oracles.simulation import Head
@@ -44,6 +45,32 @@ class Whitelisted(Regional):
         first = self.best(scores[listed], min(count, len(listed)))
         rest = self.best(scores[others], count - len(first))
         return [*(listed[index] for index in first), *(others[index] for index in rest)]
+
+
+class Fading(Regional):
+    """Of the votes above a head's lowest, one region keeps 0.9, halved with every 6 tokens; the other one none."""
+
+    def scores(self, heads: list[Head]) -> list[np.ndarray]:
+        found = []
+        for head, votes in zip(heads, super().scores(heads), strict=True):
+            newest, lowest = max(entry.position for entry in head.entries), votes.min()
+            places = [head.entries[slot].position for slot in self.candidates(head)]
+            shares = {0: lambda _: 1.0, 1: lambda age: 0.9 * 0.5 ** (age / 6), 2: lambda _: 0.0}
+            left = [shares[region](newest - place) for region, place in zip(self.regions(head), places, strict=True)]
+            found.append(lowest + (votes - lowest) * np.array(left))
+        return found
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_regions_fade_and_go_first(every):
+    given = 14, every, 1, 4
+    policy = shipped("snapkv", *given, queries=4)
+    (votes,) = yaml.safe_load(policy.to_yaml())["score"]
+    del votes["weight"]
+    inner = {"use": "by_region", "region": "directive", "share": 0, "of": votes}
+    fading = {"use": "by_region", "region": "defense", "share": 0.9, "half_life": 6, "of": inner}
+    policy = shipped("snapkv", *given, score=[fading])
+    assert_holds_what_the_oracle_holds(policy, Fading, *given, 4, regions=REGIONS)
 
 
 @pytest.mark.parametrize("every", [1, 4])

@@ -19,8 +19,8 @@ MOST_NAMES = 127  # region numbers are int8
 class Regions:
     """Regions of each row of a batch. Tokens are counted without pads; regions do not overlap.
 
-    They are passed when a cache is made, `attachment.cache(regions=...)`. Regions refer to tokens, so an evicted token
-    leaves its region, and later tokens never join one.
+    They are passed when a cache is made, `attachment.cache(regions=...)`, and those of later turns are added to it,
+    `cache.add_regions(...)`. Regions refer to tokens, so an evicted token leaves its region.
     """
 
     names: tuple[str, ...]  # numbered from 1
@@ -108,11 +108,31 @@ class Regions:
         """Regions of the given rows, in that order."""
         return attrs.evolve(self, rows=tuple(self.rows[row] for row in rows))
 
+    def joined(self, other: "Regions") -> "Regions":
+        """The spans of both, for as many rows; names keep their numbers, and new ones come after them.
+
+        Raises RegionError if the rows are not as many, or spans overlap.
+        """
+        if len(self.rows) != len(other.rows):
+            raise RegionError(f"regions of {len(other.rows)} rows do not match a batch of {len(self.rows)}")
+        names = dict.fromkeys((*self.names, *other.names))
+        both = zip(_by_name(self), _by_name(other), strict=True)
+        return Regions.of([{name: [*own.get(name, ()), *new.get(name, ())] for name in names} for own, new in both])
+
     def require(self, names: Iterable[str]) -> None:
         """Raise RegionError if one of the names is not a region."""
         for name in names:
             if name not in self.names:
                 raise RegionError(f"no region {shown(name)} is given{did_you_mean(name, self.names, 'given')}")
+
+
+def _by_name(regions: Regions) -> list[dict[str, list[Span]]]:
+    """The spans of each row."""
+    numbered = list(enumerate(regions.names, 1))
+    return [
+        {name: [(start, stop) for own, start, stop in row if own == number] for number, name in numbered}
+        for row in regions.rows
+    ]
 
 
 def _check_names(names: Sequence[object]) -> None:

@@ -16,16 +16,16 @@ Interval = tuple[int, int]
 class RequestSpans:
     """Spans of the requests in a cache, shared by its layers, as positions, which entries keep when they move."""
 
-    def __init__(self, protect: Protect, regions: Regions | None = None) -> None:
-        """Raises RegionError if the policy protects a region that is not given."""
+    def __init__(self, protect: Protect, regions: Regions | None = None, read: Sequence[str] = ()) -> None:
+        """Raises RegionError if the policy protects a region that is not given, or a plugin reads one (`read`)."""
         self.protect = protect
         self._given = regions
+        named = tuple(dict.fromkeys((*protect.regions, *read)))
         if regions is not None:
-            regions.require(protect.regions)
-        elif protect.regions:
+            regions.require(named)
+        elif named:
             raise RegionError(
-                f"the policy protects regions ({', '.join(protect.regions)}), but none is given: "
-                "attachment.cache(regions=...)"
+                f"the policy names regions ({', '.join(named)}), but none is given: attachment.cache(regions=...)"
             )
         self.clear()
 
@@ -45,6 +45,12 @@ class RequestSpans:
         """Set the number of rows. Raises RegionError, before any change, if the regions do not match it."""
         if self.regions is not None and len(self.regions.rows) != rows:
             self.regions = self.regions.for_rows(rows)
+
+    def add(self, regions: Regions, rows: int) -> None:
+        """Add spans to those of the `rows` rows. Raises RegionError, before any change, as `Regions.joined` does."""
+        more = regions.for_rows(rows) if rows else regions
+        self.regions = more if self.regions is None else self.regions.joined(more)
+        self._labels = None
 
     def note_prompt(self, num_tokens: Sequence[int], *, over: bool) -> None:
         """Set the tokens of each row's prompt, and whether it is complete (`over`); later prompts are ignored."""

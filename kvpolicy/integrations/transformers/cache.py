@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from kvpolicy.cache.integrity import Integrity
 from kvpolicy.cache.layer_state import NewStorage
 from kvpolicy.cache.request.prompt_tokens import PromptTokens
-from kvpolicy.cache.request.regions import Regions
+from kvpolicy.cache.request.regions import Regions, Spans
 from kvpolicy.cache.request.request_spans import RequestSpans
 from kvpolicy.cache.scheduler import CompressionScheduler
 from kvpolicy.cache.stats import LayerStats
@@ -57,7 +57,7 @@ class PolicyCache(DynamicCache):
         self.integrity = Integrity(range(len(self.layers)))
         self.prompt = PromptTokens(tokens) if plan.passes else None
         self._scheduler = CompressionScheduler(plan, waits=True, prompt=self.prompt)
-        self.spans = RequestSpans(plan.spec.protect, regions)
+        self.spans = RequestSpans(plan.spec.protect, regions, plan.needs.regions)
         for ordinal, layer in enumerate(plan.geometry.managed):
             self.layers[layer] = PolicyLayer(plan, ordinal, self._scheduler, self.integrity, self.spans, new_storage)
 
@@ -244,6 +244,16 @@ class PolicyCache(DynamicCache):
         """Raise CacheError when a layer contradicts itself; for tests and debugging."""
         for layer in self.managed:
             layer.state.check_integrity()
+
+    def add_regions(self, regions: "Regions | Spans | Sequence[Spans]") -> None:
+        """Name spans of tokens that came after the first prompt, or are about to come: results of tools, for example.
+
+        Tokens of each row are counted from the beginning of its sequence, without pads. Spans join a region that has
+        their name, and begin a new one otherwise. Raises CacheError as `fork` does, and RegionError, before any
+        change, for what `Regions.of` refuses, for other rows, and where spans overlap.
+        """
+        self._require_settled("given regions")
+        self.spans.add(Regions.of(regions), self.rows)
 
     # -- copies ------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class PolicyLayer(LogicalLayer):
         self.scheduler = scheduler or CompressionScheduler(plan, waits=False)
         self.stats = LayerStats(plan.geometry.managed[ordinal])
         self.integrity = integrity or Integrity([self.stats.layer])
-        self.spans = spans or RequestSpans(plan.spec.protect)
+        self.spans = spans or RequestSpans(plan.spec.protect, read=plan.needs.regions)
         self._protects_spans = plan.spec.protect.by_place
         self._wants_order = plan.wants_order(ordinal)
         self._grows_unseen = plan.selective or bool(plan.passes)  # by numbers on the device, by token ids

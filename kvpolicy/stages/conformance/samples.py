@@ -65,6 +65,9 @@ def _observed(plugin: ViewPlugin, view: View, normal: Callable[..., Tensor]) -> 
     view = attrs.evolve(view, queries=queries, attention=attention, slot_state=state)
     if needs.rotary:
         view = attrs.evolve(view, rotary=_rotary())
+    if needs.regions:
+        numbers = (view.positions.clamp(min=0) // 3 % (len(needs.regions) + 1)).to(torch.int8)
+        view = attrs.evolve(view, regions=numbers, region_names=needs.regions)
     if needs.output_projection:
         view = attrs.evolve(view, output_projection=normal(heads * GROUP, DIM, CHANNELS))
     if plugin.calibrated:
@@ -170,6 +173,7 @@ def rows_of(view: View, rows: list[int]) -> View:
         queries=select(view.queries),
         attention=None if view.attention is None else view.attention[rows][..., :slots],
         log_votes=None if view.log_votes is None else select_entries(view.log_votes),
+        regions=None if view.regions is None else select_entries(view.regions),
         slot_state={name: select_entries(state) for name, state in view.slot_state.items()},
         row_state={name: state[rows] for name, state in view.row_state.items()},
     )
@@ -219,6 +223,7 @@ def heads_swapped(view: View) -> View:
         output_projection=projection,
         attention=None if view.attention is None else swapped(view.attention),
         log_votes=None if view.log_votes is None else swapped(view.log_votes),
+        regions=None if view.regions is None else swapped(view.regions),
         slot_state={name: swapped(state) for name, state in view.slot_state.items()},
     )
 

@@ -1,6 +1,6 @@
 """Scorer `history`: combines scores of another scorer over time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import attrs
@@ -8,23 +8,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import (
-    Choice,
-    Geometry,
-    Needs,
-    Nested,
-    Number,
-    Pass,
-    Plugged,
-    Prompt,
-    QueryLogits,
-    Sample,
-    Scorer,
-    Site,
-    State,
-    View,
-    parameter,
-)
+from kvpolicy.stages import Choice, Nested, Number, Plugged, Scorer, State, View, parameter
+from kvpolicy_plugins.scorers.shared.around import ScorerAround
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 _STATE = "history"
@@ -32,7 +17,7 @@ _NO_HISTORY = -torch.inf
 
 
 @attrs.frozen
-class History(Scorer):
+class History(ScorerAround):
     """Scores F of another scorer, combined with the previous scores of each entry: the global score of G-KV.
 
     1. `scale: max` divides F by its largest magnitude among a head's candidates;
@@ -56,36 +41,8 @@ class History(Scorer):
         if any(state.name == _STATE for state in self.of.slot_state()):
             raise ParameterError(f"of: must be a scorer without a history: {self.of}")
 
-    def needs(self) -> Needs:
-        return self.of.needs()
-
     def slot_state(self) -> tuple[State, ...]:
         return (*self.of.slot_state(), State(_STATE, fill=_NO_HISTORY))
-
-    def in_any_order(self) -> bool:
-        return self.of.in_any_order()
-
-    @property
-    def calibrated(self) -> bool:
-        return self.of.calibrated
-
-    def calibrate(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
-        return self.of.calibrate(samples)
-
-    def calibration_of(self, table: Tensor, geometry: Geometry) -> list[dict[str, Tensor]]:
-        return self.of.calibration_of(table, geometry)
-
-    def check_calibration(self, site: Site) -> None:
-        self.of.check_calibration(site)
-
-    def observe_chunk(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.of.observe_chunk(query_logits, state)
-
-    def passes(self, prompt: Prompt) -> Sequence[Pass]:
-        return self.of.passes(prompt)
-
-    def observe_pass(self, query_logits: QueryLogits, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.of.observe_pass(query_logits, state)
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         inner = self.of.observe(view)

@@ -86,6 +86,12 @@ def test_a_tokenizer_without_offsets_is_refused():
         Regions.of_texts(slow, "a b", {"b": "b"})
 
 
+def test_regions_that_join_others_keep_their_numbers():
+    first, more = Regions.of([{"a": (0, 2)}, {"b": (3, 4)}]), Regions.of([{"c": (7, 9), "b": (2, 4)}, {"a": (0, 1)}])
+    assert first.joined(more).names == ("a", "b", "c")
+    assert first.joined(more).rows == (((1, 0, 2), (2, 2, 4), (3, 7, 9)), ((1, 0, 1), (2, 3, 4)))
+
+
 @st.composite
 def rows(draw):
     """Protected spans of one row, its tokens, the end of its prompt, sinks and recent entries."""

@@ -18,7 +18,13 @@ from tests.support.models import generate, model, prompt
 ATTENTION = {"use": "attention", "queries": 4}
 LATENT = {"use": "latent", "value_group": 8}
 HEAD = {"budget": 16, "protect": {"sinks": 2, "recent": 4}, "compress": {"every": 4}, "score": [ATTENTION]}
-BASE = {"history": {"of": ATTENTION}, "kivi": {"group": 8}, "latent": LATENT, "pages": {"page": 4}}
+BASE = {
+    "by_region": {"of": ATTENTION, "region": "tools"},
+    "history": {"of": ATTENTION},
+    "kivi": {"group": 8},
+    "latent": LATENT,
+    "pages": {"page": 4},
+}
 FURTHER = {  # bounded by others too
     *(
         ("kivi", "group"),
@@ -105,7 +111,8 @@ def test_largest_number_of_a_plugin_runs_or_is_refused_in_words(record, path, mo
         return
     assert (record.name, *path) not in FURTHER
     with attached:
-        found = generate(model(), tokens, mask, count=6)
+        regions = dict.fromkeys(attached.plan.needs.regions, (3, 30))
+        found = generate(model(), tokens, mask, count=6, past_key_values=attached.cache(regions=regions or None))
     assert all(step.isfinite().all() for step in found.logits)
 
 

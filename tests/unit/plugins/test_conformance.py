@@ -19,9 +19,11 @@ from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
 from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
 from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.by_region import ByRegion
 from kvpolicy_plugins.scorers.cur import Cur
 from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
 from kvpolicy_plugins.scorers.history import History
+from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.lagkv import LagKV
 from kvpolicy_plugins.scorers.learned_gate import LearnedGate
 from kvpolicy_plugins.scorers.q_filters import QFilters
@@ -32,7 +34,9 @@ from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 
 VARIANTS = (
-    *(kind() for kind in PLUGINS if kind not in (History, Threshold)),
+    *(kind() for kind in PLUGINS if kind not in (ByRegion, History, Threshold)),
+    ByRegion(ByRegion(Attention(4), "thinking", share=0), "tools", half_life=5),
+    ByRegion(History(KeyNorm()), "tools", 0.3),
     History(Attention(4)),
     History(QFilters()),
     History(Reconstruction()),

@@ -40,14 +40,20 @@ def fit(held: Sequence[int], needed: Sequence[int]) -> bool:
     return all(has >= wants for has, wants in zip(held, needed, strict=True))
 
 
+def _of_the_request(plan: Plan) -> Iterator[Problem]:
+    if plan.spec.protect.by_place:
+        yield Problem("protect", "graph: only first and last tokens can be protected, no prompt and no regions")
+    if plan.needs.regions:
+        yield Problem("score", f"graph: no regions can be read: {', '.join(plan.needs.regions)}")
+
+
 def _problems(plan: Plan) -> Iterator[Problem]:
     spec = plan.spec
     if spec.compress.every == NEVER:
         yield Problem("compress.every", "graph: must be a number: otherwise the cache grows with every token")
     if spec.budget.grows:
         yield Problem("budget", f"graph: must not grow with the tokens: {spec.budget}")
-    if spec.protect.by_place:
-        yield Problem("protect", "graph: only first and last tokens can be protected, no prompt and no regions")
+    yield from _of_the_request(plan)
     if plan.compresses_jointly:
         yield Problem("allocate.joint", f"graph: layers must not compete: {spec.allocate.divider.name}")
     elif plan.ragged:
