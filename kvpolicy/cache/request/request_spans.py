@@ -48,7 +48,7 @@ class RequestSpans:
 
     def add(self, regions: Regions, rows: int) -> None:
         """Add spans to those of the `rows` rows. Raises RegionError, before any change, as `Regions.joined` does."""
-        more = regions.for_rows(rows) if rows else regions
+        more = regions.for_rows(rows)
         self.regions = more if self.regions is None else self.regions.joined(more)
         self._labels = None
 
