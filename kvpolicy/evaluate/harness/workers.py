@@ -2,11 +2,13 @@
 
 import multiprocessing
 import queue
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import attrs
 import torch
 
 from kvpolicy.errors import EvaluationError, KVPolicyError
@@ -42,33 +44,50 @@ def run_in_processes(inputs: Inputs, units: Sequence[Unit], add: Add, jobs: int)
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, context, _begin, (inputs, threads, cells)) as pool:
         try:
-            futures = [pool.submit(_measure, unit) for unit in units]
-            _collect(cells, futures, add)
+            _collect(cells, {pool.submit(_measure, unit): unit for unit in units}, add)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _collect(cells: "multiprocessing.Queue[Cell]", futures: Sequence[Future[int]], add: Add) -> None:
-    """Add cells until all units are done, or one has failed, and all cells that were sent have arrived."""
-    received = 0
+@attrs.frozen
+class Outcome:
+    """What a worker says of a unit at its end: how many cells it has sent, and the error that ended it."""
+
+    sent: int
+    error: Exception | None = None
+
+
+def _collect(cells: "multiprocessing.Queue[Cell]", futures: Mapping[Future[Outcome], Unit], add: Add) -> None:
+    """Add cells until all units are done, or one has failed, and all cells that these have sent have arrived.
+
+    Cells come by a way of their own, so they may arrive after the outcome.
+    """
+    received: Counter[tuple[str, int]] = Counter()
     while True:
-        done = [future for future in futures if future.done()]
-        failed = next((error for future in done if (error := future.exception()) is not None), None)
-        everything = failed is None and len(done) == len(futures)
-        if everything and received == sum(future.result() for future in done):
-            return
+        done = {future: unit for future, unit in futures.items() if future.done()}
+        ended = next((error for future in done if (error := future.exception()) is not None), None)
+        if ended is None:
+            outcomes = {(unit.task, unit.group): future.result() for future, unit in done.items()}
+            failed = next((outcome.error for outcome in outcomes.values() if outcome.error is not None), None)
+            if all(received[unit] == outcome.sent for unit, outcome in outcomes.items()):
+                if failed is not None:
+                    raise failed
+                if len(done) == len(futures):
+                    return
         try:
-            add(cells.get(timeout=_LOOK_SECONDS))
-            received += 1
+            cell = cells.get(timeout=_LOOK_SECONDS)
         except queue.Empty:
-            if isinstance(failed, BrokenProcessPool):
+            if isinstance(ended, BrokenProcessPool):
                 raise EvaluationError(
                     "a process of the evaluation has ended, perhaps for want of memory; the same command goes on "
                     "with it"
-                ) from failed
-            if failed is not None:
-                raise failed from None
+                ) from ended
+            if ended is not None:
+                raise ended from None
+        else:
+            add(cell)
+            received[cell.task, cell.group] += 1
 
 
 def _begin(inputs: Inputs, threads: int, cells: Any) -> None:
@@ -77,17 +96,19 @@ def _begin(inputs: Inputs, threads: int, cells: Any) -> None:
     _process.update(inputs=inputs, cells=cells)
 
 
-def _measure(unit: Unit) -> int:
-    """Measure a unit in a worker; returns how many cells have been sent."""
+def _measure(unit: Unit) -> Outcome:
+    """Measure a unit in a worker, whose cells are sent one by one."""
+    sent = 0
     try:
         if "evaluation" not in _process:
             inputs: Inputs = _process["inputs"]
             model, tokenizer = load_model(inputs.model, torch.device(inputs.device), inputs.dtype)
             _process["evaluation"] = evaluation_of(model, tokenizer, inputs)
-        count = 0
         for cell in _process["evaluation"].measure(unit):
             _process["cells"].put(cell)
-            count += 1
+            sent += 1
     except KVPolicyError as error:
-        raise EvaluationError(str(error)) from error  # some errors of ours cannot be sent to another process
-    return count
+        return Outcome(sent, EvaluationError(str(error)))  # some errors of ours cannot be sent to another process
+    except Exception as error:  # noqa: BLE001 it is raised in the other process
+        return Outcome(sent, error)
+    return Outcome(sent)

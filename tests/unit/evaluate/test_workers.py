@@ -1,8 +1,11 @@
 """Several processes measure what one does; one that ends before its time is an error that loses nothing."""
 
+import contextlib
 import multiprocessing
 import os
+import queue
 import time
+from concurrent.futures import Future
 from fractions import Fraction
 
 import attrs
@@ -112,3 +115,37 @@ def test_an_error_of_a_process_is_raised_here_after_its_cells_have_come(inputs, 
         run_in_processes(inputs, here[0].units()[:1], before.append, 1)
 
     assert comparable(before) == comparable(here[1][:1])
+
+
+class Late:
+    """A queue in which nothing is found at first."""
+
+    def __init__(self, *cells, looks=3):
+        self.cells, self.looks = list(cells), looks
+
+    def get(self, timeout):
+        self.looks -= 1
+        if self.looks >= 0 or not self.cells:
+            raise queue.Empty
+        return self.cells.pop(0)
+
+
+def ended(outcome):
+    future = Future()
+    future.set_result(outcome)
+    return future
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("division by zero")], ids=str)
+def test_cells_that_come_after_the_outcome_are_waited_for(here, error):
+    """On a busy machine they take their time. Those of a unit that goes on are not taken for them."""
+    first, *_, other = here[1]
+    assert (first.task, first.group) != (other.task, other.group)
+    futures = {ended(workers.Outcome(2, error)): Unit(first.task, first.group, ())}
+    cells, added = Late(first, first), []
+    if error is not None:
+        futures[Future()] = Unit(other.task, other.group, ())
+        cells.cells.insert(1, other)
+    with pytest.raises(type(error)) if error else contextlib.nullcontext():
+        workers._collect(cells, futures, added.append)
+    assert [cell for cell in added if cell is first] == [first, first]
