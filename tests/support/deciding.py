@@ -125,6 +125,7 @@ def row_of(view, row):
     """One row of a view, in tensors of its own length."""
     slots = max(1, int(view.lengths[row].max()))
     given = attrs.asdict(view, recurse=False, filter=lambda field, _: field.init)
+    del given["output_projection"]  # of the model, not of rows
     cut = {name: tensor[[row]] for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
     along = ("keys", "values", "positions", "log_votes", "pinned", "regions")
     cut |= {name: cut[name][:, :, :slots] for name in along if name in cut}

@@ -1,8 +1,8 @@
 """Several processes measure what one does; one that ends before its time is an error that loses nothing."""
 
 import contextlib
-import multiprocessing
 import os
+import pickle
 import queue
 import time
 from concurrent.futures import Future
@@ -43,13 +43,6 @@ def here(tiny, inputs):
     return made, cells
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Processes that start as copies of this one, at once, and know what is patched here."""
-    context = multiprocessing.get_context("fork")
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _method: context)
-
-
 def comparable(cells):
     return sorted(
         ((cell.task, cell.group, cell.policy, cell.share, cell.values, cell.held_bytes, cell.full_bytes))
@@ -79,7 +72,7 @@ def _end():
     os._exit(3)
 
 
-def test_a_process_that_ends_is_an_error_and_what_it_had_measured_is_kept(inputs, here, forked):
+def test_a_process_that_ends_is_an_error_and_what_it_had_measured_is_kept(inputs, here):
     made, expected = here
     before = []
     units = [attrs.evolve(made.units()[0], contenders=(Contender(),)), Unit("text", 1, (Deadly(),))]
@@ -108,13 +101,16 @@ def measuring(error):
         (ZeroDivisionError("division by zero"), ZeroDivisionError),
     ],
 )
-def test_an_error_of_a_process_is_raised_here_after_its_cells_have_come(inputs, here, forked, monkeypatch, error, kind):
+def test_a_worker_tells_its_error_and_how_many_cells_it_has_sent_before(here, monkeypatch, error, kind):
+    """Errors of ours become one that can be sent to another process."""
     monkeypatch.setattr(Evaluation, "measure", measuring(error))
-    before = []
-    with pytest.raises(kind, match=str(error).splitlines()[0]):
-        run_in_processes(inputs, here[0].units()[:1], before.append, 1)
+    sent = queue.Queue()
+    monkeypatch.setattr(workers, "_process", {"evaluation": here[0], "cells": sent})
+    outcome = pickle.loads(pickle.dumps(workers._measure(here[0].units()[0])))  # noqa: S301
 
-    assert comparable(before) == comparable(here[1][:1])
+    assert outcome.sent == sent.qsize() == 1
+    assert comparable([sent.get()]) == comparable(here[1][:1])
+    assert (type(outcome.error), str(outcome.error)) == (kind, str(error))
 
 
 class Late:
