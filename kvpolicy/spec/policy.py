@@ -38,7 +38,7 @@ NEVER = "never"
 MAX_SCORERS = 64  # far more than any method uses, and few enough for a policy file
 _EVERY = Integer(minimum=1)
 _COUNT = Integer(minimum=0)
-_NAME = Text(longest=64)
+_NAME = Text(longest=64, shortest=1)
 
 
 @attrs.frozen
@@ -105,14 +105,13 @@ class NamesRule(Rule):
     def accepts(self, value: object) -> bool:
         if not isinstance(value, tuple) or len(value) > self.most or len(set(map(str, value))) < len(value):
             return False
-        return all(_NAME.accepts(name) and name for name in value)
+        return all(_NAME.accepts(name) for name in value)
 
     def convert(self, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
     def schema(self) -> dict[str, Any]:
-        items = {**_NAME.schema(), "minLength": 1}
-        return {"type": "array", "maxItems": self.most, "uniqueItems": True, "items": items}
+        return {"type": "array", "maxItems": self.most, "uniqueItems": True, "items": _NAME.schema()}
 
     def __str__(self) -> str:
         return f"a list of at most {self.most} names, each of them once"

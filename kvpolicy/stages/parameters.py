@@ -136,18 +136,23 @@ class Flag(Rule):
 
 @attrs.frozen
 class Text(Rule):
-    """A line of text, of at most `longest` characters."""
+    """A line of text, of `shortest` to `longest` characters."""
 
     longest: int = 1000
+    shortest: int = 0
 
     def accepts(self, value: object) -> bool:
-        return type(value) is str and len(value) <= self.longest and re.search(_FORBIDDEN, value) is None
+        if type(value) is not str or re.search(_FORBIDDEN, value) is not None:
+            return False
+        return self.shortest <= len(value) <= self.longest
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "string", "maxLength": self.longest, "not": {"pattern": _FORBIDDEN}}
+        shortest = {"minLength": self.shortest} if self.shortest else {}
+        return {"type": "string", **shortest, "maxLength": self.longest, "not": {"pattern": _FORBIDDEN}}
 
     def __str__(self) -> str:
-        return f"a line of text, {self.longest} characters at most"
+        shortest = f"{self.shortest} to " if self.shortest else ""
+        return f"a line of text, {shortest}{self.longest} characters{'' if shortest else ' at most'}"
 
 
 @attrs.frozen

@@ -6,7 +6,6 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Integer, Needs, Number, Plugged, Scorer, Text, View, parameter
 from kvpolicy_plugins.scorers.shared.around import ScorerAround
 
@@ -31,13 +30,9 @@ class ByRegion(ScorerAround):
     name: ClassVar[str] = "by_region"
 
     of: Scorer = parameter(Plugged("score"), help="the scorer whose scores are lowered")
-    region: str = parameter(Text(), help="name of the region, which is given with the cache")
+    region: str = parameter(Text(64, shortest=1), help="name of the region, which is given with the cache")
     share: float = parameter(Number(minimum=0, maximum=1), 1.0, help="the share of a score that stays from the start")
     half_life: int = parameter(Integer(minimum=0), 0, help="tokens after which half of that is left; 0 = for ever")
-
-    def __attrs_post_init__(self) -> None:
-        if not self.region:
-            raise ParameterError("region: must be a name: ''")
 
     def needs(self) -> Needs:
         inner = self.of.needs()

@@ -75,5 +75,5 @@ def test_where_the_request_has_no_such_region_nothing_changes(regions):
 
 
 def test_a_region_has_a_name():
-    with pytest.raises(ParameterError, match=r"^region: must be a name: ''$"):
+    with pytest.raises(ParameterError, match=r"^region: must be a line of text, 1 to 64 characters: ''$"):
         ByRegion(Recency(), "")
