@@ -32,6 +32,7 @@ TABLE = [
     (Number(above=0), [0.1, 1], [0, 0.0, -1]),
     (Choice(("a", "b")), ["a", "b"], ["c", "", 1, None, ["a"]]),
     (Flag(), [True, False], [1, 0, "true", None]),
+    (Text(4, shortest=2), ["ab", "abcd"], ["", "a", "abcde", "a\n"]),
     (Text(), ["", "a b", "é", "x" * 1000], ["x" * 1001, "a\nb", "a\n", "\x00", "\t", "\x85", "\u2028", 1, None]),
 ]
 CASES = [(rule, value, good) for rule, yes, no in TABLE for good, part in ((True, yes), (False, no)) for value in part]
@@ -71,6 +72,7 @@ def test_half_surrogate_is_no_text():
         (Choice(("a", "b")), "one of a, b"),
         (Flag(), "true or false"),
         (Text(), "a line of text, 1000 characters at most"),
+        (Text(4, shortest=2), "a line of text, 2 to 4 characters"),
         (Plugged("score"), "a plugin of the stage 'score'"),
     ],
     ids=str,
