@@ -31,8 +31,8 @@ class ByRegion(ScorerAround):
 
     of: Scorer = parameter(Plugged("score"), help="the scorer whose scores are lowered")
     region: str = parameter(Text(64, shortest=1), help="name of the region, which is given with the cache")
-    share: float = parameter(Number(minimum=0, maximum=1), 1.0, help="the share of a score that stays from the start")
-    half_life: int = parameter(Integer(minimum=0), 0, help="tokens after which half of that is left; 0 = for ever")
+    share: float = parameter(Number(minimum=0, maximum=1), 1.0, help="the share of a score that is left at first")
+    half_life: int = parameter(Integer(minimum=0), 0, help="tokens in which that share halves; 0 = it stays")
 
     def needs(self) -> Needs:
         inner = self.of.needs()

@@ -212,7 +212,7 @@ def test_commands_about_policies_do_not_import_transformers(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("kvpolicy: 1\nname: mine\nbudget: 64\nscore: [recency]\n", "utf-8")
     program = WITHOUT_MODELS.replace("{file}", str(file))
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603 - fixed
 
     assert ran.stdout.split() == ["False", "rkv", "True"], ran.stderr
 

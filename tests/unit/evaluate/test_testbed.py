@@ -200,3 +200,9 @@ def test_left_padding_does_not_change_what_is_written(
     items = [make_item("tracking", HELD_OUT, 0, 200), make_item("tracking", HELD_OUT, 1, 400)]
 
     assert write(model, tokenizer, items) == [write(model, tokenizer, [item])[0] for item in items]
+
+
+def test_what_comes_with_the_package_stays_small() -> None:
+    """The demo downloads nothing, so the weights are in the wheel and in the history of the repository."""
+    weights = files("kvpolicy.evaluate.testbed").joinpath("weights")
+    assert 0 < sum(len(one.read_bytes()) for one in weights.iterdir()) < 5_000_000

@@ -106,7 +106,7 @@ def test_a_worker_tells_its_error_and_how_many_cells_it_has_sent_before(here, mo
     monkeypatch.setattr(Evaluation, "measure", measuring(error))
     sent = queue.Queue()
     monkeypatch.setattr(workers, "_process", {"evaluation": here[0], "cells": sent})
-    outcome = pickle.loads(pickle.dumps(workers._measure(here[0].units()[0])))  # noqa: S301
+    outcome = pickle.loads(pickle.dumps(workers._measure(here[0].units()[0])))  # noqa: S301 - of our own
 
     assert outcome.sent == sent.qsize() == 1
     assert comparable([sent.get()]) == comparable(here[1][:1])
