@@ -1,7 +1,9 @@
 """Units of an evaluation measured in this process or in several; cells come back one by one."""
 
 import multiprocessing
+import os
 import queue
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -91,9 +93,17 @@ def _collect(cells: "multiprocessing.Queue[Cell]", futures: Mapping[Future[Outco
 
 
 def _begin(inputs: Inputs, threads: int, cells: Any) -> None:
-    """Make a worker ready."""
+    """Make a worker ready, which does not outlive this process, also if that is killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _process.update(inputs=inputs, cells=cells)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _measure(unit: Unit) -> Outcome:

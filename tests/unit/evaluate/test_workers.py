@@ -4,9 +4,12 @@ import contextlib
 import os
 import pickle
 import queue
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from fractions import Fraction
+from pathlib import Path
 
 import attrs
 import pytest
@@ -21,6 +24,7 @@ from kvpolicy.evaluate.harness.start import Inputs, evaluation_of
 from kvpolicy.evaluate.harness.workers import run_here, run_in_processes
 from kvpolicy.evaluate.tasks.case import TaskSizes
 from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
+from tests.support.building import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,39 @@ def test_a_worker_tells_its_error_and_how_many_cells_it_has_sent_before(here, mo
     assert outcome.sent == sent.qsize() == 1
     assert comparable([sent.get()]) == comparable(here[1][:1])
     assert (type(outcome.error), str(outcome.error)) == (kind, str(error))
+
+
+ALONE = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from kvpolicy.evaluate.harness import workers
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), workers._begin, (None, 1, None))
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 1000).result()
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "alone.py")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        worker = int(process.stdout.readline())
+        process.kill()
+    until = time.monotonic() + 60
+    while runs(worker) and time.monotonic() < until:
+        time.sleep(0.05)
+
+    assert not runs(worker)
+
+
+def runs(pid):
+    """Whether there is such a process, and it is more than what is left of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 class Late:
