@@ -19,6 +19,7 @@ from kvpolicy.bench.baselines.contenders import (
 )
 from kvpolicy.bench.caches.decoding import Decoding
 from kvpolicy.bench.caches.meter import held_bytes
+from kvpolicy.bench.cases.step_floors import StepFloors
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.deadline import Deadline
@@ -42,6 +43,8 @@ class DecodeSetup:
     rows: int = 1
     full: tuple[str, ...] = (DYNAMIC, PREALLOCATED, STATIC)
     graph: bool = False
+    floors: bool = False  # of policies that hold all tokens
+    whole_round: bool = True  # also every step from one compression to the next
     protocol: Repetitions = Repetitions(rounds=11, warm_up=3)
 
     def __attrs_post_init__(self) -> None:
@@ -82,13 +85,20 @@ def measure_one(
             names = (policy.name, _again(policy.name))
             contenders = {name: PolicyContender.of(policy, model, graph=setup.graph) for name in names}
             decodings |= _begun(setup, length, contenders, stack, left_out)
-        samples = time_steps(decodings, clock, setup.protocol, deadline.expired)
+        floors = StepFloors.of(model, setup.shape, setup.rows, length, setup.steps) if setup.floors else None
+        beside = floors.variants() if floors else ()
+        samples = time_steps(decodings, clock, setup.protocol, deadline.expired, beside)
         timed = [policy for policy in setup.policies if policy.name in samples]
         rounds = {
-            policy.name: {} if deadline.expired() else time_round(decodings[policy.name], clock) for policy in timed
+            policy.name: time_round(decodings[policy.name], clock)
+            for policy in timed
+            if setup.whole_round and not deadline.expired()
         }
         cache_bytes = {name: held_bytes(decoding.cache) for name, decoding in decodings.items()}
-    return [_case(setup, policy, length, samples, rounds[policy.name], cache_bytes) for policy in timed]
+    cases = [_case(setup, policy, length, samples, rounds.get(policy.name, {}), cache_bytes) for policy in timed]
+    if floors is None:
+        return cases
+    return [attrs.evolve(one, floors=floors.seconds(samples, cache_bytes[one.what])) for one in cases]
 
 
 def _begun(

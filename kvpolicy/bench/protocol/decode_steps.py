@@ -1,6 +1,6 @@
 """Time of decode steps: single ones of several sequences in turns, and all steps from one compression to the next."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from kvpolicy.bench.caches.decoding import Decoding
@@ -15,10 +15,11 @@ def time_steps(
     clock: Clock,
     protocol: Repetitions,
     expired: Callable[[], bool] = lambda: False,
+    beside: Sequence[Variant] = (),
 ) -> Samples:
-    """Seconds of a step of every sequence in every round; each call is the next step."""
+    """Seconds of a step of every sequence, and of what is timed beside, in every round; each call is the next step."""
     variants = [Variant.repeated(name, decoding.step) for name, decoding in decodings.items()]
-    return interleave(variants, clock, protocol, expired=expired)
+    return interleave([*variants, *beside], clock, protocol, expired=expired)
 
 
 def time_round(decoding: Decoding, clock: Clock) -> dict[str, float]:

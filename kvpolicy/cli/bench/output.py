@@ -60,6 +60,8 @@ def print_verdicts(verdicts: "list[Verdict]") -> None:
     for verdict in verdicts:
         judged = verdict.threshold is not None
         bound = f"{'at most' if verdict.at_most else 'at least'} {verdict.threshold:.3g}" if judged else "no claim"
+        kind = "" if verdict.claimed else ", an aim"
+        floor = "" if verdict.floor is None else f", floor {verdict.floor:.3g}"
         spread = "" if verdict.noise is None else f", noise {verdict.noise:.1%}"
-        outcome = "told" if not judged else "pass" if verdict.passed else "FAIL"
-        line(f"{outcome}  {verdict.gate}: {verdict.value:.3g} ({bound}{spread})  {verdict.claim}")
+        outcome = "told" if not judged else "pass" if verdict.met else "FAIL" if verdict.claimed else "miss"
+        line(f"{outcome}  {verdict.gate}: {verdict.value:.3g} ({bound}{kind}{floor}{spread})  {verdict.claim}")

@@ -1,0 +1,66 @@
+"""Gates of what a policy adds to a step whose arithmetic is next to nothing: the time of the host."""
+
+from statistics import median
+
+import torch
+
+from kvpolicy.bench.baselines.contenders import DYNAMIC
+from kvpolicy.bench.cases.decode import DecodeSetup, measure_one
+from kvpolicy.bench.gates.gate import CPU, Judged, as_multiple, model_of, must_be_measured
+from kvpolicy.bench.gates.scale import Scale
+from kvpolicy.bench.protocol.case import OURS, Case
+from kvpolicy.bench.protocol.clock import Clock
+from kvpolicy.bench.protocol.deadline import Deadline
+from kvpolicy.bench.protocol.interleave import Repetitions
+from kvpolicy.bench.protocol.model_shapes import ModelShape
+from kvpolicy.bench.report.verdict import Verdict
+from kvpolicy.policy import load
+
+_WHOLE = ("full", "kivi4")  # policies that hold all entries
+_AIMS = {"full": 1.1, "snapkv": 1.2, "rkv": 1.2, "adakv": 1.3, "kivi4": 1.6, "h2o": 2.0, "keepkv": 3.0}
+_MICROSECONDS = 30.0
+
+
+def thin(scale: Scale, clock: Clock) -> Judged:
+    """A step of a deep and thin model under policies as they are shipped; h2o and keepkv evict at every token."""
+    verdicts, cases = [], []
+    for rows in scale.thin_rows:
+        for case in _steps(tuple(_AIMS), scale.thin, rows, scale.thin_context, scale.thin_budget, scale, clock):
+            what = f"step of {scale.thin.layers} thin layers under {case.what}, batch {rows}"
+            verdicts.append(as_multiple(case, f"thin-{case.what}-{rows}", what, _AIMS[case.what]))
+            cases.append(case)
+    return verdicts, cases
+
+
+def wide(scale: Scale, clock: Clock) -> Judged:
+    """What many rows and heads add to each layer and token."""
+    rows, layers = scale.wide_rows, scale.wide.layers
+    cases = _steps(("full", "snapkv"), scale.wide, rows, scale.wide_context, 4 * scale.wide_context, scale, clock)
+    verdicts = []
+    for case in cases:
+        pairs = zip(case.samples[OURS], case.samples[DYNAMIC], strict=True)
+        value = median(1e6 * (ours - plain) / layers for ours, plain in pairs)
+        heads = scale.wide.kv_heads
+        claim = f"{case.what}, batch {rows}, {heads} KV heads, nothing evicted: µs a layer beyond the plain model's"
+        gate = f"wide-{case.what}"
+        verdicts.append(Verdict(gate, claim, value, _MICROSECONDS, at_most=True, noise=case.noise, claimed=False))
+    return verdicts, cases
+
+
+def _steps(
+    names: tuple[str, ...], shape: ModelShape, rows: int, length: int, budget: int, scale: Scale, clock: Clock
+) -> list[Case]:
+    policies = tuple(load(f"kvpolicy:{name}", **({} if name in _WHOLE else {"budget": budget})) for name in names)
+    protocol = Repetitions(6 * scale.rounds, warm_up=3)
+    setup = DecodeSetup(
+        policies,
+        shape,
+        (length,),
+        CPU,
+        torch.float32,
+        rows=rows,
+        full=(DYNAMIC,),
+        whole_round=False,
+        protocol=protocol,
+    )
+    return measure_one(setup, model_of(shape, length), length, clock, Deadline(), must_be_measured)
