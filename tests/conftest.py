@@ -24,7 +24,7 @@ if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == 
 
 
 _quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None, suppress_health_check=_quiet)
+settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None, suppress_health_check=_quiet)
 settings.register_profile("nightly", max_examples=5000, deadline=None, suppress_health_check=_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -21,7 +21,7 @@ def compiled(
     names: Annotated[list[str] | None, typer.Argument(help="Only builds whose names begin so.")] = None,
     write: Annotated[Path | None, typer.Option(help="Write this .json and this .md.")] = None,
     against: Annotated[Path | None, typer.Option(help="Fail when numbers differ from this record.")] = None,
-    few: Annotated[bool, typer.Option("--few", help="Only one build of each kernel.")] = False,
+    few: Annotated[bool, typer.Option("--few", help="Only one build of each kernel, for one target in turn.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = min(8, os.cpu_count() or 1),
 ) -> None:
     """Compile every kernel for every target and print registers, shared memory, loads and tensor-core instructions."""

@@ -1,6 +1,7 @@
 """Compiles everything, on several processes, and judges it."""
 
 import functools
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -28,9 +29,9 @@ def compile_all(
 ) -> CompiledKernels:
     """Compile every build, or those whose name starts with one of `names`, for every capability.
 
-    `few`: only the first of them of each kernel. `progress` is told how many there are, and what was done last ("" at
-    the start). The compiler's cache is not used: it knows a tuple of functions by their names only. Raises InputError
-    when nothing can be compiled here.
+    `few`: only the first of them of each kernel, for one capability in turn. `progress` is told how many there are, and
+    what was done last ("" at the start). The compiler's cache is not used: it knows a tuple of functions by their names
+    only. Raises InputError when nothing can be compiled here.
     """
     require_compiler()
     builds = all_builds()
@@ -51,13 +52,10 @@ def compile_all(
 def _tasks(builds: Sequence[CompileSpec], names: Sequence[str], *, few: bool) -> list[tuple[int, int]]:
     """Indices of builds, and capabilities."""
     chosen = [index for index, build in enumerate(builds) if not names or build.name.startswith(tuple(names))]
-    first = {builds[index].kernel: index for index in reversed(chosen)}
-    return [
-        (index, capability)
-        for index in chosen
-        for capability in CAPABILITIES
-        if not few or first[builds[index].kernel] == index
-    ]
+    if few:
+        first = {builds[index].kernel: index for index in reversed(chosen)}
+        return list(zip(sorted(first.values()), itertools.cycle(CAPABILITIES), strict=False))
+    return [(index, capability) for index in chosen for capability in CAPABILITIES]
 
 
 def _use_cache(folder: str) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import kvpolicy
+from tests.support.made_once import made_once
 from tests.support.models import build, prompt
 
 ROOT = Path(__file__).parents[2]
@@ -91,8 +92,12 @@ def per_layer_and_step(name):
 
 
 @pytest.fixture(scope="module")
-def measured():
+def measured(tmp_path_factory):
     """Counted in a process of its own: what other tests have loaded into this one makes torch call more."""
+    return made_once(tmp_path_factory, "added-calls", counted)
+
+
+def counted(_folder):
     code = (
         "import json; from tests.integration.test_added_calls import STATED, per_layer_and_step as counted\n"
         "print(json.dumps({name: counted(name) for name in STATED}))"

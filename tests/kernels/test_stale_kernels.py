@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.support.building import ROOT
+from tests.support.made_once import made_once
 
 pytestmark = pytest.mark.timeout(600)
 FUNCTIONS = """
@@ -67,5 +68,8 @@ def test_what_did_not_change_is_the_same(versions):
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
     """The kernels of a plugin, and of the same plugin after both of its functions were changed, in one cache."""
-    folder = tmp_path_factory.mktemp("plugin")
-    return compiled(folder, score=1.0, statistic=2.0), compiled(folder, score=3.0, statistic=5.0)
+
+    def make(folder):
+        return compiled(folder, score=1.0, statistic=2.0), compiled(folder, score=3.0, statistic=5.0)
+
+    return made_once(tmp_path_factory, "plugin", make)

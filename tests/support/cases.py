@@ -1,17 +1,16 @@
-"""Which cases of large tests are run: those that bring a new value of a parameter, and a quarter of the others.
+"""Which cases of large tests are run: those that bring a new value of a parameter.
 
 Golden vectors and oracles are always run whole. With KVPOLICY_CASES=all, as in the nightly environment, all are; and so
 are cases that are named on the command line.
 """
 
 import os
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-MANY = 12  # cases of a test that is run in part
+MANY = 6  # cases of a test that is run in part
 FOLDERS = {"faults", "integration", "kernels", "property", "unit"}
 ALL = os.environ.get("KVPOLICY_CASES") == "all"
 
@@ -27,17 +26,16 @@ def left_out(items: list[pytest.Item], named: int) -> set[pytest.Item]:
 
 
 def adds_nothing(item: pytest.Function, seen: set[tuple[object, str, object]]) -> bool:
-    """Whether a case may be left out: by a hash of its name, if every value of its parameters has been seen before."""
+    """Whether a case may be left out: every value of its parameters has been seen before."""
     values = {(item.function, name, shown(value)) for name, value in item.callspec.params.items()}
-    if values <= seen and zlib.crc32(item.name.encode()) % 4:
-        return True
+    known = values <= seen
     seen |= values
-    return False
+    return known
 
 
 def shown(value: object) -> object:
     """What makes two values the same one."""
     try:
         return str(value)
-    except ValueError:  # it has a number of thousands of digits in it
+    except Exception:  # noqa: BLE001 - it has a number of thousands of digits in it, or is made to fail so
         return id(value)
