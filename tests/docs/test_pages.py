@@ -24,7 +24,7 @@ from kvpolicy.spec.policy import Weighted
 from kvpolicy.spec.reference import reference_markdown
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance import Promises, check_plugin
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
 from tests.docs.evidence import EVIDENCE, evidence
 from tests.docs.methods import PAGE as METHODS
 from tests.docs.methods import page as methods_page

@@ -9,7 +9,7 @@ import torch
 
 from kvpolicy.errors import CacheError, PluginContractError
 from kvpolicy.stages import Pass
-from kvpolicy_plugins.scorers.reconstruction import Reconstruction
+from kvpolicy_plugins.scorers.attention_based.reconstruction import Reconstruction
 from tests.support import fingerprint
 from tests.support.interrupts import Interrupts
 from tests.support.models import build, prompt

@@ -7,7 +7,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.mergers.d2o import D2O
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.support import fingerprint
 from tests.support.models import build, difference, generate, prompt

@@ -9,9 +9,9 @@ import torch
 
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
+from kvpolicy_plugins.scorers.attention_free.redundancy import Redundancy
 from kvpolicy_plugins.scorers.history import History
-from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.golden.families import close, same

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kvpolicy.stages import Geometry, Rotary
-from kvpolicy_plugins.scorers.expected_attention import ExpectedAttention
-from kvpolicy_plugins.scorers.q_filters import QFilters
-from kvpolicy_plugins.scorers.triattention import TriAttention
+from kvpolicy_plugins.scorers.attention_based.expected_attention import ExpectedAttention
+from kvpolicy_plugins.scorers.attention_based.q_filters import QFilters
+from kvpolicy_plugins.scorers.attention_based.triattention import TriAttention
 from tests.golden.families import Vectors, cases, close, family_of
 from tests.support.views import view_of
 

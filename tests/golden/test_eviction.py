@@ -6,11 +6,11 @@ import torch
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.pyramid import Pyramid
-from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
-from kvpolicy_plugins.scorers.attention import Attention
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_based.accumulated_attention import AccumulatedAttention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_free.redundancy import Redundancy
 from kvpolicy_plugins.scorers.recency import Recency
-from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.golden import gkv

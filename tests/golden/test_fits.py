@@ -8,7 +8,7 @@ import torch
 
 from kvpolicy.stages import SelectionRequest
 from kvpolicy_plugins.mergers.attention_matching import AttentionMatching
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.selectors.omp import OMP
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.views import view_of

@@ -12,11 +12,11 @@ from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Geometry, Rotary
-from kvpolicy_plugins.scorers.chunk_attention import ChunkAttention
-from kvpolicy_plugins.scorers.cur import Cur
-from kvpolicy_plugins.scorers.keydiff import KeyDiff
-from kvpolicy_plugins.scorers.lagkv import LagKV
-from kvpolicy_plugins.scorers.leverage import Leverage
+from kvpolicy_plugins.scorers.attention_based.chunk_attention import ChunkAttention
+from kvpolicy_plugins.scorers.attention_free.cur import Cur
+from kvpolicy_plugins.scorers.attention_free.keydiff import KeyDiff
+from kvpolicy_plugins.scorers.attention_free.lagkv import LagKV
+from kvpolicy_plugins.scorers.attention_free.leverage import Leverage
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.driving import feed

@@ -12,7 +12,7 @@ import kvpolicy
 from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.stages import AllocationRequest, Pass, QueryLogits
 from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
-from kvpolicy_plugins.scorers.reconstruction import Reconstruction
+from kvpolicy_plugins.scorers.attention_based.reconstruction import Reconstruction
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.golden.families import Vectors, cases, close, family_of
 from tests.support.selecting import selected_by

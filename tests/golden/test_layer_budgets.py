@@ -5,7 +5,7 @@ import torch
 
 from kvpolicy.stages import AllocationRequest
 from kvpolicy_plugins.allocators.cake import Cake
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.views import keep, view_of

@@ -9,7 +9,7 @@ import kvpolicy
 from kvpolicy.stages import Geometry, ReadRequest, Site
 from kvpolicy.stages.conformance.read_requests import complete_groups, newest_group
 from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.views import keep, view_of

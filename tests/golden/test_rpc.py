@@ -7,7 +7,7 @@ import kvpolicy
 from kvpolicy.cache.trigger import entries_allowed
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from tests.golden.families import Vectors, cases, close, same
 from tests.support.views import keep, view_of

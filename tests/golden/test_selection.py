@@ -13,8 +13,8 @@ from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Scorer, SelectionRequest, View
 from kvpolicy.stages.ordering import highest
 from kvpolicy.stages.slots import indices_of
-from kvpolicy_plugins.scorers.attention import Attention
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.fair import Fair
 from kvpolicy_plugins.selectors.kvcrush import KVCrush, spread

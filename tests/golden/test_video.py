@@ -9,7 +9,7 @@ import torch
 import kvpolicy
 from kvpolicy.plan.compress.step import compress_one
 from kvpolicy.stages import Geometry
-from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
+from kvpolicy_plugins.scorers.attention_free.frame_value_norm import FrameValueNorm
 from tests.golden.families import Vectors, cases, close, family_of, same
 from tests.support.views import view_of
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvpolicy.errors import CacheError, PolicyError, UnsupportedModelError
-from kvpolicy_plugins.scorers.reconstruction import Reconstruction
+from kvpolicy_plugins.scorers.attention_based.reconstruction import Reconstruction
 from tests.support import fingerprint
 from tests.support.alone import assert_rows_alone
 from tests.support.models import ARCHITECTURES, build, generate, prompt

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvpolicy_plugins.scorers.attention_based.reconstruction import Reconstruction
 from kvpolicy_plugins.scorers.history import History
-from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from tests.support.models import build, prompt
 from tests.support.oracle import attending_by
 from tests.support.policies import held

@@ -37,7 +37,7 @@ print([name for name in sys.modules if name.partition(".")[0] == "triton"])
 """
 CONFORMANCE = """
 from kvpolicy.stages.conformance import check_plugin, conformance_cases
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
 check_plugin(KeyNorm())
 print([name for name, _ in conformance_cases(KeyNorm()) if name.startswith("tile ")])
 """

@@ -15,7 +15,7 @@ from kvpolicy.plan.forward_observers import state_name
 from kvpolicy.stages import Geometry, View
 from kvpolicy.stages.slots import indices_of
 from kvpolicy_kernels import UnsupportedInputError
-from kvpolicy_plugins.scorers.redundancy import Redundancy
+from kvpolicy_plugins.scorers.attention_free.redundancy import Redundancy
 from tests.support.compressing import allocated, chosen, chosen_together, fused, score
 from tests.support.examples import examples
 from tests.support.references import near_threshold

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kvpolicy.stages import Rotary
-from kvpolicy_plugins.scorers.cur import Cur
-from kvpolicy_plugins.scorers.keydiff import KeyDiff
-from kvpolicy_plugins.scorers.lagkv import LagKV
-from kvpolicy_plugins.scorers.leverage import Leverage
+from kvpolicy_plugins.scorers.attention_free.cur import Cur
+from kvpolicy_plugins.scorers.attention_free.keydiff import KeyDiff
+from kvpolicy_plugins.scorers.attention_free.lagkv import LagKV
+from kvpolicy_plugins.scorers.attention_free.leverage import Leverage
 from tests.property.layers import layers
 
 ORDINARY = ("normal", "clustered")

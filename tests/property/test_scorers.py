@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kvpolicy.stages.conformance.samples import shuffled
-from kvpolicy_plugins.scorers.accumulated_attention import AccumulatedAttention
-from kvpolicy_plugins.scorers.attention import Attention
-from kvpolicy_plugins.scorers.cur import Cur
+from kvpolicy_plugins.scorers.attention_based.accumulated_attention import AccumulatedAttention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
+from kvpolicy_plugins.scorers.attention_free.cur import Cur
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_free.keydiff import KeyDiff
+from kvpolicy_plugins.scorers.attention_free.lagkv import LagKV
+from kvpolicy_plugins.scorers.attention_free.redundancy import Redundancy
+from kvpolicy_plugins.scorers.attention_free.value_norm import ValueNorm
 from kvpolicy_plugins.scorers.history import History
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
-from kvpolicy_plugins.scorers.keydiff import KeyDiff
-from kvpolicy_plugins.scorers.lagkv import LagKV
 from kvpolicy_plugins.scorers.recency import Recency
-from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
-from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from tests.property.layers import layers, row_alone
 from tests.support import references
 from tests.support.views import fresh_state, view_of

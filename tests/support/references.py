@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import View
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 
 

@@ -13,10 +13,10 @@ import kvpolicy_plugins
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry
 from kvpolicy.stages.conformance.samples import sample_view
-from kvpolicy_plugins.scorers.cur import Cur
-from kvpolicy_plugins.scorers.keydiff import KeyDiff
-from kvpolicy_plugins.scorers.lagkv import LagKV
-from kvpolicy_plugins.scorers.leverage import Leverage
+from kvpolicy_plugins.scorers.attention_free.cur import Cur
+from kvpolicy_plugins.scorers.attention_free.keydiff import KeyDiff
+from kvpolicy_plugins.scorers.attention_free.lagkv import LagKV
+from kvpolicy_plugins.scorers.attention_free.leverage import Leverage
 from tests.property.test_faulty_merges import MERGERS, kept_of, merged, parts, view_for
 from tests.support.compressing import compress_layers
 from tests.support.models import build, generate, prompt

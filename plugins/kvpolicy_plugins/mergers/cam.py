@@ -10,7 +10,7 @@ from kvpolicy.stages import Choice, Entries, Integer, Merger, Needs, View, param
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.mergers.shared.assignment import kept_entries, next_kept
 from kvpolicy_plugins.mergers.shared.merge_groups import count_by_target, evicted_of, sum_by_target, to_float
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL, SEED
 from kvpolicy_plugins.shared.seeded_draws import uniform
 

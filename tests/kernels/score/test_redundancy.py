@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvpolicy_kernels import Column, Segments
 from kvpolicy_kernels.score.redundancy.forgiven_similarity import forgiven_similarity, traffic
 from kvpolicy_kernels.score.redundancy.similar_keys import find_similar
-from kvpolicy_plugins.scorers.redundancy import Redundancy
+from kvpolicy_plugins.scorers.attention_free.redundancy import Redundancy
 from tests.golden.families import FOLDER, Vectors
 from tests.kernels.counting import counted
 from tests.kernels.references import redundancy as reference

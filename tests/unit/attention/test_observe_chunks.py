@@ -11,7 +11,7 @@ from kvpolicy.errors import PluginContractError
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Needs, Scorer, State
-from kvpolicy_plugins.scorers.chunk_attention import ChunkAttention
+from kvpolicy_plugins.scorers.attention_based.chunk_attention import ChunkAttention
 from kvpolicy_plugins.scorers.history import History
 from tests.support import storage as stored
 from tests.support.driving import GROUP, HEADS, feed, new_layer, plan_of, random_entries

@@ -14,7 +14,7 @@ from kvpolicy.plan.passes import pass_observers_of
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.spec.policy import Weighted
 from kvpolicy.stages import Pass
-from kvpolicy_plugins.scorers.reconstruction import Reconstruction
+from kvpolicy_plugins.scorers.attention_based.reconstruction import Reconstruction
 from tests.support import storage as stored
 from tests.support.driving import DIM, GROUP, HEADS, drive, new_layer, output_projection, plan_of
 from tests.support.policies import small

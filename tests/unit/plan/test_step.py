@@ -16,7 +16,7 @@ from kvpolicy.stages import Entries, Scorer, Selector, State
 from kvpolicy.stages.conformance.samples import shuffled
 from kvpolicy.stages.ordering import highest
 from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
 from kvpolicy_plugins.selectors.topk import TopK
 from tests.support.compressing import allocated, compress_one, score
 from tests.support.policies import small

@@ -18,18 +18,18 @@ from kvpolicy_plugins.mergers.drop import Drop
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.window_fit import WindowFit
 from kvpolicy_plugins.readers.chunk_topk import ChunkTopK
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.q_filters import QFilters
+from kvpolicy_plugins.scorers.attention_based.reconstruction import Reconstruction
+from kvpolicy_plugins.scorers.attention_free.cur import Cur
+from kvpolicy_plugins.scorers.attention_free.frame_value_norm import FrameValueNorm
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_free.lagkv import LagKV
+from kvpolicy_plugins.scorers.attention_free.learned_gate import LearnedGate
+from kvpolicy_plugins.scorers.attention_free.redundancy import Redundancy
 from kvpolicy_plugins.scorers.by_region import ByRegion
-from kvpolicy_plugins.scorers.cur import Cur
-from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
 from kvpolicy_plugins.scorers.history import History
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
-from kvpolicy_plugins.scorers.lagkv import LagKV
-from kvpolicy_plugins.scorers.learned_gate import LearnedGate
-from kvpolicy_plugins.scorers.q_filters import QFilters
 from kvpolicy_plugins.scorers.random_draw import RandomDraw
-from kvpolicy_plugins.scorers.reconstruction import Reconstruction
-from kvpolicy_plugins.scorers.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 

@@ -103,10 +103,10 @@ def test_default_that_leads_to_itself_is_refused(install):
 def test_class_of_kvpolicy_that_another_distribution_offers_too_stays_ours(install):
     digest = kvpolicy.load("rkv").digest
     offer = "@hookimpl\ndef kvpolicy_stages():\n    return [Attention]\n"
-    install("a-kv", f"from kvpolicy_plugins.scorers.attention import Attention\n{offer}")
+    install("a-kv", f"from kvpolicy_plugins.scorers.attention_based.attention import Attention\n{offer}")
 
     assert kvpolicy.load("rkv").digest == digest
-    assert registry().find("score", "attention").__module__ == "kvpolicy_plugins.scorers.attention"
+    assert registry().find("score", "attention").__module__ == "kvpolicy_plugins.scorers.attention_based.attention"
     assert registry().identity(registry().find("score", "attention")) == "attention"
 
 

@@ -7,9 +7,9 @@ import torch
 from kvpolicy.errors import PluginContractError
 from kvpolicy.stages import Needs, Pass, Scorer, State
 from kvpolicy.stages.conformance import check_plugin, conformance_cases
-from kvpolicy_plugins.scorers.chunk_attention import ChunkAttention
+from kvpolicy_plugins.scorers.attention_based.chunk_attention import ChunkAttention
+from kvpolicy_plugins.scorers.attention_based.reconstruction import Reconstruction
 from kvpolicy_plugins.scorers.history import History
-from kvpolicy_plugins.scorers.reconstruction import Reconstruction
 from tests.support.rereading import Reread
 
 

@@ -12,7 +12,7 @@ from kvpolicy.errors import PluginContractError
 from kvpolicy.stages import Needs, Postprocess, Scorer, State, Tile, WindowUse
 from kvpolicy.stages.conformance import check_plugin, conformance_cases
 from kvpolicy_kernels.score import score_kernel
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
 from tests.unit.stages import tile_functions as functions
 
 EQUAL = "tile gives what score gives"

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from kvpolicy.stages import products
 from kvpolicy.stages import view as stages_view
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.scorers.shared.pooling import Pool
 from tests.kernels.accuracy import assert_twice_as_good
 from tests.support.views import view_of

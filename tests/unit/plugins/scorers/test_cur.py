@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvpolicy_plugins.scorers.cur import Cur
+from kvpolicy_plugins.scorers.attention_free.cur import Cur
 from tests.support.views import view_of
 
 

@@ -6,10 +6,10 @@ import torch
 from torch.testing import assert_close
 
 from kvpolicy.errors import ParameterError
+from kvpolicy_plugins.scorers.attention_free.key_norm import KeyNorm
+from kvpolicy_plugins.scorers.attention_free.value_norm import ValueNorm
 from kvpolicy_plugins.scorers.history import History
-from kvpolicy_plugins.scorers.key_norm import KeyNorm
 from kvpolicy_plugins.scorers.shared.pooling import Pool
-from kvpolicy_plugins.scorers.value_norm import ValueNorm
 from tests.support.views import fresh_state, view_of
 
 

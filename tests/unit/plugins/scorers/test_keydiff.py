@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from kvpolicy_plugins.scorers.keydiff import KeyDiff
+from kvpolicy_plugins.scorers.attention_free.keydiff import KeyDiff
 from tests.support.views import view_of
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvpolicy_plugins.scorers.lagkv import LagKV
+from kvpolicy_plugins.scorers.attention_free.lagkv import LagKV
 from tests.support.views import view_of
 
 CROSS = LagKV(1, 4, cross=True)

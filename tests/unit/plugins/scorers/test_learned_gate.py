@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Rotary, Sample, Site
-from kvpolicy_plugins.scorers import learned_gate
-from kvpolicy_plugins.scorers.learned_gate import LearnedGate, largest_attention
+from kvpolicy_plugins.scorers.attention_free import learned_gate
+from kvpolicy_plugins.scorers.attention_free.learned_gate import LearnedGate, largest_attention
 from tests.support.views import view_of
 
 ROWS, HEADS, GROUP, TOKENS, DIM = 2, 2, 2, 24, 4

@@ -9,7 +9,7 @@ import kvpolicy
 from kvpolicy.errors import PolicyError
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Geometry, Rotary
-from kvpolicy_plugins.scorers.leverage import Leverage
+from kvpolicy_plugins.scorers.attention_free.leverage import Leverage
 from tests.support.models import model
 from tests.support.views import view_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvpolicy_plugins.scorers.redundancy import Redundancy
+from kvpolicy_plugins.scorers.attention_free.redundancy import Redundancy
 from kvpolicy_plugins.scorers.shared import similar_keys
 from tests.support import references
 from tests.support.views import view_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvpolicy.stages import SelectionRequest
-from kvpolicy_plugins.scorers.attention import Attention
+from kvpolicy_plugins.scorers.attention_based.attention import Attention
 from kvpolicy_plugins.selectors.omp import OMP
 from tests.support.views import view_of
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kvpolicy.stages import Geometry, SelectionRequest
-from kvpolicy_plugins.scorers.frame_value_norm import FrameValueNorm
+from kvpolicy_plugins.scorers.attention_free.frame_value_norm import FrameValueNorm
 from kvpolicy_plugins.selectors.temporal_redundancy import TemporalRedundancy
 from tests.support.views import view_of
 
