@@ -23,9 +23,11 @@ class HeadKV(MeasuredHeads):
     1. share = floor(base / beta); w = e / sum of e, w = w^exponent / sum of w^exponent over all layers and heads;
     2. a head keeps base - share, and w of share · heads.
 
-    A table of importances of query heads, as the authors publish for some models, can take the place of a text.
+    The importance is HeadKV-R2's: an entry in the needle counts whichever token is generated. Its needles are not made
+    here: they answer a question by reasoning, in words, and a plugin is shown tokens of a text without their words. Nor
+    is its rule that only runs with a QA-F1 above 50 % count: what is copied is given, so no run is wrong. Importances
+    of query heads that the authors publish for some models, those of HeadKV-R2 too, can take the place of a text.
 
-    The needles of HeadKV-R2 are questions with reasoning and answers, from a data set; here they are spans of the text.
     Published code has a budget and a cache per query head; here the importance is reduced over the GQA group. It rounds
     each head by itself (`rounding: official`), and loses what a head has no room for; `conserve` has exact sums.
     """
