@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kvpolicy.errors import AttachError
+from kvpolicy.errors import AttachError, one_line
 from kvpolicy.integrations.transformers.attachment import Attachment, attached
 from kvpolicy.integrations.transformers.cache import PolicyCache
 from kvpolicy.integrations.transformers.calibrate import calibrate, calibrate_from_table
@@ -100,11 +100,14 @@ class Policy:
         return calibrate(self.spec, model, tokens)
 
     def calibrate_from_table(self, model: PreTrainedModel, path: "str | os.PathLike[str]") -> Calibration:
-        """Calibrate from a text file of a number for each layer (a line) and KV head, such as DuoAttention's gates.
+        """Calibrate from a file of a number for each layer and head, such as DuoAttention's gates.
+
+        The file has a line a layer and a column a head, or is JSON `{"layer-head": [score of each run, ...], ...}`, as
+        HeadKV's importances. Heads are KV heads (`duo`) or query heads (`headkv`).
 
         Raises CalibrationError for a file that is no such table of this model, and when the plugins read none.
         """
-        return calibrate_from_table(self.spec, model, read_head_table(path))
+        return calibrate_from_table(self.spec, model, read_head_table(path), one_line(os.fsdecode(path)))
 
     def cache(self, model: PreTrainedModel, *, calibration: CalibrationSource | None = None) -> PolicyCache:
         """A cache with this policy, to pass as `past_key_values`.

@@ -27,6 +27,8 @@ class Plugin(abc.ABC):
     reference: ClassVar[str] = ""
     calibrated_by: ClassVar[tuple[str, ...] | None] = None
     """Parameters on which `calibrate` and `probes` depend, None = all; while these stay a calibration holds."""
+    table_of_query_heads: ClassVar[bool] = False
+    """Whether a table for `calibration_of` has a column for each query head, not for each KV head."""
 
     @property
     def calibrated(self) -> bool:
@@ -46,7 +48,9 @@ class Plugin(abc.ABC):
         return [{} for _ in samples]
 
     def calibration_of(self, table: Tensor, geometry: Geometry) -> list[dict[str, Tensor]]:  # noqa: ARG002
-        """What `calibrate` gives, from a published table of a number for each layer and KV head, float64 [L, K].
+        """What `calibrate` gives, from a published table of a number for each managed layer and head.
+
+        The table is float64 [L, K], or [L, H] for `table_of_query_heads`; its numbers are finite.
 
         Raises:
             ParameterError: the plugin reads no such table, or its numbers are none that it can mean.

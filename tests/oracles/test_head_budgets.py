@@ -7,6 +7,7 @@ attention, and their harmonic mean. Averages over queries and rows, then over th
 LogicKV and Duo: the highest).
 """
 
+import json
 import math
 
 import numpy as np
@@ -153,6 +154,31 @@ def test_heads_with_the_lowest_gates_stream(tmp_path):
 
     def method(*numbers):
         return Gated(*numbers, gates=gates)
+
+    calibration = policy.calibrate_from_table(build(), path)
+    assert_holds_what_the_oracle_holds(policy, method, *given, 4, calibration=calibration)
+
+
+class Published(Measured):
+    """With importances of KV heads that are given."""
+
+    def __init__(self, *given, importance):
+        Adaptive.__init__(self, *given)
+        self.importance = importance
+
+
+def test_heads_with_the_highest_published_importances_keep_more(tmp_path):
+    """Scores of query heads in runs: averages over runs, then over the query heads of a KV head."""
+    given = 14, 4, 1, 4
+    scores = {f"{layer}-{head}": [layer + 1, 2 * head, 3] for head in (3, 1, 0, 2) for layer in (1, 2, 0)}
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps(scores))
+    means = [[np.mean(scores[f"{layer}-{head}"]) for head in range(4)] for layer in range(3)]
+    importance = [[(own[0] + own[1]) / 2, (own[2] + own[3]) / 2] for own in means]
+    policy = shipped("headkv", *given, queries=4)
+
+    def method(*numbers):
+        return Published(*numbers, importance=importance)
 
     calibration = policy.calibrate_from_table(build(), path)
     assert_holds_what_the_oracle_holds(policy, method, *given, 4, calibration=calibration)

@@ -6,8 +6,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from kvpolicy.stages import Geometry
 from kvpolicy_plugins.allocators.adaptive import Adaptive
 from kvpolicy_plugins.allocators.global_ranking import GlobalRanking
+from kvpolicy_plugins.allocators.headkv import HeadKV
 from kvpolicy_plugins.allocators.pyramid import Pyramid
 from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 from kvpolicy_plugins.allocators.threshold import Threshold
@@ -15,6 +17,7 @@ from kvpolicy_plugins.allocators.uniform_heads import UniformHeads
 from kvpolicy_plugins.allocators.uniform_layers import UniformLayers
 from tests.property.layers import scored
 from tests.support.allocating import counts_of, joint_counts, shares_of
+from tests.support.views import view_of
 
 betas = st.one_of(st.sampled_from((1, 5, 20)), st.floats(1e-3, 1e6))
 layer_allocators = st.one_of(st.just(UniformLayers()), st.builds(Pyramid, betas))
@@ -126,6 +129,25 @@ def test_a_threshold_keeps_the_best_of_the_budget_that_reach_it(drawn, budget, v
         reached = sum(score >= value for score in scores[row, head][inside].tolist())
         fits = int(candidates[row].sum()) <= budget
         assert found[row, head] == (inside.sum() if fits else min(int(best[row, head]), reached))
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(-900, 900), st.sampled_from(("mean", "max")))
+def test_only_ratios_of_published_importances_count(data, layers, group, scale, reduced):
+    heads = st.lists(
+        st.floats(0, 1e3).filter(lambda number: number == 0 or number > 1e-3), min_size=2 * group, max_size=2 * group
+    )
+    table = torch.tensor(data.draw(st.lists(heads, min_size=layers, max_size=layers)), dtype=torch.float64)
+    geometry, allocator = Geometry(tuple(range(layers)), 2 * group, 2, 8), HeadKV(group=reduced)
+
+    def shown(numbers):
+        found = allocator.calibration_of(numbers, geometry)
+        return torch.stack([allocator.statistics(view_of(torch.zeros(1, 2, 1, 8), calibration=own)) for own in found])
+
+    assert torch.equal(shown(table * 2.0**scale), shown(table))
+    reduce = max if reduced == "max" else (lambda numbers: sum(numbers) / group)
+    loop = [[reduce(row[head : head + group]) for head in (0, group)] for row in table.tolist()]
+    largest = table.max().item() or 1
+    assert torch.allclose(shown(table)[:, 0].double() * largest, torch.tensor(loop, dtype=torch.float64), rtol=1e-6)
 
 
 @given(scored(), st.integers(0, 400))

@@ -15,7 +15,8 @@ def calibrate(
     model: Annotated[str, typer.Option(help=MODEL)],
     text: Annotated[Path | None, typer.Option(help="A file with text such as the model will see; - is stdin.")] = None,
     table: Annotated[
-        Path | None, typer.Option(help="In place of a text, published numbers: a line a layer, a column a KV head.")
+        Path | None,
+        typer.Option(help='In place of a text, published numbers: lines of layers, or JSON {"layer-head": [scores]}.'),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; by default POLICY.safetensors.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to cut from the text, at most.")] = 16,
@@ -26,7 +27,8 @@ def calibrate(
 ) -> None:
     """Measure a model on a text, and write what the policy must know about it as a safetensors file.
 
-    What others have measured or trained for each head, such as DuoAttention's gates, is taken from a table.
+    What others have measured or trained for each head, such as DuoAttention's gates and HeadKV's importances, is taken
+    from a table.
     """
     from kvpolicy.cli.terminal.models import device_of, dtype_of
     from kvpolicy.errors import CalibrationError, InputError, one_line

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import CalibrationError, ParameterError
 from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.integrations.transformers.models.rotary import rotary_of
-from kvpolicy.integrations.transformers.models.support import device_of, geometry_of
+from kvpolicy.integrations.transformers.models.support import device_of, geometry_of, layer_count
 from kvpolicy.integrations.transformers.saving.model_digest import model_digest
 from kvpolicy.plan.calibration import Calibration
 from kvpolicy.plan.plan import READ_ALL, compile_policy
 from kvpolicy.spec.budget import Budget
 from kvpolicy.spec.dump import calibrated_digest
 from kvpolicy.spec.policy import NEVER, Allocate, Compress, PolicySpec, Protect, Weighted
-from kvpolicy.stages import Needs, Plugin, Sample
+from kvpolicy.stages import Geometry, Needs, Plugin, Sample
 from kvpolicy.stages.checking.returned import check_tensor
 from kvpolicy.stages.registry.hooks import PROJECT
 from kvpolicy.stages.registry.plugins import registry
@@ -51,28 +51,38 @@ def calibrate(spec: PolicySpec, model: PreTrainedModel, tokens: Tensor) -> Calib
     return Calibration(tuple(layers), calibrated_digest(spec), model_digest(model))
 
 
-def calibrate_from_table(spec: PolicySpec, model: PreTrainedModel, table: Tensor) -> Calibration:
-    """What plugins of the policy make of a table of a number for each managed layer and KV head, float64 [L, K].
+def calibrate_from_table(spec: PolicySpec, model: PreTrainedModel, table: Tensor, origin: str) -> Calibration:
+    """What plugins of the policy make of a table of a number for each layer of the model and each head, float64.
+
+    Columns are KV heads or query heads, as a plugin says. `origin` names the table in errors. Layers that the policy
+    does not manage have a row, too, which nobody reads.
 
     Raises CalibrationError when none of them needs a calibration, or one reads no table, or not this one.
     """
     if not spec.calibrated:
         raise CalibrationError(f"policy {spec.name} needs no calibration")
-    geometry = geometry_of(model.config)
-    if table.shape != (geometry.layers, geometry.kv_heads):
-        raise CalibrationError(
-            f"the table must have {geometry.layers} layers of {geometry.kv_heads} KV heads, as the model: "
-            f"it has {table.shape[0]} of {table.shape[1]}"
-        )
+    geometry, depth = geometry_of(model.config), layer_count(model.config)
     layers: list[dict[str, Tensor]] = [{} for _ in geometry.managed]
     for key, plugin in spec.calibrated.items():
         try:
-            found = plugin.calibration_of(table, geometry)
+            found = plugin.calibration_of(_of_managed(table, plugin, geometry, depth), geometry)
         except ParameterError as error:
-            raise CalibrationError(f"policy {spec.name}: {key} {plugin.name}: {error}") from error
+            raise CalibrationError(f"{origin}: policy {spec.name}: {key} {plugin.name}: {error}") from error
         for layer, tensors in zip(layers, found, strict=True):
             layer.update({f"{key}.{name}": tensor for name, tensor in tensors.items()})
     return Calibration(tuple(layers), calibrated_digest(spec), model_digest(model))
+
+
+def _of_managed(table: Tensor, plugin: Plugin, geometry: Geometry, depth: int) -> Tensor:
+    """The rows of managed layers, of a table of all `depth` layers with the heads that the plugin reads."""
+    by_query = plugin.table_of_query_heads
+    heads = geometry.query_heads if by_query else geometry.kv_heads
+    if table.shape != (depth, heads):
+        raise ParameterError(
+            f"the table must have {depth} layers of {heads} {'query' if by_query else 'KV'} heads, as the model: "
+            f"it has {table.shape[0]} of {table.shape[1]}"
+        )
+    return table[list(geometry.managed)]
 
 
 def _probes(plugin: Plugin, tokens: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvpolicy.errors import ParameterError
 from kvpolicy.stages import AllocationRequest, Geometry, Number, parameter
 from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
-from kvpolicy_plugins.allocators.shared.measured_heads import MeasuredHeads, counts_of, heads_of
+from kvpolicy_plugins.allocators.shared.measured_heads import MeasuredHeads, counts_of, heads_of, require_all
 from kvpolicy_plugins.allocators.shared.needle import retrieval_score
 
 
@@ -32,8 +31,7 @@ class Duo(MeasuredHeads):
 
     def calibration_of(self, table: Tensor, geometry: Geometry) -> list[dict[str, Tensor]]:
         """The gate of a KV head is the importance of each query head of its group, [H] float32."""
-        if bool(((table < 0) | (table > 1)).any()):
-            raise ParameterError(f"gates must be from 0 to 1: {table.min().item():.6g} to {table.max().item():.6g}")
+        require_all((table >= 0) & (table <= 1), table, geometry, "gates must be from 0 to 1")
         return [{"importance": gates.float().repeat_interleave(geometry.group)} for gates in table]
 
     def importance(self, attention: Tensor, inside: Tensor, length: int) -> Tensor:

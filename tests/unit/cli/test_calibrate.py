@@ -40,26 +40,59 @@ def test_gates_are_taken_from_a_table(kv, tmp_path, text):
     assert json.loads(ran.stdout)["report"]["bytes_held"] > 0
 
 
+def runs_of(layers, heads):
+    """As the authors of HeadKV publish importances of query heads: a list of the scores of runs for each."""
+    return {f"{layer}-{head}": [layer, 0.5 * head] for layer in range(layers) for head in range(heads)}
+
+
+def test_importances_of_query_heads_are_taken_from_scores_of_runs(kv, tmp_path, text):
+    table = tmp_path / "heads.json"
+    table.write_text(json.dumps(runs_of(4, 8)))
+    said = json.loads(kv("calibrate", "headkv", "--model", "testbed", "--table", table, "--json").stdout)
+    assert (said["policy"], said["layers"]) == ("headkv", 4)
+    shown = [layer["allocate.joint.importance"].tolist() for layer in Calibration.read(said["file"]).layers]
+    assert shown == [pytest.approx([(layer + 0.5 * head) / 6.5 for head in range(8)]) for layer in range(4)]
+    ran = kv("run", "testbed", "--policy", "headkv", "--calibration", said["file"], "--prompt-file", text, "--json")
+    assert json.loads(ran.stdout)["report"]["bytes_held"] > 0
+
+
+RUNS = runs_of(4, 8)
+KV_SHAPE = "allocate.joint duo: the table must have 4 layers of 2 KV heads, as the model: it has "
+QUERY_SHAPE = "allocate.joint headkv: the table must have 4 layers of 8 query heads, as the model: it has "
 TABLES = {
-    "0 1\n0 1\n": "the table must have 4 layers of 2 KV heads, as the model: it has 2 of 2",
-    "0 1\n0 1\n0 2\n0 1\n": "policy duoattention: allocate.joint duo: gates must be from 0 to 1: 0 to 2",
-    "0 1\n0 x\n": "gates.tsv:2:2: must be a finite number: 'x'",
+    "lines of another model": ("duoattention", "0 1\n0 1\n", f" policy duoattention: {KV_SHAPE}2 of 2"),
+    "query heads": ("duoattention", json.dumps(RUNS), f" policy duoattention: {KV_SHAPE}4 of 8"),
+    "KV heads": ("headkv", "0 1\n" * 4, f" policy headkv: {QUERY_SHAPE}4 of 2"),
+    "runs of another model": ("headkv", json.dumps(runs_of(3, 8)), f" policy headkv: {QUERY_SHAPE}3 of 8"),
+    "gate above 1": (
+        "duoattention",
+        "0 1\n0 1\n0 2\n-1 1\n",
+        " policy duoattention: allocate.joint duo: gates must be from 0 to 1: layer 2, head 1 has 2",
+    ),
+    "negative importance": (
+        "headkv",
+        "0 1 2 3 4 5 6 7\n0 1 -2 3 4 5 6 7\n" * 2,
+        " policy headkv: allocate.joint headkv: importances must not be negative: layer 1, head 2 has -2",
+    ),
+    "word": ("duoattention", "0 1\n0 x\n", "2:2: must be a finite number: 'x'"),
+    "run": ("headkv", json.dumps({**RUNS, "3-0": [1, -1]}), " '3-0': run 2: must be a finite number >= 0: -1"),
 }
 
 
-@pytest.mark.parametrize(("content", "message"), TABLES.items(), ids=["shape", "range", "word"])
-def test_a_table_that_is_none_of_the_model(fails, tmp_path, monkeypatch, content, message):
+@pytest.mark.parametrize(("policy", "content", "message"), TABLES.values(), ids=TABLES)
+def test_a_table_that_is_none_of_the_model(fails, tmp_path, monkeypatch, policy, content, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "gates.tsv").write_text(content)
-    fails(message, "calibrate", "duoattention", "--model", "testbed", "--table", "gates.tsv")
+    (tmp_path / "heads.tsv").write_text(content)
+    fails(f"heads.tsv:{message}", "calibrate", policy, "--model", "testbed", "--table", "heads.tsv")
 
 
-def test_others_are_calibrated_on_a_text(fails, tmp_path, text):
+def test_others_are_calibrated_on_a_text(fails, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
     gates = tmp_path / "gates.tsv"
     gates.write_text("0 1\n" * 4)
     fails(
-        "policy headkv: allocate.joint headkv: reads no table of heads: it is measured on a text",
-        *("calibrate", "headkv", "--model", "testbed", "--table", gates),
+        "gates.tsv: policy sals25: store latent: reads no table of heads: it is measured on a text",
+        *("calibrate", "sals25", "--model", "testbed", "--table", "gates.tsv"),
     )
     for given in ((), ("--table", gates, "--text", text)):
         fails("give --text or --table, one of them", "calibrate", "headkv", "--model", "testbed", *given)

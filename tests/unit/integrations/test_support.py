@@ -1,10 +1,10 @@
 """What is read from a configuration."""
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig
+from transformers import BartConfig, GPT2Config, LlamaConfig, MistralConfig
 
 from kvpolicy.errors import UnsupportedModelError
-from kvpolicy.integrations.transformers.models.support import geometry_of
+from kvpolicy.integrations.transformers.models.support import geometry_of, layer_count
 from kvpolicy.stages import Geometry
 from tests.support.models import model
 
@@ -15,6 +15,14 @@ def test_the_geometry_is_that_of_the_decoder():
 
 def test_only_layers_with_full_attention_are_managed():
     assert geometry_of(model("gemma3").config).managed == (1, 2)
+    assert layer_count(model("gemma3").config) == 3
+
+
+def test_layers_of_an_encoder_are_not_counted():
+    """The decoder alone of such a model, as it can be loaded."""
+    config = BartConfig(decoder_layers=2, encoder_layers=5, is_encoder_decoder=False, is_decoder=True)
+    assert geometry_of(config).managed == (0, 1)
+    assert layer_count(config) == 2
 
 
 def test_what_a_configuration_leaves_out_is_derived():

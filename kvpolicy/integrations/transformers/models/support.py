@@ -39,6 +39,11 @@ def geometry_of(config: PretrainedConfig) -> Geometry:
     return Geometry(_managed(text), *shape_of(text, _managed(text)), _windows(text))
 
 
+def layer_count(config: PretrainedConfig) -> int:
+    """Layers of a model's decoder, whether a policy manages them or not."""
+    return len(_decoder_layers(config.get_text_config(decoder=True)))
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError if a policy cannot be attached to this instance, independent of its configuration."""
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "_prepare_cache_for_generation"):
@@ -125,15 +130,17 @@ def _refusals(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[str]
 
 def _managed(text: PretrainedConfig) -> tuple[int, ...]:
     # The exact type: subclasses have more than keys and values (indexers, windows, quantised states).
-    full = tuple(index for index, layer in enumerate(_stock_layers(text)) if type(layer) is DynamicLayer)
-    decoders = getattr(text, "decoder_layers", None)  # encoder layers come after them
-    return full if decoders is None else tuple(index for index in full if index < decoders)
+    return tuple(index for index, layer in enumerate(_decoder_layers(text)) if type(layer) is DynamicLayer)
 
 
 def _windows(text: PretrainedConfig) -> tuple[int, ...]:
     return tuple(
         int(layer.sliding_window) for layer in _stock_layers(text) if isinstance(layer, DynamicSlidingWindowLayer)
     )
+
+
+def _decoder_layers(text: PretrainedConfig) -> list[object]:
+    return _stock_layers(text)[: getattr(text, "decoder_layers", None)]  # encoder layers come after them
 
 
 def _stock_layers(text: PretrainedConfig) -> list[object]:

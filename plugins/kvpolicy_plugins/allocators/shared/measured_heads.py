@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import AllocationRequest, Choice, Integer, JointAllocator, Sample, Site, View, parameter
+from kvpolicy.stages import AllocationRequest, Choice, Geometry, Integer, JointAllocator, Sample, Site, View, parameter
 from kvpolicy_plugins.allocators.shared.apportion import apportion, water_fill
 from kvpolicy_plugins.allocators.shared.needle import Needles
 
@@ -59,6 +59,15 @@ class MeasuredHeads(JointAllocator):
         of_group = view.calibration["importance"].to(torch.float32).unflatten(0, (view.keys.shape[1], -1))
         importance: Tensor = of_group.amax(1) if self.group == "max" else of_group.mean(1)
         return importance.expand(view.keys.shape[0], -1)
+
+
+def require_all(hold: Tensor, table: Tensor, geometry: Geometry, rule: str) -> None:
+    """Raise ParameterError with the first number of a table [L, heads] that does not `hold`, of the same shape."""
+    wrong = (~hold).nonzero().tolist()
+    if wrong:
+        layer, head = wrong[0]
+        number = table[layer, head].item()
+        raise ParameterError(f"{rule}: layer {geometry.managed[layer]}, head {head} has {number:.6g}")
 
 
 def heads_of(request: AllocationRequest) -> tuple[Tensor, Tensor]:

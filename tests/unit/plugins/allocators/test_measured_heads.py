@@ -72,17 +72,40 @@ def test_a_gate_is_the_importance_of_its_kv_head():
             assert torch.equal(allocator.statistics(view), gates.float().expand(3, 2))
 
 
-@pytest.mark.parametrize(("gate", "told"), [(-0.01, "-0.01 to 0.5"), (1.5, "0.5 to 1.5")])
-def test_gates_are_from_0_to_1(gate, told):
-    table = torch.tensor([[0.5, gate]], dtype=torch.float64)
-    with pytest.raises(ParameterError, match=f"gates must be from 0 to 1: {told}"):
-        Duo().calibration_of(table, Geometry((0,), 2, 2, 8))
+@pytest.mark.parametrize("gate", [-0.01, 1.5])
+def test_gates_are_from_0_to_1(gate):
+    """The first that is not is named, by its layer in the model."""
+    table = torch.tensor([[0.5, 0.5], [0.5, gate], [2, 0]], dtype=torch.float64)
+    with pytest.raises(ParameterError, match=f"gates must be from 0 to 1: layer 5, head 1 has {gate}"):
+        Duo().calibration_of(table, Geometry((2, 5, 7), 2, 2, 8))
 
 
-@pytest.mark.parametrize("kind", DIVIDERS)
-def test_what_is_measured_otherwise_reads_no_table(kind):
+def test_published_importances_of_query_heads_are_reduced_as_measured_ones():
+    """They can be of any scale: what does not fit into float32 is not lost."""
+    geometry = Geometry((0, 1), 6, 2, 8)
+    table = torch.tensor([[4, 0, 2, 0, 0, 1], [1, 1, 1, 8, 0, 0]], dtype=torch.float64)
+    for scale in (1, 1e-300, 1e300):
+        layers = HeadKV().calibration_of(scale * table, geometry)
+        for layer, mean, largest in zip(layers, ([2, 1 / 3], [1, 8 / 3]), ([4, 1], [1, 8]), strict=True):
+            HeadKV().check_calibration(Site(geometry, torch.float32, calibration=layer))
+            view = view_of(torch.zeros(3, 2, 4, 8), calibration=layer)
+            for group, expected in (("mean", mean), ("max", largest)):
+                shown = HeadKV(group=group).statistics(view)
+                assert torch.allclose(8 * shown, torch.tensor(expected, dtype=torch.float32).expand(3, 2))
+
+
+def test_published_importances_may_all_be_zero_but_not_negative():
+    geometry = Geometry((0, 4), 2, 2, 8)
+    table = torch.zeros(2, 2, dtype=torch.float64)
+    assert [layer["importance"].tolist() for layer in HeadKV().calibration_of(table, geometry)] == [[0, 0], [0, 0]]
+    table[1, 0] = -1e-9
+    with pytest.raises(ParameterError, match="importances must not be negative: layer 4, head 0 has -1e-09"):
+        HeadKV().calibration_of(table, geometry)
+
+
+def test_what_is_measured_otherwise_reads_no_table():
     with pytest.raises(ParameterError, match="reads no table of heads"):
-        kind().calibration_of(torch.ones(1, 2), Geometry((0,), 2, 2, 8))
+        SurfaceLogic().calibration_of(torch.ones(1, 2), Geometry((0,), 2, 2, 8))
 
 
 @pytest.mark.parametrize(
