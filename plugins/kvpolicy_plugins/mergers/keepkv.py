@@ -99,16 +99,17 @@ class KeepKV(Merger):
         """The entries [B, K, N] of given groups; groups of one are unchanged, bit for bit."""
         if not kept.shape[-1]:
             return kept_with_votes(view, kept)
-        log_votes = log_votes_of(view)
-        merged = self._merged(view, groups, log_votes)
-        state = self._estimate.merged(view.slot_state, kept, ScoreFold(groups, log_votes, merged[2]))
+        estimate, log_votes = self._estimate, log_votes_of(view)
+        merged = self._merged(view, groups, estimate.log_scores(view.slot_state), log_votes)
+        state = estimate.merged(view.slot_state, kept, ScoreFold(groups, log_votes, merged[2]))
         return changed_entries(view, kept, groups.merged, merged, state)
 
-    def _merged(self, view: View, groups: Groups, log_votes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _merged(
+        self, view: View, groups: Groups, log_scores: Tensor, log_votes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and log-votes of the groups; undefined for groups of one."""
         precise = to_float(view.keys).dtype
-        scores = self._estimate.log_scores(view.slot_state).to(precise)
-        folded = fold(view.keys, view.values, scores, log_votes.to(precise), groups)
+        folded = fold(view.keys, view.values, log_scores.to(precise), log_votes.to(precise), groups)
         if self.key != "scale":
             keys, votes = self._corrected(self.key, folded, view, groups)
             return keys, folded.values, votes

@@ -35,5 +35,10 @@ class GroupMeans:
         log_mass = torch.where(by_votes.gather(-1, target), log_votes, log_mass)
         total = logsumexp_by_target(log_mass, target, count)
         weights = (log_mass - total.gather(-1, target)).exp().masked_fill(~groups.member, 0.0)
-        merged_keys, merged_values = (sum_by_target(weights, one, target, count) for one in (keys, values))
-        return cls(merged_keys, merged_values, weights, total, by_votes)
+        return cls(
+            keys=sum_by_target(weights, keys, target, count),
+            values=sum_by_target(weights, values, target, count),
+            weights=weights,
+            log_mass=total,
+            by_votes=by_votes,
+        )

@@ -37,16 +37,14 @@ def changed_entries(
         merged: keys [B, K, N, D], values [B, K, N, Dv] and log-votes [B, K, N].
         slot_state: [B, K, N] of each state of the merger.
     """
-
-    def chosen(new: Tensor, before: Tensor) -> Tensor:
-        old = gather(before, kept)
-        return torch.where(changed[..., None] if old.ndim > changed.ndim else changed, new.to(old.dtype), old)
-
-    keys, values, log_votes = merged
+    (keys, values, log_votes), held, old_votes = merged, view.slot_state, log_votes_of(view)
     return Entries(
-        keys=chosen(keys, view.keys),
-        values=chosen(values, view.values),
-        log_votes=chosen(log_votes, log_votes_of(view)),
+        keys=torch.where(changed[..., None], keys.to(view.keys.dtype), gather(view.keys, kept)),
+        values=torch.where(changed[..., None], values.to(view.values.dtype), gather(view.values, kept)),
+        log_votes=torch.where(changed, log_votes.to(old_votes.dtype), gather(old_votes, kept)),
         changed=changed,
-        slot_state={name: chosen(new, view.slot_state[name]) for name, new in (slot_state or {}).items()},
+        slot_state={
+            name: torch.where(changed, new.to(held[name].dtype), gather(held[name], kept))
+            for name, new in (slot_state or {}).items()
+        },
     )
