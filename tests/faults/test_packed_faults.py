@@ -7,7 +7,8 @@ import torch
 
 import kvpolicy
 from kvpolicy.errors import CacheError
-from kvpolicy_plugins.codecs.kivi import PerChannel, PerToken
+from kvpolicy_plugins.codecs.kivi import PerChannel
+from kvpolicy_plugins.codecs.shared.per_token import PerToken
 from kvpolicy_plugins.mergers.keepkv import KeepKV
 from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage
 from kvpolicy_plugins.readers.pages import Pages

@@ -8,8 +8,9 @@ import torch
 
 from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
+from kvpolicy_plugins.codecs.shared.hadamard import hadamard
 from kvpolicy_plugins.codecs.shared.packing import pack, unpack
-from kvpolicy_plugins.codecs.shared.rotated import Rotated, hadamard
+from kvpolicy_plugins.codecs.shared.rotated import Rotated
 from kvpolicy_plugins.codecs.turboquant import TurboQuant
 from tests.golden.families import Vectors, cases, close, same
 

@@ -16,7 +16,8 @@ from kvpolicy.plan.forward_observers import ForwardObserver
 from kvpolicy.plan.plan import compile_policy
 from kvpolicy.stages import Entries, Geometry, QueryLogits
 from kvpolicy.stages.formats import ALL
-from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
+from kvpolicy_plugins.mergers.keepkv import KeepKV
+from kvpolicy_plugins.mergers.keepkv_groups import fold
 from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, groups_of, nearest
 from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage
 from tests.golden.families import Vectors, cases, close, family_of, same

@@ -11,7 +11,7 @@ from kvpolicy.stages import Geometry, Site
 from kvpolicy_plugins.codecs.fp8 import Fp8
 from kvpolicy_plugins.codecs.kivi import Kivi
 from kvpolicy_plugins.codecs.rotation import Rotation
-from kvpolicy_plugins.codecs.shared.rotated import hadamard
+from kvpolicy_plugins.codecs.shared.hadamard import hadamard
 from kvpolicy_plugins.codecs.tada import Tada
 from kvpolicy_plugins.codecs.turboquant import TurboQuant
 from tests.property.formats import BITS, FLOATS, through

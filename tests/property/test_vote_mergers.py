@@ -9,13 +9,15 @@ from torch.testing import assert_close
 from kvpolicy.stages import QueryLogits
 from kvpolicy.stages.slots import gather, indices_of
 from kvpolicy_plugins.mergers.drop import Drop
-from kvpolicy_plugins.mergers.keepkv import KeepKV, fold, newest_queries
+from kvpolicy_plugins.mergers.keepkv import KeepKV
+from kvpolicy_plugins.mergers.keepkv_groups import fold
 from kvpolicy_plugins.mergers.shared.merge_groups import (
     groups_of,
     logsumexp_by_target,
     sum_by_target,
 )
 from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage
+from kvpolicy_plugins.mergers.shared.window_logits import newest_queries
 from tests.property.layers import generators
 from tests.property.votes import (
     KEYS,

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from kvpolicy.stages.slots import gather
 from kvpolicy_plugins.mergers.drop import Drop
-from kvpolicy_plugins.mergers.keepkv import newest_queries
 from kvpolicy_plugins.mergers.shared.merge_groups import (
     kept_index,
 )
+from kvpolicy_plugins.mergers.shared.window_logits import newest_queries
 from kvpolicy_plugins.mergers.window_fit import WindowFit
 from tests.property.layers import generators, layers
 from tests.property.votes import (

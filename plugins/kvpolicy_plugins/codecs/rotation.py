@@ -9,7 +9,8 @@ from torch import Tensor
 from kvpolicy.stages import Choice, Codec, Flag, Formats, Integer, Sample, Site, parameter
 from kvpolicy_plugins.codecs.shared.affine import SCALES, scale_dtype
 from kvpolicy_plugins.codecs.shared.calibrated.mean_keys import checked, measured
-from kvpolicy_plugins.codecs.shared.rotated import Rotated, random_signs
+from kvpolicy_plugins.codecs.shared.hadamard import random_signs
+from kvpolicy_plugins.codecs.shared.rotated import Rotated
 from kvpolicy_plugins.shared.limits import SEED
 
 

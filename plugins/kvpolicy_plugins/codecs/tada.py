@@ -1,6 +1,6 @@
 """Codec `tada`: the mean over the heads, and quantised differences from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
@@ -8,86 +8,13 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.stages import (
-    Choice,
-    Codec,
-    Column,
-    Format,
-    Formats,
-    Integer,
-    Number,
-    PackedColumn,
-    Sample,
-    Site,
-    Unpacking,
-    parameter,
-)
-from kvpolicy_plugins.codecs.shared.affine import (
-    BITS,
-    SCALES,
-    cast_clamped,
-    check_divides,
-    compute_dtype,
-    dequantise_tokens,
-    quantise_tokens,
-    scale_dtype,
-)
+from kvpolicy.stages import Choice, Codec, Formats, Integer, Number, Sample, Site, parameter
+from kvpolicy_plugins.codecs.shared.affine import BITS, SCALES, check_divides, compute_dtype, scale_dtype
 from kvpolicy_plugins.codecs.shared.calibrated.bit_allocation import allocate_bits
-from kvpolicy_plugins.codecs.shared.packing import packed_size
+from kvpolicy_plugins.codecs.tada_format import Centred
 from kvpolicy_plugins.shared.limits import MOST_CHANNELS
 
 _WIDTHS = (2, 4, 8)
-
-
-@attrs.frozen(eq=False)
-class Centred(Format):
-    """The mean over the KV heads of a token, and each head's difference from it, quantised along its channels."""
-
-    heads: int  # K
-    dim: int  # D
-    dtype: torch.dtype  # of the model's own vectors
-    stored: torch.dtype  # of means, scales and minima
-    bits: int
-    group: int  # divides D
-    residual_length: int = 0
-    step: int = 1
-    joint: bool = True
-    columns: Mapping[str, Column] = attrs.field(init=False)
-
-    @columns.default
-    def _columns(self) -> dict[str, Column]:
-        scales = Column((self.heads, self.dim // self.group), self.stored)
-        codes = Column((self.heads, packed_size(self.dim, self.bits)), torch.uint8)
-        return {"mean": Column((self.dim,), self.stored), "codes": codes, "scale": scales, "minimum": scales}
-
-    def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 at any position
-        exact = vectors.to(compute_dtype(vectors.dtype)).movedim(1, 2)
-        # Within this limit neither the sum over the heads nor a difference of two numbers is infinite.
-        limit = torch.finfo(exact.dtype).max / (4 * self.heads)
-        exact = exact.clamp(-limit, limit)
-        mean = cast_clamped(exact.mean(2), self.stored)
-        # From the stored mean, so that its rounding adds no error.
-        differences = mean.to(exact.dtype)[:, :, None] - exact
-        codes, scale, minimum = quantise_tokens(differences, self.group, self.bits, self.stored)
-        columns = {"mean": mean, "codes": codes, "scale": scale, "minimum": minimum}
-        return {name: column[:, None] for name, column in columns.items()}
-
-    def decode(self, columns: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # noqa: ARG002
-        names = ("codes", "scale", "minimum")
-        codes, scale, minimum = (columns[name][:, 0].movedim(2, 1).contiguous() for name in names)
-        exact = compute_dtype(self.dtype)
-        differences = dequantise_tokens(codes, scale, minimum, self.dim, self.bits, exact)
-        return cast_clamped(columns["mean"].to(exact) - differences, self.dtype)
-
-    def unpacking(self) -> Unpacking | str:
-        from kvpolicy_kernels.quantise.unpack import centred
-
-        if self.group.bit_count() != 1:
-            return f"has groups of {self.group} channels, not a power of two"
-        scales = PackedColumn(self.heads * self.dim // self.group, self.stored)
-        codes = PackedColumn(self.heads * packed_size(self.dim, self.bits), torch.uint8)
-        columns = PackedColumn(self.dim, self.stored), codes, scales, scales
-        return Unpacking(centred, columns, options=(self.bits, self.group, self.heads), joint=True)
 
 
 @attrs.frozen

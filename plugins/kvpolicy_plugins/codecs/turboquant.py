@@ -20,8 +20,9 @@ from kvpolicy_plugins.codecs.shared.affine import (
     scale_dtype,
 )
 from kvpolicy_plugins.codecs.shared.float8 import Float8
+from kvpolicy_plugins.codecs.shared.hadamard import random_signs
 from kvpolicy_plugins.codecs.shared.min_max_values import MinMaxValues
-from kvpolicy_plugins.codecs.shared.rotated import Rotated, random_signs
+from kvpolicy_plugins.codecs.shared.rotated import Rotated
 from kvpolicy_plugins.shared.limits import SEED
 
 _FLOAT8 = 8  # bits of a key that is not rotated

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy.stages import Entries, Integer, Merger, Needs, Number, View, parameter
 from kvpolicy.stages.slots import gather, take
+from kvpolicy_plugins.mergers.shared.merged_entries import changed_entries, kept_with_votes, log_votes_of
 from kvpolicy_plugins.mergers.shared.window_logits import window_of
 from kvpolicy_plugins.shared.least_squares import ridge_towards, square_norm, within_bounds
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL
@@ -48,25 +49,18 @@ class AttentionMatching(Merger):
         return Needs(queries=self.queries)
 
     def merge(self, view: View, kept: Tensor) -> Entries:
-        keys, values = gather(view.keys, kept), gather(view.values, kept)
-        votes = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
-        votes = votes if view.log_votes is None else gather(view.log_votes, kept)
-        stays = gather(view.candidates, kept)
-        changed = stays & (view.candidates.sum(-1) > stays.sum(-1))[..., None]
         if not kept.shape[-1]:
-            return Entries(keys, values, votes)
+            return kept_with_votes(view, kept)
+        keys, values = gather(view.keys, kept), gather(view.values, kept)
+        votes, stays = gather(log_votes_of(view), kept), gather(view.candidates, kept)
+        changed = stays & (view.candidates.sum(-1) > stays.sum(-1))[..., None]
         logits = window_of(view, self.queries).logits.flatten(2, 3).double()  # [B, K, n, T]
         logits = logits.masked_fill(~view.candidates[:, :, None], -torch.inf)
         own = take(logits.mT, kept.clamp(min=0)).mT.masked_fill(~changed[:, :, None], -torch.inf)  # [B, K, n, N]
         factors = self.factors(logits, own)
         whole = view.values.double().masked_fill(~view.candidates[..., None], 0.0)
         fitted = self.fitted_values(own + factors.log()[:, :, None], softmax(logits) @ whole, values.double())
-        return Entries(
-            keys=keys,
-            values=torch.where(changed[..., None], fitted.to(values.dtype), values),
-            log_votes=torch.where(changed, votes + factors.log().float(), votes),
-            changed=changed,
-        )
+        return changed_entries(view, kept, changed, (keys, fitted, votes + factors.log().float()))
 
     def factors(self, logits: Tensor, own: Tensor, start: Tensor | None = None) -> Tensor:
         """The factors f [..., N], of the logits of all candidates [..., n, T] and of those that stay [..., n, N].

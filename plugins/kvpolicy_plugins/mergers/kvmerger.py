@@ -8,9 +8,7 @@ from torch import Tensor
 
 from kvpolicy.stages import Entries, Merger, Number, View, parameter
 from kvpolicy_plugins.mergers.shared.assignment import Assignment, kept_entries, norms_of
-from kvpolicy_plugins.mergers.shared.merge_groups import evicted_of, kept_index, to_float
-
-_EPS = 1e-6
+from kvpolicy_plugins.mergers.shared.merge_groups import directions, evicted_of, kept_index, to_float
 
 
 @attrs.frozen
@@ -49,9 +47,8 @@ class KVMerger(Merger):
 
     def _runs(self, view: View) -> Tensor:
         """[B, K, T] int64: entries with the same number are in one run."""
-        keys = to_float(view.keys)
-        directions = keys / norms_of(keys)[..., None].clamp(min=_EPS)
-        cosine = (directions[:, :, 1:] * directions[:, :, :-1]).sum(-1)
+        unit = directions(view.keys)
+        cosine = (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1)
         linked = view.candidates[..., 1:] & view.candidates[..., :-1] & (cosine > self.similarity)
         starts = torch.cat([torch.zeros_like(view.valid[..., :1]), ~linked], -1)
         return starts.cumsum(-1)

@@ -9,33 +9,26 @@ from torch import Tensor
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice, Entries, Merger, Needs, Number, View, parameter
 from kvpolicy.stages.slots import gather
+from kvpolicy_plugins.mergers.shared.group_means import GroupMeans
 from kvpolicy_plugins.mergers.shared.merge_groups import (
     Groups,
     evicted_of,
     groups_of,
     logsumexp_by_target,
     nearest,
-    nearest_by,
-    sum_by_target,
+    reaches,
 )
+from kvpolicy_plugins.mergers.shared.merged_entries import changed_entries, kept_with_votes, log_votes_of
 from kvpolicy_plugins.mergers.shared.window_logits import WindowLogits, window_of
+from kvpolicy_plugins.mergers.window_fit_ward import nearest_by_ward
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL
 
 _SLACK = 1e-4  # tolerance, so that rounding does not separate equal attention
 
 
-@attrs.frozen(eq=False)
-class Fitted:
-    """Merged entries, one per group."""
-
-    keys: Tensor  # [B, K, N, D]
-    values: Tensor  # [B, K, N, Dv]
-    log_votes: Tensor  # [B, K, N]
-
-
 def fit(
     keys: Tensor, values: Tensor, log_votes: Tensor, groups: Groups, complete: Tensor, window: WindowLogits
-) -> Fitted:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One entry for each group, in the dtype of the window's logits.
 
     The mass of a group is log-sum-exp of its members' logits, a convex function of the query; it is replaced by
@@ -48,6 +41,9 @@ def fit(
         groups: of N kept entries.
         complete: bool [B, K, W, N], queries that count for a group because they see all of it.
         window: the queries.
+
+    Returns:
+        Keys [B, K, N, D], values [B, K, N, Dv] and log-votes [B, K, N].
     """
     target, count = groups.target, groups.merged.shape[-1]
     total = window.log_total
@@ -55,23 +51,12 @@ def fit(
     is_counted &= groups.member[:, :, None]
     share = (window.logits - total).masked_fill_(~is_counted[:, :, None], -torch.inf)
     votes = log_votes.to(share.dtype).masked_fill(~groups.member, -torch.inf)
-    mass, weights = _weights(share.flatten(2, 3).logsumexp(2), votes, groups)
-    merged = sum_by_target(weights, keys, target, count)
+    means = GroupMeans.of(keys, values, share.flatten(2, 3).logsumexp(2), votes, groups)
     group_share = logsumexp_by_target(share, target, count)  # [B, K, G, W, N]
-    query_weights = (group_share - mass[:, :, None, None]).exp_()
-    missing = group_share + total - window.queries @ merged[:, :, None].transpose(-1, -2)
+    query_weights = (group_share - means.log_mass[:, :, None, None]).exp_()
+    missing = group_share + total - window.queries @ means.keys[:, :, None].transpose(-1, -2)
     bias = (query_weights * missing).masked_fill_(group_share == -torch.inf, 0.0).flatten(2, 3).sum(2)
-    bias = torch.where(mass == -torch.inf, logsumexp_by_target(votes, target, count), bias)
-    return Fitted(merged, sum_by_target(weights, values, target, count), bias)
-
-
-def _weights(mass: Tensor, votes: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Ln mass of groups [B, K, N], and shares [B, K, T] of members; by votes in groups without attention."""
-    target, count = groups.target, groups.merged.shape[-1]
-    group_mass = logsumexp_by_target(mass, target, count)
-    mass = torch.where((group_mass == -torch.inf).gather(-1, target), votes, mass)
-    log_weights = mass - logsumexp_by_target(mass, target, count).gather(-1, target)
-    return group_mass, log_weights.exp().masked_fill(~groups.member, 0.0)
+    return means.keys, means.values, torch.where(means.by_votes, means.log_mass, bias)
 
 
 @attrs.frozen
@@ -116,49 +101,24 @@ class WindowFit(Merger):
         return Needs(queries=self.queries)
 
     def merge(self, view: View, kept: Tensor) -> Entries:
-        keys, values = gather(view.keys, kept), gather(view.values, kept)
-        log_votes = torch.zeros(view.positions.shape, dtype=torch.float32, device=view.keys.device)
-        log_votes = log_votes if view.log_votes is None else view.log_votes
-        votes = gather(log_votes, kept)
         if not kept.shape[-1]:
-            return Entries(keys, values, votes)
+            return kept_with_votes(view, kept)
         window = window_of(view, self.queries)
         groups = self._groups(view, kept, window)
-        fitted = fit(view.keys, view.values, log_votes, groups, _complete(view, groups, window), window)
-        merged = groups.merged
-        return Entries(
-            keys=torch.where(merged[..., None], fitted.keys.to(keys.dtype), keys),
-            values=torch.where(merged[..., None], fitted.values.to(values.dtype), values),
-            log_votes=torch.where(merged, fitted.log_votes.to(votes.dtype), votes),
-            changed=merged,
-        )
+        merged = fit(view.keys, view.values, log_votes_of(view), groups, _complete(view, groups, window), window)
+        return changed_entries(view, kept, groups.merged, merged)
 
     def _groups(self, view: View, kept: Tensor, window: WindowLogits) -> Groups:
-        evicted, attention = evicted_of(view, kept), mean_attention(window)
+        evicted, attention = evicted_of(view, kept), window.mean_attention
         evicted_count = evicted.sum(-1, keepdim=True).clamp(min=1)
         mean_evicted = attention.masked_fill(~evicted, 0.0).sum(-1, keepdim=True) / evicted_count
         is_attended = gather(attention, kept) >= self.attended * (1 - _SLACK) * mean_evicted
         receivers = kept.masked_fill(~is_attended, -1)
-        similarity, index = self._nearest(view, receivers, evicted, window, attention)
-        merges_all = self.threshold == -1  # rounding may put opposite keys below -1
-        joins = similarity > -torch.inf if merges_all else similarity >= self.threshold
-        return groups_of(kept, evicted & joins, index)
-
-    def _nearest(
-        self, view: View, receivers: Tensor, evicted: Tensor, window: WindowLogits, attention: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if self.assign == "cosine":
-            return nearest(view.keys, receivers, evicted, most=view.most_evicted)
-        traits = _traits(view, window)
-        survivors, receiver_attention = gather(traits, receivers), gather(attention, receivers)[:, :, None]
-
-        def closeness(slots: Tensor) -> Tensor:
-            slot_attention = gather(attention, slots)[..., None]
-            total = (slot_attention + receiver_attention).clamp(min=torch.finfo(slot_attention.dtype).tiny)
-            weight = slot_attention * receiver_attention / total
-            return -weight * _square_distance(gather(traits, slots), survivors)
-
-        return nearest_by(closeness, receivers, evicted, traits.dtype, most=view.most_evicted)
+        if self.assign == "ward":
+            similarity, index = nearest_by_ward(view, receivers, evicted, window, attention)
+        else:
+            similarity, index = nearest(view.keys, receivers, evicted, most=view.most_evicted)
+        return groups_of(kept, evicted & reaches(similarity, self.threshold), index)
 
 
 def _complete(view: View, groups: Groups, window: WindowLogits) -> Tensor:
@@ -167,26 +127,3 @@ def _complete(view: View, groups: Groups, window: WindowLogits) -> Tensor:
     newest = positions.new_full(groups.merged.shape, -1).scatter_reduce_(-1, groups.target, positions, "amax")
     query_positions = window.query_positions[:, None, :, None]
     return (query_positions >= 0) & (newest[:, :, None] <= query_positions)
-
-
-def _traits(view: View, window: WindowLogits) -> Tensor:
-    """[B, K, T, G·W + Dv]: logits without votes and values, so that distances are those of Ward's criterion."""
-    queries = window.queries.flatten(2, 3)
-    num_queries = (window.query_positions >= 0).sum(-1).clamp(min=1)[:, None, None, None]
-    count = num_queries.to(queries.dtype) * window.queries.shape[2]
-    values = view.values.to(queries.dtype).masked_fill(~view.valid[..., None], 0.0)
-    square = values.square().sum((-2, -1)) / view.lengths.clamp(min=1)
-    size = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()[..., None, None]
-    return torch.cat([view.keys.to(queries.dtype) @ queries.transpose(-1, -2) / count.sqrt(), values / size], -1)
-
-
-def mean_attention(window: WindowLogits) -> Tensor:
-    """[B, K, T]: mean over the queries that see an entry."""
-    seen = (window.logits[:, :, 0] > -torch.inf).sum(2).clamp(min=1) * window.logits.shape[2]
-    return window.probabilities().sum((2, 3)) / seen
-
-
-def _square_distance(left: Tensor, right: Tensor) -> Tensor:
-    """[B, K, E, F] and [B, K, N, F] to [B, K, E, N]."""
-    squares = left.square().sum(-1)[..., None] + right.square().sum(-1)[:, :, None]
-    return (squares - 2 * left @ right.transpose(-1, -2)).clamp_(min=0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpolicy.stages import Integer, Number, Reader, ReadRequest, parameter
 from kvpolicy.stages.slots import indices_of
-from kvpolicy_plugins.codecs.latent import LatentKeys
+from kvpolicy_plugins.codecs.shared.calibrated.latent_keys import LatentKeys
 from kvpolicy_plugins.readers.shared.top_slots import top_slots
 
 

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Needs, QueryLogits
-from kvpolicy_plugins.mergers.keepkv import KeepKV, fold
+from kvpolicy_plugins.mergers.keepkv import KeepKV
+from kvpolicy_plugins.mergers.keepkv_groups import fold
 from kvpolicy_plugins.mergers.shared.merge_groups import groups_of
 from kvpolicy_plugins.mergers.shared.score_estimates import MovingAverage, WindowMean
 from tests.support.views import fresh_state, view_of

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import AsIs, Geometry, ReadRequest, Rotary
 from kvpolicy.stages.conformance import conformance_cases
-from kvpolicy_plugins.codecs.latent import LatentKeys
+from kvpolicy_plugins.codecs.shared.calibrated.latent_keys import LatentKeys
 from kvpolicy_plugins.readers.latent_topk import LatentTopK
 
 GEOMETRY = Geometry(tuple(range(6)), 4, 2, 2)

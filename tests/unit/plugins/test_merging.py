@@ -11,6 +11,7 @@ from kvpolicy_plugins.mergers.shared.merge_groups import (
     kept_index,
     logsumexp_by_target,
     nearest,
+    reaches,
     sum_by_target,
 )
 from tests.support.views import view_of
@@ -41,6 +42,13 @@ def test_where_nothing_is_kept_nothing_is_near(kept, dtype):
     similarity, place = nearest(PLANE.to(dtype), kept, torch.ones(1, 1, 6, dtype=torch.bool))
     assert torch.equal(similarity, torch.full((1, 1, 6), -torch.inf, dtype=dtype))
     assert not place.any()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "found"), [(-1, [False, True, True, True]), (-0.5, [False, False, True, True]), (0.9, [False] * 4)]
+)
+def test_at_a_threshold_of_minus_one_rounding_separates_nothing(threshold, found):
+    assert reaches(torch.tensor([-torch.inf, -1.0000001, -0.5, 0.8]), threshold).tolist() == found
 
 
 def test_evicted_is_what_is_held_and_not_kept():

@@ -9,10 +9,9 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Sample, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
 from kvpolicy_plugins.codecs.rotation import Rotation
-from kvpolicy_plugins.codecs.shared import rotated
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
+from kvpolicy_plugins.codecs.shared.hadamard import _sylvester, hadamard
 from kvpolicy_plugins.codecs.shared.packing import unpack
-from kvpolicy_plugins.codecs.shared.rotated import hadamard
 from tests.support.latents import rotary_of
 
 CASES = [
@@ -248,7 +247,7 @@ def test_means_that_were_first_read_in_inference_mode_can_be_differentiated_by()
 
 
 def test_what_was_first_used_in_inference_mode_can_be_differentiated():
-    rotated._sylvester.cache_clear()
+    _sylvester.cache_clear()
     vectors = torch.ones(3, 16)
     with torch.inference_mode():
         hadamard(vectors)

@@ -8,6 +8,7 @@ import torch
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Sample, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
+from kvpolicy_plugins.codecs.kivi import Kivi
 from kvpolicy_plugins.codecs.shared.calibrated.bit_allocation import allocate_bits
 from kvpolicy_plugins.codecs.shared.packing import unpack
 from kvpolicy_plugins.codecs.tada import Tada
@@ -46,6 +47,26 @@ def sample(seed, sharpness=1.0, apart=1.0):
 
     keys, values = (normal(1) + apart * normal(HEADS) for _ in range(2))
     return Sample(GEOMETRY, 0.3, None, sharpness * normal(HEADS * GROUP), keys, values)
+
+
+def test_kernels_read_the_mean_and_the_columns_of_all_heads():
+    how = Tada(2, 8).formats(site()).keys.unpacking()
+    widths = [(column.width, column.dtype) for column in how.columns]
+    groups = HEADS * DIM // 8
+    assert widths == [
+        (DIM, torch.float16),
+        (HEADS * DIM // 4, torch.uint8),
+        (groups, torch.float16),
+        (groups, torch.float16),
+    ]
+    assert how.options == (2, 8, HEADS)
+    assert how.joint
+
+
+@pytest.mark.parametrize("codec", [Tada(2, 12), Kivi(2, group=12, residual=12)], ids=lambda codec: codec.name)
+def test_kernels_read_no_groups_of_another_size_than_a_power_of_two(codec):
+    formats = codec.formats(Site(Geometry((0,), 2, 2, 24), torch.float32))
+    assert formats.values.unpacking() == "has groups of 12 channels, not a power of two"
 
 
 def test_the_mean_over_heads_and_what_is_left():

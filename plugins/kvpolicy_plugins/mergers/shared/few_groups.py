@@ -7,6 +7,7 @@ from torch import Tensor
 from kvpolicy.stages import Entries, View
 from kvpolicy.stages.slots import gather, indices_of, take
 from kvpolicy_plugins.mergers.shared.merge_groups import Groups
+from kvpolicy_plugins.mergers.shared.merged_entries import log_votes_of
 
 _SHARE = 4  # where more than one in so many kept entries may change, all are computed
 
@@ -41,23 +42,21 @@ class FewGroups:
         groups = Groups(torch.cat([order, first], -1), torch.cat([merged, there], -1), merged)
         return cls(_part(view, shown), order, groups, joined.where(merged, count))
 
-    def whole(self, entries: Entries, view: View, kept: Tensor, log_votes: Tensor) -> Entries:
-        """All kept entries: those of these groups as a merger gave them, the others as they are.
-
-        `log_votes` [B, K, T] are those before.
-        """
+    def whole(self, entries: Entries, view: View, kept: Tensor) -> Entries:
+        """All kept entries: those of these groups as a merger gave them, the others as they are."""
         wider = torch.cat([kept, kept[..., :1]], -1)  # the last column takes what stands nowhere
 
-        def put(merged: Tensor, before: Tensor) -> Tensor:
+        def put(merged: Tensor, unmerged: Tensor) -> Tensor:
             index = self.places.reshape(*self.places.shape, *[1] * (merged.ndim - 3)).expand_as(merged)
-            return gather(before, wider).scatter_(2, index, merged)[:, :, : kept.shape[-1]]
+            return unmerged.scatter_(2, index, merged)[:, :, : kept.shape[-1]]
 
+        log_votes, changed, held = entries.log_votes, entries.changed, view.slot_state
         return Entries(
-            put(entries.keys, view.keys),
-            put(entries.values, view.values),
-            log_votes=None if entries.log_votes is None else put(entries.log_votes, log_votes),
-            changed=None if entries.changed is None else put(entries.changed, torch.zeros_like(view.valid)),
-            slot_state={name: put(state, view.slot_state[name]) for name, state in entries.slot_state.items()},
+            put(entries.keys, gather(view.keys, wider)),
+            put(entries.values, gather(view.values, wider)),
+            log_votes=None if log_votes is None else put(log_votes, gather(log_votes_of(view), wider)),
+            changed=None if changed is None else put(changed, torch.zeros_like(wider, dtype=torch.bool)),
+            slot_state={name: put(state, gather(held[name], wider)) for name, state in entries.slot_state.items()},
         )
 
 

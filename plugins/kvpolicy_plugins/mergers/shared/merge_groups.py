@@ -1,6 +1,5 @@
 """Which kept entry each evicted entry is merged into, and sums over the entries merged into each kept one."""
 
-from collections.abc import Callable
 from contextlib import suppress
 
 import attrs
@@ -9,9 +8,10 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kvpolicy.stages import View
-from kvpolicy.stages.slots import gather, indices_of
+from kvpolicy.stages.slots import gather
 from kvpolicy_kernels import UnsupportedInputError
 from kvpolicy_plugins.mergers.shared import merge_groups_kernels
+from kvpolicy_plugins.mergers.shared.nearest_by import nearest_by
 from kvpolicy_plugins.shared.kernel_device import runs_kernels
 
 _EPS = 1e-6
@@ -70,46 +70,27 @@ def nearest(
     if runs_kernels(keys.device):
         with suppress(UnsupportedInputError):
             return merge_groups_kernels.nearest(keys, kept, evicted)
-    survivors = _directions(gather(keys, kept)).transpose(-1, -2)
+    survivors = directions(gather(keys, kept)).transpose(-1, -2)
 
     def cosines(slots: Tensor) -> Tensor:
-        return _directions(gather(keys, slots)) @ survivors
+        return directions(gather(keys, slots)) @ survivors
 
     return nearest_by(cosines, kept, evicted, survivors.dtype, most=most, block=block)
 
 
-def nearest_by(
-    measure: Callable[[Tensor], Tensor],
-    kept: Tensor,
-    evicted: Tensor,
-    dtype: torch.dtype,
-    *,
-    most: int | None = None,
-    block: int = 512,
-) -> tuple[Tensor, Tensor]:
-    """As `nearest`, for any similarity of that dtype: `measure` maps slots [B, K, E] (-1 = none) to [B, K, E, N]."""
-    similarity = torch.full(evicted.shape, -torch.inf, dtype=dtype, device=kept.device)
-    index = torch.zeros(evicted.shape, dtype=torch.int64, device=kept.device)
-    if kept.shape[-1] == 0:
-        return similarity, index
-    none = (kept < 0)[:, :, None]
-    for slots in indices_of(evicted, most).split(block, dim=-1):
-        best, slot_index = measure(slots).masked_fill(none, -torch.inf).max(-1)  # the first of equal ones
-        similarity = _scatter(similarity, slots, best)
-        index = _scatter(index, slots, slot_index)
-    return similarity, index
+def reaches(similarity: Tensor, threshold: float) -> Tensor:
+    """Whether entries are as similar as a threshold says, bool [B, K, T].
+
+    At -1 all are: rounding may put opposite keys below it. Those with -inf, in heads without kept entries, never are.
+    """
+    return similarity > -torch.inf if threshold == -1 else similarity >= threshold
 
 
-def _directions(vectors: Tensor) -> Tensor:
+def directions(vectors: Tensor) -> Tensor:
+    """Unit vectors [..., D], float32 or float64; shorter ones for lengths below a millionth."""
     precise = to_float(vectors)
     norms: Tensor = vector_norm(precise, dim=-1, keepdim=True)
     return precise / norms.clamp(min=_EPS)
-
-
-def _scatter(onto: Tensor, slots: Tensor, values: Tensor) -> Tensor:
-    """`onto` [B, K, T] with `values` [B, K, E] written at `slots` [B, K, E]; slots of -1 are skipped."""
-    wider = torch.cat([onto, onto[..., :1]], -1)
-    return wider.scatter(-1, slots.masked_fill(slots < 0, onto.shape[-1]), values)[..., :-1]
 
 
 def sum_by_target(weights: Tensor, vectors: Tensor, target: Tensor, count: int) -> Tensor:

@@ -26,6 +26,12 @@ class WindowLogits:
         total = self.logits.logsumexp(-1, keepdim=True)
         return total.masked_fill(total == -torch.inf, 0.0)
 
+    @property
+    def mean_attention(self) -> Tensor:
+        """[B, K, T]: mean over the queries that see an entry."""
+        seen = (self.logits[:, :, 0] > -torch.inf).sum(2).clamp(min=1) * self.logits.shape[2]
+        return self.probabilities().sum((2, 3)) / seen
+
 
 def window_of(view: View, count: int = 0) -> WindowLogits:
     """The last `count` queries of a view, or all of them for 0."""
@@ -35,3 +41,9 @@ def window_of(view: View, count: int = 0) -> WindowLogits:
     queries = view.window[:, :, -count:].to(precise).unflatten(1, (view.keys.shape[1], -1)) * view.scaling
     logits = view.logits[..., -count:, :].to(precise).masked_fill(~visible, -torch.inf)
     return WindowLogits(queries.masked_fill(~query_exists, 0.0), logits, query_positions)
+
+
+def newest_queries(view: View) -> Tensor:
+    """The newest query of each query head, [B, K, G, D]; zeros in rows without queries."""
+    newest: Tensor = to_float(view.window[:, :, -1]).unflatten(1, (view.keys.shape[1], -1))
+    return newest.masked_fill((view.window_positions[:, -1] < 0)[:, None, None, None], 0.0)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.stages import Sample
-from kvpolicy_plugins.codecs.shared.rotated import hadamard
+from kvpolicy_plugins.codecs.shared.calibrated.eigenvectors import descending_eigenvectors
+from kvpolicy_plugins.codecs.shared.hadamard import hadamard
 
 _LEAST_EIGENVALUE = 1e-6  # relative to the largest: fewer queries than dimensions leave directions without any
 
@@ -76,9 +77,6 @@ def stratified(dim: int, group: int) -> Tensor:
     return torch.cat([torch.arange(first, dim, groups) for first in range(groups)])
 
 
-def _directions(symmetric: Tensor) -> Tensor:
-    """Eigenvectors (columns) by descending eigenvalue; of each, the component largest in magnitude is positive."""
-    _, vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2)
-    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    signed: Tensor = vectors * largest.sign()
-    return signed.flip(-1)
+def _directions(moments: Tensor) -> Tensor:
+    """Eigenvectors (columns) of [..., n, n], symmetric up to rounding, by descending eigenvalue."""
+    return descending_eigenvectors((moments + moments.mT) / 2)[1]
