@@ -11,7 +11,7 @@ from kvpolicy.attention.attended_slots import NO_POSITIONS, AttendedSlots
 from kvpolicy.attention.blockwise import attend_blockwise, grouped_queries, is_joined, observe_queries, visible
 from kvpolicy.attention.decode_kernel import attend_in_kernel
 from kvpolicy.cache.query_batch import QueryBatch
-from kvpolicy.cache.storage.layer_storage import LayerStorage, PaddedRow
+from kvpolicy.cache.storage.layer_storage import LayerStorage, PaddedRows
 from kvpolicy.cache.storage.segment_index import SingleSegment
 from kvpolicy.cache.storage.segmented_storage import SegmentedStorage
 from kvpolicy.plan.compress.kernel_errors import kernel_errors, note_once
@@ -81,23 +81,27 @@ def _at_a_step_unpacked(storage: LayerStorage, batch: QueryBatch, dropout: float
 def _over_ragged_heads(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
     """One query a row, over heads of different length that hold no pads.
 
-    A row is one call over copies of its heads where these are short, else one for each head. That, and the shape of
-    the copies, depends on nothing but the row, so that another row does not change its bits.
+    Rows whose heads are short are copied, those with copies of the same length for one call; of the others each head is
+    a call. Which, and how long a copy is, depends on nothing but the row: another row does not change its bits.
     """
     padded, options = storage.padded_rows(_COPIED), {"scale": batch.scaling, "dropout_p": dropout}
-    outputs = []
-    for row, queries in enumerate(batch.queries.split(1)):
-        own = padded.get(row)
-        outputs.append(_padded(own, queries, options) if own else _one_by_one(storage, row, queries, options))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    queries = batch.queries.contiguous()  # strides may decide how it is computed
+    if len(padded) == 1 and len(padded[0].rows) == storage.rows:
+        return _padded(padded[0], queries, options)
+    outputs: dict[int, Tensor] = {}
+    for alike in padded:
+        outputs.update(zip(alike.rows, _padded(alike, queries[list(alike.rows)], options).split(1), strict=True))
+    for row, own in enumerate(queries.split(1)):
+        if row not in outputs:
+            outputs[row] = _one_by_one(storage, row, own, options)
+    return torch.cat([outputs[row] for row in range(storage.rows)])
 
 
-def _padded(row: PaddedRow, queries: Tensor, options: dict[str, Any]) -> Tensor:
-    bias = None if row.in_use is None else row.in_use[:, :, None]
-    if row.log_votes is not None:
-        votes = row.log_votes[:, :, None].to(queries.dtype)
-        bias = votes if bias is None else votes.masked_fill(~bias, -torch.inf)
-    return _one_query(queries, row.keys, row.values, bias, **options)
+def _padded(held: PaddedRows, queries: Tensor, options: dict[str, Any]) -> Tensor:
+    bias = held.in_use[:, :, None]
+    if held.log_votes is not None:
+        bias = held.log_votes[:, :, None].to(queries.dtype).masked_fill(~bias, -torch.inf)
+    return _one_query(queries, held.keys, held.values, bias, **options)
 
 
 def _one_query(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, **options: Any) -> Tensor:

@@ -32,13 +32,14 @@ class DuePacking:
 
 
 @attrs.frozen(eq=False)
-class PaddedRow:
-    """What the heads of a row hold: copies [1, K, T, ...], those of shorter heads padded by numbers of their own."""
+class PaddedRows:
+    """What the heads of some rows hold: copies [b, K, T, ...], shorter heads padded by numbers of their own."""
 
-    keys: Tensor  # [1, K, T, D]
+    rows: Sequence[int]
+    keys: Tensor  # [b, K, T, D]
     values: Tensor
-    in_use: Tensor | None  # bool [1, K, T], None where heads are equally long
-    log_votes: Tensor | None  # [1, K, T], where there are any
+    in_use: Tensor  # bool [b, K, T]
+    log_votes: Tensor | None  # [b, K, T], where there are any
 
 
 class KVReader(abc.ABC):
@@ -189,13 +190,14 @@ class LayerStorage(abc.ABC):
         keys, values = (part.read(self.everything, 0, count, positions) for part in (self.keys, self.values))
         return keys, values
 
-    def padded_rows(self, most: int) -> Mapping[int, PaddedRow]:
-        """Copies of what rows hold of which the longest head has room for at most `most` numbers of keys.
+    def padded_rows(self, most: int) -> Sequence[PaddedRows]:
+        """Copies of what rows hold that have at most `most` numbers of keys for each head.
 
-        Nothing may be packed, and no pads be held. What a copy is like depends on its row alone.
+        Nothing may be packed, and no pads be held. How long the copy of a row is depends on that row alone; rows whose
+        copies are equally long are together.
         """
         del most  # of a storage whose segments can be read as one block
-        return {}
+        return ()
 
     # -- effects on all rows -----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below
 from kvpolicy.cache.storage.kv_tensor import KVTensor
-from kvpolicy.cache.storage.layer_storage import DuePacking, LayerStorage, PaddedRow
+from kvpolicy.cache.storage.layer_storage import DuePacking, LayerStorage, PaddedRows
 from kvpolicy.cache.storage.layout import Layout, PerSegment
 from kvpolicy.cache.storage.page_summaries import PageSummaries
 from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex, SingleSegment
@@ -20,6 +20,7 @@ from kvpolicy.stages.slots import by_position, gather, indices_of, take
 
 _PARTS = ("slots", "keys", "values", "page_summaries")
 _SHARED = ("device", "columns", "_slack", "_ragged", "_never_packs")  # what follows from the plan alone
+_BUCKET = 64  # slots: the copies of rows have a multiple of as many, so that several are equally long
 _ROOM = 1024  # slots that a compaction may leave room for, however few entries stay
 
 
@@ -118,21 +119,27 @@ class SegmentedStorage(LayerStorage):
         """Without a copy."""
         return self.keys.residual.dense(self.keys.name), self.values.residual.dense(self.values.name)
 
-    def padded_rows(self, most: int) -> Mapping[int, PaddedRow]:
+    def padded_rows(self, most: int) -> Sequence[PaddedRows]:
         keys = self.keys.residual
         longest = most // keys.columns[self.keys.name].shape[0]
-        return {row: self._padded_row(row) for row, width in enumerate(keys.layout.widths) if width <= longest}
+        alike: dict[int, list[int]] = {}
+        for row in range(self.rows):
+            length = -(-keys.longest_of(row) // _BUCKET) * _BUCKET
+            if length <= longest:
+                alike.setdefault(length, []).append(row)
+        return [self._padded_rows(rows, length) for length, rows in alike.items()]
 
-    def _padded_row(self, row: int) -> PaddedRow:
+    def _padded_rows(self, rows: Sequence[int], length: int) -> PaddedRows:
         keys = self.keys.residual
-        slots, in_use = keys.slots_of(row)
+        slots, in_use = keys.slots_of(rows, length)
 
         def copied(store: SlotStore, name: str) -> Tensor:
             alike = store.layout == keys.layout
-            return store.copied(name, slots if alike else store.slots_of(row)[0])
+            return store.copied(name, slots if alike else store.slots_of(rows, length)[0])
 
         votes = copied(self.slots, LOG_VOTES) if LOG_VOTES in self.columns else None
-        return PaddedRow(copied(keys, self.keys.name), copied(self.values.residual, self.values.name), in_use, votes)
+        values = copied(self.values.residual, self.values.name)
+        return PaddedRows(rows, copied(keys, self.keys.name), values, in_use, votes)
 
     def check_integrity(self) -> None:
         self.slots.check_integrity()

@@ -126,24 +126,26 @@ class SlotStore:
         padded: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return padded.where(places < lengths, -1) if name == POSITIONS else padded
 
-    def slots_of(self, row: int) -> tuple[Tensor, Tensor | None]:
-        """Slots int64 [K, T] of the heads of a row, T the longest length, and bool [1, K, T], which of them are in use.
+    def longest_of(self, row: int) -> int:
+        """Slots in use of the longest head of a row."""
+        return max(self._base[row]) + self._added
 
-        The last entry of a head stands for those that it has not; None where all heads have as many. No head is empty.
+    def slots_of(self, rows: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+        """Slots int64 [b, K, length] of the heads of some rows, and bool [b, K, length], which of them are in use.
+
+        The last entry of a head stands for those that it has not; no head is empty.
         """
-        heads = slice(row * self._block[1], (row + 1) * self._block[1])
-        longest, shortest = (extreme(self._base[row]) + self._added for extreme in (max, min))
         if self._firsts is None:
             self._firsts = self.layout.offsets_on(self.device).flatten()
-        slots = self._firsts[heads, None] + torch.arange(longest, device=self.device)
-        if longest == shortest:
-            return slots, None
-        last = (self._ends()[heads] + (self._added - 1))[:, None]
-        return slots.minimum(last), (slots <= last)[None]
+        firsts, ends = (table.view(-1, self._block[1], 1) for table in (self._firsts, self._ends()))
+        if len(rows) < self._block[0]:
+            firsts, ends = firsts[list(rows)], ends[list(rows)]
+        slots, last = firsts + torch.arange(length, device=self.device), ends + (self._added - 1)
+        return slots.minimum(last), slots <= last
 
     def copied(self, name: str, slots: Tensor) -> Tensor:
-        """Slots [K, T] as [1, K, T, ...]: a copy without slots of another row or head."""
-        copies: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, (1, *slots.shape))
+        """Slots [b, K, T] as [b, K, T, ...]: a copy without slots of another row or head."""
+        copies: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return copies
 
     def allocate(self, layout: Layout) -> dict[str, Tensor]:
