@@ -1,11 +1,10 @@
 """Gates of what a policy adds to a step whose arithmetic is next to nothing: the time of the host."""
 
-from statistics import median
-
 import torch
 
 from kvpolicy.bench.baselines.contenders import DYNAMIC
 from kvpolicy.bench.cases.decode import DecodeSetup, measure_one
+from kvpolicy.bench.cases.host_time import HostTime
 from kvpolicy.bench.gates.gate import CPU, Judged, as_multiple, model_of, must_be_measured
 from kvpolicy.bench.gates.scale import Scale
 from kvpolicy.bench.protocol.case import OURS, Case
@@ -14,7 +13,7 @@ from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.interleave import Repetitions
 from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.bench.report.verdict import Verdict
-from kvpolicy.policy import load
+from kvpolicy.policy import Policy, load
 
 _WHOLE = ("full", "kivi4")  # policies that hold all entries
 _AIMS = {"full": 1.1, "snapkv": 1.2, "rkv": 1.2, "adakv": 1.3, "kivi4": 1.6, "h2o": 2.0, "keepkv": 3.0}
@@ -33,16 +32,16 @@ def thin(scale: Scale, clock: Clock) -> Judged:
 
 
 def wide(scale: Scale, clock: Clock) -> Judged:
-    """What many rows and heads add to each layer and token."""
-    rows, layers = scale.wide_rows, scale.wide.layers
-    cases = _steps(("full", "snapkv"), scale.wide, rows, scale.wide_context, 4 * scale.wide_context, scale, clock)
+    """What the layers of many rows and heads take for one token, without the model and its attention."""
+    rows, length = scale.wide_rows, scale.wide_context
+    policies = _policies(("full", "snapkv"), 64 * length)
+    measured = HostTime(policies, scale.wide, rows, length, Repetitions(6 * scale.rounds, warm_up=3))
+    cases = measured.measure(model_of(scale.wide, length), clock)
+    heads = scale.wide.kv_heads
     verdicts = []
     for case in cases:
-        pairs = zip(case.samples[OURS], case.samples[DYNAMIC], strict=True)
-        value = median(1e6 * (ours - plain) / layers for ours, plain in pairs)
-        heads = scale.wide.kv_heads
-        claim = f"{case.what}, batch {rows}, {heads} KV heads, nothing evicted: µs a layer beyond the plain model's"
-        gate = f"wide-{case.what}"
+        claim = f"{case.what}, {rows} rows, {heads} KV heads, nothing evicted: µs a layer and token beside attention"
+        value, gate = 1e6 * case.seconds(OURS), f"wide-{case.what}"
         verdicts.append(Verdict(gate, claim, value, _MICROSECONDS, at_most=True, noise=case.noise, claimed=False))
     return verdicts, cases
 
@@ -50,8 +49,7 @@ def wide(scale: Scale, clock: Clock) -> Judged:
 def _steps(
     names: tuple[str, ...], shape: ModelShape, rows: int, length: int, budget: int, scale: Scale, clock: Clock
 ) -> list[Case]:
-    policies = tuple(load(f"kvpolicy:{name}", **({} if name in _WHOLE else {"budget": budget})) for name in names)
-    protocol = Repetitions(6 * scale.rounds, warm_up=3)
+    policies, protocol = _policies(names, budget), Repetitions(6 * scale.rounds, warm_up=3)
     setup = DecodeSetup(
         policies,
         shape,
@@ -64,3 +62,7 @@ def _steps(
         protocol=protocol,
     )
     return measure_one(setup, model_of(shape, length), length, clock, Deadline(), must_be_measured)
+
+
+def _policies(names: tuple[str, ...], budget: int) -> tuple[Policy, ...]:
+    return tuple(load(f"kvpolicy:{name}", **({} if name in _WHOLE else {"budget": budget})) for name in names)

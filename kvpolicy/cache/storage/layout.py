@@ -24,7 +24,7 @@ class Layout:
     @classmethod
     def even(cls, rows: int, heads: int, capacity: int) -> "Layout":
         """A layout with equal capacities: the storage can be viewed as [B, K, capacity]."""
-        return cls(per_segment(rows, heads, lambda _row, _head: capacity))
+        return cls(((capacity,) * heads,) * rows)
 
     @property
     def rows(self) -> int:
@@ -75,7 +75,7 @@ class Layout:
 
     def with_each(self, number: int) -> PerSegment:
         """The same number for every segment."""
-        return per_segment(self.rows, self.heads, lambda _row, _head: number)
+        return ((number,) * self.heads,) * self.rows
 
     def with_room(self, needed: PerSegment, limit: int) -> "Layout":
         """A layout with room for `needed` entries; this one, if it has room.

@@ -116,7 +116,9 @@ def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes
 
 
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
-@pytest.mark.parametrize(("most", "count"), [(DIM * 90, 1 + 3 * HEADS), (DIM * 300, 2)], ids=["three by heads", "copied"])
+@pytest.mark.parametrize(
+    ("most", "count"), [(DIM * 90, 1 + 3 * HEADS), (DIM * 300, 2)], ids=["three by heads", "copied"]
+)
 def test_rows_whose_copies_are_equally_long_are_one_call_and_no_row_changes_another(votes, most, count, monkeypatch):
     """The longest heads have 8, 65, 66 and 96 entries, the newest among them: copies have 64, or 128."""
     monkeypatch.setattr(attention, "_COPIED", most)

@@ -1,0 +1,65 @@
+"""Time that the layers of a cache take for one token of every row, without the model and without attention."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import attrs
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from kvpolicy.bench.baselines.contenders import PolicyContender, decoding_at
+from kvpolicy.bench.caches.filling import feed
+from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
+from kvpolicy.bench.protocol.clock import Clock
+from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
+from kvpolicy.bench.protocol.model_shapes import ModelShape
+from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
+from kvpolicy.policy import Policy
+
+
+@attrs.frozen
+class HostTime:
+    """A token of each of B rows behind `length` others: stored, placed, observed, and nothing evicted."""
+
+    policies: tuple[Policy, ...]
+    shape: ModelShape
+    rows: int
+    length: int
+    protocol: Repetitions
+
+    @torch.no_grad()
+    def measure(self, model: LlamaForCausalLM, clock: Clock) -> list[Case]:
+        """One case per policy; seconds are of all layers, the parts of the case."""
+        random, shape = torch.Generator().manual_seed(0), self.shape
+        size = (self.rows, shape.kv_heads, 1, shape.head_dim)
+        token = [torch.randn(size, generator=random) for _ in range(2)]
+        token.append(torch.randn((self.rows, shape.query_heads, 1, shape.head_dim), generator=random))
+        names = {(policy.name, name): policy for policy in self.policies for name in (OURS, AGAIN)}
+        with ExitStack() as stack:
+            variants = []
+            for key, policy in names.items():
+                contender = PolicyContender.of(policy, model)
+                stack.enter_context(contender.open())
+                cache = decoding_at(contender, self.rows, self.length, 0).cache
+                layers = [layer for layer in cache.layers if isinstance(layer, PolicyLayer)]
+                variants.append(Variant.repeated("/".join(key), partial(_one_token, layers, token)))
+            samples = interleave(variants, clock, self.protocol)
+        return [
+            Case(
+                policy.name,
+                self.length,
+                {name: samples[f"{policy.name}/{name}"] for name in (OURS, AGAIN)},
+                parts=shape.layers,
+                shape={**attrs.asdict(shape), "rows": self.rows},
+                facts={"digest": policy.digest},
+            )
+            for policy in self.policies
+        ]
+
+
+def _one_token(layers: Sequence[PolicyLayer], token: Sequence[Tensor]) -> None:
+    keys, values, queries = token
+    for layer in layers:
+        feed(layer, keys, values, queries)
