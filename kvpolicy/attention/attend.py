@@ -98,9 +98,10 @@ def _over_ragged_heads(storage: LayerStorage, batch: QueryBatch, dropout: float)
 
 
 def _padded(held: PaddedRows, queries: Tensor, options: dict[str, Any]) -> Tensor:
-    bias = held.in_use[:, :, None]
+    bias = None if held.in_use is None else held.in_use[:, :, None]
     if held.log_votes is not None:
-        bias = held.log_votes[:, :, None].to(queries.dtype).masked_fill(~bias, -torch.inf)
+        votes = held.log_votes[:, :, None].to(queries.dtype)
+        bias = votes if bias is None else votes.masked_fill(~bias, -torch.inf)
     return _one_query(queries, held.keys, held.values, bias, **options)
 
 

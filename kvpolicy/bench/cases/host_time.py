@@ -34,8 +34,8 @@ class HostTime:
         """One case per policy; seconds are of all layers, the parts of the case."""
         random, shape = torch.Generator().manual_seed(0), self.shape
         size = (self.rows, shape.kv_heads, 1, shape.head_dim)
-        token = [torch.randn(size, generator=random) for _ in range(2)]
-        token.append(torch.randn((self.rows, shape.query_heads, 1, shape.head_dim), generator=random))
+        of_queries = (self.rows, shape.query_heads, 1, shape.head_dim)
+        token = [torch.randn(each, generator=random, dtype=torch.float32) for each in (size, size, of_queries)]
         names = {(policy.name, name): policy for policy in self.policies for name in (OURS, AGAIN)}
         with ExitStack() as stack:
             variants = []

@@ -38,7 +38,7 @@ class PaddedRows:
     rows: Sequence[int]
     keys: Tensor  # [b, K, T, D]
     values: Tensor
-    in_use: Tensor  # bool [b, K, T]
+    in_use: Tensor | None  # bool [b, K, T], None where all heads of each row are equally long
     log_votes: Tensor | None  # [b, K, T], where there are any
 
 
@@ -193,8 +193,8 @@ class LayerStorage(abc.ABC):
     def padded_rows(self, most: int) -> Sequence[PaddedRows]:
         """Copies of what rows hold that have at most `most` numbers of keys for each head.
 
-        Nothing may be packed, and no pads be held. How long the copy of a row is depends on that row alone; rows whose
-        copies are equally long are together.
+        Nothing may be packed, and no pads be held. What the copy of a row is like depends on that row alone: rows with
+        copies of the same length are together, but those whose heads differ apart from those whose heads do not.
         """
         del most  # of a storage whose segments can be read as one block
         return ()

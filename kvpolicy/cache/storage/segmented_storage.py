@@ -122,20 +122,22 @@ class SegmentedStorage(LayerStorage):
     def padded_rows(self, most: int) -> Sequence[PaddedRows]:
         keys = self.keys.residual
         longest = most // keys.columns[self.keys.name].shape[0]
-        alike: dict[int, list[int]] = {}
-        for row in range(self.rows):
-            length = -(-keys.longest_of(row) // _BUCKET) * _BUCKET
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for row, lengths in enumerate(keys.lengths):
+            length, differ = max(lengths), len(set(lengths)) > 1
+            if differ:  # rows whose heads do not differ are computed as where those of no row do
+                length = -(-length // _BUCKET) * _BUCKET
             if length <= longest:
-                alike.setdefault(length, []).append(row)
-        return [self._padded_rows(rows, length) for length, rows in alike.items()]
+                alike.setdefault((length, differ), []).append(row)
+        return [self._padded_rows(rows, length, differ=differ) for (length, differ), rows in alike.items()]
 
-    def _padded_rows(self, rows: Sequence[int], length: int) -> PaddedRows:
+    def _padded_rows(self, rows: Sequence[int], length: int, *, differ: bool) -> PaddedRows:
         keys = self.keys.residual
-        slots, in_use = keys.slots_of(rows, length)
+        slots, in_use = keys.slots_of(rows, length, differ=differ)
 
         def copied(store: SlotStore, name: str) -> Tensor:
             alike = store.layout == keys.layout
-            return store.copied(name, slots if alike else store.slots_of(rows, length)[0])
+            return store.copied(name, slots if alike else store.slots_of(rows, length, differ=differ)[0])
 
         votes = copied(self.slots, LOG_VOTES) if LOG_VOTES in self.columns else None
         values = copied(self.values.residual, self.values.name)

@@ -126,22 +126,24 @@ class SlotStore:
         padded: Tensor = self.tensors[name].index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return padded.where(places < lengths, -1) if name == POSITIONS else padded
 
-    def longest_of(self, row: int) -> int:
-        """Slots in use of the longest head of a row."""
-        return max(self._base[row]) + self._added
-
-    def slots_of(self, rows: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+    def slots_of(self, rows: Sequence[int], length: int, *, differ: bool) -> tuple[Tensor, Tensor | None]:
         """Slots int64 [b, K, length] of the heads of some rows, and bool [b, K, length], which of them are in use.
 
-        The last entry of a head stands for those that it has not; no head is empty.
+        Where heads `differ` in length, the last entry of one stands for those that it has not; no head is empty. Else
+        all are in use: None.
         """
         if self._firsts is None:
             self._firsts = self.layout.offsets_on(self.device).flatten()
-        firsts, ends = (table.view(-1, self._block[1], 1) for table in (self._firsts, self._ends()))
-        if len(rows) < self._block[0]:
-            firsts, ends = firsts[list(rows)], ends[list(rows)]
-        slots, last = firsts + torch.arange(length, device=self.device), ends + (self._added - 1)
+        slots = self._of_rows(self._firsts, rows) + torch.arange(length, device=self.device)
+        if not differ:
+            return slots, None
+        last = self._of_rows(self._ends(), rows) + (self._added - 1)
         return slots.minimum(last), slots <= last
+
+    def _of_rows(self, numbers: Tensor, rows: Sequence[int]) -> Tensor:
+        """Of one number per segment [B·K] those of some rows, [b, K, 1]."""
+        table = numbers.view(-1, self._block[1], 1)
+        return table if len(rows) == self._block[0] else table[list(rows)]
 
     def copied(self, name: str, slots: Tensor) -> Tensor:
         """Slots [b, K, T] as [b, K, T, ...]: a copy without slots of another row or head."""

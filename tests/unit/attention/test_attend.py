@@ -117,22 +117,25 @@ def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes
 
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
 @pytest.mark.parametrize(
-    ("most", "count"), [(DIM * 90, 1 + 3 * HEADS), (DIM * 300, 2)], ids=["three by heads", "copied"]
+    ("most", "count"), [(DIM * 90, 2 + 3 * HEADS), (DIM * 300, 3)], ids=["three by heads", "copied"]
 )
 def test_rows_whose_copies_are_equally_long_are_one_call_and_no_row_changes_another(votes, most, count, monkeypatch):
-    """The longest heads have 8, 65, 66 and 96 entries, the newest among them: copies have 64, or 128."""
+    """The longest heads have 8, 65, 66 and 96 entries, the newest among them: copies have 64, or 128.
+
+    The heads of the last row do not differ: alone it is read without a copy.
+    """
     monkeypatch.setattr(attention, "_COPIED", most)
     monkeypatch.setattr("tests.unit.attention.test_attend.PAST", 120)
     calls, once = [], attention.scaled_dot_product_attention
     monkeypatch.setattr(
         attention, "scaled_dot_product_attention", lambda *given, **rest: calls.append(1) or once(*given, **rest)
     )
-    _, held, batch = stored(((7, 2), (64, 5), (20, 65), (3, 95)), 1, votes=votes)
+    _, held, batch = stored(((7, 2), (64, 5), (20, 65), (3, 95), (9, 9)), 1, votes=votes)
     together = attend(held, batch, pads=False)
 
     assert len(calls) == count
     torch.testing.assert_close(together.double(), reference(held, batch)[0], rtol=0, atol=1e-5)
-    for row in range(4):
+    for row in range(5):
         alone = attrs.evolve(batch, queries=batch.queries[row : row + 1], positions=batch.positions[row : row + 1])
         assert attend(held.selected([row]), alone, pads=False).equal(together[row : row + 1])
 
