@@ -1,4 +1,4 @@
-"""Small kernels that are known to pass or fail a gate. Run as a script, compiles them all and prints what it found."""
+"""Small kernels that are known to pass or fail a gate; as a script, compiles those named NAME SM and prints them."""
 
 import json
 import sys
@@ -75,4 +75,5 @@ def examined(name, capability):
 
 
 if __name__ == "__main__":
-    json.dump({f"{name} {sm}": examined(name, int(sm)) for name in SAMPLES for sm in sys.argv[1:]}, sys.stdout)
+    words = (sample.rsplit(" ", 1) for sample in sys.argv[1:])
+    json.dump({f"{name} {sm}": examined(name, int(sm)) for name, sm in words}, sys.stdout)

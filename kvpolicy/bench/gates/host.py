@@ -1,5 +1,6 @@
 """Gates of what a policy adds to a step whose arithmetic is next to nothing: the time of the host."""
 
+import attrs
 import torch
 
 from kvpolicy.bench.baselines.contenders import DYNAMIC
@@ -7,11 +8,10 @@ from kvpolicy.bench.cases.decode import DecodeSetup, measure_one
 from kvpolicy.bench.cases.host_time import HostTime
 from kvpolicy.bench.gates.gate import CPU, Judged, as_multiple, model_of, must_be_measured
 from kvpolicy.bench.gates.scale import Scale
-from kvpolicy.bench.protocol.case import OURS, Case
+from kvpolicy.bench.protocol.case import OURS
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.interleave import Repetitions
-from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.policy import Policy, load
 
@@ -22,10 +22,16 @@ _MICROSECONDS = 30.0
 
 def thin(scale: Scale, clock: Clock) -> Judged:
     """A step of a deep and thin model under policies as they are shipped; h2o and keepkv evict at every token."""
-    verdicts, cases = [], []
+    shape, length = scale.thin, scale.thin_context
+    policies, protocol = _policies(tuple(_AIMS), scale.thin_budget), Repetitions(6 * scale.rounds, warm_up=3)
+    setup = DecodeSetup(
+        policies, shape, (length,), CPU, torch.float32, full=(DYNAMIC,), whole_round=False, protocol=protocol
+    )
+    model, verdicts, cases = model_of(shape, length), [], []
     for rows in scale.thin_rows:
-        for case in _steps(tuple(_AIMS), scale.thin, rows, scale.thin_context, scale.thin_budget, scale, clock):
-            what = f"step of {scale.thin.layers} thin layers under {case.what}, batch {rows}"
+        of_rows = attrs.evolve(setup, rows=rows)
+        for case in measure_one(of_rows, model, length, clock, Deadline(), must_be_measured):
+            what = f"step of {shape.layers} thin layers under {case.what}, batch {rows}"
             verdicts.append(as_multiple(case, f"thin-{case.what}-{rows}", what, _AIMS[case.what]))
             cases.append(case)
     return verdicts, cases
@@ -44,24 +50,6 @@ def wide(scale: Scale, clock: Clock) -> Judged:
         value, gate = 1e6 * case.seconds(OURS), f"wide-{case.what}"
         verdicts.append(Verdict(gate, claim, value, _MICROSECONDS, at_most=True, noise=case.noise, claimed=False))
     return verdicts, cases
-
-
-def _steps(
-    names: tuple[str, ...], shape: ModelShape, rows: int, length: int, budget: int, scale: Scale, clock: Clock
-) -> list[Case]:
-    policies, protocol = _policies(names, budget), Repetitions(6 * scale.rounds, warm_up=3)
-    setup = DecodeSetup(
-        policies,
-        shape,
-        (length,),
-        CPU,
-        torch.float32,
-        rows=rows,
-        full=(DYNAMIC,),
-        whole_round=False,
-        protocol=protocol,
-    )
-    return measure_one(setup, model_of(shape, length), length, clock, Deadline(), must_be_measured)
 
 
 def _policies(names: tuple[str, ...], budget: int) -> tuple[Policy, ...]:
