@@ -20,7 +20,7 @@ from kvpolicy.bench.baselines.contenders import (
 from kvpolicy.bench.caches.decoding import Decoding
 from kvpolicy.bench.caches.meter import held_bytes
 from kvpolicy.bench.cases.step_floors import StepFloors
-from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
+from kvpolicy.bench.protocol.case import AGAIN, OURS, Case, again
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.deadline import Deadline
 from kvpolicy.bench.protocol.decode_steps import MOST_ROUND, time_round, time_steps
@@ -82,7 +82,7 @@ def measure_one(
         for contender in full_caches(setup.full, model, deadline, left_out):
             decodings |= _begun(setup, length, {contender.name: contender}, stack, left_out)
         for policy in setup.policies:  # under two names: what they differ by is noise
-            names = (policy.name, _again(policy.name))
+            names = (policy.name, again(policy.name))
             contenders = {name: PolicyContender.of(policy, model, graph=setup.graph) for name in names}
             decodings |= _begun(setup, length, contenders, stack, left_out)
         floors = StepFloors.of(model, setup.shape, setup.rows, length, setup.steps) if setup.floors else None
@@ -115,10 +115,6 @@ def _begun(
     return {}
 
 
-def _again(name: str) -> str:
-    return f"{name} again"
-
-
 def _case(
     setup: DecodeSetup,
     policy: Policy,
@@ -127,7 +123,7 @@ def _case(
     whole_round: Mapping[str, float],
     cache_bytes: Mapping[str, int],
 ) -> Case:
-    names = {OURS: policy.name, AGAIN: _again(policy.name)} | {name: name for name in setup.full if name in samples}
+    names = {OURS: policy.name, AGAIN: again(policy.name)} | {name: name for name in setup.full if name in samples}
     shape = {"rows": setup.rows, "dtype": str(setup.dtype).removeprefix("torch."), "graph": setup.graph}
     held = {variant: cache_bytes[name] for variant, name in names.items()}
     return Case(

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from kvpolicy.bench.baselines.contenders import DYNAMIC, Contender, FullCache, PolicyContender
 from kvpolicy.bench.caches.decoding import fill
-from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
+from kvpolicy.bench.protocol.case import AGAIN, OURS, Case, again
 from kvpolicy.bench.protocol.clock import Call, Clock
 from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
 from kvpolicy.bench.protocol.model_shapes import ModelShape
@@ -33,8 +33,9 @@ class Forwards:
     def measure(self, model: LlamaForCausalLM, clock: Clock) -> list[Case]:
         """One case per policy; the plain cache is timed once, in the same rounds."""
         contenders: dict[str, Contender] = {DYNAMIC: FullCache(DYNAMIC, model)}
-        for policy in self.policies:  # under two names: what they differ by is noise
-            contenders |= {name: PolicyContender.of(policy, model) for name in _names(policy)}
+        for policy in self.policies:
+            for name in (policy.name, again(policy.name)):
+                contenders[name] = PolicyContender.of(policy, model)
         with ExitStack() as stack:
             variants = []
             for name, contender in contenders.items():
@@ -48,12 +49,11 @@ class Forwards:
             Case(
                 policy.name,
                 self.length,
-                {OURS: samples[ours], AGAIN: samples[again], DYNAMIC: samples[DYNAMIC]},
+                {OURS: samples[policy.name], AGAIN: samples[again(policy.name)], DYNAMIC: samples[DYNAMIC]},
                 shape=shape,
                 facts={"digest": policy.digest},
             )
             for policy in self.policies
-            for ours, again in (_names(policy),)
         ]
 
     def _forward(self, contender: Contender, held: Cache) -> Call:
@@ -65,7 +65,3 @@ class Forwards:
         random = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.shape.vocabulary, (1, self.tokens), generator=random)
         return partial(torch.no_grad()(contender.forward), tokens, own)
-
-
-def _names(policy: Policy) -> tuple[str, str]:
-    return policy.name, f"{policy.name} again"

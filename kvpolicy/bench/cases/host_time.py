@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from kvpolicy.bench.baselines.contenders import PolicyContender, decoding_at
 from kvpolicy.bench.caches.filling import feed
-from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
+from kvpolicy.bench.protocol.case import AGAIN, OURS, Case, again
 from kvpolicy.bench.protocol.clock import Clock
 from kvpolicy.bench.protocol.interleave import Repetitions, Variant, interleave
 from kvpolicy.bench.protocol.model_shapes import ModelShape
@@ -36,21 +36,21 @@ class HostTime:
         size = (self.rows, shape.kv_heads, 1, shape.head_dim)
         of_queries = (self.rows, shape.query_heads, 1, shape.head_dim)
         token = [torch.randn(each, generator=random, dtype=torch.float32) for each in (size, size, of_queries)]
-        names = {(policy.name, name): policy for policy in self.policies for name in (OURS, AGAIN)}
+        names = {name: policy for policy in self.policies for name in (policy.name, again(policy.name))}
         with ExitStack() as stack:
             variants = []
-            for key, policy in names.items():
+            for name, policy in names.items():
                 contender = PolicyContender.of(policy, model)
                 stack.enter_context(contender.open())
                 cache = decoding_at(contender, self.rows, self.length, 0).cache
                 layers = [layer for layer in cache.layers if isinstance(layer, PolicyLayer)]
-                variants.append(Variant.repeated("/".join(key), partial(_one_token, layers, token)))
+                variants.append(Variant.repeated(name, partial(_one_token, layers, token)))
             samples = interleave(variants, clock, self.protocol)
         return [
             Case(
                 policy.name,
                 self.length,
-                {name: samples[f"{policy.name}/{name}"] for name in (OURS, AGAIN)},
+                {OURS: samples[policy.name], AGAIN: samples[again(policy.name)]},
                 parts=shape.layers,
                 shape={**attrs.asdict(shape), "rows": self.rows},
                 facts={"digest": policy.digest},

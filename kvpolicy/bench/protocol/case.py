@@ -11,6 +11,11 @@ from kvpolicy.bench.protocol.samples import P99, noise, paired_ratio, quantile
 OURS, AGAIN = "ours", "ours again"
 
 
+def again(name: str) -> str:
+    """The name under which a contender is timed for the second time: what both differ by is noise."""
+    return f"{name} again"
+
+
 @attrs.frozen
 class Case:
     """Samples are in seconds, one a round, for `parts` layers (or one step, or one token). Floors are in seconds."""

@@ -48,11 +48,6 @@ class Layout:
         return sizes.pop() if len(sizes) == 1 else None
 
     @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """The largest capacity of each row."""
-        return tuple(max(row, default=0) for row in self.capacity)
-
-    @cached_property
     def offsets(self) -> PerSegment:
         """First slot of each segment."""
         starts: list[tuple[int, ...]] = []

@@ -123,10 +123,9 @@ class SegmentedStorage(LayerStorage):
         keys = self.keys.residual
         longest = most // keys.columns[self.keys.name].shape[0]
         alike: dict[tuple[int, bool], list[int]] = {}
-        for row, lengths in enumerate(keys.lengths):
-            length, differ = max(lengths), len(set(lengths)) > 1
-            if differ:  # rows whose heads do not differ are computed as where those of no row do
-                length = -(-length // _BUCKET) * _BUCKET
+        for row, (most_held, least_held) in enumerate(keys.extremes):
+            differ = most_held > least_held  # rows whose heads do not differ are computed as where those of no row do
+            length = -(-most_held // _BUCKET) * _BUCKET if differ else most_held
             if length <= longest:
                 alike.setdefault((length, differ), []).append(row)
         return [self._padded_rows(rows, length, differ=differ) for (length, differ), rows in alike.items()]

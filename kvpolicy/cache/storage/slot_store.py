@@ -35,6 +35,7 @@ class SlotStore:
         self._firsts: Tensor | None = None
         self.forget_tables()
         self._lengths: tuple[int, PerSegment] | None = None
+        self._extremes: tuple[tuple[int, int], ...] | None = None
         self.tensors: dict[str, Tensor] = {}
         self.layout = Layout.even(rows, heads, 0)
         self._adopt(self.allocate(self.layout), self.layout, self.layout.capacity)
@@ -78,6 +79,13 @@ class SlotStore:
     def fullest(self) -> int:
         """Slots in use of the row that has the most."""
         return self._fullest_base + self._added * self._block[1]
+
+    @property
+    def extremes(self) -> list[tuple[int, int]]:
+        """Slots in use of the longest and of the shortest head of each row."""
+        if self._extremes is None:  # once for all tokens until the next compression
+            self._extremes = tuple((max(row), min(row)) for row in self._base)
+        return [(longest + self._added, shortest + self._added) for longest, shortest in self._extremes]
 
     @property
     def nbytes(self) -> int:
@@ -490,7 +498,7 @@ class SlotStore:
         spare = (size - length for row in pairs for size, length in zip(*row, strict=True))
         self._room = min(spare, default=0)  # how many entries may be added to every segment
         self._fullest_base = max(map(sum, self._base), default=0)
-        self._lengths = None
+        self._lengths = self._extremes = None
         self._firsts = self._starts = None  # where segments begin and their next slots are, computed when needed
 
 
