@@ -117,14 +117,17 @@ def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes
 
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
 @pytest.mark.parametrize(
-    ("most", "count"), [(DIM * 90, 2 + 3 * HEADS), (DIM * 300, 3)], ids=["three by heads", "copied"]
+    ("most", "count"), [(16 * 90, 2 + 3 * HEADS), (16 * 300, 3)], ids=["three by heads", "copied"]
 )
 def test_rows_whose_copies_are_equally_long_are_one_call_and_no_row_changes_another(votes, most, count, monkeypatch):
     """The longest heads have 8, 65, 66 and 96 entries, the newest among them: copies have 64, or 128.
 
-    The heads of the last row do not differ: alone it is read without a copy.
+    The heads of the last row do not differ: alone it is read without a copy. Every entry begins at a multiple of
+    64 bytes: where vectors have as many, last bits of a product of matrices depend on that.
     """
     monkeypatch.setattr(attention, "_COPIED", most)
+    for module in ("tests.unit.attention.test_attend", "tests.support.driving"):
+        monkeypatch.setattr(f"{module}.DIM", 16)
     monkeypatch.setattr("tests.unit.attention.test_attend.PAST", 120)
     calls, once = [], attention.scaled_dot_product_attention
     monkeypatch.setattr(
