@@ -1,5 +1,6 @@
 """`kvpolicy evaluate`: policies on a model and texts, at equal bytes, beside the full cache."""
 
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -228,7 +229,11 @@ def _texts(model: str, files: list[Path] | None, *, calibrated: bool) -> "tuple[
 
 
 def measure(inputs: "Inputs", file: Path, jobs: int) -> "tuple[EvaluationRecord, Any, Any]":
-    """Measure what the record in a file lacks; returns the record, the model and its tokenizer. Raises InputError."""
+    """Measure what the record in a file lacks; returns the record, the model and its tokenizer. Raises InputError.
+
+    Calibrations stay beside the file until all is measured.
+    """
+    import attrs
     import torch
 
     from kvpolicy.cli.terminal.progress import cells
@@ -237,6 +242,8 @@ def measure(inputs: "Inputs", file: Path, jobs: int) -> "tuple[EvaluationRecord,
     from kvpolicy.evaluate.harness.workers import run_here, run_in_processes
     from kvpolicy.evaluate.models import load_model
 
+    calibrations = file.parent / "calibrations"
+    inputs = attrs.evolve(inputs, calibrations=calibrations)
     model, tokenizer = load_model(inputs.model, torch.device(inputs.device), inputs.dtype, tell)
     evaluation = evaluation_of(model, tokenizer, inputs)
     record = RecordFile(file, head_of(model, inputs))
@@ -246,6 +253,7 @@ def measure(inputs: "Inputs", file: Path, jobs: int) -> "tuple[EvaluationRecord,
             run_here(evaluation, units, add)
         else:
             run_in_processes(inputs, units, add, jobs)
+    shutil.rmtree(calibrations, ignore_errors=True)
     return record.record, model, tokenizer
 
 

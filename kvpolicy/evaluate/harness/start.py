@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -38,6 +39,7 @@ class Inputs:
     texts: tuple[Text, ...]  # that cases are made from
     calibration_texts: tuple[Text, ...]  # that plugins are calibrated on; none of them is among `texts`
     setup: EvaluationSetup
+    calibrations: Path | None = None  # a folder that keeps calibrations for other processes and later runs
 
 
 def evaluation_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs) -> Evaluation:
@@ -65,7 +67,7 @@ def calibrations_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         pieces = token_windows(tokenizer, inputs.calibration_texts, _PIECES, _PIECE)
         return torch.tensor(pieces, device=model.device)
 
-    return Calibrations(model, tokens, in_float32=inputs.setup.prompts_in_float32)
+    return Calibrations(model, tokens, in_float32=inputs.setup.prompts_in_float32, folder=inputs.calibrations)
 
 
 def head_of(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:

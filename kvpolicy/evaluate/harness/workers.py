@@ -1,5 +1,6 @@
 """Units of an evaluation measured in this process or in several; cells come back one by one."""
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -18,10 +19,13 @@ from kvpolicy.evaluate.harness.record import Cell
 from kvpolicy.evaluate.harness.run import Evaluation, Unit
 from kvpolicy.evaluate.harness.start import Inputs, evaluation_of
 from kvpolicy.evaluate.models import load_model
+from kvpolicy.policy import Policy
+from kvpolicy.spec.dump import calibrated_digest
 
 Add = Callable[[Cell], None]
 
 _LOOK_SECONDS = 0.2  # between two looks whether a process has ended
+_ENDED = "a process of the evaluation has ended, perhaps for want of memory; the same command goes on with it"
 _process: dict[str, Any] = {}  # of a worker: its evaluation, and where cells go
 
 
@@ -46,10 +50,27 @@ def run_in_processes(inputs: Inputs, units: Sequence[Unit], add: Add, jobs: int)
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, context, _begin, (inputs, threads, cells)) as pool:
         try:
+            if inputs.calibrations is not None:
+                _finish([pool.submit(_calibrate, policy) for policy in calibrated_policies(units)])
             _collect(cells, {pool.submit(_measure, unit): unit for unit in units}, add)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def calibrated_policies(units: Sequence[Unit]) -> list[Policy]:
+    """Of the policies that are to be measured those that need a calibration, one for each that is different."""
+    policies = [contender.policy for unit in units for contender in unit.contenders if contender.policy is not None]
+    return list({calibrated_digest(policy.spec): policy for policy in policies if policy.spec.calibrated}.values())
+
+
+def _finish(calibrations: Sequence[Future[None]]) -> None:
+    """Wait until all are made. Raises EvaluationError when a process ends before its time."""
+    try:
+        for future in calibrations:
+            future.result()
+    except BrokenProcessPool as error:
+        raise EvaluationError(_ENDED) from error
 
 
 @attrs.frozen
@@ -81,10 +102,7 @@ def _collect(cells: "multiprocessing.Queue[Cell]", futures: Mapping[Future[Outco
             cell = cells.get(timeout=_LOOK_SECONDS)
         except queue.Empty:
             if isinstance(ended, BrokenProcessPool):
-                raise EvaluationError(
-                    "a process of the evaluation has ended, perhaps for want of memory; the same command goes on "
-                    "with it"
-                ) from ended
+                raise EvaluationError(_ENDED) from ended
             if ended is not None:
                 raise ended from None
         else:
@@ -106,15 +124,27 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def _evaluation() -> Evaluation:
+    """That of this worker."""
+    if "evaluation" not in _process:
+        inputs: Inputs = _process["inputs"]
+        model, tokenizer = load_model(inputs.model, torch.device(inputs.device), inputs.dtype)
+        _process["evaluation"] = evaluation_of(model, tokenizer, inputs)
+    made: Evaluation = _process["evaluation"]
+    return made
+
+
+def _calibrate(policy: Policy) -> None:
+    """Make the calibration of a policy and leave it where all workers find it; what hinders that, its cells say."""
+    with contextlib.suppress(KVPolicyError, MemoryError, RuntimeError):
+        _evaluation().calibrations.of(policy)
+
+
 def _measure(unit: Unit) -> Outcome:
     """Measure a unit in a worker, whose cells are sent one by one."""
     sent = 0
     try:
-        if "evaluation" not in _process:
-            inputs: Inputs = _process["inputs"]
-            model, tokenizer = load_model(inputs.model, torch.device(inputs.device), inputs.dtype)
-            _process["evaluation"] = evaluation_of(model, tokenizer, inputs)
-        for cell in _process["evaluation"].measure(unit):
+        for cell in _evaluation().measure(unit):
             _process["cells"].put(cell)
             sent += 1
     except KVPolicyError as error:

@@ -1,11 +1,15 @@
 """`kvpolicy evaluate --quick` from end to end, how it goes on, and bad input before anything is measured."""
 
 import json
+import os
+import signal
 
 import attrs
 import pytest
 
+from kvpolicy.evaluate.harness.calibrations import Calibrations
 from kvpolicy.evaluate.harness.measure import GroupRun
+from kvpolicy.evaluate.harness.record import RecordFile
 from kvpolicy.evaluate.peers import PEERS
 from kvpolicy.evaluate.report import plots
 from kvpolicy.evaluate.tasks.names import TASKS
@@ -55,6 +59,20 @@ def test_a_quick_evaluation_writes_its_files_goes_on_and_is_rendered_again(kv, t
     assert "is the record of another run (sizes differ)" in other.stderr
     assert len(other.stderr.splitlines()) == 1
     assert (folder / "cells.jsonl").read_bytes() == whole
+
+
+def test_calibrations_stay_until_all_is_measured(kv, tmp_path, monkeypatch):
+    """A run that goes on calibrates nothing again."""
+    words = ("evaluate", "--quick", "--task", "recall", "--policy", "centred4", "--out", "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordFile, "add", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert kv(*words).exit_code != 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"cells.jsonl", "calibrations"}
+
+    monkeypatch.setattr(Calibrations, "_measured", None)
+    assert kv(*words).exit_code == 0
+    assert [cell["policy"] for cell in cells_of(tmp_path / "run")[1]] == ["full cache", "centred4"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 import kvpolicy
 from kvpolicy.errors import CalibrationError
 from kvpolicy.evaluate.harness.calibrations import Calibrations
+from kvpolicy.plan.calibration import Calibration
 
 TOKENS = torch.arange(8, 8 + 3 * 64).reshape(3, 64)
 
@@ -77,3 +78,40 @@ def test_a_model_in_16_bits_is_calibrated_in_float32_where_that_is_asked_for(tin
         for ours, theirs in zip(found.layers, own.layers, strict=True)
         for name in ours
     )
+
+
+def test_what_is_kept_in_a_folder_is_not_made_again(made, sals, tmp_path):
+    """By whom ever: another process finds the tensors, and tokens and float32 tell calibrations apart."""
+    folder = tmp_path / "none yet"
+    first = Calibrations(made[0].model, lambda: TOKENS, folder=folder).of(sals)
+    unmeasured = Calibrations(made[0].model, lambda: TOKENS, folder=folder)
+    unmeasured._measured = None
+    found = unmeasured.of(sals)
+
+    assert found.digest == first.digest
+    assert len(list(folder.iterdir())) == 1
+    sals.compile(made[0].model, calibration=found)
+    assert Calibrations(made[0].model, lambda: TOKENS + 1, folder=folder).of(sals).digest != first.digest
+    Calibrations(made[0].model, lambda: TOKENS, in_float32=True, folder=folder).of(sals)
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("fault", ["damaged", "of another model", "a folder"])
+def test_what_a_folder_should_not_hold_is_made_anew(fault, made, sals, tiny, tmp_path):
+    model = made[0].model
+    right = Calibrations(model, lambda: TOKENS, folder=tmp_path).of(sals)
+    (file,) = tmp_path.iterdir()
+    if fault == "damaged":
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    elif fault == "of another model":
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            next(other.parameters()).mul_(2)
+        sals.calibrate(other, TOKENS).save(file)
+    else:
+        file.unlink()
+        file.mkdir()
+
+    assert Calibrations(model, lambda: TOKENS, folder=tmp_path).of(sals).digest == right.digest
+    if fault != "a folder":  # that stays, and what cannot be written is used all the same
+        assert Calibration.read(file).digest == right.digest

@@ -21,7 +21,7 @@ from kvpolicy.evaluate.harness import workers
 from kvpolicy.evaluate.harness.run import Evaluation, Unit
 from kvpolicy.evaluate.harness.setup import Contender, EvaluationSetup
 from kvpolicy.evaluate.harness.start import Inputs, evaluation_of
-from kvpolicy.evaluate.harness.workers import run_here, run_in_processes
+from kvpolicy.evaluate.harness.workers import calibrated_policies, run_here, run_in_processes
 from kvpolicy.evaluate.tasks.case import TaskSizes
 from kvpolicy.evaluate.testbed.vocabulary import VOCABULARY
 from tests.support.building import ROOT
@@ -62,6 +62,23 @@ def test_two_processes_measure_what_this_one_does(inputs, here):
     assert len(found) == len(expected) == 4
     assert comparable(found) == comparable(expected)
     assert {cell.fitted for cell in found} == {cell.fitted for cell in expected}
+
+
+def test_processes_share_calibrations_each_of_which_is_made_once(tiny, inputs, tmp_path):
+    """Two policies with the same store have one calibration."""
+    half = {"use": "latent", "rank": 0.5, "value_group": 8, "batch": 2}
+    first, last = (kvpolicy.load("sals25", store={**half, "rank": rank}) for rank in (0.25, 0.5))
+    second = attrs.evolve(first, spec=attrs.evolve(first.spec, name="second"))
+    third = attrs.evolve(last, spec=attrs.evolve(last.spec, name="third"))
+    setup = attrs.evolve(inputs.setup, policies=(first, second, third))
+    folder = tmp_path / "calibrations"
+    made, expected, found = evaluation_of(*tiny, attrs.evolve(inputs, setup=setup)), [], []
+    run_here(made, made.units(), expected.append)
+    run_in_processes(attrs.evolve(inputs, setup=setup, calibrations=folder), made.units(), found.append, 2)
+
+    assert comparable(found) == comparable(expected)
+    assert not any(cell.refusal for cell in found)
+    assert len(calibrated_policies(made.units())) == len(list(folder.iterdir())) == 2
 
 
 class Deadly:
