@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import attrs
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache
 
 from kvpolicy.bench.baselines.preallocated_cache import PreallocatedCache
@@ -19,8 +19,9 @@ from kvpolicy.integrations.transformers.attachment import Attachment
 from kvpolicy.policy import Policy
 
 DYNAMIC, PREALLOCATED, STATIC, COMPILED = "DynamicCache", "preallocated", "StaticCache", "StaticCache, compiled"
+QUANTO = "QuantizedCache, quanto in 4 bits"  # needs optimum-quanto, and a compiler for its first step
 COMPILING = 100.0  # seconds that have to be left before something is compiled
-FULL = (DYNAMIC, PREALLOCATED, STATIC, COMPILED)
+FULL = (DYNAMIC, PREALLOCATED, STATIC, COMPILED, QUANTO)
 
 
 class Contender(Protocol):
@@ -58,6 +59,8 @@ class FullCache:
             return DynamicCache(config=config)
         if self.name == PREALLOCATED:
             return PreallocatedCache(config, capacity)
+        if self.name == QUANTO:
+            return QuantizedCache("quanto", config)
         return StaticCache(config=config, max_cache_len=capacity)
 
     def forward(self, tokens: Tensor, cache: Cache) -> Tensor:

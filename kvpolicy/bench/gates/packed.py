@@ -1,8 +1,9 @@
 """Gates of stores that hold every entry in few bits: a step, and a chunk of tokens, against the plain cache."""
 
 import torch
+from transformers.utils import is_optimum_quanto_available
 
-from kvpolicy.bench.baselines.contenders import DYNAMIC
+from kvpolicy.bench.baselines.contenders import DYNAMIC, QUANTO
 from kvpolicy.bench.cases.decode import DecodeSetup, measure_one
 from kvpolicy.bench.cases.forwards import Forwards
 from kvpolicy.bench.gates.gate import CPU, Judged, as_multiple, model_of, must_be_measured
@@ -17,10 +18,11 @@ _LONG = 4096  # tokens from which reading fewer bytes should be faster than read
 
 
 def steps(scale: Scale, clock: Clock) -> Judged:
-    """A decode step."""
+    """A decode step; where optimum-quanto is installed, also against transformers' cache in 4 bits."""
+    full = (DYNAMIC, QUANTO) if is_optimum_quanto_available() else (DYNAMIC,)
     protocol = Repetitions(scale.rounds, warm_up=2)
     setup = DecodeSetup(
-        _policies(), scale.real, scale.packed, CPU, torch.float32, full=(DYNAMIC,), floors=True, protocol=protocol
+        _policies(), scale.real, scale.packed, CPU, torch.float32, full=full, floors=True, protocol=protocol
     )
     model, verdicts, cases = model_of(scale.real, max(scale.packed)), [], []
     for length in scale.packed:
@@ -28,6 +30,8 @@ def steps(scale: Scale, clock: Clock) -> Judged:
             what, aim = f"step over {length} tokens of {case.what}", 0.8 if length >= _LONG else 1.2
             gate, floor = f"packed-{case.what}-{length}", case.of_floor(DYNAMIC)
             verdicts.append(as_multiple(case, gate, what, aim, floor))
+            if QUANTO in full:
+                verdicts.append(as_multiple(case, f"{gate}-quanto", what, 0.8, of=QUANTO))
             cases.append(case)
     return verdicts, cases
 

@@ -6,10 +6,10 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.bench.baselines.contenders import DYNAMIC, PREALLOCATED, STATIC
+from kvpolicy.bench.baselines.contenders import DYNAMIC, PREALLOCATED, QUANTO, STATIC
 from kvpolicy.bench.cases.compaction import GATHER
 from kvpolicy.bench.cases.compress import NAIVE
-from kvpolicy.bench.gates import GATES, QUICK, Scale, compressing, decoding, judge
+from kvpolicy.bench.gates import GATES, QUICK, Scale, compressing, decoding, judge, packed
 from kvpolicy.bench.protocol.case import AGAIN, OURS, Case
 from kvpolicy.bench.report.verdict import Verdict
 from kvpolicy.errors import InputError
@@ -74,6 +74,24 @@ def test_old_sequences_may_be_slower_by_the_noise(monkeypatch, again, passes):
     """Old steps take 1, young ones 0.85: only noise of as much excuses that."""
     found = verdicts("age", monkeypatch, decoding, "Age.measure", case(young=0.85, young_again=again * 0.85))
     assert found["age"].passed == passes
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_packed_steps_are_held_against_quanto_where_it_is_installed(monkeypatch, installed):
+    asked = []
+    monkeypatch.setattr(packed, "is_optimum_quanto_available", lambda: installed)
+    monkeypatch.setattr(packed, "DecodeSetup", lambda *_, full, **__: asked.append(full))
+    samples = {OURS: (1.0,), AGAIN: (1.0,), DYNAMIC: (0.5,)} | ({QUANTO: (1.25,)} if installed else {})
+    measured = [Case("kivi4", 100, samples, floors={DYNAMIC: 0.1})]
+    found = verdicts("packed", monkeypatch, packed, "measure_one", measured)
+
+    assert asked == [(DYNAMIC, QUANTO) if installed else (DYNAMIC,)]
+    assert {name: (one.value, one.met) for name, one in found.items()} == {
+        f"packed-kivi4-{length}{rival}": value
+        for length in QUICK.packed
+        for rival, value in {"": (2.0, False), "-quanto": (0.8, True)}.items()
+        if installed or not rival
+    }
 
 
 def test_all_gates_run_at_tiny_sizes(scripted):
