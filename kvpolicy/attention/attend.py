@@ -48,8 +48,8 @@ def attend(
             return _at_a_step(storage, batch, dropout)
         if even and is_joined(storage.heads, storage.longest, batch):
             return _at_a_step_unpacked(storage, batch, dropout)
-        if plain and not storage.is_block:
-            return _over_ragged_heads(storage, batch, dropout)
+    if storage.is_plain and not storage.is_block and slots is None and not observers and not pads:
+        return _over_ragged_heads(storage, batch, dropout)
     if storage.is_block:
         part = AttendedSlots(storage, storage.everything, slots, clears=kernels and not storage.is_even)
         return _attend(part, batch, observers, full=storage.is_even and not pads and slots is None, dropout=dropout)
@@ -79,10 +79,10 @@ def _at_a_step_unpacked(storage: LayerStorage, batch: QueryBatch, dropout: float
 
 
 def _over_ragged_heads(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:
-    """One query a row, over heads of different length that hold no pads.
+    """Queries over heads of different length that hold no pads: the newest entries are those of the queries.
 
     Rows whose heads are short are copied, those with copies of the same length for one call; of the others each head is
-    a call. Which, and how long a copy is, depends on nothing but the row: another row does not change its bits.
+    a call. Which, and how long a copy is, depends on nothing but the row: another row does not change what is computed.
     """
     padded, options = storage.padded_rows(_COPIED), {"scale": batch.scaling, "dropout_p": dropout}
     queries = batch.queries.contiguous()  # strides may decide how it is computed
@@ -98,11 +98,53 @@ def _over_ragged_heads(storage: LayerStorage, batch: QueryBatch, dropout: float)
 
 
 def _padded(held: PaddedRows, queries: Tensor, options: dict[str, Any]) -> Tensor:
-    bias = None if held.in_use is None else held.in_use[:, :, None]
-    if held.log_votes is not None:
-        votes = held.log_votes[:, :, None].to(queries.dtype)
-        bias = votes if bias is None else votes.masked_fill(~bias, -torch.inf)
-    return _one_query(queries, held.keys, held.values, bias, **options)
+    count, length = queries.shape[2], held.keys.shape[2]
+    seen = None if held.in_use is None else held.in_use[:, :, None]
+    if count > 1:
+        ends = length if held.in_use is None else held.in_use.sum(-1)[..., None, None]
+        places = torch.arange(length, device=queries.device)
+        seen = (places < ends - _newer(count, queries.device)).expand(*held.keys.shape[:2], -1, -1)
+    return _over(queries, held.keys, held.values, _with_votes(held.log_votes, seen, queries.dtype), options)
+
+
+def _one_by_one(storage: LayerStorage, row: int, queries: Tensor, options: dict[str, Any]) -> Tensor:
+    """A call for each head of a row, [1, H, q, Dv]."""
+    count, longest = queries.shape[2], max(storage.lengths[row])
+    seen = None
+    if count > 1:
+        places = torch.arange(longest, device=queries.device)
+        seen = (places < longest - _newer(count, queries.device))[None, None]
+    outputs = []
+    for head, (length, own) in enumerate(zip(storage.lengths[row], queries.chunk(storage.heads, 1), strict=True)):
+        at = SingleSegment(row, head)
+        keys, values = (states.read(at, 0, length, NO_POSITIONS) for states in (storage.keys, storage.values))
+        votes = storage.column(LOG_VOTES, at) if LOG_VOTES in storage.columns else None
+        ours = None if seen is None else seen[..., longest - length :]  # the newest are the last of all heads
+        outputs.append(_over(own, keys, values, _with_votes(votes, ours, queries.dtype), options))
+    return torch.cat(outputs, 1)
+
+
+def _newer(count: int, device: torch.device) -> Tensor:
+    """How many of q tokens come behind each, [q, 1]."""
+    return torch.arange(count - 1, -1, -1, device=device)[:, None]
+
+
+def _with_votes(votes: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the logits: log-votes [b, k, T], of what a query sees, bool [b, k or 1, q, T]; None = all."""
+    if votes is None:
+        return seen
+    bias = votes[:, :, None].to(dtype)
+    return bias if seen is None else bias.expand(seen.shape).masked_fill(~seen, -torch.inf)
+
+
+def _over(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """The library's attention, [b, H, q, Dv]; `bias` is [b, 1 or k, q, T], and None where every query sees all."""
+    group, count = queries.shape[1] // keys.shape[1], queries.shape[2]
+    if count == 1:
+        return _one_query(queries, keys, values, bias, **options)
+    if bias is not None and bias.shape[1] > 1:
+        bias = bias.repeat_interleave(group, 1)
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=group > 1, **options)
 
 
 def _one_query(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
@@ -110,19 +152,6 @@ def _one_query(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | Non
     grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])
     out = scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, **options)
     return out.reshape(*queries.shape[:3], -1)
-
-
-def _one_by_one(storage: LayerStorage, row: int, queries: Tensor, options: dict[str, Any]) -> Tensor:
-    """A call for each head of a row, [1, H, 1, Dv]."""
-    of_heads = queries.reshape(storage.heads, 1, 1, -1, queries.shape[3])
-    outputs = []
-    for head, length in enumerate(storage.lengths[row]):
-        at, bias = SingleSegment(row, head), None
-        keys, values = (states.read(at, 0, length, NO_POSITIONS) for states in (storage.keys, storage.values))
-        if LOG_VOTES in storage.columns:
-            bias = storage.column(LOG_VOTES, at)[:, :, None].to(queries.dtype)
-        outputs.append(scaled_dot_product_attention(of_heads[head], keys, values, attn_mask=bias, **options))
-    return torch.cat(outputs, 1).view(*queries.shape[:3], -1)
 
 
 def observe_only(storage: LayerStorage, batch: QueryBatch, observers: Sequence[ForwardObserver]) -> None:
@@ -160,25 +189,17 @@ def _attend(
 def _at_once(
     part: AttendedSlots, batch: QueryBatch, keys: Tensor, values: Tensor, options: dict[str, Any], *, full: bool
 ) -> Tensor:
-    queries, heads = batch.queries, keys.shape[1]
-    group, count = queries.shape[1] // heads, queries.shape[2]
-    sees_all = count == 1 and full and part.log_votes is None
-    bias = None if sees_all else _bias(part, batch.positions, queries.dtype)
-    if count == 1:
-        return _one_query(queries, keys, values, bias, **options)
-    if bias is not None and bias.shape[1] > 1:
-        bias = bias.repeat_interleave(group, 1)
-    return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=group > 1, **options)
+    sees_all = batch.queries.shape[2] == 1 and full and part.log_votes is None
+    bias = None if sees_all else _bias(part, batch.positions, batch.queries.dtype)
+    return _over(batch.queries, keys, values, bias, options)
 
 
-def _bias(part: AttendedSlots, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def _bias(part: AttendedSlots, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What is added to the logits: bool [B, 1, q, T], or [B, K, q, T] with votes (a float) or chosen slots.
 
     Held entries are older than the chunk, whichever they are, so heads differ in what they hold and not in which
     slots a query sees: one head's positions stand for all, unless votes or choices differ.
     """
     votes = part.log_votes
-    if votes is None:
-        return visible(part.positions if part.slots is not None else part.positions[:, :1], positions)
-    seen = visible(part.positions, positions)
-    return votes[:, :, None].to(dtype).expand(seen.shape).masked_fill(~seen, -torch.inf)
+    shown = part.positions if part.slots is not None or votes is not None else part.positions[:, :1]
+    return _with_votes(votes, visible(shown, positions), dtype)

@@ -1,21 +1,19 @@
 """Each pair in a process of its own, ended when it takes too long: a class that hangs or keeps state hurts nobody."""
 
-import multiprocessing
 from multiprocessing.connection import Connection
 
 import torch
 
 from tests.models_sweep.examine import NOT_TRIED, WRONG, Verdict, examine
 from tests.models_sweep.pairs import Pair
+from tests.support import forked
 
 SECONDS = 120
-_PRELOADED = ["torch", "transformers", "transformers.generation", "kvpolicy", "tests.models_sweep.examine"]
 
 
 def examine_apart(pair: Pair, seconds: float = SECONDS) -> Verdict:
     """The verdict on a pair, from a child process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = forked.context()
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(pair, there), daemon=True)
     child.start()

@@ -55,6 +55,7 @@ class NovaVQ(Codec):
 
     name: ClassVar[str] = "nova_vq"
     reference: ClassVar[str] = "arXiv:2608.04074"
+    calibrated_by: ClassVar[tuple[str, ...]] = ("bits", "group", "normalise", "sinks", "value_rotation", "seed")
 
     bits: int = parameter(Integer(minimum=1, maximum=_MOST_BITS), 2, help="bits per coordinate of a key")
     group: int = parameter(

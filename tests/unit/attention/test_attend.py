@@ -100,18 +100,24 @@ def test_attention_is_what_float64_gives(lengths, count, pads, votes, dtype):
 
 
 @pytest.mark.parametrize("most", [0, DIM * 100], ids=["one by one", "copied"])
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
-def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes, most, monkeypatch):
-    """Several tokens in a row: what is known about copies is made anew when storage is."""
+def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes, count, most, monkeypatch):
+    """Several forwards in a row: what is known about copies is made anew when storage is. A row or a head is a call."""
     monkeypatch.setattr(attention, "_COPIED", most)
-    _, held, batch = stored(LENGTHS["ragged"], 1, votes=votes)
+    calls, once = [], attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention, "scaled_dot_product_attention", lambda *given, **rest: calls.append(1) or once(*given, **rest)
+    )
+    _, held, batch = stored(LENGTHS["ragged"], count, votes=votes)
     assert [list(alike.rows) for alike in held.padded_rows(most)] == ([[0, 1]] if most else [])
-    for token in range(3):
+    for turn in range(3):
         expected, _ = reference(held, batch)
         torch.testing.assert_close(attend(held, batch, pads=False).double(), expected, rtol=0, atol=1e-5)
-        keys, values, queries = random_entries(torch.Generator().manual_seed(token), 2, 1)
-        positions = torch.full((2, 1), PAST + 1 + token)
-        held.append(keys, values, positions[:, None].expand(-1, HEADS, -1).int(), 4 if token else 50)
+        assert len(calls) == (turn + 1) * (1 if most else 2 * HEADS)
+        keys, values, queries = random_entries(torch.Generator().manual_seed(turn), 2, count)
+        positions = (PAST + count * (turn + 1) + torch.arange(count)).repeat(2, 1)
+        held.append(keys, values, positions[:, None].expand(-1, HEADS, -1).int(), 4 if turn else 50)
         batch = QueryBatch(queries, positions, padded=False, scaling=DIM**-0.5)
 
 

@@ -84,16 +84,16 @@ def test_the_last_line_of_the_worker_is_the_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "message", "seconds"),
     [
-        ("raise SystemExit('no module named kvpress')", "kvpress: no module named kvpress"),
-        ("sys.exit(3)", "kvpress: no output"),
-        ("import time; time.sleep(60)", "kvpress: .*timed out"),
+        ("raise SystemExit('no module named kvpress')", "kvpress: no module named kvpress", 60.0),
+        ("sys.exit(3)", "kvpress: no output", 60.0),
+        ("import time; time.sleep(60)", "kvpress: .*timed out", 1.0),
     ],
 )
-def test_a_worker_that_fails_is_one_line(tmp_path, body, message):
+def test_a_worker_that_fails_is_one_line(tmp_path, body, message, seconds):
     with pytest.raises(InputError, match=message):
-        ask(python_that(tmp_path, body), REQUEST, seconds=5.0)
+        ask(python_that(tmp_path, body), REQUEST, seconds=seconds)
 
 
 def test_a_missing_worker_is_one_line(tmp_path):

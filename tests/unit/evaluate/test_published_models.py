@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -21,7 +19,7 @@ from kvpolicy.errors import InputError
 from kvpolicy.evaluate.models import config_of, load_model
 from kvpolicy.evaluate.models.published import PUBLISHED, Published
 from tests.support import tiny_gguf
-from tests.support.building import ROOT
+from tests.support.forked import ForkedProgram
 from tests.support.index import build_wheel, settings
 
 CPU = torch.device("cpu")
@@ -161,17 +159,14 @@ def begin(published, cache):
     """Starts a process that loads the model and prints what it is told."""
 
     def call(first=""):
-        text = PROGRAM.format(published=published[2], first=textwrap.dedent(first))
-        return subprocess.Popen(  # noqa: S603 - a fixed program
-            [sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return ForkedProgram(PROGRAM.format(published=published[2], first=textwrap.dedent(first)))
 
     return call
 
 
 def test_two_processes_at_once_both_have_it(begin, published, cache):
     count = sum(one.numel() for one in published[0].parameters())
-    outputs = [process.communicate(timeout=100)[0] for process in [begin(), begin()]]
+    outputs = [process.end() for process in [begin(), begin()]]
 
     assert [output.splitlines()[-1] for output in outputs] == [f"loaded {count}"] * 2, outputs
     assert files(cache) == COMPLETE
@@ -187,10 +182,9 @@ def test_after_a_kill_in_the_middle_it_is_made_anew(begin, cache):
             time.sleep(100)
         convert._convert = stop
     """)
-    lines = iter(process.stdout.readline, "")
-    assert any(line == "halfway\n" for line in lines)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
+    assert "halfway\n" in iter(process.output.readline, "")
+    os.kill(process.pid, signal.SIGKILL)
+    process.end()
 
     assert files(cache) > COMPLETE  # as it was killed; no folder that could be taken for a model
     assert [path.suffix for path in (cache / "models").iterdir() if path.is_dir()] == [".partial"]
@@ -211,7 +205,7 @@ convert._convert = limited
 @pytest.mark.parametrize(("first", "lines"), [(LIMIT, 2), (AT_CONVERSION, 4)], ids=["download", "conversion"])
 def test_a_file_that_cannot_be_written_is_one_line(begin, cache, first, lines):
     """As on a full disk: no file may become longer than 20 kB, and wheels and weights are."""
-    output, _ = begin(first).communicate(timeout=100)
+    output = begin(first).end()
     last = output.splitlines()[-1]
 
     assert last.startswith("refused tiny"), output
@@ -227,8 +221,8 @@ def test_an_interrupt_leaves_nothing(begin, cache):
             time.sleep(100)
         convert._convert = stop
     """)
-    assert any(line == "halfway\n" for line in iter(process.stdout.readline, ""))
+    assert "halfway\n" in iter(process.output.readline, "")
     os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=100)
+    process.end()
 
     assert files(cache) == set()

@@ -26,7 +26,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def process():
-    made = PeerProcess(Path(sys.executable), ("-c", ECHO), {"hello": 1}, 5.0)
+    made = PeerProcess(Path(sys.executable), ("-c", ECHO), {"hello": 1}, 2.0)
     yield made
     made.close()
 
@@ -44,7 +44,7 @@ def test_one_process_answers_all_requests_after_a_greeting(process):
     [
         ("words", "^peer: the last words$"),
         ("silent", "^peer: its process ended with code 3 and no output$"),
-        ("late", "^peer: took more than 5 s$"),
+        ("late", "^peer: took more than 2 s$"),
         ("list", "^peer: its answer is no object$"),
     ],
 )
