@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
+from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack, unpack_indices
 from tests.property.layers import generators
 
 
@@ -31,3 +31,15 @@ def test_packing_reads_tensors_however_they_lie(bits, random, flipped):
     inside[..., 3:] = packed
     assert torch.equal(unpack(inside[..., 3:], bits, part.shape[-1]), part)
     assert torch.equal(codes, before)
+
+
+shapes = st.lists(st.integers(0, 3), max_size=2)
+
+
+@given(st.integers(1, 3), st.sampled_from((2, 4)), shapes, st.integers(0, 9), generators)
+def test_neighbouring_codes_are_one_index(bits, together, shape, count, random):
+    codes = torch.randint(2**bits, (*shape, count * together), dtype=torch.uint8, generator=random)
+    index = unpack_indices(pack(codes, bits), together * bits, count)
+    places = 2 ** (bits * torch.arange(together))
+    assert torch.equal(index, (codes.unflatten(-1, (count, together)) * places).sum(-1))
+    assert index.dtype == torch.int32

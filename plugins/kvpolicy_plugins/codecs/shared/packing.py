@@ -1,4 +1,4 @@
-"""Bit packing of codes of 1 to 8 bits."""
+"""Bit packing of codes of 1 to 8 bits, and reading them several at a time."""
 
 import functools
 import math
@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+_LARGEST, _TWELVE = 8, 2**12 - 1
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,8 +44,23 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             words = (words << shift).bitwise_and_(high).bitwise_or_(words & low)
         else:
             words = (words << shift).bitwise_or_(words).bitwise_and_(high | low)
-    codes = words.view(torch.uint8)
+    codes = words[..., None].view(torch.uint8).flatten(-2)  # one word of none may have any stride
     return codes if codes.shape[-1] == count else codes[..., :count]
+
+
+def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Numbers of `bits`, 1 to 8 or 12, as int32 [..., count]: so neighbouring codes are one index of a table."""
+    if bits <= _LARGEST:
+        return unpack(packed, bits, count).int()
+    whole = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 3))
+    three = whole.unflatten(-1, (whole.shape[-1] // 3, 3))
+    words = three[..., 2].int()
+    for byte in (1, 0):
+        words = (words << 8).bitwise_or_(three[..., byte])
+    halves = torch.empty((*words.shape, 2), dtype=torch.int32, device=words.device)
+    torch.bitwise_and(words, _TWELVE, out=halves[..., 0])
+    torch.bitwise_right_shift(words, 12, out=halves[..., 1])
+    return halves.flatten(-2)[..., :count]
 
 
 @functools.cache

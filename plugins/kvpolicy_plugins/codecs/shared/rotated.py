@@ -12,7 +12,9 @@ from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
 from kvpolicy_plugins.codecs.shared.calibrated.mean_keys import MeanKeys
 from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
 from kvpolicy_plugins.codecs.shared.hadamard import hadamard
-from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack
+from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack_indices
+
+_BYTES = 16  # of the largest number that is moved at once
 
 
 @attrs.frozen(eq=False)
@@ -83,9 +85,10 @@ class Rotated(Format):
 
     def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:
         dim, device = len(self.signs), columns["codes"].device
-        pairs = unpack(columns["codes"], 2 * self.bits, -(-dim // 2))
-        complex_levels = _pairs(self.levels, dtype, device).index_select(0, pairs.flatten().int())
-        levels = torch.view_as_real(complex_levels).view(*pairs.shape, 2).flatten(-2)[..., :dim]
+        together = _BYTES // dtype.itemsize if self.bits < 4 else 2
+        index = unpack_indices(columns["codes"], together * self.bits, -(-dim // together))
+        found = _combined(self.levels, together, dtype, device).index_select(0, index.flatten())
+        levels = found.view(dtype).view(*index.shape, together).flatten(-2)[..., :dim]
         scale = columns["norm"].to(dtype)[..., None] * dim**-0.5
         if self.means is None:
             return levels.mul_(scale)
@@ -110,8 +113,13 @@ def _tensor(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
-def _pairs(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Complex [levels²]: the levels of two neighbouring codes, so that one look-up serves both."""
-    numbers = _tensor(levels, dtype, device)
-    second, first = torch.meshgrid(numbers, numbers, indexing="ij")
-    return torch.complex(first, second).flatten()
+def _combined(levels: tuple[float, ...], together: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The levels of as many neighbouring codes for every index that these are, so that one look-up serves all of them.
+
+    They are moved as one number: a complex one of 8 or 16 bytes.
+    """
+    numbers, count = _tensor(levels, dtype, device), len(levels)
+    index = torch.arange(count**together, device=device)[:, None]
+    codes = index // count ** torch.arange(together, device=device) % count
+    moved = torch.complex128 if together * dtype.itemsize == _BYTES else torch.complex64
+    return numbers[codes].view(moved).flatten()
