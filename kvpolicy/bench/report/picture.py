@@ -35,7 +35,7 @@ def draw(result: Result, path: Path) -> bool:
 def _panels(result: Result) -> list[tuple[str, str, list[Case]]]:
     panels = []
     for part, cases in result.parts.items():
-        compared = [case for case in cases if OURS in case.samples]
+        compared = [case for case in cases if OURS in case.samples and case.length]  # the axis is logarithmic
         baselines = dict.fromkeys(name for case in compared for name in case.baselines)
         panels += [(part, name, [case for case in compared if name in case.samples]) for name in baselines]
     return panels

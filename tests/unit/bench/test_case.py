@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import attrs
 import pytest
 
 from kvpolicy.bench.baselines.contenders import DYNAMIC
@@ -127,3 +128,10 @@ def test_picture_is_drawn_when_something_can_be_compared(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not draw(result(compress=[Case("x", 1, {OURS: (1.0,)})]), tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_cases_without_a_context_are_in_no_picture(tmp_path):
+    """A prompt has none, and its axis is logarithmic."""
+    prompt = attrs.evolve(case(), length=0)
+    assert not draw(result(prompt=[prompt]), tmp_path / "a.png")
+    assert draw(result(prompt=[prompt], compress=[case()]), tmp_path / "b.png")
