@@ -21,6 +21,7 @@ class Footprint:
     pages: tuple[Format | None, ...]  # per layer
     queries: int = 0  # W, in the observation window of each layer
     row_states: int = 0  # float32 numbers of state per layer and sequence
+    uneven: bool = False  # whether heads or layers may differ in what they hold: bytes are then at most as many
 
     def nbytes(self, capacity: int) -> int:
         """Bytes of storage for `capacity` entries per KV head in every layer of one sequence."""
@@ -30,10 +31,12 @@ class Footprint:
         """Bytes of storage for `capacity` entries per KV head in one managed layer."""
         formats, page = self.formats[layer], self.pages[layer]
         vectors = sum(
-            kv_format.nbytes(capacity, self.geometry, self.dtype) for kv_format in (formats.keys, formats.values)
+            kv_format.nbytes(capacity, self.geometry, self.dtype, uneven=self.uneven)
+            for kv_format in (formats.keys, formats.values)
         )
         slot = sum(column.bytes_per_slot for column in self.columns.values())
-        summary = 0 if page is None else capacity // page.group_size * _group_bytes(page)
+        pages = 0 if page is None else capacity / page.group_size if self.uneven else capacity // page.group_size
+        summary = 0 if page is None else pages * _group_bytes(page)
         return self.geometry.kv_heads * (vectors + slot * capacity + summary)
 
     def full_bytes(self, length: int) -> int:

@@ -186,7 +186,8 @@ def compile_policy(
     columns, needs = _columns(spec, geometry), _needs(spec)
     chunk_observers = chunk_observers_of(spec)
     queries = needs.queries + (most_queries(chunk_observers) if _keeps_chunk_queries(spec) else 0)
-    footprint = Footprint(geometry, dtype, columns, formats, pages, queries, len(spec.merge.row_state()))
+    states, uneven = len(spec.merge.row_state()), spec.allocate.divider.ragged or spec.allocate.layers.name != "uniform"
+    footprint = Footprint(geometry, dtype, columns, formats, pages, queries, states, uneven)
     return Plan(
         spec=spec,
         geometry=geometry,

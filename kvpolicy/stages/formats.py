@@ -121,15 +121,21 @@ class Format(abc.ABC):
         """Largest residual while tokens are added one by one up to `capacity`."""
         return min(capacity, self.residual_length + self.step)
 
-    def nbytes(self, capacity: int, geometry: Geometry, dtype: torch.dtype) -> float:
-        """Bytes of one head with up to `capacity` entries: packed groups, and the residual in `dtype`."""
-        packed = (
-            self.packed_length(capacity)
-            // self.group_size
-            * sum(column.bytes_per_slot for column in self.columns.values())
-        )
+    def nbytes(self, capacity: int, geometry: Geometry, dtype: torch.dtype, *, uneven: bool = False) -> float:
+        """Bytes of one head with up to `capacity` entries: packed groups, and the residual in `dtype`.
+
+        With `uneven` the most that heads take on average which hold as many on average: a head with more entries than
+        others has more groups, and one with fewer has a residual all the same.
+        """
         shared = geometry.kv_heads if self.joint else 1
-        return packed / shared + self.residual_capacity(capacity) * geometry.head_dim * dtype.itemsize
+        group_bytes = sum(column.bytes_per_slot for column in self.columns.values()) / shared
+        if uneven:  # concave and nowhere below, so that the mean over heads is at most that of the mean
+            longest = self.residual_length + self.step
+            packed = max(capacity - self.residual_length, min(capacity, longest) * self.step / longest)
+        else:
+            packed = self.packed_length(capacity) // self.group_size * self.group_size
+        residual = self.residual_capacity(capacity)
+        return packed / self.group_size * group_bytes + residual * geometry.head_dim * dtype.itemsize
 
 
 @attrs.frozen(eq=False)

@@ -146,4 +146,6 @@ def _held_by_all(lines: Sequence[Line | None]) -> str:
 
 
 def _linked(name: str) -> str:
-    return f"[{name}](#{name})"
+    """With a link to the policy, of which it may be a changed one."""
+    policy, changed, _ = name.partition("+")
+    return f"[{policy}](#{policy})" + (", on prompts" if changed else "")

@@ -3,9 +3,11 @@
 import attrs
 import pytest
 
+import kvpolicy
+from kvpolicy.cli.quality.evaluate import loaded
 from kvpolicy.evaluate.harness.setup import FULL
 from tests.docs.method_tables import Results, bytes_and_times, loss_by_share, loss_by_task
-from tests.docs.methods import REAL_MODEL, TESTBED, page_of
+from tests.docs.methods import ON_PROMPTS, REAL_MODEL, TESTBED, page_of
 from tests.support.evaluation_records import cell, record_of
 
 SECONDS = {"prompt_share": 0.3, "end_share": 0.25}
@@ -24,7 +26,7 @@ def of_texts():
     cells += [cell("text", group, "kivi4", None, held=390, kl=[0.01]) for group in range(3)]
     cells.append(attrs.evolve(cell("text", 0, "kvpress snapkv", 0.25, kl=[9.0]), peer=True))
     cells.append(cell("text", 0, "rkv", 0.25, refusal="no room"))
-    cells += [cell("needles-unseen", 0, name, share, correct=[1, right]) for name, share, right in ANSWERS]
+    cells += [cell("needle", 0, name, share, correct=[1, right]) for name, share, right in ANSWERS]
     return record_of(*cells)
 
 
@@ -33,7 +35,7 @@ ANSWERS = [(FULL, None, 1), ("h2o", 0.25, 0), ("tova", 0.25, 1)]
 
 @pytest.fixture
 def results():
-    return Results(of_texts(), {"text": "KL", "needles-unseen": "Needles", "agent": "Agents"}, "there.md")
+    return Results(of_texts(), {"text": "KL", "needle": "Needles", "agent": "Agents"}, "there.md")
 
 
 def lines(tables):
@@ -116,6 +118,24 @@ def test_the_page_says_what_was_measured_and_where():
     assert "| [h2o](#h2o) | 25% | 67% [0%, 100%] |" in page
     words = " ".join(page.split())
     assert "nats a token. 3 cases, [a/model](evaluation/smollm2-methods/evaluation.md)" in words
-    assert "with the full cache: Needles found 100%." in words
+    assert "with the full cache: needle 100%." in words
     assert "with the full cache: recall 67%." in words
     assert "[rkv](#rkv)" not in page
+
+
+def test_policies_that_leave_prompts_alone_are_shown_as_if_they_did_not():
+    changed = ON_PROMPTS["rpc"]
+    cells = [cell("text", 0, name, share, kl=[0.5]) for name, share in ((FULL, None), (changed, 0.25), ("rpc", 0.25))]
+    page = page_of({REAL_MODEL: record_of(*cells), TESTBED: record_of()})
+
+    assert "| [rpc](#rpc), on prompts | 0.5 |" in page
+    assert "| [rpc](#rpc) |" not in page
+
+
+@pytest.mark.parametrize("name", ON_PROMPTS)
+def test_what_is_shown_of_them_can_be_measured(name):
+    assert not kvpolicy.load(name).spec.compress.prefill
+    changed = loaded(ON_PROMPTS[name]).spec
+    assert changed.compress.prefill
+    assert changed.budget.generated is None
+    assert changed.score == kvpolicy.load(name).spec.score

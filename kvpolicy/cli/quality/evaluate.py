@@ -155,7 +155,7 @@ def loaded(text: str) -> "Policy":
     from kvpolicy.policy import load
 
     source, *changes = text.split("+")
-    if not changes or Path(text).is_file():
+    if not changes or _is_file(text):
         return load(text)
     values: dict[str, object] = {}
     for change in changes:
@@ -168,6 +168,13 @@ def loaded(text: str) -> "Policy":
             raise InputError(f"--policy {shown(text)}: {key}: is no YAML: {one_line(error)}") from error
     changed = load(source, **values)
     return attrs.evolve(changed, spec=attrs.evolve(changed.spec, name=text))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than a name may be
+        return False
 
 
 def slow_in_16_bits(device: str) -> bool:

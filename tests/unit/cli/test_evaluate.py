@@ -151,6 +151,7 @@ def test_peers_that_are_not_installed_are_told_first(kv, tmp_path, monkeypatch):
     ("words", "message"),
     [
         (("--policy", "nope"), "unknown policy 'nope'"),
+        (("--policy", f"rkv+merge={'x' * 300}"), "override merge: "),
         (("--policy", "rkv", "--policy", "rkv"), "policies must have different names: rkv"),
         (("--share", "512"), "--share must be a percentage above 0% and below 100%: '512'"),
         (("--share", "25%", "--share", "25.0%"), "shares must be different: 25%, 25%"),

@@ -34,6 +34,7 @@ BUDGETS = {  # budget, every, sinks, recent
     "random": (2048, 64, 0, "3.125%"),
     "rkv": (1024, 128, 0, 8),
     "rkv_centred": (1024, 128, 4, "50%"),
+    "headkv_centred": (1024, 128, 4, "25%"),
     "rocketkv": (1232, "never", 0, 32),
     "rpc": ("25% of generated", 768, 0, 32),
     "snapkv": (1024, 128, 0, 32),
