@@ -19,6 +19,7 @@ CANDIDATES: Final = (
     "kvpolicy:kivi4",
     "kvpolicy:rotation4",
     "kvpolicy:rkv_centred",
+    "kvpolicy:headkv_centred",
 )
 
 
