@@ -236,9 +236,11 @@ def results_table():
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("name", [page.parent.name for page in (ROOT / "docs/reference/evaluation").glob("*/evaluation.md")])
-def test_pages_of_evaluations_are_those_of_their_records(name):
-    folder = ROOT / "docs" / "reference" / "evaluation" / name
+EVALUATIONS = sorted((ROOT / "docs" / "reference" / "evaluation").iterdir())
+
+
+@pytest.mark.parametrize("folder", EVALUATIONS, ids=lambda folder: folder.name)
+def test_pages_of_evaluations_are_those_of_their_records(folder):
 
     assert (folder / "evaluation.md").read_text("utf-8") == page_of(read_record(folder / "cells.jsonl"), "tradeoff.png")
 

@@ -60,7 +60,7 @@ def _draw(panel: Any, task: TaskSummary, names: Sequence[str]) -> None:
         if points:
             _points(panel, points, task.metric, factor, name, {**style_of(name, names), "linestyle": _kind(index)})
     shares = sorted({100 * line.share for line in task.measured if line.share is not None})
-    panel.set(title=task.task if task.tells_something else f"{task.task} (not done by the full cache)", xscale="log")
+    panel.set(title=task.task if task.tells_something else f"{task.task}\n(not done by the full cache)", xscale="log")
     lines = [line for line in task.measured if line.policy in names]
     if not metric.larger_is_better and any(line.estimate(task.metric).mean > 0 for line in lines):
         panel.set_yscale("log")
