@@ -1,7 +1,7 @@
 """Gates of stores that hold every entry in few bits: a step, and a chunk of tokens, against the plain cache."""
 
 import torch
-from transformers.utils import is_optimum_quanto_available
+from transformers.utils.import_utils import is_optimum_quanto_available
 
 from kvpolicy.bench.baselines.contenders import DYNAMIC, QUANTO
 from kvpolicy.bench.cases.decode import DecodeSetup, measure_one
