@@ -48,7 +48,7 @@ def attend(
             return _at_a_step(storage, batch, dropout)
         if even and is_joined(storage.heads, storage.longest, batch):
             return _at_a_step_unpacked(storage, batch, dropout)
-    if storage.is_plain and not storage.is_block and slots is None and not observers and not pads:
+    if slots is None and not observers and not pads and not storage.is_block and storage.is_plain:
         return _over_ragged_heads(storage, batch, dropout)
     if storage.is_block:
         part = AttendedSlots(storage, storage.everything, slots, clears=kernels and not storage.is_even)

@@ -1,8 +1,6 @@
 """`kvpolicy evaluate --quick` from end to end, how it goes on, and bad input before anything is measured."""
 
 import json
-import os
-import signal
 
 import attrs
 import pytest
@@ -64,8 +62,12 @@ def test_a_quick_evaluation_writes_its_files_goes_on_and_is_rendered_again(kv, t
 def test_calibrations_stay_until_all_is_measured(kv, tmp_path, monkeypatch):
     """A run that goes on calibrates nothing again."""
     words = ("evaluate", "--quick", "--task", "recall", "--policy", "centred4", "--out", "run")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(RecordFile, "add", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(RecordFile, "add", interrupted)
         assert kv(*words).exit_code != 0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"cells.jsonl", "calibrations"}
 

@@ -33,6 +33,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., ceil(count · bits / 8)] to uint8 codes [..., count]."""
+    if not packed.numel():  # words of none may have any stride
+        return packed.new_empty((*packed.shape[:-1], count))
     wide = _codes_per_word(bits)
     narrow = wide * bits // 8
     if narrow == 1:
@@ -44,7 +46,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             words = (words << shift).bitwise_and_(high).bitwise_or_(words & low)
         else:
             words = (words << shift).bitwise_or_(words).bitwise_and_(high | low)
-    codes = words[..., None].view(torch.uint8).flatten(-2)  # one word of none may have any stride
+    codes = words.view(torch.uint8)
     return codes if codes.shape[-1] == count else codes[..., :count]
 
 
