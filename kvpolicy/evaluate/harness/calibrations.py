@@ -62,14 +62,14 @@ class Calibrations:
         name = hashlib.sha256(tokens + f"{self._in_float32} {calibrated_digest(policy.spec)}".encode()).hexdigest()[:16]
         path = folder / f"{name}.safetensors"
         try:
-            found = Calibration.read(path)
-            found.require(policy.spec, model_digest(self.model))
+            calibration = Calibration.read(path)
+            calibration.require(policy.spec, model_digest(self.model))
         except CalibrationError:
-            found = self._measured(policy)
+            calibration = self._measured(policy)
             with contextlib.suppress(OSError, CalibrationError):  # unwritten it is made again, which takes time only
                 folder.mkdir(parents=True, exist_ok=True)
-                found.save(path)
-        return found
+                calibration.save(path)
+        return calibration
 
     def _measured(self, policy: Policy) -> Calibration:
         if not self._in_float32 or self.model.dtype == torch.float32:

@@ -85,10 +85,10 @@ class Rotated(Format):
 
     def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:
         dim, device = len(self.signs), columns["codes"].device
-        together = _BYTES // dtype.itemsize if self.bits < 4 else 2
-        index = unpack_indices(columns["codes"], together * self.bits, -(-dim // together))
-        found = _combined(self.levels, together, dtype, device).index_select(0, index.flatten())
-        levels = found.view(dtype).view(*index.shape, together).flatten(-2)[..., :dim]
+        per_index = _BYTES // dtype.itemsize if self.bits < 4 else 2
+        index = unpack_indices(columns["codes"], per_index * self.bits, -(-dim // per_index))
+        combined = _combined(self.levels, per_index, dtype, device).index_select(0, index.flatten())
+        levels = combined.view(dtype).view(*index.shape, per_index).flatten(-2)[..., :dim]
         scale = columns["norm"].to(dtype)[..., None] * dim**-0.5
         if self.means is None:
             return levels.mul_(scale)
@@ -113,13 +113,13 @@ def _tensor(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
-def _combined(levels: tuple[float, ...], together: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _combined(levels: tuple[float, ...], per_index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The levels of as many neighbouring codes for every index that these are, so that one look-up serves all of them.
 
     They are moved as one number: a complex one of 8 or 16 bytes.
     """
     numbers, count = _tensor(levels, dtype, device), len(levels)
-    index = torch.arange(count**together, device=device)[:, None]
-    codes = index // count ** torch.arange(together, device=device) % count
-    moved = torch.complex128 if together * dtype.itemsize == _BYTES else torch.complex64
+    index = torch.arange(count**per_index, device=device)[:, None]
+    codes = index // count ** torch.arange(per_index, device=device) % count
+    moved = torch.complex128 if per_index * dtype.itemsize == _BYTES else torch.complex64
     return numbers[codes].view(moved).flatten()
