@@ -29,8 +29,8 @@ def evaluate(
     policy: Annotated[
         list[str] | None, typer.Option(help="A policy's name or file, changed by +key=value; may be repeated.")
     ] = None,
-    share: Annotated[list[str] | None, typer.Option(help="Share of the full cache's bytes; may be repeated.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated. `list` prints all.")] = None,
+    share: Annotated[list[str] | None, typer.Option(help="Shares of the full cache's bytes: `25%,12.5%`.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Tasks: `text,needle`. `list` prints all.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="A text file; may be repeated. By default essays.")] = None,
     documents: Annotated[int | None, typer.Option(help="Contexts of a task; by default 4, of the testbed 32.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a context; by default 2048, testbed 1024.")] = None,
@@ -130,17 +130,22 @@ def _setup(
 
     defaults = {"documents": 32, "length": 1024} if model == TESTBED else {"documents": 4, "length": 2048}
     given = {name: value for name, value in sizes.items() if value is not None}
-    names = tuple(tasks or (TESTBED_TASKS if model == TESTBED else TEXT_TASKS))
+    names = tuple(_each(tasks) or (TESTBED_TASKS if model == TESTBED else TEXT_TASKS))
     require_tasks(names, testbed=model == TESTBED)
     return EvaluationSetup(
         tuple(map(loaded, policies or registry().policies())),
         names,
-        tuple(map(parse_share, shares or SHARES)),
+        tuple(map(parse_share, _each(shares) or SHARES)),
         TaskSizes(**{**defaults, **(_QUICK if quick else {}), **given}),
         peers=peers,
         times=times,
         prompts_in_float32=slow_in_16_bits(device),
     )
+
+
+def _each(texts: list[str] | None) -> list[str]:
+    """The values of an option that may be repeated, or have commas between several."""
+    return [part.strip() for text in texts or () for part in text.split(",")]
 
 
 def loaded(text: str) -> "Policy":

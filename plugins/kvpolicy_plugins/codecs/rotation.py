@@ -13,6 +13,8 @@ from kvpolicy_plugins.codecs.shared.hadamard import random_signs
 from kvpolicy_plugins.codecs.shared.rotated import Rotated
 from kvpolicy_plugins.shared.limits import SEED
 
+_MOST_BITS = 6  # their error is a fortieth of a vector, that of float8 with its 8 bits too
+
 
 @attrs.frozen
 class Rotation(Codec):
@@ -34,8 +36,8 @@ class Rotation(Codec):
     reference: ClassVar[str] = "arXiv:2504.19874"
     calibrated_by: ClassVar[tuple[str, ...]] = ("centre", "sinks")
 
-    bits: int = parameter(Integer(minimum=1, maximum=4), 4, help="bits per number")
-    value_bits: int = parameter(Integer(minimum=0, maximum=4), 0, help="bits per number of the values; 0 = as of keys")
+    bits: int = parameter(Integer(minimum=1, maximum=_MOST_BITS), 4, help="bits per number")
+    value_bits: int = parameter(Integer(minimum=0, maximum=_MOST_BITS), 0, help="bits per number of the values; 0 = as of keys")
     norm_correction: bool = parameter(Flag(), False, help="whether decoded vectors have the norm of the vectors")
     centre: str = parameter(
         Choice(("none", "calibrated")), "none", help="what keys are held as differences from: zero, or their mean"

@@ -9,7 +9,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Geometry, Sample, Site
 from kvpolicy.stages.conformance import Promises, conformance_cases
 from kvpolicy_plugins.codecs.rotation import Rotation
-from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
+from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between, nearest_code
 from kvpolicy_plugins.codecs.shared.hadamard import _sylvester, hadamard
 from kvpolicy_plugins.codecs.shared.packing import unpack
 from tests.support.latents import rotary_of
@@ -24,6 +24,8 @@ CASES = [
         (Rotation(3, 2, norm_correction=True), 0.6),
         (Rotation(centre="calibrated", norm_correction=True), 0.25),
         (Rotation(3, centre="calibrated", sinks=0), 0.4),
+        (Rotation(5, 6), 0.12),
+        (Rotation(6, 3, centre="calibrated", norm_correction=True), 0.4),
     )
     for name, check in conformance_cases(codec, Promises(error=error))
 ]
@@ -33,6 +35,8 @@ LLOYD_MAX = {  # arXiv:2504.19874, section 3.1, and J. Max, Quantizing for minim
     3: ([0.24509, 0.75601, 1.34391, 2.15195], 0.03455),
     4: ([0.12840, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259], 0.00950),
 }
+# Signal-to-noise ratios in decibel, N. S. Jayant and P. Noll, Digital Coding of Waveforms, 1984.
+ERRORS = {bits: error for bits, (_, error) in LLOYD_MAX.items()} | {5: 10**-2.601, 6: 10**-3.189}
 
 
 @pytest.mark.parametrize("check", CASES)
@@ -58,7 +62,38 @@ def test_the_codebook_is_that_of_lloyd_and_max(bits):
     assert ((numbers - nearest).square() * density).sum().item() == pytest.approx(error, abs=5e-5)
 
 
-@pytest.mark.parametrize("bits", LLOYD_MAX)
+@pytest.mark.parametrize("bits", ERRORS)
+def test_levels_are_the_means_of_the_numbers_that_they_stand_for(bits):
+    numbers = torch.linspace(-9, 9, 400_001, dtype=torch.float64)
+    density = (-numbers.square() / 2).exp()
+    levels = torch.tensor(codebook(bits), dtype=torch.float64)
+    nearest = (numbers[:, None] - levels).abs().argmin(-1)
+    mass, moment = (torch.zeros_like(levels).index_add_(0, nearest, part) for part in (density, density * numbers))
+    torch.testing.assert_close(levels, moment / mass, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", ERRORS)
+def test_a_code_is_that_of_the_nearest_level(bits, dtype, upper):
+    """Numbers on an edge, next to one, and far outside among them."""
+    edges = torch.tensor(edges_between(codebook(bits)), dtype=dtype)
+    beside = [torch.nextafter(edges, torch.full_like(edges, to)) for to in (-math.inf, math.inf)]
+    far = torch.tensor([0.0, -0.0, 1e30, -1e30], dtype=dtype)
+    numbers = torch.cat([edges, *beside, far, 3 * torch.randn(2000, dtype=dtype)])
+    expected = torch.bucketize(numbers, edges, right=upper)
+    found = nearest_code(numbers[None], codebook(bits), upper_on_edge=upper)[0]
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.long(), expected)
+
+
+def test_levels_may_be_anywhere():
+    levels = (-3.0, -2.99, 0.5, 7.0)
+    numbers = torch.tensor([-9.0, -2.996, -2.994, -1.3, -1.2, 3.7, 3.8])
+    assert nearest_code(numbers, levels).tolist() == [0, 0, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("bits", ERRORS)
 @pytest.mark.parametrize("content", ["normal", "one hot", "smooth"])
 def test_the_error_is_that_of_the_codebook_whatever_the_vectors(bits, content):
     random = torch.Generator().manual_seed(0)
@@ -71,7 +106,7 @@ def test_the_error_is_that_of_the_codebook_whatever_the_vectors(bits, content):
     at = torch.zeros(vectors.shape[:3])
     error = (half.decode(half.encode(vectors, at), at) - vectors).square().sum() / vectors.square().sum()
     # A vector with one number, rotated, is all 1 and -1: the error is the distance of 1 from its code.
-    expected = LLOYD_MAX[bits][1] if content != "one hot" else min((1 - code) ** 2 for code in codebook(bits))
+    expected = ERRORS[bits] if content != "one hot" else min((1 - code) ** 2 for code in codebook(bits))
     assert error.item() == pytest.approx(expected, rel=0.3 if content == "smooth" else 0.03)
 
 
@@ -83,7 +118,7 @@ def test_codes_and_norms_of_a_vector():
     assert unpack(columns["codes"], 2, 4).flatten().tolist() == [3, 1, 1, 1]  # rotated: 2, 0, 0, 0
 
 
-@pytest.mark.parametrize("bits", LLOYD_MAX)
+@pytest.mark.parametrize("bits", ERRORS)
 def test_a_zero_vector_has_the_codes_nearest_to_zero(bits):
     columns = form(8, bits=bits).encode(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1))
     assert columns["norm"].item() == 0
@@ -169,9 +204,10 @@ def test_values_have_no_centre_and_bits_of_their_own():
     assert formats.values.means is None
     assert formats.keys.unpacking() == "adds a mean that depends on the position"
     assert form(64, bits=2).bits == 2
+    assert form(64, bits=5).unpacking() == "has more than 16 levels"
 
 
-@pytest.mark.parametrize("bits", LLOYD_MAX)
+@pytest.mark.parametrize("bits", ERRORS)
 def test_corrected_vectors_have_their_norm_and_the_same_direction(bits):
     vectors = torch.randn(1, 1, 300, 64, generator=torch.Generator().manual_seed(1))
     at = torch.arange(300).expand(1, 1, 300)

@@ -10,11 +10,13 @@ from torch import Tensor
 from kvpolicy.stages import Column, Format, PackedColumn, Unpacking
 from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
 from kvpolicy_plugins.codecs.shared.calibrated.mean_keys import MeanKeys
-from kvpolicy_plugins.codecs.shared.codebook import codebook, edges_between
+from kvpolicy_plugins.codecs.shared.codebook import codebook, nearest_code
 from kvpolicy_plugins.codecs.shared.hadamard import hadamard
 from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack_indices
 
 _BYTES = 16  # of the largest number that is moved at once
+_INDEX_BITS = (*range(1, 9), 12)  # widths that codes are unpacked in
+_KERNEL_LEVELS = 16  # the attention kernel selects among all of them, for every number
 
 
 @attrs.frozen(eq=False)
@@ -63,9 +65,7 @@ class Rotated(Format):
         norm = exact.norm(dim=-1).clamp(max=torch.finfo(exact.dtype).max / 4)  # leaves room to decode
         directions = exact / norm.masked_fill(norm == 0, 1)[..., None]
         rotated = hadamard(directions * _tensor(self.signs, exact.dtype, exact.device))
-        codes = torch.zeros(rotated.shape, dtype=torch.uint8, device=rotated.device)
-        for edge in edges_between(self.levels):  # many times faster than a binary search
-            codes += rotated >= edge if self.upper_on_edge else rotated > edge
+        codes = nearest_code(rotated, self.levels, upper_on_edge=self.upper_on_edge)
         if self.norm_correction:
             levels = _tensor(self.levels, exact.dtype, exact.device)[codes.int()]
             norm = norm * (len(self.signs) ** 0.5 / levels.norm(dim=-1))
@@ -85,7 +85,7 @@ class Rotated(Format):
 
     def decode_in_basis(self, columns: Mapping[str, Tensor], positions: Tensor, dtype: torch.dtype) -> Tensor:
         dim, device = len(self.signs), columns["codes"].device
-        per_index = _BYTES // dtype.itemsize if self.bits < 4 else 2
+        per_index = self._codes_per_index(dtype)
         index = unpack_indices(columns["codes"], per_index * self.bits, -(-dim // per_index))
         combined = _combined(self.levels, per_index, dtype, device).index_select(0, index.flatten())
         levels = combined.view(dtype).view(*index.shape, per_index).flatten(-2)[..., :dim]
@@ -94,7 +94,14 @@ class Rotated(Format):
             return levels.mul_(scale)
         return torch.addcmul(self.means.at(positions, dtype), levels, scale)
 
+    def _codes_per_index(self, dtype: torch.dtype) -> int:
+        """How many neighbouring codes are looked up at once: tables have up to 2^8 entries, or 2^12."""
+        fits = [count for count in (4, 2) if count * dtype.itemsize <= _BYTES and count * self.bits in _INDEX_BITS]
+        return fits[0] if fits else 1
+
     def unpacking(self) -> Unpacking | str:
+        if len(self.levels) > _KERNEL_LEVELS:
+            return f"has more than {_KERNEL_LEVELS} levels"
         if self.means is not None:
             return "adds a mean that depends on the position"
         from kvpolicy_kernels.quantise.unpack import codebook as tile
@@ -116,10 +123,10 @@ def _tensor(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device
 def _combined(levels: tuple[float, ...], per_index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The levels of as many neighbouring codes for every index that these are, so that one look-up serves all of them.
 
-    They are moved as one number: a complex one of 8 or 16 bytes.
+    Several are moved as one number: a complex one of 8 or 16 bytes.
     """
     numbers, count = _tensor(levels, dtype, device), len(levels)
     index = torch.arange(count**per_index, device=device)[:, None]
     codes = index // count ** torch.arange(per_index, device=device) % count
-    moved = torch.complex128 if per_index * dtype.itemsize == _BYTES else torch.complex64
+    moved = {8: torch.complex64, _BYTES: torch.complex128}[per_index * dtype.itemsize] if per_index > 1 else dtype
     return numbers[codes].view(moved).flatten()
