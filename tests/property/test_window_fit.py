@@ -38,10 +38,12 @@ def test_a_window_fit_is_what_a_plain_form_gives(view, random, merger):
         members = {n: [slot] for n, slot in enumerate(slots)}
         for slot, onto in plain_assignment(layer, merger, row, head, slots).items():
             members[onto].append(slot)
+        solved = plain_values(layer, merger, row, head, members) if merger.values == "solve" else {}
         for n, group in members.items():
             assert bool(entries.changed[row, head, n]) == (len(group) > 1)
             if len(group) > 1:
                 key, value, votes = plain_fit(layer, merger, row, head, group)
+                value = solved.get(n, value)
                 assert_close(entries.keys[row, head, n].double(), key, atol=1e-4, rtol=1e-3)
                 assert_close(entries.values[row, head, n].double(), value, atol=1e-4, rtol=1e-3)
                 assert_close(entries.log_votes[row, head, n].double(), votes, atol=1e-3, rtol=1e-3)
@@ -110,6 +112,37 @@ def plain_fit(view, merger, row, head, group):
     missing = logits[counts][:, group].logsumexp(-1) - queries @ key
     bias = (given * missing).sum() / given.sum() if given.sum() > 0 else votes.sum().log()
     return key, weights @ view.values[row, head, group].double(), bias
+
+
+def plain_values(view, merger, row, head, members):
+    """Solved values of the groups of several entries, by their place: one query after another, one system of rows."""
+    queries, asked = plain_window(view, merger, row, head)
+    at, held, several = view.positions[row, head], view.values[row, head].double(), []
+    fits = [plain_fit(view, merger, row, head, group) for group in members.values()]
+    _, logits, _ = plain_probabilities(view, merger, row, head)
+    rows, outputs = [], []
+    for query, position, seen in zip(queries, asked, logits, strict=True):
+        whole = [n for n, group in members.items() if at[group].max() <= position]
+        if not whole:
+            continue
+        of_groups = [slot for n in whole for slot in members[n]]
+        before = seen[of_groups].softmax(-1) @ held[of_groups]
+        now = torch.stack([query @ fits[n][0] + fits[n][2] for n in whole]).softmax(-1)
+        several = [n for n, group in members.items() if len(group) > 1]
+        alone = sum((x * fits[n][1] for n, x in zip(whole, now, strict=True) if n not in several), 0 * before)
+        rows.append([now[whole.index(n)] if n in whole else now.new_zeros(()) for n in several])
+        outputs.append(before - alone)
+    if not rows or not several:
+        return {}
+    matrix, target = torch.tensor(rows, dtype=torch.float64), torch.stack(outputs)
+    prior = torch.stack([fits[n][1] for n in several])
+    vector = torch.ones(len(several), dtype=torch.float64)
+    for _ in range(3):
+        vector = matrix.T @ (matrix @ (vector / vector.norm().clamp(min=1e-30)))
+    size = (matrix @ (vector / vector.norm().clamp(min=1e-30))).norm()
+    held_back = (merger.ridge**0.5 * size) * torch.eye(len(several), dtype=torch.float64)
+    found = torch.linalg.lstsq(torch.cat([matrix, held_back]), torch.cat([target, held_back @ prior]), driver="gelsd")
+    return dict(zip(several, found.solution, strict=True)) if size > 1e-6 else {}
 
 
 @given(views, generators, st.sampled_from(("cosine", "ward")))

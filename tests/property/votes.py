@@ -29,11 +29,14 @@ keepkvs = st.builds(
     fallback=st.sampled_from(KEYS[1:]),
     estimate=st.sampled_from(("ema", "window")),
 )
-window_fits = st.one_of(
+mean_fits = st.one_of(
     st.builds(
         WindowFit, st.just("cosine"), st.sampled_from((-1.0, 0.3)), st.sampled_from((0.0, 1.0)), st.integers(0, 3)
     ),
     st.builds(WindowFit, st.just("ward"), attended=st.sampled_from((0.0, 1.0))),
+)
+window_fits = mean_fits | st.builds(
+    WindowFit, values=st.just("solve"), ridge=st.sampled_from((0.01, 1.0)), queries=st.integers(0, 3)
 )
 
 

@@ -20,6 +20,7 @@ CANDIDATES: Final = (
     "kvpolicy:rotation4",
     "kvpolicy:rkv_centred",
     "kvpolicy:headkv_centred",
+    "kvpolicy:headkv_centred5",
 )
 
 

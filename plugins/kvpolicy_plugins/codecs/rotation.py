@@ -37,7 +37,9 @@ class Rotation(Codec):
     calibrated_by: ClassVar[tuple[str, ...]] = ("centre", "sinks")
 
     bits: int = parameter(Integer(minimum=1, maximum=_MOST_BITS), 4, help="bits per number")
-    value_bits: int = parameter(Integer(minimum=0, maximum=_MOST_BITS), 0, help="bits per number of the values; 0 = as of keys")
+    value_bits: int = parameter(
+        Integer(minimum=0, maximum=_MOST_BITS), 0, help="bits per number of the values; 0 = as of keys"
+    )
     norm_correction: bool = parameter(Flag(), False, help="whether decoded vectors have the norm of the vectors")
     centre: str = parameter(
         Choice(("none", "calibrated")), "none", help="what keys are held as differences from: zero, or their mean"

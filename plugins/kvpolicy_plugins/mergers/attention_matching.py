@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpolicy.stages import Entries, Integer, Merger, Needs, Number, View, parameter
 from kvpolicy.stages.slots import gather, take
 from kvpolicy_plugins.mergers.shared.merged_entries import changed_entries, kept_with_votes, log_votes_of
-from kvpolicy_plugins.mergers.shared.window_logits import window_of
+from kvpolicy_plugins.mergers.shared.window_logits import softmax, window_of
 from kvpolicy_plugins.shared.least_squares import ridge_towards, square_norm, within_bounds
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL
 
@@ -81,8 +81,3 @@ class AttentionMatching(Merger):
         """Values [..., N, Dv] near `values` that give `outputs` [..., n, Dv] by the logits `own` [..., n, N]."""
         weights = softmax(own)
         return ridge_towards(weights, outputs, values, self.ridge, square_norm(weights))
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension; zeros for a query that sees no entry."""
-    return logits.softmax(-1).masked_fill(logits == -torch.inf, 0.0)

@@ -3,60 +3,19 @@
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.stages import Choice, Entries, Merger, Needs, Number, View, parameter
 from kvpolicy.stages.slots import gather
-from kvpolicy_plugins.mergers.shared.group_means import GroupMeans
-from kvpolicy_plugins.mergers.shared.merge_groups import (
-    Groups,
-    evicted_of,
-    groups_of,
-    logsumexp_by_target,
-    nearest,
-    reaches,
-)
+from kvpolicy_plugins.mergers.shared.fitted_groups import fit, solved_values
+from kvpolicy_plugins.mergers.shared.merge_groups import Groups, evicted_of, groups_of, nearest, reaches
 from kvpolicy_plugins.mergers.shared.merged_entries import changed_entries, kept_with_votes, log_votes_of
 from kvpolicy_plugins.mergers.shared.window_logits import WindowLogits, window_of
 from kvpolicy_plugins.mergers.window_fit_ward import nearest_by_ward
 from kvpolicy_plugins.shared.limits import QUERIES_OR_ALL
 
 _SLACK = 1e-4  # tolerance, so that rounding does not separate equal attention
-
-
-def fit(
-    keys: Tensor, values: Tensor, log_votes: Tensor, groups: Groups, complete: Tensor, window: WindowLogits
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One entry for each group, in the dtype of the window's logits.
-
-    The mass of a group is log-sum-exp of its members' logits, a convex function of the query; it is replaced by
-    a linear one, q·k_r + b_r, that has the same mean over the queries, weighted by the mass they give the group.
-
-    Args:
-        keys: [B, K, T, D].
-        values: [B, K, T, Dv].
-        log_votes: [B, K, T].
-        groups: of N kept entries.
-        complete: bool [B, K, W, N], queries that count for a group because they see all of it.
-        window: the queries.
-
-    Returns:
-        Keys [B, K, N, D], values [B, K, N, Dv] and log-votes [B, K, N].
-    """
-    target, count = groups.target, groups.merged.shape[-1]
-    total = window.log_total
-    is_counted = complete.gather(-1, target[:, :, None].expand(-1, -1, complete.shape[2], -1))
-    is_counted &= groups.member[:, :, None]
-    share = (window.logits - total).masked_fill_(~is_counted[:, :, None], -torch.inf)
-    votes = log_votes.to(share.dtype).masked_fill(~groups.member, -torch.inf)
-    means = GroupMeans.of(keys, values, share.flatten(2, 3).logsumexp(2), votes, groups)
-    group_share = logsumexp_by_target(share, target, count)  # [B, K, G, W, N]
-    query_weights = (group_share - means.log_mass[:, :, None, None]).exp_()
-    missing = group_share + total - window.queries @ means.keys[:, :, None].transpose(-1, -2)
-    bias = (query_weights * missing).masked_fill_(group_share == -torch.inf, 0.0).flatten(2, 3).sum(2)
-    return means.keys, means.values, torch.where(means.by_votes, means.log_mass, bias)
 
 
 @attrs.frozen
@@ -73,6 +32,9 @@ class WindowFit(Merger):
        weighted by attention (Ward's criterion);
     3. weights = Σ p of an entry / Σ P, over the queries and the G heads; k_r, v_r = weighted means;
     4. b_r = Σ P·(logsumexp of a + b in the group - scaling·q·k_r) / Σ P, the log-vote.
+
+    5. `values: solve`: with the keys and log-votes of 3 and 4, x = softmax over what is kept, and y = p times the
+       values, the values V of groups of several entries that minimise |x V - y|² + ridge · |x|² · |V - v_r|².
 
     A query counts for a group if it sees all of it. A group without attention is averaged by votes. KeepKV is exact
     for one query and, as log-sum-exp is convex, too small for all others; this fit is exact on average.
@@ -92,6 +54,10 @@ class WindowFit(Merger):
         help="least attention of a kept entry into which others are merged, relative to the mean of evicted ones",
     )
     queries: int = parameter(QUERIES_OR_ALL, 0, help="how many of the last queries are fitted; 0 = all observed")
+    values: str = parameter(
+        Choice(("mean", "solve")), "mean", help="values of a group: weighted means, or solved for the window's outputs"
+    )
+    ridge: float = parameter(Number(minimum=0, maximum=1e6), 0.01, help="how strongly solved values are held to means")
 
     def __attrs_post_init__(self) -> None:
         if self.assign == "ward" and self.threshold != -1:
@@ -105,7 +71,11 @@ class WindowFit(Merger):
             return kept_with_votes(view, kept)
         window = window_of(view, self.queries)
         groups = self._groups(view, kept, window)
-        merged = fit(view.keys, view.values, log_votes_of(view), groups, _complete(view, groups, window), window)
+        complete = _complete(view, kept, groups, window)
+        merged = fit(view.keys, view.values, log_votes_of(view), groups, complete, window)
+        if self.values == "solve":
+            solved = solved_values(view.values, merged, groups, complete, window, self.ridge)
+            merged = merged[0], solved, merged[2]
         return changed_entries(view, kept, groups.merged, merged)
 
     def _groups(self, view: View, kept: Tensor, window: WindowLogits) -> Groups:
@@ -121,9 +91,9 @@ class WindowFit(Merger):
         return groups_of(kept, evicted & reaches(similarity, self.threshold), index)
 
 
-def _complete(view: View, groups: Groups, window: WindowLogits) -> Tensor:
-    """Queries that see all of a group, bool [B, K, W, N]."""
+def _complete(view: View, kept: Tensor, groups: Groups, window: WindowLogits) -> Tensor:
+    """Queries that see all of a group, bool [B, K, W, N]; none sees the padding of `kept`."""
     positions = view.positions.masked_fill(~groups.member, -1)
     newest = positions.new_full(groups.merged.shape, -1).scatter_reduce_(-1, groups.target, positions, "amax")
     query_positions = window.query_positions[:, None, :, None]
-    return (query_positions >= 0) & (newest[:, :, None] <= query_positions)
+    return (query_positions >= 0) & (newest[:, :, None] <= query_positions) & (kept >= 0)[:, :, None]

@@ -70,6 +70,7 @@ VARIANTS = (
     Attention(5, softmax="candidates", reduce="rms", group="rms"),
     Attention(5, reduce="max", group="max"),
     WindowFit("ward"),
+    WindowFit(values="solve", queries=2),
     ChunkTopK(1, 1.0, 7),
     ChunkTopK(5, 0.1, 699, dense_first=1),
     WindowFit(threshold=0.1, attended=0, queries=3),

@@ -35,6 +35,7 @@ BUDGETS = {  # budget, every, sinks, recent
     "rkv": (1024, 128, 0, 8),
     "rkv_centred": (1024, 128, 4, "50%"),
     "headkv_centred": (1024, 128, 4, "25%"),
+    "headkv_centred5": (1024, 128, 4, "25%"),
     "rocketkv": (1232, "never", 0, 32),
     "rpc": ("25% of generated", 768, 0, 32),
     "snapkv": (1024, 128, 0, 32),

@@ -34,8 +34,8 @@ def edges_between(levels: Sequence[float]) -> tuple[float, ...]:
 def nearest_code(numbers: Tensor, levels: tuple[float, ...], *, upper_on_edge: bool = False) -> Tensor:
     """The codes, uint8 of the same shape, of the ascending `levels`, at most 256, that finite numbers are nearest to.
 
-    Halfway between two levels it is the lower one, or the upper one with `upper_on_edge`. The line is divided into cells
-    with at most one edge each, so a number is compared with one edge, however many levels there are.
+    Halfway between two levels it is the lower one, or the upper one with `upper_on_edge`. The line is divided into
+    cells with at most one edge each, so a number is compared with one edge, however many levels there are.
     """
     cells = _cells(levels, numbers.dtype, numbers.device)
     # A product with a power of two is exact, so a number is never taken for one of another cell.
@@ -66,7 +66,7 @@ def _cells(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) 
     inside = [math.nan] * (math.floor(edges[-1] * per_unit) - first + 1)
     for edge in edges:
         inside[math.floor(edge * per_unit) - first] = edge
-    below = itertools.accumulate((edge == edge for edge in inside[:-1]), initial=0)  # NaN is not equal to itself
+    below = itertools.accumulate((not math.isnan(edge) for edge in inside[:-1]), initial=0)
     counts = torch.tensor(list(below), dtype=torch.uint8, device=device)
     return _Cells(per_unit, first, counts, torch.tensor(inside, dtype=dtype, device=device))
 

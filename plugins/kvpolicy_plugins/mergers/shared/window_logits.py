@@ -43,6 +43,11 @@ def window_of(view: View, count: int = 0) -> WindowLogits:
     return WindowLogits(queries.masked_fill(~query_exists, 0.0), logits, query_positions)
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension; zeros for a query that sees no entry."""
+    return logits.softmax(-1).masked_fill(logits == -torch.inf, 0.0)
+
+
 def newest_queries(view: View) -> Tensor:
     """The newest query of each query head, [B, K, G, D]; zeros in rows without queries."""
     newest: Tensor = to_float(view.window[:, :, -1]).unflatten(1, (view.keys.shape[1], -1))
