@@ -1,8 +1,10 @@
 """Time that the layers of a cache take for one token of every row, without the model and without attention."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from statistics import median
 
 import attrs
 import torch
@@ -18,10 +20,15 @@ from kvpolicy.bench.protocol.model_shapes import ModelShape
 from kvpolicy.integrations.transformers.cache_layer import PolicyLayer
 from kvpolicy.policy import Policy
 
+_WRITES = "writes alone"
+
 
 @attrs.frozen
 class HostTime:
-    """A token of each of B rows behind `length` others: stored, placed, observed, and nothing evicted."""
+    """A token of each of B rows behind `length` others: stored, placed, observed, and nothing evicted.
+
+    The floor is writing its keys and values to where they stay, two calls a layer.
+    """
 
     policies: tuple[Policy, ...]
     shape: ModelShape
@@ -45,12 +52,17 @@ class HostTime:
                 cache = decoding_at(contender, self.rows, self.length, 0).cache
                 layers = [layer for layer in cache.layers if isinstance(layer, PolicyLayer)]
                 variants.append(Variant.repeated(name, partial(_one_token, layers, token)))
+            room = [
+                torch.empty((*size[:2], self.length + 1, size[3]), dtype=torch.float32) for _ in range(2 * shape.layers)
+            ]
+            variants.append(Variant.repeated(_WRITES, partial(_write, room, token[:2])))
             samples = interleave(variants, clock, self.protocol)
         return [
             Case(
                 policy.name,
                 self.length,
                 {OURS: samples[policy.name], AGAIN: samples[again(policy.name)]},
+                floors={"writes": median(samples[_WRITES])},
                 parts=shape.layers,
                 shape={**attrs.asdict(shape), "rows": self.rows},
                 facts={"digest": policy.digest},
@@ -63,3 +75,9 @@ def _one_token(layers: Sequence[PolicyLayer], token: Sequence[Tensor]) -> None:
     keys, values, queries = token
     for layer in layers:
         feed(layer, keys, values, queries)
+
+
+def _write(room: Sequence[Tensor], token: Sequence[Tensor]) -> None:
+    """Behind the last of the entries [B, K, T, D] of each layer."""
+    for place, states in zip(room, itertools.cycle(token), strict=False):
+        place[:, :, -1:].copy_(states)

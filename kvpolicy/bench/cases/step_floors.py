@@ -1,4 +1,4 @@
-"""Lower bounds on the time of a decode step that attends to all tokens before, however these are held."""
+"""Lower bounds on the time of a decode step that attends to so many entries, however these are held."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -34,7 +34,7 @@ class StepFloors:
 
     @classmethod
     def of(cls, model: LlamaForCausalLM, shape: ModelShape, rows: int, length: int, steps: int) -> "StepFloors":
-        """Of a model, for `rows` sequences of `length` tokens and some steps behind one token."""
+        """Of a model, for `rows` sequences of `length` entries a head, and some steps behind one token."""
         like = torch.empty((rows, 0), dtype=model.dtype, device=model.device)
         return cls(shape, length, like, decoding_at(FullCache(DYNAMIC, model), rows, 1, steps))
 

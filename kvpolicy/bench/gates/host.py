@@ -25,14 +25,24 @@ def thin(scale: Scale, clock: Clock) -> Judged:
     shape, length = scale.thin, scale.thin_context
     policies, protocol = _policies(tuple(_AIMS), scale.thin_budget), Repetitions(6 * scale.rounds, warm_up=3)
     setup = DecodeSetup(
-        policies, shape, (length,), CPU, torch.float32, full=(DYNAMIC,), whole_round=False, protocol=protocol
+        policies,
+        shape,
+        (length,),
+        CPU,
+        torch.float32,
+        full=(DYNAMIC,),
+        floors=True,
+        fewest=scale.thin_budget,
+        whole_round=False,
+        protocol=protocol,
     )
     model, verdicts, cases = model_of(shape, length), [], []
     for rows in scale.thin_rows:
         of_rows = attrs.evolve(setup, rows=rows)
         for case in measure_one(of_rows, model, length, clock, Deadline(), must_be_measured):
             what = f"step of {shape.layers} thin layers under {case.what}, batch {rows}"
-            verdicts.append(as_multiple(case, f"thin-{case.what}-{rows}", what, _AIMS[case.what]))
+            gate, floor = f"thin-{case.what}-{rows}", case.of_floor(DYNAMIC)
+            verdicts.append(as_multiple(case, gate, what, _AIMS[case.what], floor))
             cases.append(case)
     return verdicts, cases
 
@@ -47,8 +57,19 @@ def wide(scale: Scale, clock: Clock) -> Judged:
     verdicts = []
     for case in cases:
         claim = f"{case.what}, {rows} rows, {heads} KV heads, nothing evicted: µs a layer and token beside attention"
-        value, gate = 1e6 * case.seconds(OURS), f"wide-{case.what}"
-        verdicts.append(Verdict(gate, claim, value, _MICROSECONDS, at_most=True, noise=case.noise, claimed=False))
+        value, floor = 1e6 * case.seconds(OURS), 1e6 * case.floor / case.parts
+        verdicts.append(
+            Verdict(
+                f"wide-{case.what}",
+                claim,
+                value,
+                _MICROSECONDS,
+                at_most=True,
+                noise=case.noise,
+                claimed=False,
+                floor=floor,
+            )
+        )
     return verdicts, cases
 
 
