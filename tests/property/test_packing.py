@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack, unpack_indices
+from kvpolicy_plugins.codecs.shared.packing import INDEX_BITS, pack, packed_size, unpack, unpack_indices
 from tests.property.layers import generators
 
 
@@ -36,8 +36,12 @@ def test_packing_reads_tensors_however_they_lie(bits, random, flipped):
 shapes = st.lists(st.integers(0, 3), max_size=2)
 
 
-@given(st.integers(1, 3), st.sampled_from((2, 4)), shapes, st.integers(0, 9), generators)
-def test_neighbouring_codes_are_one_index(bits, together, shape, count, random):
+TOGETHER = [(bits, count) for bits in range(1, 7) for count in (1, 2, 4) if bits * count in INDEX_BITS]
+
+
+@given(st.sampled_from(TOGETHER), shapes, st.integers(0, 9), generators)
+def test_neighbouring_codes_are_one_index(of_index, shape, count, random):
+    bits, together = of_index
     codes = torch.randint(2**bits, (*shape, count * together), dtype=torch.uint8, generator=random)
     index = unpack_indices(pack(codes, bits), together * bits, count)
     places = 2 ** (bits * torch.arange(together))

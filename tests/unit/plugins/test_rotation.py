@@ -87,6 +87,10 @@ def test_a_code_is_that_of_the_nearest_level(bits, dtype, upper):
     assert torch.equal(found.long(), expected)
 
 
+def test_what_is_not_a_number_has_some_code():
+    assert int(nearest_code(torch.tensor([math.nan, 1.0, math.nan]), codebook(4)).max()) < 16
+
+
 def test_levels_may_be_anywhere():
     levels = (-3.0, -2.99, 0.5, 7.0)
     numbers = torch.tensor([-9.0, -2.996, -2.994, -1.3, -1.2, 3.7, 3.8])

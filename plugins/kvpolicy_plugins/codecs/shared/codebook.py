@@ -32,15 +32,17 @@ def edges_between(levels: Sequence[float]) -> tuple[float, ...]:
 
 
 def nearest_code(numbers: Tensor, levels: tuple[float, ...], *, upper_on_edge: bool = False) -> Tensor:
-    """The codes, uint8 of the same shape, of the ascending `levels`, at most 256, that finite numbers are nearest to.
+    """The codes, uint8 of the same shape, of the ascending `levels`, at most 256, that numbers are nearest to.
 
-    Halfway between two levels it is the lower one, or the upper one with `upper_on_edge`. The line is divided into
-    cells with at most one edge each, so a number is compared with one edge, however many levels there are.
+    NaN has any code. Halfway between two levels it is the lower one, or the upper one with `upper_on_edge`. The line is
+    divided into cells with at most one edge each, so a number is compared with one edge, however many levels there are.
     """
     cells = _cells(levels, numbers.dtype, numbers.device)
     # A product with a power of two is exact, so a number is never taken for one of another cell.
     last = cells.first + len(cells.edge) - 1
-    cell = (numbers * cells.per_unit).floor_().clamp_(cells.first, last).int().sub_(cells.first).flatten()
+    # The lower bound comes after the conversion, which makes some integer of NaN.
+    place = (numbers * cells.per_unit).floor_().clamp_(max=last).int().clamp_(min=cells.first)
+    cell = place.sub_(cells.first).flatten()
     edge = cells.edge.index_select(0, cell).view(numbers.shape)
     above = numbers >= edge if upper_on_edge else numbers > edge
     return cells.below.index_select(0, cell).view(numbers.shape).add_(above)

@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-_LARGEST, _TWELVE = 8, 2**12 - 1
+_LARGEST, _TEN, _TWELVE = 8, 10, 2**12 - 1
+INDEX_BITS = (*range(1, _LARGEST + 1), _TEN, 12)  # of numbers that neighbouring codes are read as
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,9 +52,12 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Numbers of `bits`, 1 to 8 or 12, as int32 [..., count]: so neighbouring codes are one index of a table."""
+    """Numbers of `bits`, one of `INDEX_BITS`, as int32 [..., count]: so neighbouring codes are one index of a table."""
     if bits <= _LARGEST:
         return unpack(packed, bits, count).int()
+    if bits == _TEN:
+        pairs = unpack(packed, bits // 2, 2 * count).view(torch.int16)
+        return (pairs >> 3).bitwise_and_(31 << 5).bitwise_or_(pairs & 31).int()
     whole = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 3))
     three = whole.unflatten(-1, (whole.shape[-1] // 3, 3))
     words = three[..., 2].int()

@@ -12,10 +12,9 @@ from kvpolicy_plugins.codecs.shared.affine import cast_clamped, compute_dtype
 from kvpolicy_plugins.codecs.shared.calibrated.mean_keys import MeanKeys
 from kvpolicy_plugins.codecs.shared.codebook import codebook, nearest_code
 from kvpolicy_plugins.codecs.shared.hadamard import hadamard
-from kvpolicy_plugins.codecs.shared.packing import pack, packed_size, unpack_indices
+from kvpolicy_plugins.codecs.shared.packing import INDEX_BITS, pack, packed_size, unpack_indices
 
 _BYTES = 16  # of the largest number that is moved at once
-_INDEX_BITS = (*range(1, 9), 12)  # widths that codes are unpacked in
 _KERNEL_LEVELS = 16  # the attention kernel selects among all of them, for every number
 
 
@@ -95,9 +94,9 @@ class Rotated(Format):
         return torch.addcmul(self.means.at(positions, dtype), levels, scale)
 
     def _codes_per_index(self, dtype: torch.dtype) -> int:
-        """How many neighbouring codes are looked up at once: tables have up to 2^8 entries, or 2^12."""
-        fits = [count for count in (4, 2) if count * dtype.itemsize <= _BYTES and count * self.bits in _INDEX_BITS]
-        return fits[0] if fits else 1
+        """How many neighbouring codes are looked up at once: tables have up to 2^12 entries."""
+        fits = (count for count in (4, 2, 1) if count * dtype.itemsize <= _BYTES and count * self.bits in INDEX_BITS)
+        return next(fits)
 
     def unpacking(self) -> Unpacking | str:
         if len(self.levels) > _KERNEL_LEVELS:
