@@ -40,6 +40,10 @@ class Compressible(Protocol):
         """Slots per KV head beyond which its storage does not grow."""
 
     @property
+    def limit_behind_eviction(self) -> int:
+        """The same where entries have just been evicted: of a joint budget a layer may have got the share of others."""
+
+    @property
     def entries(self) -> list[int]:
         """Entries of each row in all KV heads, pads excluded."""
 
@@ -228,7 +232,8 @@ class CompressionScheduler:
         moved = [False] * len(layers)
         storages = [layer.storage for layer in layers if isinstance(layer.storage, SegmentedStorage)]
         if self.plan.kernels and len(storages) == len(layers):
-            moved = compact_layers(storages, [layer.limit for layer in layers], rows, results, fills=fills)
+            limits = [layer.limit_behind_eviction for layer in layers]
+            moved = compact_layers(storages, limits, rows, results, fills=fills)
         filling: Sequence[Tensor | None] = [None] * len(layers)
         if fills and not all(moved):
             filling = fillings([layer.storage for layer in layers], rows, results)

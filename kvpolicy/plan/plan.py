@@ -146,18 +146,19 @@ class Plan:
         """
         if not self.compresses_while_decoding:
             return sys.maxsize
-        ahead = self.budgets.ahead(seen, min_entries)
-        entries = sum(ahead) if self.compresses_jointly else ahead[ordinal]  # one layer may get the share of others
-        return max(entries, min_entries) + self.budgets.slack
+        return max(self.budgets.ahead(seen, min_entries)[ordinal], min_entries) + self.budgets.slack
 
     def capacities(self, seen: int) -> Sequence[int]:
         """The same for all managed layers, where no spans are protected."""
         if not self.compresses_while_decoding:
             return (sys.maxsize,) * self.geometry.layers
-        ahead, slack = self.budgets.ahead(seen), self.budgets.slack
-        if self.compresses_jointly:
-            ahead = (sum(ahead),) * len(ahead)
-        return [entries + slack for entries in ahead]
+        return [entries + self.budgets.slack for entries in self.budgets.ahead(seen)]
+
+    def capacity_behind_eviction(self, ordinal: int, seen: int, min_entries: int = 0) -> int:
+        """The same where entries have just been evicted: of a joint budget, one layer may get the share of others."""
+        if not self.compresses_while_decoding or not self.compresses_jointly:
+            return self.capacity(ordinal, seen, min_entries)
+        return max(sum(self.budgets.ahead(seen, min_entries)), min_entries) + self.budgets.slack
 
 
 def compile_policy(

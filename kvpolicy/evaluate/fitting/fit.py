@@ -88,8 +88,9 @@ def fit_calibrated(
         raise EvaluationError(
             f"{policy.name}: {float(100 * share):.4g}% of {length} tokens leaves no room for an entry"
         )
-    if tokens + plan.budgets.slack >= length:
-        spec = attrs.evolve(spec, store=_mostly_unpacked(spec, model, length, limit, calibrate))
+    if tokens >= length:
+        most = length + plan.budgets.slack
+        spec = attrs.evolve(spec, store=_mostly_unpacked(spec, model, most, limit, calibrate))
         tokens = length
     return Policy(_sized(spec, policy.spec, tokens, layers), policy.origin)
 
@@ -139,7 +140,7 @@ def _every(compress: Compress, nominal: int) -> int | str:
 
 
 def _mostly_unpacked(spec: PolicySpec, model: PreTrainedModel, length: int, limit: int, calibrate: Calibrate) -> Codec:
-    """The store with the largest number of unpacked entries with which `length` tokens take at most `limit` bytes."""
+    """The store with the largest number of unpacked entries with which `length` entries take at most `limit` bytes."""
 
     def fits(store: Codec) -> bool:
         candidate = Policy(attrs.evolve(spec, store=store))

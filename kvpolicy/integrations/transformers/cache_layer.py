@@ -343,7 +343,7 @@ class PolicyLayer(LogicalLayer):
     def close_gaps(self) -> None:
         """Drop the pads, which leave gaps between entries."""
         if self.padded:
-            self.storage.drop_pads(self.limit)
+            self.storage.drop_pads(self.limit_behind_eviction)
             self.padded, self.compressed, self.rollback_limit = False, True, self.seq_len
             self._sample()
 
@@ -438,7 +438,7 @@ class PolicyLayer(LogicalLayer):
         `fills` and `filling` as in `write_back`.
         """
         if not moved:
-            write_back(self.storage, rows, result, self.limit, fills=fills, filling=filling)
+            write_back(self.storage, rows, result, self.limit_behind_eviction, fills=fills, filling=filling)
         for name, values in result.row_state.items():
             self.row_state[name][list(rows)] = values
         self.in_order, self.compressed, self.rollback_limit = self.in_order and not fills, True, self.seq_len
@@ -446,12 +446,21 @@ class PolicyLayer(LogicalLayer):
 
     @property
     def limit(self) -> int:
-        """Slots per KV head beyond which storage does not grow."""
+        """Slots per KV head beyond which storage does not grow, unless entries need it."""
         return self._limit_at(max(self.seq_len, 1))
 
+    @property
+    def limit_behind_eviction(self) -> int:
+        """The same where entries have just been evicted: of a joint budget a layer may have got the share of others."""
+        return self.plan.capacity_behind_eviction(self.ordinal, max(self.seq_len, 1), self._least_protected)
+
     def _limit_at(self, seq_len: int) -> int:
-        least = max(self.min_entries(self.num_tokens), default=0) if self._protects_spans else 0
-        return self.plan.capacity(self.ordinal, seq_len, least)
+        return self.plan.capacity(self.ordinal, seq_len, self._least_protected)
+
+    @property
+    def _least_protected(self) -> int:
+        """Entries per KV head of the row of which spans protect the most."""
+        return max(self.min_entries(self.num_tokens), default=0) if self._protects_spans else 0
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
         beside = [*index, *self.row_state.values(), *self.recording.tensors, *self.stats.tensors]
