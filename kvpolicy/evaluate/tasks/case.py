@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from kvpolicy.evaluate.data.texts import Text
 from kvpolicy.evaluate.models.text_encoding import token_ids
 
-Score = Callable[[str], float]  # of an answer as it was written, 0 to 1
+Score = Callable[[str], float]  # of an answer as it was written
 
 
 @attrs.frozen(eq=False)
@@ -120,6 +120,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "prefix", larger_is_better=True, percent=True, help="share of an answer's words before the first wrong one"
         ),
+        Metric("written", larger_is_better=False, percent=False, help="tokens of an answer, without what ends it"),
         Metric(
             "kl", larger_is_better=False, percent=False, help="KL divergence from the full cache, nats a token, mean"
         ),
@@ -133,3 +134,8 @@ METRICS: dict[str, Metric] = {
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, start: bool = False) -> list[int]:
     """Token ids of a text; with the tokens that begin a sequence if it is the `start` of one. Raises InputError."""
     return token_ids(tokenizer, text, special=start)
+
+
+def tokens_written(tokenizer: PreTrainedTokenizerBase) -> Score:
+    """How many tokens an answer has, what ends it not counted."""
+    return lambda text: float(len(ids_of(tokenizer, text)))

@@ -3,7 +3,7 @@
 import attrs
 
 from kvpolicy.errors import EvaluationError
-from kvpolicy.evaluate.tasks.case import Answer, Score, Sources, TaskSizes, ids_of
+from kvpolicy.evaluate.tasks.case import Answer, Score, Sources, TaskSizes, ids_of, tokens_written
 from kvpolicy.evaluate.testbed.tasks.item import Item, make_item
 
 _ITEMS_A_GROUP = 16
@@ -17,12 +17,16 @@ class Generated:
     task: str
     summary: str
     seen: bool = True
-    metrics: tuple[str, ...] = ("correct", "prefix")
 
     @property
     def name(self) -> str:
         """That of the task, and how it is asked."""
         return self.task if self.seen else f"{self.task}-unseen"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """How long a trace is may depend on what is kept."""
+        return ("correct", "prefix", "written") if self.task == _STARTS_A_TRACE else ("correct", "prefix")
 
     def groups(self, sources: Sources, sizes: TaskSizes) -> tuple[tuple[Answer, ...], ...]:
         """Groups of at most 16 items."""
@@ -45,7 +49,8 @@ class Generated:
         question = ids_of(tokenizer, item.question)
         if not question:
             raise EvaluationError(f"{self.name}: an item without a question")
-        scores: dict[str, Score] = {"correct": _whole(item), "prefix": _before_mistake(item)}
+        known = {"correct": _whole(item), "prefix": _before_mistake(item), "written": tokens_written(tokenizer)}
+        scores: dict[str, Score] = {name: known[name] for name in self.metrics}
         return Answer(tuple(ids_of(tokenizer, shown, start=True)), tuple(question), item.new_tokens, scores)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import attrs
 
 from kvpolicy.evaluate.data.questions import Question, gsm8k, reasoning_gym
-from kvpolicy.evaluate.tasks.case import Answer, Sources, TaskSizes
+from kvpolicy.evaluate.tasks.case import Answer, Sources, TaskSizes, tokens_written
 from kvpolicy.evaluate.tasks.chat_prompt import as_case_parts, chat_prompt
 
 _INSTRUCTION = "Reason step by step, then give the final answer."
@@ -22,7 +22,7 @@ class VerifiedQuestions:
 
     name: str
     generator: str = ""  # of reasoning-gym; empty for GSM8K
-    metrics: tuple[str, ...] = ("correct",)
+    metrics: tuple[str, ...] = ("correct", "written")
 
     @property
     def summary(self) -> str:
@@ -44,4 +44,5 @@ def _parts(cases: Sequence[Answer]) -> list[tuple[Answer, ...]]:
 def _case(sources: Sources, question: Question) -> Answer:
     parts = chat_prompt(sources.tokenizer, question.prompt.strip(), _INSTRUCTION)
     prompt, behind = as_case_parts(parts, seen=True)
-    return Answer(prompt, behind, _NEW_TOKENS, {"correct": question.check})
+    scores = {"correct": question.check, "written": tokens_written(sources.tokenizer)}
+    return Answer(prompt, behind, _NEW_TOKENS, scores)

@@ -34,7 +34,9 @@ def test_cases_are_the_items_of_the_stream(sources, name):
         assert text_of(sources, case.question) == item.question
         assert case.new_tokens == item.new_tokens
         assert case.tokens == len(f"{BOS} {shown} {item.question}".split()) + item.new_tokens - 1
-        assert {name: score(item.target) for name, score in case.scores.items()} == {"correct": 1, "prefix": 1}
+        written = {"written": len(item.target.split())} if name == "reasoning" else {}
+        scores = {metric: score(item.target) for metric, score in case.scores.items()}
+        assert scores == {"correct": 1, "prefix": 1, **written}
 
 
 @pytest.mark.parametrize(("documents", "sizes"), [(1, [1]), (16, [16]), (17, [16, 1]), (40, [16, 16, 8])])

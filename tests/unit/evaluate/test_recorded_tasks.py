@@ -43,6 +43,10 @@ def test_questions_are_asked_whole_and_judged_by_their_verifiers(tokenizer, name
         assert case.question
         assert case.scores["correct"](str(2 * index)) == 1
         assert case.scores["correct"]("none") == 0
+        assert set(case.scores) == set(task_of(name).metrics)
+        for many in (0, 1, 5):
+            text = " ".join(["none"] * many)
+            assert case.scores["written"](text) == len(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def conversation(name, *lengths):

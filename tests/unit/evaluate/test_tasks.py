@@ -211,7 +211,9 @@ def test_tasks_have_the_names_and_metrics_they_say():
         assert task.summary
         assert set(task.metrics) in (
             {"correct"},
+            {"correct", "written"},
             {"correct", "prefix"},
+            {"correct", "prefix", "written"},
             {"correct", "last"},
             {"kl", "top1", "agreed", "nll"},
         )
