@@ -15,6 +15,7 @@ SAVES = {
     "reads": "Fewer reads of entries that are all kept",
 }
 _PLAIN, _READ_ALL = "plain", "all"
+_LEFT_OUT = ("uniform", "topk", "drop", _PLAIN, _READ_ALL)
 
 
 def saves(spec: PolicySpec) -> str:
@@ -29,6 +30,18 @@ def saves(spec: PolicySpec) -> str:
     if not evicts:
         return "nothing"
     return "entries" if spec.merge.moves_only else "merged entries"
+
+
+def stages(spec: PolicySpec) -> Sequence[str]:
+    """The plugins that it is composed of, such as `score: attention`, without those that a file may leave out."""
+    scorers = [] if spec.budget.share == 1 else [("score", term.scorer.name) for term in spec.score]
+    layers, divider = spec.allocate.layers, spec.allocate.divider
+    others = [
+        (plugin.stage, plugin.name)
+        for plugin in (layers, divider, spec.select, spec.merge, spec.store, spec.read)
+        if plugin.name not in _LEFT_OUT
+    ]
+    return tuple(dict.fromkeys(f"{stage}: {name}" for stage, name in (*scorers, *others)))
 
 
 def compresses(spec: PolicySpec) -> Sequence[str]:

@@ -1,5 +1,6 @@
 """`kvpolicy list` and `kvpolicy show`."""
 
+from enum import StrEnum
 from json import loads as json_of
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +14,22 @@ from kvpolicy.cli.terminal.options import Budget, Json, budget_override
 SHIPPED = Path(kvpolicy_policies.__file__).parent
 
 
-def list_policies(json: Json = False) -> None:
-    """List the installed policies by what they save, with what they need."""
+class By(StrEnum):
+    """What policies are listed by."""
+
+    saves = "saves"
+    stages = "stages"
+    needs = "needs"
+
+
+def list_policies(
+    by: Annotated[By, typer.Option(help="Group them by what they save, are composed of, or need.")] = By.saves,
+    json: Json = False,
+) -> None:
+    """List the installed policies by what they save, are composed of, or need."""
     from kvpolicy.errors import KVPolicyError
     from kvpolicy.spec.load import read_policy
-    from kvpolicy.spec.traits import compresses, needs, saves
+    from kvpolicy.spec.traits import compresses, needs, saves, stages
     from kvpolicy.stages.registry.plugins import registry
 
     evidence = _evidence()
@@ -30,12 +42,12 @@ def list_policies(json: Json = False) -> None:
             continue
         better = evidence.get(name, {}) if path.parent == SHIPPED else {}
         about = {"name": name, "budget": str(spec.budget), "summary": spec.summary, "reference": spec.reference}
-        traits = {"saves": saves(spec), "compresses": compresses(spec), "needs": needs(spec)}
+        traits = {"saves": saves(spec), "stages": stages(spec), "compresses": compresses(spec), "needs": needs(spec)}
         policies.append({**about, **traits, "better": better})
     if json:
         print_json(policies)
         return
-    out().print(_table(policies))
+    out().print(_table(_groups(policies, by)))
     line("Better: on these models never worse, and somewhere better, with the same bytes. Time is not compared.")
 
 
@@ -58,19 +70,34 @@ def show(
         line(text.rstrip())
 
 
-def _table(policies: list[dict[str, Any]]) -> Any:
+def _groups(policies: list[dict[str, Any]], by: By) -> dict[str, list[dict[str, Any]]]:
+    """Policies by the title of their group; one that has several parts, or needs, is in each of these groups."""
+    from kvpolicy.spec.traits import SAVES
+
+    if by is By.saves:
+        return {title: [one for one in policies if one["saves"] == kind] for kind, title in SAVES.items()}
+    found = sorted({part for one in policies for part in one[by.value]}, key=_in_order)
+    groups = {part: [one for one in policies if part in one[by.value]] for part in found}
+    return {**groups, "nothing": [one for one in policies if not one[by.value]]}
+
+
+def _in_order(part: str) -> tuple[int, str]:
+    """Stages in the order in which they run, and by name; needs by name."""
+    order = ("score", "allocate.layers", "allocate.heads", "allocate.joint", "select", "merge", "store", "read")
+    stage = part.partition(":")[0]
+    return order.index(stage) if stage in order else 0, part
+
+
+def _table(groups: dict[str, list[dict[str, Any]]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from kvpolicy.spec.traits import SAVES
-
     table = Table("name", "budget", "summary", title="Installed policies")
-    for kind, title in SAVES.items():
-        of_kind = [policy for policy in policies if policy["saves"] == kind]
-        if of_kind:
+    for title, policies in groups.items():
+        if policies:
             table.add_section()
             table.add_row("", "", Text(title, "bold"))
-        for policy in of_kind:
+        for policy in policies:
             table.add_row(Text(policy["name"], no_wrap=True), policy["budget"], _described(policy))
     return table
 

@@ -63,6 +63,38 @@ def test_list_groups_policies_by_what_they_save_and_says_what_they_need(kv):
     assert "needs: passes over the prompt" in table.stdout
 
 
+@pytest.mark.parametrize(
+    ("by", "group", "inside", "outside"),
+    [
+        ("stages", "score: attention", "snapkv", "keydiff"),
+        ("stages", "allocate.joint: headkv", "headkv_centred", "snapkv"),
+        ("stages", "allocate.layers: pyramid", "pyramidkv", "snapkv"),
+        ("stages", "merge: window_fit", "headkv_centred", "rkv_centred"),
+        ("stages", "store: rotation", "rkv_centred", "kivi4"),
+        ("stages", "nothing", "full", "kivi4"),
+        ("needs", "calibration", "headkv", "snapkv"),
+        ("needs", "nothing", "streaming_llm", "snapkv"),
+    ],
+)
+def test_list_groups_policies_by_what_they_are_composed_of_or_need(kv, by, group, inside, outside):
+    """A policy stands in every group that it belongs to, and in no other."""
+    table, listed = kv("list", "--by", by), json.loads(kv("list", "--json").stdout)
+    assert table.exit_code == 0
+    titles = {"nothing", *(part for one in listed for part in one[by])}
+    groups = {}
+    rows = [line.strip("│").split("│") for line in table.stdout.splitlines() if line.startswith("│")]
+    for name, _, text in ([cell.strip() for cell in row] for row in rows):
+        if not name and text in titles:
+            groups[text] = []
+        elif name:
+            groups[list(groups)[-1]].append(name)
+    assert set(groups) == titles
+    for title, names in groups.items():
+        assert names == [one["name"] for one in listed if title in (one[by] or ["nothing"])]
+    assert inside in groups[group]
+    assert outside not in groups[group]
+
+
 def test_list_says_which_policies_others_are_better_than(kv):
     """As the file says that the records of the documentation give; policies of others have no such line."""
     table, data = kv("list"), kv("list", "--json")
