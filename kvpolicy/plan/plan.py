@@ -152,7 +152,8 @@ class Plan:
         """The same for all managed layers, where no spans are protected."""
         if not self.compresses_while_decoding:
             return (sys.maxsize,) * self.geometry.layers
-        return [entries + self.budgets.slack for entries in self.budgets.ahead(seen)]
+        slack = self.budgets.slack
+        return [entries + slack for entries in self.budgets.ahead(seen)]
 
     def capacity_behind_eviction(self, ordinal: int, seen: int, min_entries: int = 0) -> int:
         """The same where entries have just been evicted: of a joint budget, one layer may get the share of others."""

@@ -452,15 +452,12 @@ class PolicyLayer(LogicalLayer):
     @property
     def limit_behind_eviction(self) -> int:
         """The same where entries have just been evicted: of a joint budget a layer may have got the share of others."""
-        return self.plan.capacity_behind_eviction(self.ordinal, max(self.seq_len, 1), self._least_protected)
+        return self._limit_at(max(self.seq_len, 1), evicted=True)
 
-    def _limit_at(self, seq_len: int) -> int:
-        return self.plan.capacity(self.ordinal, seq_len, self._least_protected)
-
-    @property
-    def _least_protected(self) -> int:
-        """Entries per KV head of the row of which spans protect the most."""
-        return max(self.min_entries(self.num_tokens), default=0) if self._protects_spans else 0
+    def _limit_at(self, seq_len: int, *, evicted: bool = False) -> int:
+        least = max(self.min_entries(self.num_tokens), default=0) if self._protects_spans else 0
+        capacity = self.plan.capacity_behind_eviction if evicted else self.plan.capacity
+        return capacity(self.ordinal, seq_len, least)
 
     def _sample(self, index: Sequence[Tensor] = (), counted: set[int] | None = None) -> None:
         beside = [*index, *self.row_state.values(), *self.recording.tensors, *self.stats.tensors]
