@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import attrs
+
 from kvpolicy.spec.policy import NEVER, PolicySpec
 from kvpolicy.stages.checking.declared import needs_of
+from kvpolicy.stages.parameters import Plugged, rule_of
 
 SAVES = {
     "nothing": "Keeps everything as it is",
@@ -15,7 +18,6 @@ SAVES = {
     "reads": "Fewer reads of entries that are all kept",
 }
 _PLAIN, _READ_ALL = "plain", "all"
-_LEFT_OUT = ("uniform", "topk", "drop", _PLAIN, _READ_ALL)
 
 
 def saves(spec: PolicySpec) -> str:
@@ -35,11 +37,12 @@ def saves(spec: PolicySpec) -> str:
 def stages(spec: PolicySpec) -> Sequence[str]:
     """The plugins that it is composed of, such as `score: attention`, without those that a file may leave out."""
     scorers = [] if spec.budget.share == 1 else [("score", term.scorer.name) for term in spec.score]
-    layers, divider = spec.allocate.layers, spec.allocate.divider
+    fields = [(holder, field) for holder in (spec.allocate, spec) for field in attrs.fields(type(holder))]
+    plugged = [(rule_of(field), getattr(holder, field.name)) for holder, field in fields]
     others = [
         (plugin.stage, plugin.name)
-        for plugin in (layers, divider, spec.select, spec.merge, spec.store, spec.read)
-        if plugin.name not in _LEFT_OUT
+        for rule, plugin in plugged
+        if isinstance(rule, Plugged) and plugin is not None and plugin.name != rule.default
     ]
     return tuple(dict.fromkeys(f"{stage}: {name}" for stage, name in (*scorers, *others)))
 

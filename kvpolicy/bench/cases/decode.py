@@ -44,7 +44,6 @@ class DecodeSetup:
     full: tuple[str, ...] = (DYNAMIC, PREALLOCATED, STATIC)
     graph: bool = False
     floors: bool = False  # of steps over what is held
-    fewest: int | None = None  # entries a head that the policies may come down to; None = they hold all
     whole_round: bool = True  # also every step from one compression to the next
     protocol: Repetitions = Repetitions(rounds=11, warm_up=3)
 
@@ -86,8 +85,8 @@ def measure_one(
             names = (policy.name, again(policy.name))
             contenders = {name: PolicyContender.of(policy, model, graph=setup.graph) for name in names}
             decodings |= _begun(setup, length, contenders, stack, left_out)
-        attended = length if setup.fewest is None else min(length, setup.fewest)
-        floors = StepFloors.of(model, setup.shape, setup.rows, attended, setup.steps) if setup.floors else None
+        fewest = min(length, *(policy.spec.budget.tokens or length for policy in setup.policies))
+        floors = StepFloors.of(model, setup.shape, setup.rows, fewest, setup.steps) if setup.floors else None
         beside = floors.variants() if floors else ()
         samples = time_steps(decodings, clock, setup.protocol, deadline.expired, beside)
         timed = [policy for policy in setup.policies if policy.name in samples]

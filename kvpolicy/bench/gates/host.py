@@ -32,7 +32,6 @@ def thin(scale: Scale, clock: Clock) -> Judged:
         torch.float32,
         full=(DYNAMIC,),
         floors=True,
-        fewest=scale.thin_budget,
         whole_round=False,
         protocol=protocol,
     )

@@ -83,8 +83,9 @@ def _groups(policies: list[dict[str, Any]], by: By) -> dict[str, list[dict[str, 
 
 def _in_order(part: str) -> tuple[int, str]:
     """Stages in the order in which they run, and by name; needs by name."""
-    order = ("score", "allocate.layers", "allocate.heads", "allocate.joint", "select", "merge", "store", "read")
-    stage = part.partition(":")[0]
+    from kvpolicy.stages.contracts import STAGES
+
+    order, stage = list(STAGES), part.partition(":")[0]
     return order.index(stage) if stage in order else 0, part
 
 

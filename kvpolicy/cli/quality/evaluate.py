@@ -39,7 +39,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="A cache of another library, `all`, or `list`; may be repeated. See `bench peers install`."),
+        typer.Option(help="Caches of other libraries, `all`, or `list`. See `bench peers install`."),
     ] = None,
     times: Annotated[bool, typer.Option("--times", help="Also time prefill and decode steps, once a policy.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes, each with a copy of the model.")] = 1,
@@ -69,7 +69,7 @@ def evaluate(
         return
     _require_jobs(jobs)
     sizes = {"documents": documents, "length": length, "scored": scored, "questions": questions, "seed": seed}
-    peers = _peers(peer or [])
+    peers = _peers(_each(peer))
     setup = _setup(model, policy, share, task, sizes, device, peers, times=times, quick=quick)
     inputs = inputs_of(model, text, device, dtype, setup)
     make_folder(out_dir, "--out ")
