@@ -62,7 +62,7 @@ def _attend_in_one_pass(part: AttendedSlots, batch: QueryBatch, *, full: bool) -
 
     With a running maximum and a running sum of exponentials, as FlashAttention (arXiv:2205.14135, algorithm 1).
     """
-    queries = part.queries_to_basis(grouped_queries(part, batch) * batch.scaling)
+    queries = part.queries_to_basis(grouped_queries(batch, part.heads) * batch.scaling)
     votes, positions, count = part.log_votes, part.positions, batch.queries.shape[2]
     best = queries.new_full((*queries.shape[:3], 1), torch.finfo(queries.dtype).min)
     total, out = torch.zeros_like(best), torch.zeros_like(queries)
@@ -154,7 +154,7 @@ def entry_logits(part: AttendedSlots, batch: QueryBatch, *, full: bool = False) 
 
     `full` says that no slot is empty, and that the newest q are those of the queries.
     """
-    queries, count = part.queries_to_basis(grouped_queries(part, batch) * batch.scaling), batch.queries.shape[2]
+    queries, count = part.queries_to_basis(grouped_queries(batch, part.heads) * batch.scaling), batch.queries.shape[2]
     blocks = slot_blocks(part, batch, part.storage.keys)
     parts = [_product(queries, part.keys_in_basis(block, queries.dtype).transpose(-1, -2)) for block in blocks]
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
@@ -184,10 +184,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:3], right.shape[3])
 
 
-def grouped_queries(part: AttendedSlots, batch: QueryBatch) -> Tensor:
+def grouped_queries(batch: QueryBatch, heads: int) -> Tensor:
     """Queries [b, k, G·q, D] in at least float32: those of a group beside each other, so that keys are read once."""
     rows, _, _, dim = batch.queries.shape
-    queries = batch.queries.reshape(rows, part.heads, -1, dim)
+    queries = batch.queries.reshape(rows, heads, -1, dim)
     return queries if queries.dtype == torch.float64 else queries.float()
 
 

@@ -2,7 +2,7 @@
 
 import abc
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -85,6 +85,13 @@ class Format(abc.ABC):
     def of_head(self, head: int) -> "Format":  # noqa: ARG002 heads are alike
         """The format of one KV head, for a segment that is read by itself; the same, unless heads differ."""
         return self
+
+    def of_entries(self, heads: Sequence[int], counts: Sequence[int]) -> "Format | None":  # noqa: ARG002 as above
+        """What unpacks entries [1, 1, n] of several segments behind each other: `counts[i]` of KV head `heads[i]`.
+
+        It gives what `of_head` gives of each. None = there is no such format, and segments are unpacked one by one.
+        """
+        return self if self.of_head(0) is self else None
 
     # Attention is computed in a basis of the format's choice: queries and unpacked entries are taken to it, packed ones
     # are never taken back from it, only the output is. By default it is the basis of the model. Where heads have bases

@@ -14,7 +14,7 @@ from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described, below, counts_of
 from kvpolicy.cache.storage.layer_storage import DuePacking, KVReader
 from kvpolicy.cache.storage.layout import Layout, PerSegment, per_segment
-from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex
+from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex, SingleSegment
 from kvpolicy.cache.storage.slot_store import SlotStore
 from kvpolicy.errors import CacheError, NonFiniteScoreWarning
 from kvpolicy.plan.compress.finite import is_finite
@@ -91,6 +91,33 @@ class KVTensor(KVReader):
             return form.decode_in_basis(columns, places, dtype)
 
         return self._read(at, start, stop, positions, decoded, lambda vectors: form.to_basis(vectors.to(dtype)))
+
+    def segments_in_basis(
+        self, segments: Sequence[SingleSegment], positions: Sequence[Tensor], dtype: torch.dtype
+    ) -> Sequence[Tensor]:
+        """What is packed is unpacked at once, where the format can."""
+        packed_lengths = self.packed_lengths
+        counts = [packed_lengths[at.row][at.head] for at in segments]
+        form = None
+        if any(counts) and not self.form.joint:
+            form = self.form.of_entries([at.head for at in segments], counts)
+        if form is None:
+            return super().segments_in_basis(segments, positions, dtype)
+        columns = {name: self._behind_each_other(self.packed, name, segments) for name in self.form.columns}
+        places = torch.cat([own[:count] for own, count in zip(positions, counts, strict=True)])
+        packed = form.decode_in_basis(columns, places[None, None], dtype)
+        newest = self._behind_each_other(self.residual, self.name, segments)
+        parts: Sequence[Tensor] = packed.split(counts, 2)
+        if newest.shape[2]:
+            left = [len(own) - count for own, count in zip(positions, counts, strict=True)]
+            newest_parts = self.form.to_basis(newest.to(dtype)).split(left, 2)
+            joined = torch.cat([part for pair in zip(parts, newest_parts, strict=True) for part in pair], 2)
+            parts = joined.split([len(own) for own in positions], 2)
+        return parts
+
+    def _behind_each_other(self, store: SlotStore, name: str, segments: Sequence[SingleSegment]) -> Tensor:
+        """A column of some segments as one, [1, 1, n, ...]."""
+        return torch.cat([store.segment(name, at.row, at.head) for at in segments])[None, None]
 
     def _read(
         self, at: SegmentIndex, start: int, stop: int, positions: Tensor, decode: _Decode, as_decoded: _As

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.state_contents import Contents, Described
 from kvpolicy.cache.storage.layout import PerSegment
-from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex
+from kvpolicy.cache.storage.segment_index import RowSegments, SegmentIndex, SingleSegment
 from kvpolicy.plan.plan import POSITIONS
 from kvpolicy.stages import Column, Entries, Format
 
@@ -72,6 +72,16 @@ class KVReader(abc.ABC):
     def read_in_basis(self, at: SegmentIndex, start: int, stop: int, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """What `read` gives in the basis of the format (`Format.to_basis`), in `dtype`, at least float32."""
         return at.format_of(self.form).to_basis(self.read(at, start, stop, positions).to(dtype))
+
+    def segments_in_basis(
+        self, segments: Sequence[SingleSegment], positions: Sequence[Tensor], dtype: torch.dtype
+    ) -> Sequence[Tensor]:
+        """Of each of several segments all entries, [1, 1, T, D], as `read_in_basis` gives them.
+
+        `positions` [T] are those of the entries of each.
+        """
+        pairs = zip(segments, positions, strict=True)
+        return [self.read_in_basis(at, 0, len(own), own[None, None], dtype) for at, own in pairs]
 
     @abc.abstractmethod
     def pick(self, at: SegmentIndex, slots: Tensor, positions: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.attention import attend as attention
+from kvpolicy.attention import ragged_heads, sdpa
 from kvpolicy.attention.attend import attend, observe_only
 from kvpolicy.cache.compaction.compaction_plan import CompactionPlan
 from kvpolicy.cache.query_batch import QueryBatch
@@ -104,10 +104,10 @@ def test_attention_is_what_float64_gives(lengths, count, pads, votes, dtype):
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
 def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes, count, most, monkeypatch):
     """Several forwards in a row: what is known about copies is made anew when storage is. A row or a head is a call."""
-    monkeypatch.setattr(attention, "_COPIED", most)
-    calls, once = [], attention.scaled_dot_product_attention
+    monkeypatch.setattr(ragged_heads, "_COPIED", most)
+    calls, once = [], sdpa.scaled_dot_product_attention
     monkeypatch.setattr(
-        attention, "scaled_dot_product_attention", lambda *given, **rest: calls.append(1) or once(*given, **rest)
+        sdpa, "scaled_dot_product_attention", lambda *given, **rest: calls.append(1) or once(*given, **rest)
     )
     _, held, batch = stored(LENGTHS["ragged"], count, votes=votes)
     assert [list(alike.rows) for alike in held.padded_rows(most)] == ([[0, 1]] if most else [])
@@ -122,22 +122,20 @@ def test_heads_of_different_length_are_attended_to_one_by_one_or_as_copies(votes
 
 
 @pytest.mark.parametrize("votes", [False, True], ids=["plain", "votes"])
-@pytest.mark.parametrize(
-    ("most", "count"), [(16 * 90, 2 + 3 * HEADS), (16 * 300, 3)], ids=["three by heads", "copied"]
-)
+@pytest.mark.parametrize(("most", "count"), [(16 * 90, 2 + 3 * HEADS), (16 * 300, 3)], ids=["three by heads", "copied"])
 def test_rows_whose_copies_are_equally_long_are_one_call_and_no_row_changes_another(votes, most, count, monkeypatch):
     """The longest heads have 8, 65, 66 and 96 entries, the newest among them: copies have 64, or 128.
 
     The heads of the last row do not differ: alone it is read without a copy. Every entry begins at a multiple of
     64 bytes: where vectors have as many, last bits of a product of matrices depend on that.
     """
-    monkeypatch.setattr(attention, "_COPIED", most)
+    monkeypatch.setattr(ragged_heads, "_COPIED", most)
     for module in ("tests.unit.attention.test_attend", "tests.support.driving"):
         monkeypatch.setattr(f"{module}.DIM", 16)
     monkeypatch.setattr("tests.unit.attention.test_attend.PAST", 120)
-    calls, once = [], attention.scaled_dot_product_attention
+    calls, once = [], sdpa.scaled_dot_product_attention
     monkeypatch.setattr(
-        attention, "scaled_dot_product_attention", lambda *given, **rest: calls.append(1) or once(*given, **rest)
+        sdpa, "scaled_dot_product_attention", lambda *given, **rest: calls.append(1) or once(*given, **rest)
     )
     _, held, batch = stored(((7, 2), (64, 5), (20, 65), (3, 95), (9, 9)), 1, votes=votes)
     together = attend(held, batch, pads=False)

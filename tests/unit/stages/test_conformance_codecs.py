@@ -31,6 +31,13 @@ class Rounded(Format):
         return columns["rounded"].flatten(2, 3).to(self.dtype)
 
 
+class Halved(Rounded):
+    """Reads half of each number."""
+
+    def decode(self, columns, positions):
+        return super().decode(columns, positions) / 2
+
+
 @attrs.frozen
 class Rounding(Codec):
     name = "rounding"
@@ -123,6 +130,9 @@ CODECS = {
     "for group 0 alone": encoding(spread),
     "when group 0 is decoded alone": decoding(lambda vectors, _: vectors.flip(2)),
     "for row 0 alone": encoding(lambda rounded: rounded - rounded.mean(0)),
+    "when heads are read behind each other": broken_codec(
+        of_entries=lambda self, heads, counts: Halved(self.columns, self.dtype)
+    ),
     "for head 0 beside another one": encoding(lambda rounded: rounded - rounded.mean(1, keepdim=True)),
     "when the contents of empty slots differ": decoding(
         lambda vectors, at: vectors + (vectors * (at < 0)[..., None]).amax()

@@ -1,7 +1,7 @@
 """Vectors after a random rotation, each coordinate as the nearest level of one codebook."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -56,6 +56,9 @@ class Rotated(Format):
         if head not in self._heads:
             self._heads[head] = attrs.evolve(self, means=self.means.of_head(head))
         return self._heads[head]
+
+    def of_entries(self, heads: Sequence[int], counts: Sequence[int]) -> "Rotated":
+        return self if self.means is None else attrs.evolve(self, means=self.means.of_entries(heads, counts))
 
     def encode(self, vectors: Tensor, positions: Tensor) -> dict[str, Tensor]:
         exact = vectors.to(compute_dtype(vectors.dtype))

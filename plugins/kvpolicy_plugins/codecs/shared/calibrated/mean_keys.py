@@ -28,19 +28,26 @@ class MeanKeys:
     others: Tensor  # [K, D] float32, before rotation
     rotary: Rotary
     to_basis: Callable[[Tensor], Tensor]  # of the format that reads them
-    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = attrs.field(init=False, factory=dict, repr=False)
+    heads: Tensor | None = None  # int64 [n], of entries [1, 1, n] of several heads; None = entries are [b, K, n]
+    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = attrs.field(factory=dict, repr=False)
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Means [b, K, n, D] for entries at positions [b, K, n], in the basis; empty slots have that of position 0."""
         places, first = positions.clamp(min=0), self.first.shape[1]
         table = self._table(places, dtype)
         rows = torch.where(places < first, places, first + places // _SPAN).clamp(max=table.shape[1] - 1)
-        rows = rows + torch.arange(table.shape[0], device=rows.device)[:, None] * table.shape[1]
+        heads = torch.arange(table.shape[0], device=rows.device)[:, None] if self.heads is None else self.heads
+        rows = rows + heads.to(rows.device) * table.shape[1]
         return table.flatten(0, 1).index_select(0, rows.flatten()).view(*positions.shape, table.shape[2])
 
     def of_head(self, head: int) -> Self:
         """Those of one head."""
-        return attrs.evolve(self, first=self.first[head : head + 1], others=self.others[head : head + 1])
+        own = slice(head, head + 1)
+        return attrs.evolve(self, first=self.first[own], others=self.others[own], tables={})
+
+    def of_entries(self, heads: Sequence[int], counts: Sequence[int]) -> Self:
+        """Those of entries [1, 1, n] behind each other: `counts[i]` of head `heads[i]`."""
+        return attrs.evolve(self, heads=torch.tensor(heads).repeat_interleave(torch.tensor(counts)))
 
     def _table(self, places: Tensor, dtype: torch.dtype) -> Tensor:
         """[K, P + spans, D], as long as these positions need on a CPU; elsewhere the host would wait to be told."""
