@@ -12,6 +12,8 @@ from kvpolicy.cli.terminal.files import make_folder, write_text
 from kvpolicy.cli.terminal.options import MODEL, Json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvpolicy.evaluate.harness.record import EvaluationRecord
     from kvpolicy.evaluate.harness.setup import EvaluationSetup
     from kvpolicy.evaluate.harness.start import Inputs
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from kvpolicy.policy import Policy
 
 POLICIES = tuple(f"kvpolicy:{name}" for name in ("streaming_llm", "h2o", "snapkv", "rkv", "blend"))
+REAL_POLICIES = tuple(f"kvpolicy:{name}" for name in ("streaming_llm", "snapkv", "rkv", "blend3", "headkv_centred"))
+REAL_TASKS = ("text", "needle", "needle-unseen")  # small models answer them with the full cache
 SHARES = ("25%", "10%")
 RETAINED = Fraction(1, 4)
 CELLS, RESULTS, RETENTION, TRADEOFF = "demo.jsonl", "results.json", "retention.png", "tradeoff.png"
@@ -29,7 +33,7 @@ def demo(
     model: Annotated[str, typer.Option(help=MODEL)] = "testbed",
     policy: Annotated[list[str] | None, typer.Option(help="A policy's name or file; may be repeated.")] = None,
     share: Annotated[list[str] | None, typer.Option(help="Share of the full cache's bytes; may be repeated.")] = None,
-    items: Annotated[int | None, typer.Option(help="Contexts of a task; by default 16, of a real model 2.")] = None,
+    items: Annotated[int | None, typer.Option(help="Contexts of a task; by default 16, of a real model 3.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a context; by default 1024, else 2048.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the questions.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Two short contexts a task: does it run?")] = False,
@@ -42,7 +46,7 @@ def demo(
     from kvpolicy.evaluate.report.plots import MISSING, can_plot
     from kvpolicy.evaluate.report.table import table_of
 
-    setup = _setup(model, _policies(policy or POLICIES), share or SHARES, items, length, seed, quick=quick)
+    setup = _setup(model, policy, share or SHARES, items, length, seed, quick=quick)
     inputs = evolve(inputs_of(model, None, "cpu", None, setup), dtype=None)
     make_folder(out_dir, "--out ")
     (out_dir / CELLS).unlink(missing_ok=True)  # a demo begins anew
@@ -55,7 +59,7 @@ def demo(
     line(f"written to {out_dir}: {', '.join(sorted(path.name for path in out_dir.iterdir()))}", error=True)
 
 
-def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
+def _policies(names: "Sequence[str]") -> "tuple[Policy, ...]":
     from kvpolicy.errors import InputError
     from kvpolicy.policy import load
 
@@ -67,8 +71,8 @@ def _policies(names: "list[str] | tuple[str, ...]") -> "tuple[Policy, ...]":
 
 def _setup(
     model: str,
-    policies: "tuple[Policy, ...]",
-    shares: "list[str] | tuple[str, ...]",
+    names: "Sequence[str] | None",
+    shares: "Sequence[str]",
     items: int | None,
     length: int | None,
     seed: int,
@@ -78,14 +82,14 @@ def _setup(
     from kvpolicy.evaluate.harness.setup import EvaluationSetup
     from kvpolicy.evaluate.models import TESTBED
     from kvpolicy.evaluate.tasks.case import TaskSizes
-    from kvpolicy.evaluate.tasks.names import TESTBED_TASKS, TEXT_TASKS
+    from kvpolicy.evaluate.tasks.names import TESTBED_TASKS
 
     embedded = model == TESTBED
-    few, short = (2, 128 if embedded else 256) if quick else (16, 1024) if embedded else (2, 2048)
+    few, short = (2, 128 if embedded else 256) if quick else (16, 1024) if embedded else (3, 2048)
     documents, tokens = few if items is None else items, short if length is None else length
     return EvaluationSetup(
-        policies,
-        TESTBED_TASKS if embedded else TEXT_TASKS,
+        _policies(names or (POLICIES if embedded else REAL_POLICIES)),
+        TESTBED_TASKS if embedded else REAL_TASKS,
         tuple(map(parse_share, shares)),
         TaskSizes(documents=documents, length=tokens, scored=32 if quick else 128, seed=seed),
         prompts_in_float32=slow_in_16_bits("cpu"),

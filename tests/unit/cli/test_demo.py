@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from kvpolicy.cli.quality.demo import _setup as demo_setup
 from kvpolicy.evaluate.report import plots
 from kvpolicy.evaluate.tasks.names import TESTBED_TASKS
 
@@ -51,6 +52,16 @@ def test_without_matplotlib_the_numbers_are_still_written(kv, tmp_path, monkeypa
     assert list(data["tasks"]) == ["recall"]
     assert data["sizes"]["documents"] == 1
     assert data == json.loads((tmp_path / "demo-results" / "results.json").read_text())
+
+
+def test_a_real_model_is_shown_its_best_policies_on_what_it_can_answer():
+    setup = demo_setup("smollm2", None, ["25%"], None, None, 1, quick=False)
+    assert setup.tasks == ("text", "needle", "needle-unseen")
+    assert {"snapkv", "headkv_centred"} < {policy.name for policy in setup.policies}
+    assert (setup.sizes.documents, setup.sizes.length, setup.times) == (3, 2048, True)
+    assert [policy.name for policy in demo_setup("smollm2", ["rkv"], ["25%"], 1, 512, 1, quick=True).policies] == [
+        "rkv"
+    ]
 
 
 @pytest.mark.parametrize(
