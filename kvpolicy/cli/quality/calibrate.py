@@ -13,7 +13,9 @@ from kvpolicy.cli.terminal.prompt import read_prompt
 def calibrate(
     policy: Annotated[str, typer.Argument(help="A policy's name, or a file.")],
     model: Annotated[str, typer.Option(help=MODEL)],
-    text: Annotated[Path | None, typer.Option(help="A file with text such as the model will see; - is stdin.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A file with text such as the model will see; - is stdin. By default essays.")
+    ] = None,
     table: Annotated[
         Path | None,
         typer.Option(help='In place of a text, published numbers: lines of layers, or JSON {"layer-head": [scores]}.'),
@@ -40,9 +42,9 @@ def calibrate(
     loaded, target, kind = load(policy), device_of(device), dtype_of(dtype)
     if not loaded.spec.calibrated:
         raise CalibrationError(f"policy {loaded.name} needs no calibration")
-    if (text is None) == (table is None):
+    if text is not None and table is not None:
         raise InputError("give --text or --table, one of them")
-    words = "" if text is None else read_prompt(None, text)
+    words = "" if table is not None else _essays(model) if text is None else read_prompt(None, text)
     live, tokenizer = load_model(model, target, kind, tell)
     if table is not None:
         measured, numbers, how = loaded.calibrate_from_table(live, table), {}, f"from {one_line(table)}"
@@ -58,6 +60,17 @@ def calibrate(
         print_json({**about, **numbers, "layers": len(measured.layers)})
     else:
         line(f"{path}: {loaded.name} {how} of {model}; give it as calibration")
+
+
+def _essays(model: str) -> str:
+    """What a policy is calibrated on where the user has no text. Raises InputError."""
+    from kvpolicy.errors import InputError
+    from kvpolicy.evaluate.data.texts import essays
+    from kvpolicy.evaluate.models import TESTBED
+
+    if model == TESTBED:
+        raise InputError("--model testbed: knows no essays; give --text or --table")
+    return "\n\n".join(text.text for text in essays(tell))
 
 
 def _cut(tokenizer: Any, text: str, sequences: int, length: int) -> Any:

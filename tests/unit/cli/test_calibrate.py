@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from kvpolicy.cli.quality import calibrate as calibrate_command
+from kvpolicy.evaluate.data.texts import Text
 from kvpolicy.evaluate.testbed import make_item
 from kvpolicy.plan.calibration import Calibration
 
@@ -94,8 +96,14 @@ def test_others_are_calibrated_on_a_text(fails, tmp_path, monkeypatch, text):
         "gates.tsv: policy sals25: store latent: reads no table of heads: it is measured on a text",
         *("calibrate", "sals25", "--model", "testbed", "--table", "gates.tsv"),
     )
-    for given in ((), ("--table", gates, "--text", text)):
-        fails("give --text or --table, one of them", "calibrate", "headkv", "--model", "testbed", *given)
+    own = ("calibrate", "headkv", "--model", "testbed")
+    fails("give --text or --table, one of them", *own, "--table", gates, "--text", text)
+    fails("--model testbed: knows no essays; give --text or --table", *own)
+
+
+def test_without_a_text_it_is_the_essays(monkeypatch):
+    monkeypatch.setattr("kvpolicy.evaluate.data.texts.essays", lambda _tell: (Text("a", "One."), Text("b", "Two.")))
+    assert calibrate_command._essays("smollm2") == "One.\n\nTwo."
 
 
 MISSING = "needs a calibration for this model: kvpolicy calibrate"
