@@ -201,6 +201,15 @@ def test_what_weighs_nothing_goes_first(lengths):
     assert not any(slots & thinking for slots in run(fading("thinking", share=0), lengths, regions=regions))
 
 
+@pytest.mark.parametrize("lengths", [(40,), (40, 33)], ids=str)
+def test_of_what_goes_first_the_newest_span_stays_as_it_was(lengths):
+    """The span that is named and has not come yet is not the newest."""
+    regions, older, newest = {"thinking": [(8, 20), (22, 31), (90, 95)]}, {*range(8, 20)}, {*range(22, 31)}
+    held = run(fading("thinking", share=0, newest=1), lengths, regions=regions)
+    assert not any(slots & older for slots in held)
+    assert any(slots & newest for slots in held)
+
+
 def test_a_policy_that_reads_a_region_needs_it():
     policy = fading("thinking", half_life=8)
     assert "regions of the request" in needs(policy.spec)

@@ -50,27 +50,39 @@ class Whitelisted(Regional):
 class Fading(Regional):
     """Of the votes above a head's lowest, one region keeps 0.9, halved with every 6 tokens; the other one none."""
 
+    spans_left = 0  # newest spans of the first region that keep everything
+
     def scores(self, heads: list[Head]) -> list[np.ndarray]:
         found = []
         for head, votes in zip(heads, super().scores(heads), strict=True):
             newest, lowest = max(entry.position for entry in head.entries), votes.min()
             places = [head.entries[slot].position for slot in self.candidates(head)]
             shares = {0: lambda _: 1.0, 1: lambda age: 0.9 * 0.5 ** (age / 6), 2: lambda _: 0.0}
-            left = [shares[region](newest - place) for region, place in zip(self.regions(head), places, strict=True)]
+            begun = [span for span in REGIONS["defense"] if span[0] <= newest][-self.spans_left :]
+            spared = {place for span in begun for place in range(*span) if self.spans_left}
+            left = [
+                1.0 if place in spared else shares[region](newest - place)
+                for region, place in zip(self.regions(head), places, strict=True)
+            ]
             found.append(lowest + (votes - lowest) * np.array(left))
         return found
 
 
+class FadingButTheNewest(Fading):
+    spans_left = 1
+
+
+@pytest.mark.parametrize(("oracle", "newest"), [(Fading, 0), (FadingButTheNewest, 1)])
 @pytest.mark.parametrize("every", [1, 4])
-def test_regions_fade_and_go_first(every):
+def test_regions_fade_and_go_first(every, oracle, newest):
     given = 14, every, 1, 4
     policy = shipped("snapkv", *given, queries=4)
     (votes,) = yaml.safe_load(policy.to_yaml())["score"]
     del votes["weight"]
     inner = {"use": "by_region", "region": "directive", "share": 0, "of": votes}
-    fading = {"use": "by_region", "region": "defense", "share": 0.9, "half_life": 6, "of": inner}
+    fading = {"use": "by_region", "region": "defense", "share": 0.9, "half_life": 6, "newest": newest, "of": inner}
     policy = shipped("snapkv", *given, score=[fading])
-    assert_holds_what_the_oracle_holds(policy, Fading, *given, 4, regions=REGIONS)
+    assert_holds_what_the_oracle_holds(policy, oracle, *given, 4, regions=REGIONS)
 
 
 @pytest.mark.parametrize("every", [1, 4])

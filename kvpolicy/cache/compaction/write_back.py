@@ -62,6 +62,7 @@ def build_view(
         in_order=in_order,
         pinned=spans.pinned(positions, rows),
         regions=spans.of(positions, rows),
+        region_spans=spans.starts(rows, positions.device),
         region_names=() if spans.regions is None else spans.regions.names,
     )
 

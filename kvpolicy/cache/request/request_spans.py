@@ -19,7 +19,7 @@ class RequestSpans:
     def __init__(self, protect: Protect, regions: Regions | None = None, read: Sequence[str] = ()) -> None:
         """Raises RegionError if the policy protects a region that is not given, or a plugin reads one (`read`)."""
         self.protect = protect
-        self._given = regions
+        self._given, self._read = regions, tuple(read)
         named = tuple(dict.fromkeys((*protect.regions, *read)))
         if regions is not None:
             regions.require(named)
@@ -34,12 +34,16 @@ class RequestSpans:
         self.regions = self._given
         self.prompt: list[int] = []  # tokens of each row's first prompt so far
         self._prompt_is_over = False
+        self._forget_tables()
+
+    def _forget_tables(self) -> None:
         self._labels: Tensor | None = None
+        self._starts: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Tensors kept for all layers."""
-        return [] if self._labels is None else [self._labels]
+        return [table for table in (self._labels, self._starts) if table is not None]
 
     def begin(self, rows: int) -> None:
         """Set the number of rows. Raises RegionError, before any change, if the regions do not match it."""
@@ -50,7 +54,7 @@ class RequestSpans:
         """Add spans to those of the `rows` rows. Raises RegionError, before any change, as `Regions.joined` does."""
         more = regions.for_rows(rows)
         self.regions = more if self.regions is None else self.regions.joined(more)
-        self._labels = None
+        self._forget_tables()
 
     def note_prompt(self, num_tokens: Sequence[int], *, over: bool) -> None:
         """Set the tokens of each row's prompt, and whether it is complete (`over`); later prompts are ignored."""
@@ -61,7 +65,7 @@ class RequestSpans:
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep the given rows, in that order."""
         self.prompt = [self.prompt[row] for row in rows] if self.prompt else []
-        self._labels = None
+        self._forget_tables()
         if self.regions is not None:
             self.regions = self.regions.select(rows)
 
@@ -127,6 +131,19 @@ class RequestSpans:
         columns = positions.long().clamp(-1, outside)
         columns = columns.masked_fill(columns < 0, outside)
         return labels.gather(1, columns.flatten(1)).view(positions.shape)
+
+    def starts(self, rows: Sequence[int], device: torch.device) -> Tensor | None:
+        """Region number and first position of each span, int32 [rows, S, 2], 0 behind a row's last.
+
+        Spans may be given that have not come yet. None = there are no regions, or no plugin reads them.
+        """
+        if self.regions is None or not self._read:
+            return None
+        if self._starts is None or self._starts.device != device:
+            most = max(1, *map(len, self.regions.rows))
+            spans = [[span[:2] for span in row] + [(0, 0)] * (most - len(row)) for row in self.regions.rows]
+            self._starts = torch.tensor(spans, dtype=torch.int32, device=device)
+        return self._starts[list(rows)]
 
     def _on(self, device: torch.device) -> Tensor:
         """int8 [B, n + 1]: region numbers of the first n positions, then 0 for all other positions."""

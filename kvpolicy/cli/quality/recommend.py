@@ -248,11 +248,12 @@ def _table(choice: "Choice") -> None:
     from kvpolicy.evaluate.recommend.choose import METRIC
 
     table = Table(box=SIMPLE_HEAD, padding=0)
-    for heading in ("cache", "held", "KL", "95 % interval"):
+    for heading in ("cache", "held", "pieces", "KL", "95 % interval"):
         table.add_column(heading, justify="left" if heading == "cache" else "right", no_wrap=True)
     for one in choice.lines:
         found = one.estimate(METRIC)
-        table.add_row(one.label, f"{one.held_share:.1%}", f"{found.mean:.3g}", f"{found.low:.3g} to {found.high:.3g}")
+        numbers = f"{len(one.groups)}", f"{found.mean:.3g}", f"{found.low:.3g} to {found.high:.3g}"
+        table.add_row(one.label, f"{one.held_share:.1%}", *numbers)
     err().print(table)
 
 
@@ -268,7 +269,13 @@ def _data(choice: "Choice", fitted: "Policy") -> dict[str, Any]:
         "not_separated_from": list(choice.same),
         "risk": None if choice.risk is None else asdict(choice.risk),
         "compared": [
-            {"policy": one.policy, "share": one.share, "held_share": one.held_share, **asdict(one.estimate(METRIC))}
+            {
+                "policy": one.policy,
+                "share": one.share,
+                "held_share": one.held_share,
+                "pieces": len(one.groups),
+                **asdict(one.estimate(METRIC)),
+            }
             for one in choice.lines
         ],
     }

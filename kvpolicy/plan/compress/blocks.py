@@ -16,7 +16,10 @@ from kvpolicy.stages import View
 
 _NUMBERS = 2**20  # of the keys of a block: copies of more would not stay in a CPU's cache
 _OF_LAYER = 2**17  # of the keys of a layer: to copy more takes as long as calls of its own
-_COLUMNS = ("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes", "pinned", "regions")
+_COLUMNS = (
+    *("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes", "pinned", "regions"),
+    "region_spans",
+)
 _columns, _told = attrgetter(*_COLUMNS), attrgetter("scaling", "sinks", "recent", "in_order")
 
 

@@ -48,8 +48,9 @@ def untouched(plugin: Plugin, inputs: Mapping[str, Tensor]) -> Iterator[None]:
 
 def tensors_of(view: View) -> dict[str, Tensor]:
     """All tensors of a view, including those that it computes from its entries."""
-    names = ("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes", "pinned", "regions")
-    tensors = {name: getattr(view, name) for name in (*names, "valid", "lengths", "age", "protected", "candidates")}
+    given = ("keys", "values", "positions", "queries", "query_positions", "attention", "log_votes", "pinned", "regions")
+    computed = ("valid", "lengths", "age", "protected", "candidates")
+    tensors = {name: getattr(view, name) for name in (*given, "region_spans", *computed)}
     tensors.update(view.slot_state)
     tensors.update({f"{name} of the row": state for name, state in view.row_state.items()})
     tensors.update({f"{name} of the calibration": tensor for name, tensor in view.calibration.items()})

@@ -67,7 +67,9 @@ def _observed(plugin: ViewPlugin, view: View, normal: Callable[..., Tensor]) -> 
         view = attrs.evolve(view, rotary=_rotary())
     if needs.regions:
         numbers = (view.positions.clamp(min=0) // 3 % (len(needs.regions) + 1)).to(torch.int8)
-        view = attrs.evolve(view, regions=numbers, region_names=needs.regions)
+        starts = torch.arange(0, int(view.positions.max()) + 1, 3)
+        spans = torch.stack([starts // 3 % (len(needs.regions) + 1), starts], -1).int().expand(batch, -1, -1)
+        view = attrs.evolve(view, regions=numbers, region_names=needs.regions, region_spans=spans)
     if needs.output_projection:
         view = attrs.evolve(view, output_projection=normal(heads * GROUP, DIM, CHANNELS))
     if plugin.calibrated:
@@ -174,6 +176,7 @@ def rows_of(view: View, rows: list[int]) -> View:
         attention=None if view.attention is None else view.attention[rows][..., :slots],
         log_votes=None if view.log_votes is None else select_entries(view.log_votes),
         regions=None if view.regions is None else select_entries(view.regions),
+        region_spans=select(view.region_spans),
         slot_state={name: select_entries(state) for name, state in view.slot_state.items()},
         row_state={name: state[rows] for name, state in view.row_state.items()},
     )

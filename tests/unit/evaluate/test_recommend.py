@@ -137,6 +137,37 @@ def test_by_bound_one_half_chooses_and_the_other_confirms():
     assert choice.risk.mean == pytest.approx(0.016)
 
 
+def test_no_share_is_confirmed_that_was_not_below_the_bound_where_it_was_chosen():
+    measured = Measured(lambda name, share, group: {"kivi4": 0.1, "snapkv": 0.008, "rkv": 0.2}[name] / (share or 1))
+    choice = choose_by_bound(measured, measured.run, 0.05)
+
+    assert choice.share == Fraction(1, 2)
+    assert {label for group, label in measured.measured if group >= 6} == {"snapkv 50%", "snapkv 25%"}
+
+
+def test_what_is_far_from_the_bound_is_measured_on_few_pieces():
+    """And larger caches than one that is far below it on no more."""
+    measured = Measured(lambda name, share, group: {"kivi4": 0.01, "snapkv": 0.002, "rkv": 0.2}[name] / (share or 1))
+    choose_by_bound(measured, measured.run, 0.05)
+    later = {label for group, label in measured.measured if 2 <= group < 6}
+
+    assert later == {"snapkv 12.5%", "snapkv 25%"}
+    assert {label for group, label in measured.measured if group < 2} > {"rkv 50%", "kivi4", "snapkv 50%"}
+
+
+def test_what_was_promising_and_is_not_below_the_bound_leaves_larger_caches_to_be_measured():
+    """The smaller cache is far below it on the first two pieces alone."""
+    measured = Measured(
+        lambda name, _, group: (
+            0.01 + 0.03 * (group < 6) if name == "kivi4" else 0.01 if group < 2 and name == "snapkv" else 1
+        )
+    )
+    choice = choose_by_bound(measured, measured.run, 0.05)
+
+    assert choice.policy == "kivi4"
+    assert {len(line.groups) for line in choice.lines if line.policy == "rkv"} == {2}
+
+
 def test_what_was_chosen_by_luck_is_not_confirmed():
     """The second half diverges."""
     measured = Measured(lambda name, share, group: 0.001 if group < 6 else 1.0)

@@ -56,6 +56,17 @@ def test_half_is_left_of_what_is_as_many_tokens_old_as_the_half_life():
     torch.testing.assert_close(lowered.flatten(), torch.tensor(expected))
 
 
+@pytest.mark.parametrize(("newest", "left"), [(0, (0, 0)), (1, (0, 1)), (2, (1, 1)), (9, (1, 1))])
+def test_the_newest_spans_keep_their_scores(newest, left):
+    """Of the two that have begun: a third one, from position 9 on, was named before it came."""
+    shown = attrs.evolve(
+        view([2, 2, 1, 2, 2, 0]), region_spans=torch.tensor([[[2, 0], [1, 2], [2, 3], [2, 9]]], dtype=torch.int32)
+    )
+    lowered = ByRegion(Given((5.0, 5.0, 5.0, 5.0, 5.0, 0.0)), "tools", share=0, newest=newest).score(shown)
+    first, second = (5.0 * stays for stays in left)
+    assert lowered.flatten().tolist() == [first, first, 5.0, second, second, 0.0]
+
+
 def test_what_is_not_finite_stays_and_lowers_nothing():
     scores = (torch.inf, -torch.inf, torch.nan, 2.0, 4.0, 6.0)
     lowered = ByRegion(Given(scores), "tools", share=0).score(view([2] * 6))
