@@ -16,11 +16,13 @@ from kvpolicy.plan.plan import LOG_VOTES
 
 _COPIED = 2**13  # numbers of the keys of a head: to copy as many takes as long as a call of attention for that head
 _UNPACKED = 2**20  # numbers of keys of several heads, or of one, that are unpacked at a time
+_MASKED = 2**22  # entries times queries: of so many it may be written which query sees which entry
 
 
 def are_short(storage: LayerStorage, batch: QueryBatch) -> bool:
-    """Whether all entries of a head may exist as numbers at one time, though they are packed."""
-    return storage.longest * batch.queries.shape[3] <= _UNPACKED
+    """Whether all entries of a head may exist as numbers at one time, though they are packed, and a mask of them."""
+    count, dim = batch.queries.shape[2:]
+    return storage.longest * dim <= _UNPACKED and storage.longest * count <= _MASKED
 
 
 def attend_to_ragged_heads(storage: LayerStorage, batch: QueryBatch, dropout: float) -> Tensor:

@@ -52,6 +52,15 @@ def test_what_is_read_is_what_each_head_holds_however_much_is_unpacked_at_once(s
     torch.testing.assert_close(attend(storage, batch, pads=False).double(), expected(storage, batch), rtol=0, atol=1e-5)
 
 
+def test_many_queries_are_masked_in_blocks(monkeypatch):
+    """A mask of a long turn over long heads would take more than what is held."""
+    storage, batch = held_by("rotation", 5)
+    assert ragged_heads.are_short(storage, batch)
+    monkeypatch.setattr(ragged_heads, "_MASKED", 5 * storage.longest - 1)
+    assert not ragged_heads.are_short(storage, batch)
+    torch.testing.assert_close(attend(storage, batch, pads=False).double(), expected(storage, batch), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("store", PACKED)
 def test_all_heads_of_all_rows_are_unpacked_at_once(store, monkeypatch):
     """One call for the keys and one for the values; a format with a basis for each head is called for each."""
