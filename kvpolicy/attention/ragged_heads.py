@@ -81,7 +81,7 @@ def _over_packed_heads(storage: LayerStorage, batch: QueryBatch, dropout: float)
 
 
 def _few_numbers(storage: LayerStorage, dim: int) -> Iterator[list[SingleSegment]]:
-    """All segments, as many at a time as have few numbers together."""
+    """All segments, in order; those that are unpacked at once have at most `_UNPACKED` numbers, unless it is one."""
     taken: list[SingleSegment] = []
     numbers = 0
     for row, lengths in enumerate(storage.lengths):

@@ -86,7 +86,7 @@ class Format(abc.ABC):
         """The format of one KV head, for a segment that is read by itself; the same, unless heads differ."""
         return self
 
-    def of_entries(self, heads: Sequence[int], counts: Sequence[int]) -> "Format | None":  # noqa: ARG002 as above
+    def of_entries(self, heads: Sequence[int], counts: Sequence[int]) -> "Format | None":  # noqa: ARG002 heads are alike
         """What unpacks entries [1, 1, n] of several segments behind each other: `counts[i]` of KV head `heads[i]`.
 
         It gives what `of_head` gives of each. None = there is no such format, and segments are unpacked one by one.

@@ -36,9 +36,7 @@ class View:
     pinned: Tensor | None = None  # [B, K, T] bool, entries protected beside them: of the prompt, or of regions
     regions: Tensor | None = None  # [B, K, T] int8, numbers of the request's regions, 0 = in none
     region_names: tuple[str, ...] = ()  # the name of region 1, of region 2, ...
-    region_spans: Tensor | None = (
-        None  # [B, S, 2] int, number and first position of each span of a row; 0 = no span; for `needs`
-    )
+    region_spans: Tensor | None = None  # [B, S, 2] int, region number and first position of each span, 0 = no span
     queries: Tensor | None = None  # [B, H, W, D] post-RoPE, oldest first
     query_positions: Tensor | None = None  # [B, W] int; -1 = that row has had fewer than W queries
     attention: Tensor | None = None  # [B, K, G, T] float32, mass each entry has received since it was stored
@@ -90,21 +88,23 @@ class View:
         """[B, K, T] bool: entries that may be evicted."""
         return self.valid & ~self.protected
 
-    def in_region(self, name: str) -> Tensor:
-        """[B, K, T] bool: entries in the region of the request with this name; none where the request has no such."""
+    def in_region(self, name: str, *, but_newest: int = 0) -> Tensor:
+        """[B, K, T] bool: entries in the region of the request with this name; none where the request has no such.
+
+        Those of its `but_newest` newest spans are left out. A span that has been named and not begun is none of them.
+        """
         if self.regions is None or name not in self.region_names:
             return torch.zeros_like(self.valid)
-        return self.valid & (self.regions == self.region_names.index(name) + 1)
-
-    def in_newest_spans(self, name: str, count: int) -> Tensor:
-        """[B, K, T] bool: entries in the newest `count` of those spans of a region that have begun."""
-        inside = self.in_region(name)
-        if self.region_spans is None or name not in self.region_names or count < 1:
-            return torch.zeros_like(inside)
+        number = self.region_names.index(name) + 1
+        inside = self.valid & (self.regions == number)
+        if not but_newest:
+            return inside
+        if self.region_spans is None:
+            raise ValueError("this view has no spans of regions: declare the region in the plugin's `needs`")
         numbers, starts = self.region_spans.unbind(-1)
-        begun = (numbers == self.region_names.index(name) + 1) & (starts <= self.positions.amax((1, 2))[:, None])
-        newest = starts.masked_fill(~begun, -1).topk(min(count, starts.shape[1]), dim=1).values
-        return inside & (self.positions >= newest[:, -1:, None])
+        begun = (numbers == number) & (starts <= self.positions.amax((1, 2))[:, None])
+        newest = starts.masked_fill(~begun, -1).topk(min(but_newest, starts.shape[1]), dim=1).values
+        return inside & (self.positions < newest[:, -1:, None])
 
     def in_sequence(self, values: Tensor) -> Tensor:
         """Values of the slots, [B, K, ..., T], in ascending order of position; those of empty slots come last."""

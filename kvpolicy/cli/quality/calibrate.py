@@ -63,14 +63,14 @@ def calibrate(
 
 
 def _essays(model: str) -> str:
-    """What a policy is calibrated on where the user has no text. Raises InputError."""
+    """What `evaluate` calibrates on, too, for a user who has no text. Raises InputError."""
     from kvpolicy.errors import InputError
-    from kvpolicy.evaluate.data.texts import essays
+    from kvpolicy.evaluate.data.texts import essays, held_back
     from kvpolicy.evaluate.models import TESTBED
 
     if model == TESTBED:
         raise InputError("--model testbed: knows no essays; give --text or --table")
-    return "\n\n".join(text.text for text in essays(tell))
+    return "\n\n".join(text.text for text in held_back(essays(tell)))
 
 
 def _cut(tokenizer: Any, text: str, sequences: int, length: int) -> Any:

@@ -225,7 +225,7 @@ def _texts(model: str, files: list[Path] | None, *, calibrated: bool) -> "tuple[
     Essays are read only where they are needed.
     """
     from kvpolicy.errors import InputError
-    from kvpolicy.evaluate.data.texts import essays, user_text
+    from kvpolicy.evaluate.data.texts import essays, held_back, user_text
     from kvpolicy.evaluate.models import TESTBED
 
     if model == TESTBED:
@@ -236,8 +236,8 @@ def _texts(model: str, files: list[Path] | None, *, calibrated: bool) -> "tuple[
     if given and not calibrated:
         return given, ()
     every = essays(tell)
-    held_back = len(every) // 4
-    return given or every[:-held_back], every[-held_back:]
+    to_calibrate = held_back(every)
+    return given or every[: -len(to_calibrate)], to_calibrate
 
 
 def measure(inputs: "Inputs", file: Path, jobs: int) -> "tuple[EvaluationRecord, Any, Any]":

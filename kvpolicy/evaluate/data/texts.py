@@ -42,6 +42,11 @@ def essays(tell: Tell = silent) -> tuple[Text, ...]:
     return tuple(Text(PurePosixPath(name).stem, text) for name, text in found)
 
 
+def held_back(texts: tuple[Text, ...]) -> tuple[Text, ...]:
+    """The last quarter of them, which policies are calibrated on, and no case is made from."""
+    return texts[-max(1, len(texts) // 4) :]
+
+
 def user_text(path: Path) -> Text:
     """The text of a UTF-8 file, without a byte order mark. Raises InputError."""
     return Text(path.name, read_text(path))

@@ -88,7 +88,7 @@ def _of_first_half(run: Run, units: Sequence[Unit], bound: float) -> list[Cell]:
     cells = list(run(units[:_FEW]))
     means = {(line.policy, line.share): line.estimate(METRIC).mean for line in sorted(_lines(cells), key=_held)}
     promising = [key for key, mean in means.items() if mean <= _HOPELESS * bound]
-    enough = next((place for place, key in enumerate(promising, 1) if means[key] <= _CLEAR * bound), len(promising))
+    enough = next((count for count, key in enumerate(promising, 1) if means[key] <= _CLEAR * bound), len(promising))
     for keys in (promising[:enough], promising[enough:]):
         if keys and not _below(cells, units, bound):
             cells += run([_only(unit, keys) for unit in units[_FEW:]])

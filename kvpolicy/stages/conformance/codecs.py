@@ -130,21 +130,20 @@ def reads_heads_behind_each_other(codec: Codec, _promises: Promises) -> None:
     """What `of_entries` gives unpacks segments of several heads, some of them shorter, as `of_head` does each."""
     for kv_format, vectors, positions in _samples(codec):
         heads = [HEADS - 1, *range(HEADS)]
-        counts = [kv_format.group_size * (1 + place % GROUPS) for place in range(len(heads))]
+        counts = [kv_format.group_size * (1 + index % GROUPS) for index in range(len(heads))]
         reader = None if kv_format.joint else kv_format.of_entries(heads, counts)
         if reader is None:
             continue
         exact = torch.promote_types(vectors.dtype, torch.float32)
         columns, expected = [], []
         for head, count in zip(heads, counts, strict=True):
-            one, slots = slice(head, head + 1), slice(None, count)
-            at = positions[:1, one, slots]
-            columns.append(kv_format.of_head(head).encode(vectors[:1, one, slots], at))
-            expected.append(kv_format.of_head(head).decode_in_basis(columns[-1], at, exact))
-        together = {name: torch.cat([own[name] for own in columns], 2) for name in kv_format.columns}
+            own, segment = kv_format.of_head(head), (slice(1), slice(head, head + 1), slice(count))
+            columns.append(own.encode(vectors[segment], positions[segment]))
+            expected.append(own.decode_in_basis(columns[-1], positions[segment], exact))
+        joined = {name: torch.cat([packed[name] for packed in columns], 2) for name in kv_format.columns}
         pairs = zip(heads, counts, strict=True)
-        places = torch.cat([positions[:1, head : head + 1, :count] for head, count in pairs], 2)
-        actual = reader.decode_in_basis(together, places, exact)
+        joined_positions = torch.cat([positions[:1, head : head + 1, :count] for head, count in pairs], 2)
+        actual = reader.decode_in_basis(joined, joined_positions, exact)
         expect_close(codec, actual, torch.cat(expected, 2), "when heads are read behind each other")
 
 

@@ -49,7 +49,7 @@ class ByRegion(ScorerAround):
         compared = view.candidates & scores.isfinite()
         lowest = scores.masked_fill(~compared, torch.inf).amin(-1, keepdim=True)
         lowered = lowest + (scores - lowest) * self._left(view)
-        older = view.in_region(self.region) & ~view.in_newest_spans(self.region, self.newest)
+        older = view.in_region(self.region, but_newest=self.newest)
         return torch.where(compared & older, lowered, scores)
 
     def _left(self, view: View) -> Tensor | float:

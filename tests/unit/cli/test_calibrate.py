@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kvpolicy.cli.quality import calibrate as calibrate_command
+from kvpolicy.cli.quality import evaluate as evaluate_command
 from kvpolicy.evaluate.data.texts import Text
 from kvpolicy.evaluate.testbed import make_item
 from kvpolicy.plan.calibration import Calibration
@@ -101,9 +102,12 @@ def test_others_are_calibrated_on_a_text(fails, tmp_path, monkeypatch, text):
     fails("--model testbed: knows no essays; give --text or --table", *own)
 
 
-def test_without_a_text_it_is_the_essays(monkeypatch):
-    monkeypatch.setattr("kvpolicy.evaluate.data.texts.essays", lambda _tell: (Text("a", "One."), Text("b", "Two.")))
-    assert calibrate_command._essays("smollm2") == "One.\n\nTwo."
+def test_without_a_text_it_is_the_essays_that_no_case_is_made_from(monkeypatch):
+    every = tuple(Text(str(number), f"Essay {number}.") for number in range(8))
+    monkeypatch.setattr("kvpolicy.evaluate.data.texts.essays", lambda _tell: every)
+    assert calibrate_command._essays("smollm2") == "Essay 6.\n\nEssay 7."
+    cases, others = evaluate_command._texts("smollm2", None, calibrated=True)
+    assert (cases, others) == (every[:6], every[6:])
 
 
 MISSING = "needs a calibration for this model: kvpolicy calibrate"
